@@ -1,0 +1,49 @@
+"""Average the weights of PyTorch checkpoints: exactly, in bounded memory, without running them.
+
+AverageModelMerger(models).merge_models()       models in memory
+merge_checkpoints(paths, output)                files, as the command merge-avg does it
+RunningMean(count)                              tensors, one at a time
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from merge_avg.errors import MergeError, UsageError
+
+if TYPE_CHECKING:
+    from merge_avg.average import RunningMean
+    from merge_avg.merge import Result, merge_checkpoints
+    from merge_avg.merger import AverageModelMerger
+    from merge_avg.weights import Weights
+
+__version__ = "0.1.0"
+__all__ = [
+    "AverageModelMerger",
+    "MergeError",
+    "Result",
+    "RunningMean",
+    "UsageError",
+    "Weights",
+    "merge_checkpoints",
+]
+
+# Imported when they are first asked for: torch takes seconds, and the command's help needs none.
+_HOMES = {
+    "AverageModelMerger": "merger",
+    "Result": "merge",
+    "RunningMean": "average",
+    "Weights": "weights",
+    "merge_checkpoints": "merge",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

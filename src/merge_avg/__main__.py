@@ -1,0 +1,5 @@
+"""python -m merge_avg."""
+
+from merge_avg.cli import main
+
+main()

@@ -1,0 +1,201 @@
+"""Which tensor of one checkpoint is which of another, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from merge_avg.errors import MergeError, named
+from merge_avg.layout import TensorInfo, dotted
+from merge_avg.roles import Name
+
+Missing = Literal["error", "skip", "available"]
+
+# Segments that wrappers of a model add to its names, and what adds them.
+_WRAPPERS = frozenset(
+    {
+        "module",  # DataParallel, DistributedDataParallel, AveragedModel
+        "_orig_mod",  # torch.compile
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The template's weights, and for each the tensors of all checkpoints.
+
+    Attributes:
+        rows: by the template's name, one tensor a checkpoint; None where a checkpoint lacks it.
+        notes: what was done to make names meet, one sentence each.
+        skipped: names that some checkpoint lacks and that are therefore kept from the template.
+    """
+
+    rows: dict[Name, tuple[TensorInfo | None, ...]]
+    notes: tuple[str, ...]
+    skipped: frozenset[Name]
+
+
+def align(
+    paths: Sequence[Path],
+    weights: Sequence[Mapping[Name, TensorInfo]],
+    missing: Missing = "error",
+) -> Aligned:
+    """Matches the weights of the checkpoints to those of the first, the template.
+
+    Raises:
+        MergeError: state dicts or names do not match, and `missing` is "error".
+    """
+    template = weights[0]
+    notes: list[str] = []
+    columns = [dict(template)]
+    for path, other in zip(paths[1:], weights[1:], strict=True):
+        column, note = _match(paths[0], template, path, other)
+        if note:
+            notes.append(note)
+        columns.append(column)
+    left_out: list[Name] = []
+    for path, column in zip(paths[1:], columns[1:], strict=True):
+        lacking = [name for name in template if name not in column]
+        extra = [name for name in column if name not in template]
+        if missing == "error" and (lacking or extra):
+            raise _unequal(paths[0], path, lacking, extra)
+        left_out += extra
+    if left_out:
+        names = named(sorted({str(name) for name in left_out}))
+        notes.append(f"{names} is not in the template and is left out")
+    rows = {name: tuple(column.get(name) for column in columns) for name in template}
+    incomplete = tuple(name for name, row in rows.items() if None in row)
+    if missing == "skip":
+        if incomplete:
+            names = named([str(name) for name in incomplete])
+            notes.append(f"{names} is not in every checkpoint and is kept from the template")
+        for name in incomplete:
+            rows[name] = (rows[name][0], *(None for _ in paths[1:]))
+        return Aligned(rows, tuple(notes), frozenset(incomplete))
+    if incomplete:
+        names = named([str(name) for name in incomplete])
+        notes.append(f"{names} is not in every checkpoint and is averaged where it is present")
+    return Aligned(rows, tuple(notes), frozenset())
+
+
+def _unequal(
+    template: Path, path: Path, lacking: Sequence[Name], extra: Sequence[Name]
+) -> MergeError:
+    if lacking:
+        what = f"it lacks {named([str(name) for name in lacking])}, which {template} has"
+    else:
+        what = f"it has {named([str(name) for name in extra])}, which {template} lacks"
+    hint = "--missing skip keeps such tensors from the template, --missing available averages "
+    return MergeError(what, where=path, hint=hint + "them where they are present")
+
+
+def _match(
+    template_path: Path,
+    template: Mapping[Name, TensorInfo],
+    path: Path,
+    other: Mapping[Name, TensorInfo],
+) -> tuple[dict[Name, TensorInfo], str | None]:
+    """The other checkpoint's tensors under the template's names, and what was done for it."""
+    if template.keys() == other.keys():
+        return dict(other), None
+    _same_state_dicts(template_path, template, path, other)
+    best: tuple[int, dict[Name, TensorInfo], str | None] | None = None
+    for change, note in _CHANGES:
+        ours, theirs = _renamed(template, change), _renamed(other, change)
+        if ours is None or theirs is None:
+            continue
+        dropped = _dropped_ties(ours, template, theirs, other)
+        column = {ours.get(short, name): other[name] for short, name in theirs.items()} | dropped
+        spare = {name for name in column if name not in template and _tied(name, column, template)}
+        column = {name: info for name, info in column.items() if name not in spare}
+        said = [note] if note else []
+        if dropped or spare:
+            names = [str(name) for name in (*dropped, *spare)]
+            said.append(f"{named(names)} was matched with the tensor that it is tied to")
+        unmatched = len(column.keys() ^ template.keys())
+        if best is None or unmatched < best[0]:
+            best = unmatched, column, f"{path}: {'; '.join(said)}" if said else None
+    if best is None:
+        return dict(other), None
+    return best[1], best[2]
+
+
+def _dropped_ties(
+    ours: Mapping[Name, Name],
+    template: Mapping[Name, TensorInfo],
+    theirs: Mapping[Name, Name],
+    other: Mapping[Name, TensorInfo],
+) -> dict[Name, TensorInfo]:
+    """Tensors that the other checkpoint has only under the name of one they are tied to."""
+    places = {_place(template[name]): short for short, name in ours.items() if short in theirs}
+    absent = [short for short in ours if short not in theirs]
+    found = {ours[short]: places.get(_place(template[ours[short]])) for short in absent}
+    return {name: other[theirs[short]] for name, short in found.items() if short is not None}
+
+
+def _tied(
+    name: Name, column: Mapping[Name, TensorInfo], template: Mapping[Name, TensorInfo]
+) -> bool:
+    """Whether a tensor is tied, in its own checkpoint, to one that the template has."""
+    place = _place(column[name])
+    return any(other in template and _place(info) == place for other, info in column.items())
+
+
+def _place(info: TensorInfo) -> tuple[object, ...]:
+    return info.storage, info.start, info.geometry
+
+
+def _same_state_dicts(
+    template_path: Path, template: Iterable[Name], path: Path, other: Iterable[Name]
+) -> None:
+    if {name.state_dict for name in _short(template)} == {n.state_dict for n in _short(other)}:
+        return
+    ours, theirs = (
+        " and ".join(sorted({repr(dotted(name.state_dict)) for name in names}))
+        for names in (template, other)
+    )
+    raise MergeError(
+        f"its state dicts are {theirs}, those of {template_path} are {ours}",
+        where=path,
+        hint="name the one to average with --key, for example --key state_dict",
+    )
+
+
+def _short(names: Iterable[Name]) -> dict[Name, Name]:
+    """Short name to name, where a short name drops what all state dict paths begin with."""
+    names = list(names)
+    paths = {name.state_dict for name in names}
+    depth = 0
+    while all(len(path) > depth for path in paths) and len({path[depth] for path in paths}) == 1:
+        depth += 1
+    return {Name(name.state_dict[depth:], name.key): name for name in names}
+
+
+def _same(key: str) -> str:
+    return key
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(segment for segment in key.split(".") if segment not in _WRAPPERS)
+
+
+def _without_model(key: str) -> str:
+    return _unwrapped(key).removeprefix("model.")
+
+
+_CHANGES: tuple[tuple[Callable[[str], str], str | None], ...] = (
+    (_same, None),
+    (_unwrapped, "names were matched without the prefixes of wrappers (module., _orig_mod.)"),
+    (_without_model, "names were matched without the prefix model."),
+)
+
+
+def _renamed(names: Iterable[Name], change: Callable[[str], str]) -> dict[Name, Name] | None:
+    """Short, changed name to name; None where two names become one."""
+    short = _short(names)
+    changed = {Name(s.state_dict, change(s.key)): name for s, name in short.items()}
+    return changed if len(changed) == len(short) else None

@@ -1,0 +1,477 @@
+"""The arithmetic: a weighted mean that is rounded once, and rounded right.
+
+Every mean here is the exact weighted mean of its inputs rounded once to the nearest value of the
+result's dtype, ties to even. So it does not depend on the order of the inputs, on how they were cut
+into windows, on threads, or on the device.
+
+How it stays fast: the sum runs in float64. From the exponents of the largest and of the smallest
+nonzero input of a window it follows, nearly always, that no addition rounded anything. Where that
+cannot be shown, a bound on the error tells which elements could round either way. Those few are
+looked at a second time in double-double arithmetic (Dekker 1971, Knuth TAOCP 4.2.2) and, where even
+that leaves a doubt, in integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from merge_avg.weights import Weights
+
+Revisit = Callable[[int], Tensor]
+
+
+class _Buffers:
+    """Float64-wide scratch tensors by name, kept from one mean to the next.
+
+    Fresh ones of this size would cost more in page faults than the arithmetic does.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        held = self._held.get((name, dtype))
+        if held is None or len(held) < len(like) or held.device != like.device:
+            held = torch.empty(len(like), dtype=dtype, device=like.device)
+            self._held[name, dtype] = held
+        return held[: len(like)]
+
+
+@dataclass(frozen=True)
+class _Float:
+    """A binary floating-point format: significand bits, and the exponent of its least normal."""
+
+    bits: int
+    emin: int
+
+
+_FLOATS = {
+    torch.float64: _Float(53, -1022),
+    torch.float32: _Float(24, -126),
+    torch.float16: _Float(11, -14),
+    torch.bfloat16: _Float(8, -126),
+    torch.float8_e4m3fn: _Float(4, -6),
+    torch.float8_e5m2: _Float(3, -14),
+    torch.float8_e4m3fnuz: _Float(4, -7),
+    torch.float8_e5m2fnuz: _Float(3, -15),
+}
+_COMPONENTS = {
+    torch.complex128: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex32: torch.float16,
+}
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
+_BITS |= {torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_EXACT_VALUES = 1 << 16  # how many values are held at a time for exact arithmetic
+_EXPONENT = 0x7FF0000000000000  # the exponent field of a float64
+
+
+class RunningMean:
+    """The weighted mean of tensors that are shown one at a time.
+
+    Args:
+        weights: how many tensors there will be, or their `Weights`.
+        dtype: of the result; by default that of the tensors.
+        device: where the sum is kept; by default that of the first tensor.
+
+    The tensors may be of any shape, all of the same, and of float64, float32, float16, bfloat16,
+    float8 or complex dtype, which may differ. Complex numbers are averaged by component. The result
+    is the exact mean, rounded once to nearest, ties to even, for every one of these dtypes.
+
+    NaN and infinity follow IEEE 754; `finite` tells whether there were any. `result` leaves the
+    object ready for the next mean of as many tensors, with its buffers at hand.
+    """
+
+    def __init__(
+        self,
+        weights: int | Weights,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._weights = Weights.uniform(weights) if isinstance(weights, int) else weights
+        self._wanted = dtype
+        self._device = device
+        self._buffers = _Buffers()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._count = 0
+        self._spans: list[_Span] = []
+        self._bad: Tensor | None = None
+        self._sum: _Plain | _Wide | None = None
+        self._shape = torch.Size()
+        self._dtype = self._wanted
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value so far was finite."""
+        return self._bad is None
+
+    def update(self, values: Tensor) -> None:
+        """Adds the next tensor; `values` may be reused by the caller afterwards.
+
+        Raises:
+            ValueError: a tensor of another shape, one too many, or no floating-point tensor.
+        """
+        flat = self._flat(values)
+        if values.is_complex() and self._dtype in _FLOATS:
+            raise ValueError(f"the mean of {values.dtype} is no {self._dtype}")
+        if self._count == len(self._weights):
+            raise ValueError(f"the mean was told of {self._count} tensors, and this is one more")
+        if self._sum is None:
+            self._shape = values.shape
+            self._dtype = self._dtype or values.dtype
+        elif values.shape != self._shape:
+            shapes = f"{tuple(values.shape)}, expected {tuple(self._shape)}"
+            raise ValueError(f"tensor {self._count} has the shape {shapes}")
+        bits = _FLOATS[_COMPONENTS.get(values.dtype, values.dtype)].bits
+        span = _span(flat, bits, self._buffers)
+        if span is None:
+            good = flat.isfinite()
+            self._bad = ~good if self._bad is None else self._bad.logical_or_(~good)
+            span = _span(flat.where(good, 0), bits, self._buffers) or _Span.nothing()
+        self._spans.append(span)
+        weight = self._weights.integers[self._count]
+        if self._sum is None:
+            if flat.dtype == torch.float64:
+                self._sum = _Wide(flat, weight, self._weights)
+            else:
+                self._sum = _Plain(flat, weight, self._weights, self._buffers)
+        else:
+            if flat.dtype == torch.float64 and isinstance(self._sum, _Plain):
+                self._sum = self._sum.widened(self._spans[:-1])
+            self._sum.add(flat, weight)
+        self._count += 1
+
+    def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
+        """The mean, in `out` or in a new tensor of the tensors' shape.
+
+        Args:
+            revisit: returns tensor number i once more, for the few elements whose rounding the
+                float64 sum leaves open. Without it these are rounded from that sum, which may give
+                the neighbour of the right value; all others are right in any case.
+            out: a contiguous tensor of the shape and dtype of the result.
+
+        Raises:
+            ValueError: fewer tensors were shown than announced.
+        """
+        if self._sum is None or self._count != len(self._weights) or self._dtype is None:
+            raise ValueError(f"{self._count} of {len(self._weights)} tensors have been shown")
+        target = _FLOATS[_COMPONENTS.get(self._dtype, self._dtype)]
+        mean, doubtful = self._sum.rounded(target, self._spans)
+        if self._bad is not None:
+            ieee = self._sum.approximate()
+            mean = torch.where(self._bad, ieee.where(~ieee.isnan(), math.nan), mean)
+            if doubtful is not None:
+                doubtful &= ~self._bad
+        if doubtful is not None and revisit is not None:
+            places = doubtful.nonzero().flatten()
+            if len(places):
+                mean[places] = self._settle(places, target, revisit)
+        if out is None:
+            out = torch.empty(self._shape, dtype=self._dtype, device=mean.device)
+        flat = torch.view_as_real(out) if out.is_complex() else out
+        flat.view(-1).copy_(mean)
+        self._begin()
+        return out
+
+    def _flat(self, values: Tensor) -> Tensor:
+        if self._device is not None:
+            values = values.to(self._device)
+        if values.is_complex():
+            values = torch.view_as_real(values.resolve_conj())
+        if values.dtype not in _FLOATS:
+            raise ValueError(f"a mean of {values.dtype} is not defined")
+        # A neg bit, as the imaginary part of a conjugate has it, is no part of the bytes.
+        flat = values.detach().resolve_neg().reshape(-1)
+        return flat if flat.dtype in _BITS else flat.to(torch.float32)
+
+    def _settle(self, places: Tensor, target: _Float, revisit: Revisit) -> Tensor:
+        """The means of a few elements, looked at once more in every tensor."""
+        total: _Wide | None = None
+        spans = []
+        for i, weight in enumerate(self._weights.integers):
+            column = self._flat(revisit(i))[places].double()
+            spans.append(_span(column, 53, self._buffers) or _Span.nothing())
+            if total is None:
+                total = _Wide(column, weight, self._weights)
+            else:
+                total.add(column, weight)
+        assert total is not None  # noqa: S101 - there is at least one weight
+        mean, doubtful = total.rounded(target, spans)
+        rest = doubtful.nonzero().flatten()
+        for batch in torch.split(rest, max(_EXACT_VALUES // len(self._weights), 1)):
+            where = places[batch]
+            columns = [self._flat(revisit(i))[where].double() for i in range(len(self._weights))]
+            rows = torch.stack(columns, dim=1).tolist()
+            exact = [exact_mean(row, self._weights, target.bits, target.emin) for row in rows]
+            mean[batch] = torch.tensor(exact, dtype=torch.float64, device=mean.device)
+        return mean
+
+
+def exact_mean(values: Sequence[float], weights: Weights, bits: int, emin: int) -> float:
+    """The weighted mean of finite floats, rounded once, in integer arithmetic.
+
+    The result has `bits` significand bits, or fewer below 2**emin.
+    """
+    pairs = zip(values, weights.integers, strict=True)
+    total = sum((Fraction(value) * weight for value, weight in pairs), Fraction(0)) / weights.total
+    if not total:
+        negative = all(math.copysign(1, value) < 0 for value in values)
+        return -0.0 if negative else 0.0
+    size = abs(total)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if size < Fraction(2) ** exponent:
+        exponent -= 1
+    step = max(exponent, emin) - bits + 1
+    rounded = round(size / Fraction(2) ** step)  # ties to even
+    return math.copysign(math.ldexp(rounded, step), total)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Of a tensor: all values are multiples of 2**low and below 2**high; whether some are zero."""
+
+    low: int
+    high: int
+    zeros: bool
+
+    @classmethod
+    def nothing(cls) -> _Span:
+        return cls(1 << 16, -(1 << 16), zeros=True)
+
+
+def _span(flat: Tensor, bits: int, buffers: _Buffers) -> _Span | None:
+    """The exponents of a real tensor of `bits` significand bits; None where it is not finite."""
+    if not flat.numel():
+        return _Span.nothing()
+    format_ = _FLOATS[flat.dtype]
+    fraction = format_.bits - 1
+    sizes = torch.abs(flat, out=buffers("sizes", flat, flat.dtype)).view(_BITS[flat.dtype])
+    low, high = (int(bound) for bound in torch.aminmax(sizes))
+    special = ~(-1 << (flat.itemsize * 8 - 1)) >> fraction
+    if high >> fraction == special:
+        return None
+    if high == 0:
+        return _Span.nothing()
+    zeros = low == 0
+    if zeros:  # zero is a multiple of anything: the least of the others counts
+        low = int(sizes.sub_(1).bitwise_and_(torch.iinfo(sizes.dtype).max).min()) + 1
+    bottom, top = (format_.emin + max(bound >> fraction, 1) - 1 for bound in (low, high))
+    return _Span(bottom - bits + 1, top + 1, zeros)
+
+
+def _magnitude(spans: Sequence[_Span], weights: Weights) -> Fraction:
+    """A bound above sum(w * |x|), for every element."""
+    pairs = zip(spans, weights.integers, strict=False)
+    used = [(span, weight) for span, weight in pairs if weight and span.high > -(1 << 16)]
+    return sum((weight * Fraction(2) ** span.high for span, weight in used), Fraction(0))
+
+
+def _factor(weight: int, weights: Weights) -> float:
+    """A weight as a float; weights beyond float64's range are scaled, all by the same power."""
+    return float(Fraction(weight, 1 << max(weights.total.bit_length() - 900, 0)))
+
+
+class _Plain:
+    """A sum in float64 of inputs of at most 24 significand bits."""
+
+    def __init__(self, flat: Tensor, weight: int, weights: Weights, buffers: _Buffers) -> None:
+        self.weights = weights
+        self.divisor = _factor(weights.total, weights)
+        self.buffers = buffers
+        self.total = buffers("total", flat).copy_(flat)
+        if weight != 1:
+            self.total.mul_(_factor(weight, self.weights))
+
+    def add(self, flat: Tensor, weight: int) -> None:
+        # Converted here: adding another dtype would make a fresh tensor to convert into.
+        wide = self.buffers("wide", flat).copy_(flat)
+        self.total.add_(wide, alpha=_factor(weight, self.weights))
+
+    def approximate(self) -> Tensor:
+        return torch.div(self.total, self.divisor, out=self.buffers("mean", self.total))
+
+    def widened(self, spans: Sequence[_Span]) -> _Wide:
+        """The same sum for float64 inputs to come; rounding errors so far make it loose."""
+        wide = _Wide(self.total, 1, self.weights)
+        wide.loose = not self._exact(spans)
+        return wide
+
+    def rounded(self, target: _Float, spans: Sequence[_Span]) -> tuple[Tensor, Tensor | None]:
+        """The mean as float64 values of the target format, and which of them are in doubt."""
+        quotient = self.approximate()
+        if not self._exact(spans):
+            # In units of the mean: the rounding of products, additions, divisor and division.
+            terms = len(self.weights) + 5
+            bound = _magnitude(spans, self.weights) / self.weights.total * terms / (1 << 52)
+            return _snap_bounded(quotient, target, float(bound))
+        if target.bits == 53:
+            return quotient, None  # an exact sum, and one division that rounds right
+        # Rounding to zero forgets the sign: look whether any element can.
+        least = min(span.low for span in spans) - self.weights.total.bit_length()
+        signs = any(span.zeros for span in spans) or least < target.emin - target.bits
+        mean, unit = _snap(quotient, target, self.buffers, signs=signs)
+        if self.weights.total & (self.weights.total - 1):
+            # The division rounds: that matters where it lands on a midpoint.
+            aside = torch.sub(quotient, mean, out=self.buffers("aside", mean)).abs_()
+            places = (aside == unit.mul_(0.5)).nonzero().flatten()
+            rest = self.total[places] - quotient[places] * self.divisor
+            _resolve_midpoints(mean, places, quotient[places], unit[places], rest)
+        return mean, None
+
+    def _exact(self, spans: Sequence[_Span]) -> bool:
+        """Whether no partial sum needed more than 53 bits, from the exponents of the inputs."""
+        low = min(span.low for span in spans)
+        return self.weights.small and _magnitude(spans, self.weights) <= Fraction(2) ** (53 + low)
+
+
+class _Wide:
+    """A double-double sum of float64 inputs, which knows where it is exact."""
+
+    def __init__(self, flat: Tensor, weight: int, weights: Weights) -> None:
+        self.weights = weights
+        self.divisor = _factor(weights.total, weights)
+        self.loose = not weights.small
+        self.high = flat.to(torch.float64, copy=True)
+        self.low = torch.zeros_like(self.high)
+        self.inexact = torch.zeros_like(self.high, dtype=torch.bool)
+        if weight != 1:
+            self.high, self.low = _two_product(self.high, _factor(weight, self.weights))
+
+    def add(self, flat: Tensor, weight: int) -> None:
+        term, error = flat.double(), None
+        if weight != 1:
+            term, error = _two_product(term, _factor(weight, self.weights))
+        self.high, carry = _two_sum(self.high, term)
+        for part in (carry, error):
+            if part is not None:
+                self.low, lost = _two_sum(self.low, part)
+                self.inexact |= lost != 0
+
+    def approximate(self) -> Tensor:
+        return self.high / self.divisor
+
+    def rounded(self, target: _Float, spans: Sequence[_Span]) -> tuple[Tensor, Tensor]:
+        high, low = _two_sum(self.high, self.low)
+        high = high.where(high != 0, self.high + self.low.where(self.low != 0, self.high))
+        quotient = high / self.divisor
+        magnitude = _magnitude(spans, self.weights) / self.weights.total
+        # Products of numbers as small as this lose their last bits to underflow.
+        tiny = max(self.weights.integers) > 1 and any(span.low < -900 for span in spans)
+        if self.loose or tiny:
+            # One of the products, the divisor or an earlier plain sum was rounded.
+            bound = magnitude * (len(self.weights) + 8) / (1 << 50)
+            if target.bits < 53:
+                return _snap_bounded(quotient, target, _capped(bound))
+            return quotient, torch.ones_like(self.inexact)
+        if target.bits < 53:
+            mean, unit = _snap(quotient, target)
+            aside = ((quotient - mean).abs() - unit / 2).abs()
+            edge = aside <= quotient.abs() * 2.0**-50
+            places = edge.nonzero().flatten()
+            start, half = mean[places], unit[places] / 2
+            middle = start + torch.where(quotient[places] >= start, half, -half)
+            rest = (high[places] - middle * self.divisor) + low[places]
+            _resolve_midpoints(mean, places, middle, half, rest)
+        else:
+            product, error = _two_product(quotient, self.divisor)
+            rest = (((high - product) - error) + low) / self.divisor
+            mean, beyond = _two_sum(quotient, rest)
+            mean = mean.where(mean != 0, quotient)  # keeps the sign of zero
+            edge = _near_edge(mean, beyond)
+            if self.weights.total & (self.weights.total - 1) == 0:
+                edge &= self.inexact  # an exact division: the one rounding above is right
+        # Where the double-double sum rounded, its error may reach as far as this.
+        slack = _capped(magnitude * len(self.weights) ** 2 / (1 << 98))
+        reach = slack * 2.0 ** (44 if target.bits == 53 else 60)
+        doubtful = edge & self.inexact if target.bits < 53 else edge
+        doubtful |= self.inexact & (_unit(mean, target) <= reach)
+        # Splitting overflows near the end of float64's range, and products underflow at its start.
+        size = quotient.abs()
+        doubtful |= ~mean.isfinite() | (size > 2.0**960)
+        doubtful |= (size < 2.0**-860) & ((self.high != 0) | self.inexact)
+        return mean, doubtful
+
+
+def _capped(bound: Fraction) -> float:
+    """A bound as a float with room for some doublings."""
+    return float(bound) if bound < 1 << 900 else 2.0**900
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A + b, rounded, and its rounding error, exactly (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _two_product(a: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    """A * b, rounded, and its rounding error, exactly (Dekker), short of over- and underflow."""
+    product = a * b
+    big = a * 134217729.0
+    a1 = big - (big - a)
+    a2 = a - a1
+    bigger = b * 134217729.0
+    b1 = bigger - (bigger - b)
+    b2 = b - b1
+    return product, a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)
+
+
+def _unit(values: Tensor, target: _Float, out: Tensor | None = None) -> Tensor:
+    """The distance between neighbours of the target format, around each value."""
+    unit = torch.empty_like(values) if out is None else out
+    torch.bitwise_and(values.view(torch.int64), _EXPONENT, out=unit.view(torch.int64))
+    return unit.clamp_(min=2.0**target.emin).mul_(2.0 ** (1 - target.bits))
+
+
+def _snap(
+    values: Tensor, target: _Float, buffers: _Buffers | None = None, *, signs: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Each value rounded to the target format (of fewer than 53 bits), and its unit there.
+
+    Adding and subtracting 1.5 * 2**52 units rounds to whole units, ties to even. `signs` keeps the
+    sign of what is rounded to zero.
+    """
+    buffers = buffers or _Buffers()
+    unit = _unit(values, target, buffers("unit", values))
+    big = torch.mul(unit, 1.5 * 2.0**52, out=buffers("big", values))
+    mean = torch.add(values, big, out=buffers("snapped", values)).sub_(big)
+    return (mean.copysign_(values) if signs else mean), unit
+
+
+def _snap_bounded(values: Tensor, target: _Float, bound: float) -> tuple[Tensor, Tensor]:
+    """Values known to within `bound`, rounded, and those that might have rounded otherwise."""
+    if target.bits == 53:
+        return values, torch.ones_like(values, dtype=torch.bool)
+    mean, unit = _snap(values, target)
+    aside = (values - mean).abs_().sub_(unit / 2).abs_()
+    return mean, (aside <= bound) | (unit <= 8 * bound) | ~mean.isfinite()
+
+
+def _resolve_midpoints(
+    mean: Tensor, places: Tensor, middle: Tensor, half: Tensor, rest: Tensor
+) -> None:
+    """Rounds again, in place, where a quotient came out at the middle of two neighbours.
+
+    Rounding twice goes wrong only there. The sign of `rest`, the exact remainder of dividing to
+    `middle` (a midpoint times the divisor fits 53 bits), says to which side the quotient belongs.
+    """
+    if len(places):
+        lower = torch.where(rest < 0, middle - half, mean[places])
+        mean[places] = torch.where(rest > 0, middle + half, lower)
+
+
+def _near_edge(mean: Tensor, beyond: Tensor) -> Tensor:
+    """Where the remainder of a float64 is about half a unit, so that it might round either way."""
+    unit = _unit(mean, _FLOATS[torch.float64])
+    half = (beyond.abs() - unit / 2).abs() <= unit * 2.0**-40
+    # Below a power of two the units are half as wide.
+    power = mean.view(torch.int64).bitwise_and((1 << 52) - 1) == 0
+    return half | (power & ((beyond.abs() - unit / 4).abs() <= unit * 2.0**-40))

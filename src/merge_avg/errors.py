@@ -1,0 +1,34 @@
+"""The one exception that the library raises for what a user can cause."""
+
+from __future__ import annotations
+
+import os
+
+
+class MergeError(ValueError):
+    """A checkpoint, or a set of them, that cannot be averaged as asked.
+
+    Attributes:
+        what: one sentence that says what is wrong.
+        where: the file that it is wrong with, if there is one.
+        hint: the next step to take, if there is one.
+    """
+
+    def __init__(
+        self, what: str, *, where: str | os.PathLike[str] | None = None, hint: str | None = None
+    ) -> None:
+        self.what = what
+        self.where = os.fspath(where) if where is not None else None
+        self.hint = hint
+        super().__init__(what if self.where is None else f"{self.where}: {what}")
+
+
+class UsageError(MergeError):
+    """Options that contradict themselves or the number of inputs, whatever the files hold."""
+
+
+def named(names: list[str], limit: int = 1) -> str:
+    """The first of several names, quoted, with the count of the rest."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    rest = len(names) - limit
+    return shown if rest <= 0 else f"{shown} and {rest:,} more"

@@ -1,0 +1,132 @@
+"""safetensors files: a JSON header with byte ranges, then the bytes.
+
+Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from merge_avg.dtypes import BY_SAFETENSORS, DType
+from merge_avg.errors import MergeError
+from merge_avg.layout import Layout, Storage, TensorInfo, row_major
+from merge_avg.skeleton import Place, Skeleton
+
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether a file that starts so can be meant as safetensors."""
+    return len(head) > 8 and head[8:9] == b"{" and _length(head) <= _LARGEST_HEADER
+
+
+def _length(head: bytes) -> int:
+    return int.from_bytes(head[:8], "little")
+
+
+def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
+    """The layout of a safetensors file.
+
+    Raises:
+        MergeError: the header is damaged, or the ranges leave holes, overlap or end elsewhere.
+    """
+    length = _length(file.read(8))
+    base = 8 + length
+    if base > nbytes:
+        raise _cut_short(path, base, nbytes)
+    header = _header(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MergeError("the header's __metadata__ is no table of texts", where=path)
+    tensors = [_tensor(path, name, entry, base) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.nbytes))
+    end = base
+    for tensor in tensors:
+        if tensor.storage.offset != end:
+            where = "a hole before" if tensor.storage.offset > end else "an overlap at"
+            raise MergeError(f"there is {where} tensor {tensor.storage.name!r}", where=path)
+        end += tensor.storage.nbytes
+    if end > nbytes:
+        raise _cut_short(path, end, nbytes)
+    if end < nbytes:
+        raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor", where=path)
+    return Layout(path, "safetensors", nbytes, tuple(tensors), metadata=tuple(metadata.items()))
+
+
+def _cut_short(path: Path, expected: int, found: int) -> MergeError:
+    what = f"it is cut short: {found:,} bytes, expected {expected:,}"
+    return MergeError(what, where=path, hint="fetch or save the file again")
+
+
+def _header(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key appears twice")
+        return table
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is no table")
+    except (ValueError, RecursionError) as error:
+        raise MergeError(f"the safetensors header is damaged ({error})", where=path) from None
+    return header
+
+
+def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str() as code, "shape": [*shape], "data_offsets": [int() as a, int() as b]}:
+            pass
+        case _:
+            raise MergeError(f"tensor {name!r} is described in an unknown way", where=path)
+    dtype = BY_SAFETENSORS.get(code)
+    if dtype is None:
+        raise MergeError(f"tensor {name!r} is of the unknown dtype {code}", where=path)
+    if any(type(extent) is not int or extent < 0 for extent in shape) or not 0 <= a <= b:
+        raise MergeError(f"tensor {name!r} has an impossible shape or range", where=path)
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.name.startswith("float4"):
+        size = math.prod(shape) // 2
+    if b - a != size:
+        found = f"{b - a:,} bytes, expected {size:,} for its shape and dtype"
+        raise MergeError(f"tensor {name!r} has {found}", where=path)
+    trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
+    storage = Storage(name, base + a, size)
+    extents = tuple(shape)
+    return TensorInfo((name,), dtype, extents, row_major(extents), 0, storage, trouble)
+
+
+def fresh(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> Skeleton:
+    """The skeleton of a safetensors file.
+
+    Args:
+        tensors: name, dtype and shape of each, in the order of their bytes.
+        metadata: texts for `__metadata__`; "format": "pt" is added, as transformers asks for it.
+
+    Raises:
+        MergeError: the format has no code for a dtype.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    places: dict[str, Place] = {}
+    at = 0
+    for name, dtype, shape in tensors:
+        if dtype.safetensors is None:
+            hint = "write a .pt file, which can"
+            raise MergeError(f"safetensors cannot hold {name!r}: {dtype.name}", hint=hint)
+        end = at + math.prod(shape) * dtype.itemsize
+        places[name] = Place(at, end - at)
+        entry = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, end]}
+        header[name] = entry
+        at = end
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    base = 8 + len(raw)
+    moved = {name: Place(base + place.offset, place.nbytes) for name, place in places.items()}
+    return Skeleton(base + at, ((0, len(raw).to_bytes(8, "little") + raw),), moved)

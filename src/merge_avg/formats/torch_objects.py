@@ -1,0 +1,211 @@
+"""What torch's pickles mean: storages, tensors, and the object tree that holds them.
+
+The names are those of torch/_utils.py, torch/_tensor.py and torch/storage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from merge_avg.dtypes import BY_NAME, BY_STORAGE, DType
+from merge_avg.errors import MergeError
+from merge_avg.formats.inert import Global, InertDict, Instance, Loaded, PickleError, Value, load
+from merge_avg.layout import ClassSpan, Storage, TensorInfo, TreePath, dotted
+
+_DEEPEST = 200
+_NOWHERE = Storage("", 0, 0)
+_UNKNOWN = DType("unknown", 1, "code")
+
+# Functions that rebuild tensors whose bytes are not plain numbers, and what these are called.
+_UNUSUAL = {
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_sparse_csr_tensor": "a sparse tensor",
+    "_rebuild_qtensor": "a quantised tensor",
+    "_rebuild_nested_tensor": "a nested tensor",
+    "_rebuild_meta_tensor_no_storage": "a meta tensor, which has no data",
+    "_rebuild_wrapper_subclass": "a tensor subclass without a storage of its own",
+    "_rebuild_device_tensor_from_numpy": "a tensor of a device without storages",
+    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device without storages",
+}
+
+
+@dataclass(eq=False, slots=True)
+class _Stored:
+    """A storage as a pickle names it; no dtype for an untyped one, whose size is in bytes."""
+
+    dtype: DType | None
+    storage: Storage
+
+
+@dataclass(eq=False, slots=True)
+class _Tensor:
+    """A tensor in the object tree; its path is known only when the tree is complete."""
+
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The tensors of a pickle by their path, the top-level keys without tensors, the class spans.
+
+    `kind` says what the root is: "a dict", "a list", "a tensor", or "an object of CLASS".
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    others: tuple[str, ...]
+    kind: str
+    classes: tuple[ClassSpan, ...]
+    loaded: Loaded
+
+
+@dataclass
+class _Reader:
+    find: Callable[[str, int], Storage]
+    classes: list[ClassSpan] = field(default_factory=list)
+
+    def persistent(self, pid: Value) -> _Stored:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise PickleError("the pickle refers to something that is no storage")
+        cls, key, numel = pid[1], pid[2], pid[4]
+        if not isinstance(cls, Global) or not isinstance(numel, int) or numel < 0:
+            raise PickleError("the pickle describes a storage in an unknown way")
+        dtype = None
+        if cls.name != "UntypedStorage":
+            dtype = BY_STORAGE.get(cls.name)
+            if dtype is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
+                raise PickleError(f"storage {key!r} is of the unknown class {cls}")
+        storage = self.find(str(key), numel * (dtype.itemsize if dtype else 1))
+        self.classes.append(
+            ClassSpan(cls.start, cls.stop, f"{cls.module}\n{cls.name}", storage.name)
+        )
+        return _Stored(dtype, storage)
+
+    def call(self, function: Global, args: tuple[Value, ...]) -> Value | None:
+        if function.module == "collections":
+            if function.name == "OrderedDict":
+                return InertDict(*args[:1])
+            if function.name == "defaultdict":
+                return InertDict()
+        if function.module not in ("torch._utils", "torch._tensor"):
+            return None
+        if function.name in _UNUSUAL:
+            return _Tensor(TensorInfo((), _UNKNOWN, (), (), 0, _NOWHERE, _UNUSUAL[function.name]))
+        match function.name, args:
+            case "_rebuild_tensor", (stored, start, shape, stride, *_):
+                return _tensor(stored, start, shape, stride, None, None)
+            case "_rebuild_tensor_v2", (stored, start, shape, stride, _, _, *more):
+                return _tensor(stored, start, shape, stride, None, more[0] if more else None)
+            case "_rebuild_tensor_v3", (stored, start, shape, stride, _, _, dtype, *more):
+                return _tensor(stored, start, shape, stride, dtype, more[0] if more else None)
+            case "_rebuild_parameter" | "_rebuild_parameter_with_state", (_Tensor() as data, *_):
+                return data
+            case "_rebuild_from_type_v2", (Global() as inner, _, tuple() as inner_args, *_):
+                return self.call(inner, inner_args)
+        return None
+
+
+def _tensor(
+    stored: Value, start: Value, shape: Value, stride: Value, dtype: Value, metadata: Value
+) -> _Tensor:
+    if not isinstance(stored, _Stored):
+        raise PickleError("a tensor is rebuilt from something that is no storage")
+    element = stored.dtype
+    if dtype is not None:
+        element = BY_NAME.get(dtype.name) if isinstance(dtype, Global) else None
+    if element is None:
+        raise PickleError(f"storage {stored.storage.name!r} holds the unknown dtype {dtype}")
+    numbers = (start, *shape, *stride)
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
+        raise PickleError(f"a tensor on storage {stored.storage.name!r} has impossible strides")
+    bits = metadata if isinstance(metadata, dict) else {}
+    flipped = [bit for bit in ("conj", "neg") if bits.get(bit)]
+    trouble = f"a lazy view (its {flipped[0]} bit is set)" if flipped else None
+    if element.kind == "code":
+        trouble = f"a tensor of {element.name} codes"
+    return _Tensor(
+        TensorInfo((), element, tuple(shape), tuple(stride), start, stored.storage, trouble)
+    )
+
+
+def read_objects(data: bytes, find: Callable[[str, int], Storage]) -> Objects:
+    """Reads torch's pickle without running it.
+
+    Args:
+        data: the pickle.
+        find: returns the storage of a key that holds a number of bytes, or raises MergeError.
+
+    Raises:
+        MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
+    """
+    reader = _Reader(find)
+    loaded = load(data, persistent=reader.persistent, call=reader.call)
+    infos = []
+    for path, tensor in _walk(loaded.value, budget=1_000_000 + len(data)):
+        info = replace(tensor.info, path=path)
+        if not info.trouble and info.stop * info.dtype.itemsize > info.storage.nbytes:
+            name = dotted(path)
+            raise MergeError(f"tensor {name!r} reaches outside its storage {info.storage.name!r}")
+        infos.append(info)
+    root = loaded.value
+    with_tensors = {info.path[0] for info in infos if info.path}
+    others: tuple[str, ...] = ()
+    if isinstance(root, dict):
+        others = tuple(str(key) for key in root if _key(key) not in with_tensors)
+    return Objects(tuple(infos), others, _kind(root), tuple(reader.classes), loaded)
+
+
+def _kind(root: Value) -> str:
+    match root:
+        case _Tensor():
+            return "a tensor"
+        case dict():
+            return "a dict"
+        case list() | tuple():
+            return "a list"
+        case Instance():
+            return f"an object of {root.function}"
+    return f"a {type(root).__name__}"
+
+
+def _walk(root: Value, budget: int) -> Iterator[tuple[TreePath, _Tensor]]:
+    """Every tensor below `root` with its path, in order; objects count with their state."""
+    if isinstance(root, _Tensor):
+        yield (), root
+        return
+    above: set[int] = {id(root)}
+    levels: list[tuple[TreePath, int, Iterator[tuple[str | int, Value]]]]
+    levels = [((), id(root), _children(root))]
+    while levels:
+        path, owner, children = levels[-1]
+        for key, child in children:
+            budget -= 1
+            if budget < 0:
+                raise PickleError("its objects refer to each other too often to be a checkpoint")
+            if isinstance(child, _Tensor):
+                yield (*path, key), child
+            elif isinstance(child, dict | list | tuple | Instance) and id(child) not in above:
+                if len(levels) == _DEEPEST:
+                    raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
+                above.add(id(child))
+                levels.append(((*path, key), id(child), _children(child)))
+                break
+        else:
+            levels.pop()
+            above.discard(owner)
+
+
+def _key(key: Value) -> str | int:
+    return key if isinstance(key, str | int) else str(key)
+
+
+def _children(value: Value) -> Iterator[tuple[str | int, Value]]:
+    if isinstance(value, dict):
+        yield from ((_key(key), child) for key, child in value.items())
+    elif isinstance(value, Instance):
+        for part in (value.state, value.args, value.items):
+            if isinstance(part, dict | list | tuple | Instance):
+                yield from _children(part)
+        yield from ((_key(key), child) for key, child in value.pairs)
+    elif isinstance(value, list | tuple):
+        yield from enumerate(value)

@@ -1,0 +1,250 @@
+"""Skeletons of zip checkpoints, laid out as torch.save does it.
+
+Local header, the name, padding so that the data starts at a multiple of 64, the data, and a data
+descriptor that holds the CRC-32. Source: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_avg.dtypes import DType
+from merge_avg.errors import MergeError
+from merge_avg.layout import Archive, Layout, Storage
+from merge_avg.skeleton import Literal, Place, Skeleton
+
+_ALIGNMENT = 64
+_FLAGS = 0x0808  # sizes and CRC-32 in a data descriptor; names in UTF-8
+_LIMIT = 0xFFFFFFFF
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR = struct.Struct("<4sIQI")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record to be: its bytes where they are known, else how many there will be."""
+
+    name: str
+    nbytes: int
+    content: bytes | None = None
+    copied: Storage | None = None
+
+
+def rebuilt(layout: Layout, converted: Mapping[Storage, DType], averaged: set[str]) -> Skeleton:
+    """The skeleton of a copy of a zip checkpoint whose averaged records are to be filled.
+
+    Args:
+        layout: the checkpoint that is copied.
+        converted: storages that get another dtype.
+        averaged: the names of the records that hold weights.
+
+    Raises:
+        MergeError: a converted storage's dtype is not part of its class in the pickle.
+    """
+    archive = layout.archive
+    if archive is None:
+        raise ValueError("only a zip checkpoint can be rebuilt")
+    sizes = {}
+    dtypes = {info.storage.name: info.dtype for info in layout.tensors}
+    for storage, dtype in converted.items():
+        sizes[storage.name] = storage.nbytes // dtypes[storage.name].itemsize * dtype.itemsize
+    pickle = archive.pickle
+    if converted:
+        names = {storage.name: dtype for storage, dtype in converted.items()}
+        pickle = _with_classes(layout, archive, names)
+    entries = []
+    for record in archive.records:
+        if record.name == archive.pickle_name:
+            entries.append(Entry(record.name, len(pickle), pickle))
+        elif record.name in averaged:
+            entries.append(Entry(record.name, sizes.get(record.name, record.nbytes)))
+        else:
+            entries.append(Entry(record.name, record.nbytes, copied=record))
+    return _skeleton(entries)
+
+
+@dataclass(frozen=True)
+class FreshTensor:
+    """A tensor of a new state dict: a view of one of its storages, in elements."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    storage: str
+
+
+def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int]) -> Skeleton:
+    """The skeleton of a checkpoint that is a bare state dict.
+
+    Args:
+        tensors: its entries, in order.
+        storages: the size of each storage in bytes; they become data/0, data/1, ...
+    """
+    numbers = {name: str(number) for number, name in enumerate(storages)}
+    pickle = _pickled(tensors, numbers, storages)
+    entries = [
+        Entry("archive/data.pkl", len(pickle), pickle),
+        Entry("archive/.format_version", 1, b"1"),
+        Entry("archive/.storage_alignment", 2, b"64"),
+        Entry("archive/byteorder", 6, b"little"),
+        *(Entry(f"archive/data/{numbers[name]}", size) for name, size in storages.items()),
+        Entry("archive/version", 2, b"3\n"),
+    ]
+    skeleton = _skeleton(entries)
+    places = {name: skeleton.places[f"archive/data/{numbers[name]}"] for name in storages}
+
+    def close(crcs: Mapping[str, int]) -> tuple[Literal, ...]:
+        return skeleton.close({f"archive/data/{numbers[name]}": crc for name, crc in crcs.items()})
+
+    return Skeleton(skeleton.nbytes, skeleton.literals, places, checked=True, close=close)
+
+
+def _skeleton(entries: Sequence[Entry]) -> Skeleton:
+    literals: list[Literal] = []
+    places: dict[str, Place] = {}
+    copies: list[tuple[Storage, Place]] = []
+    headers: list[tuple[Entry, int, Place]] = []
+    at = 0
+    for entry in entries:
+        header = _local_header(entry, at)
+        literals.append((at, header))
+        place = Place(at + len(header), entry.nbytes)
+        headers.append((entry, at, place))
+        if entry.content is not None:
+            literals.append((place.offset, entry.content))
+        elif entry.copied is not None:
+            copies.append((entry.copied, place))
+        else:
+            places[entry.name] = place
+        at = place.offset + entry.nbytes + len(_descriptor(entry, at, 0))
+    known = {e.name: zlib.crc32(e.content) for e in entries if e.content is not None}
+
+    def close(crcs: Mapping[str, int]) -> tuple[Literal, ...]:
+        sums = {**known, **crcs}
+        ends = [
+            (place.offset + entry.nbytes, _descriptor(entry, start, sums[entry.name]))
+            for entry, start, place in headers
+        ]
+        return (*ends, (at, _directory(headers, sums, at)))
+
+    size = at + len(_directory(headers, dict.fromkeys([e.name for e in entries], 0), at))
+    return Skeleton(size, tuple(literals), places, tuple(copies), checked=True, close=close)
+
+
+def _is_big(entry: Entry, start: int) -> bool:
+    return entry.nbytes >= _LIMIT or start >= _LIMIT
+
+
+def _local_header(entry: Entry, start: int) -> bytes:
+    name = entry.name.encode()
+    wide = b""
+    if _is_big(entry, start):
+        wide = struct.pack("<HHQQ", 1, 16, entry.nbytes, entry.nbytes)
+    fixed = start + _LOCAL.size + len(name) + len(wide) + 4
+    padding = b"Z" * (-fixed % _ALIGNMENT)
+    extra = wide + struct.pack("<2sH", b"FB", len(padding)) + padding
+    sizes = (_LIMIT, _LIMIT) if wide else (0, 0)
+    head = (b"PK\x03\x04", 45 if wide else 0, _FLAGS, 0, 0, 0, 0, *sizes, len(name), len(extra))
+    return _LOCAL.pack(*head) + name + extra
+
+
+def _descriptor(entry: Entry, start: int, crc: int) -> bytes:
+    form = "<4sIQQ" if _is_big(entry, start) else "<4sIII"
+    return struct.pack(form, b"PK\x07\x08", crc, entry.nbytes, entry.nbytes)
+
+
+def _directory(
+    headers: Sequence[tuple[Entry, int, Place]], crcs: Mapping[str, int], start: int
+) -> bytes:
+    parts = []
+    for entry, offset, _ in headers:
+        name = entry.name.encode()
+        # What does not fit 32 bits stands in the ZIP64 extra field, in this order.
+        wide = [n for n in (entry.nbytes, entry.nbytes, offset) if n >= _LIMIT]
+        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        size, place = min(entry.nbytes, _LIMIT), min(offset, _LIMIT)
+        crc = crcs[entry.name]
+        fields = (0, 45 if wide else 0, _FLAGS, 0, 0, 0, crc, size, size, len(name), len(extra))
+        parts.append(_CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, place) + name + extra)
+    directory = b"".join(parts)
+    count, size = len(headers), len(directory)
+    end = b""
+    if count >= 0xFFFF or start >= _LIMIT or size >= _LIMIT:
+        end = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
+        end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+        count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
+    return directory + end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
+
+
+def _with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
+    """The pickle with the classes of some storages changed, and without frames.
+
+    Every class is spelled out where it was put on the stack, since a memo entry can serve storages
+    that change and storages that do not.
+    """
+    edits = [(at, at + 9, b"") for at in archive.frames]
+    for span in archive.classes:
+        cls = span.cls
+        if span.storage in changed:
+            storage = changed[span.storage].storage
+            if storage is None or cls.endswith("UntypedStorage"):
+                what = f"the dtype of record {span.storage!r} cannot be changed in a copy of it"
+                hint = "write a bare state dict with --state-dict, or a .safetensors file"
+                raise MergeError(what, where=layout.path, hint=hint)
+            cls = f"torch\n{storage}"
+        edits.append((span.start, span.stop, f"c{cls}\n".encode()))
+    parts = []
+    at = 0
+    for start, stop, new in sorted(edits):
+        parts += [archive.pickle[at:start], new]
+        at = stop
+    return b"".join([*parts, archive.pickle[at:]])
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def _int(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def _ints(values: Sequence[int]) -> bytes:
+    return b"(" + b"".join(map(_int, values)) + b"t"
+
+
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def _pickled(
+    tensors: Sequence[FreshTensor], numbers: Mapping[str, str], storages: Mapping[str, int]
+) -> bytes:
+    """A state dict as torch.save pickles it, in protocol 2."""
+    parts = [b"\x80\x02", _ORDERED_DICT, b"("]
+    for tensor in tensors:
+        size, typed = storages[tensor.storage], tensor.dtype.storage is not None
+        cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
+        count = size // tensor.dtype.itemsize if typed else size
+        parts += [
+            _text(tensor.name),
+            f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
+            b"(" + _text("storage") + cls.encode(),
+            _text(numbers[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
+            _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
+            b"\x89" + _ORDERED_DICT,
+            b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
+            b"tR",
+        ]
+    return b"".join([*parts, b"u."])

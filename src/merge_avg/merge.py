@@ -1,0 +1,226 @@
+"""Running a merge: open, stage, let workers fill the windows, check, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merge_avg.align import Missing
+from merge_avg.errors import MergeError
+from merge_avg.files import Reader
+from merge_avg.integers import IntPolicy
+from merge_avg.output import Output
+from merge_avg.plan import aligned_to_page, windows
+from merge_avg.prepare import Job, Options, prepare, window_limit, worker_count
+from merge_avg.scratch import Scratch
+from merge_avg.weights import Weight
+from merge_avg.work import Ledger, Worker, spread
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a merge did.
+
+    Attributes:
+        job: what was asked, and what was found.
+        nbytes: bytes read from the checkpoints.
+        seconds: wall time of reading, averaging and writing.
+        differing: integer tensors that differ between the checkpoints and were decided by the
+            policy.
+        nonfinite: tensors that hold NaN or infinity, where that was allowed.
+    """
+
+    job: Job
+    nbytes: int
+    seconds: float
+    differing: tuple[str, ...]
+    nonfinite: tuple[str, ...]
+
+
+def merge_checkpoints(
+    paths: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    weights: Sequence[Weight] | None = None,
+    dtype: str | None = None,
+    key: str | None = None,
+    missing: Missing = "error",
+    int_policy: IntPolicy = "error",
+    state_dict: bool = False,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Averages checkpoint files into a new one, in bounded memory.
+
+    The output is the first checkpoint, the template, with its weights replaced by their mean. Float
+    and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
+    not depend on the order of the checkpoints, nor on threads, memory or device.
+
+    Args:
+        paths: zip (.pt, .pth, .bin, .ckpt) or safetensors checkpoints of one architecture.
+        output: the file to write; the ending .safetensors asks for that format.
+        weights: one number a checkpoint, zero or above; by default all count the same.
+        dtype: of the averaged float tensors: float64, float32, float16 or bfloat16.
+        key: dotted path of the one state dict to average, such as "state_dict_ema".
+        missing: what becomes of tensors that not every checkpoint has: "error", "skip" (the
+            template's is kept) or "available" (averaged over those that have it).
+        int_policy: what becomes of integers that differ: "error" (but counters are the template's),
+            "template", "max" or "mean".
+        state_dict: write a bare state dict, without what the template has around it.
+        allow_nonfinite: average NaN and infinity too, as IEEE 754 says.
+        overwrite: replace the output if it exists.
+        device: where sums are kept: "cpu", "cuda" or "cuda:N".
+        max_memory: bytes that buffers may take.
+        progress: called with the number of bytes read since the last call, from any thread.
+
+    Raises:
+        MergeError: nothing was written; the message names the file and the tensor.
+        UsageError: the options do not fit each other.
+    """
+    options = Options(
+        weights=weights,
+        dtype=dtype,
+        key=key,
+        missing=missing,
+        int_policy=int_policy,
+        state_dict=state_dict,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        device=device,
+        max_memory=max_memory,
+    )
+    return run(prepare(paths, output, options), progress)
+
+
+def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
+    """Runs a prepared merge.
+
+    Raises:
+        MergeError: nothing at the output's path was created or changed.
+    """
+    started = time.perf_counter()
+    device = find_device(job.options.device)
+    ledger = Ledger(progress)
+    with contextlib.ExitStack() as stack:
+        readers = [_opened(stack, layout.path) for layout in job.layouts]
+        out = Output(job.output, job.skeleton, overwrite=job.options.overwrite)
+        stack.enter_context(out)
+        scratch = Scratch(out.path.parent)
+        stack.callback(scratch.close)
+        for staging in job.plan.stagings:
+            tied_in = job.layouts[staging.tied_in].path
+            scratch.stage(readers[staging.checkpoint], staging, tied_in)
+        maps = _maps(job, scratch)
+        stack.enter_context(_single_threaded_torch())
+
+        def worker() -> Worker:
+            limit = window_limit(job.options.max_memory)
+            return Worker(job, readers, out, scratch, maps, ledger, device, limit)
+
+        _in_parallel(job, worker)
+        for unit, targets in zip(job.plan.units, job.targets, strict=True):
+            if id(unit) in maps:
+                spread(out, unit, targets, maps[id(unit)])
+        for reader in readers:
+            reader.finish()
+        out.commit()
+    return Result(
+        job,
+        ledger.nbytes,
+        time.perf_counter() - started,
+        tuple(sorted(ledger.differing)),
+        tuple(sorted(ledger.nonfinite)),
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        MergeError: there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        hint = "use cpu, cuda, or cuda:N"
+        raise MergeError(f"there is no device {name!r}", hint=hint) from None
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" or (device.index or 0) >= count:
+        hint = f"CUDA devices found: {count}; use --device cpu"
+        raise MergeError(f"there is no device {name!r}", hint=hint)
+    return device
+
+
+def _opened(stack: contextlib.ExitStack, path: Path) -> Reader:
+    try:
+        reader = Reader(path)
+    except OSError as error:
+        raise MergeError(error.strerror or str(error), where=path) from None
+    stack.callback(reader.close)
+    return reader
+
+
+def _maps(job: Job, scratch: Scratch) -> dict[int, Tensor]:
+    """Scratch room for the results that the output holds in other strides, by unit."""
+    maps = {}
+    offset = job.plan.scratch
+    for unit, targets in zip(job.plan.units, job.targets, strict=True):
+        if any(target.view is not None for target in targets):
+            nbytes = len(unit) * unit.dtype.itemsize
+            maps[id(unit)] = scratch.map(offset, nbytes)
+            offset = aligned_to_page(offset + nbytes)
+    return maps
+
+
+@contextlib.contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """Torch's own threads cost more than they give on windows of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
+    """Runs all windows and copies on worker threads; the first error stops them all."""
+    placed = (u for u, targets in zip(job.plan.units, job.targets, strict=True) if targets)
+    work = windows(placed, window_limit(job.options.max_memory))
+    copies = iter(job.skeleton.copies)
+    lock, stop = threading.Lock(), threading.Event()
+
+    def loop() -> None:
+        worker = make_worker()
+        while not stop.is_set():
+            with lock:
+                window = next(work, None)
+                copy = None if window is not None else next(copies, None)
+            if window is not None:
+                worker.fill(window)
+            elif copy is not None:
+                worker.copy(*copy)
+            else:
+                return
+
+    with ThreadPoolExecutor(worker_count(), thread_name_prefix="merge-avg") as pool:
+        try:
+            running = [pool.submit(loop) for _ in range(worker_count())]
+            for future in wait(running, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        finally:
+            stop.set()

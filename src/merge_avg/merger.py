@@ -1,0 +1,229 @@
+"""Averaging models that are in memory.
+
+The class is named after, and used like, the AverageModelMerger of the package zetascale.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from merge_avg.average import RunningMean
+from merge_avg.errors import MergeError
+from merge_avg.integers import is_counter
+from merge_avg.weights import Weight, Weights
+
+_CHUNK = 1 << 17  # elements that are averaged at a time
+
+
+class AverageModelMerger:
+    """Averages the weights of models of one architecture.
+
+    Args:
+        models: the models; they are not changed.
+        weights: one number a model, zero or above; by default all count the same.
+        allow_nonfinite: average NaN and infinity too, as IEEE 754 says.
+
+    Raises:
+        TypeError: `models` is no list, or something in it is no nn.Module.
+        ValueError: the list is empty, or the weights do not fit it.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        weights: Sequence[Weight] | None = None,
+        *,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        if not isinstance(models, Sequence):
+            raise TypeError(f"models must be a list of nn.Module, not {type(models).__name__}")
+        for index, model in enumerate(models):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"models[{index}] is no nn.Module but {type(model).__name__}")
+        if not models:
+            raise ValueError("there are no models to average")
+        if weights is not None and len(weights) != len(models):
+            raise ValueError(f"{len(weights)} weights for {len(models)} models")
+        self.models = models
+        self._weights = Weights.uniform(len(models)) if weights is None else Weights.of(weights)
+        self._allow_nonfinite = allow_nonfinite
+
+    def merge_models(self) -> nn.Module:
+        """A new model, of the first one's type and structure, whose weights are the mean.
+
+        Parameters and persistent buffers of float and complex dtype become the exact weighted mean,
+        rounded once. Integer and bool buffers have to be equal, but counters
+        (num_batches_tracked) are the first model's, as is all the rest. Memory: one more model.
+
+        Raises:
+            ValueError: the models differ in structure (the message names the first difference), or
+                hold NaN or infinity.
+        """
+        states = [_state(model) for model in self.models]
+        for index, state in enumerate(states[1:], start=1):
+            _compare(states[0], state, index)
+        merged = self._copy_model_structure(self.models[0])
+        done: set[object] = set()
+        with torch.no_grad():
+            for name, target in _state(merged).items():
+                tensors = [state[name] for state in states]
+                if _place(target) not in done:
+                    self._merge(name, tensors, target)
+                    done.add(_place(target))
+            _refresh_derived(merged)
+        return merged
+
+    @staticmethod
+    def _copy_model_structure(model: nn.Module) -> nn.Module:
+        """A copy of a model that shares no tensor with it; ties between its tensors are kept."""
+        memo: dict[int, object] = {}
+        storages: dict[int, Tensor] = {}
+        for tensor in _tensors(model):
+            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_meta:
+                continue  # left to the subclass's own way of copying
+            if tensor.layout != torch.strided:
+                continue
+            memo[id(tensor)] = _copied(tensor, storages)
+        return copy.deepcopy(model, memo)
+
+    def _merge(self, name: str, tensors: list[Tensor], target: Tensor) -> None:
+        first = tensors[0]
+        if not (first.is_floating_point() or first.is_complex()):
+            for index, other in enumerate(tensors[1:], start=1):
+                counts = is_counter(name, first.dim(), is_bool=first.dtype == torch.bool)
+                if not counts and not torch.equal(other.to(first.device), first):
+                    what = f"buffer {name!r} ({first.dtype}) of models[{index}] is not models[0]'s"
+                    raise MergeError(what)
+            return
+        flats = [_flat(tensor, like=first) for tensor in tensors]
+        mean = RunningMean(self._weights, first.dtype, target.device)
+        dense = _is_dense(target) and target.stride() == first.stride()
+        out = _flat(target, like=first) if dense else torch.empty_like(flats[0])
+        for start in range(0, first.numel(), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            for index, flat in enumerate(flats):
+                mean.update(flat[part])
+                if not mean.finite and not self._allow_nonfinite:
+                    raise MergeError(f"{name!r} of models[{index}] holds NaN or infinity")
+            out[part] = mean.result(_revisiting(flats, part))
+        if not dense:
+            target.copy_(out.view(target.shape))
+
+
+def _revisiting(flats: Sequence[Tensor], part: slice) -> Callable[[int], Tensor]:
+    return lambda index: flats[index][part]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, ties under each of their names."""
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set  # noqa: SLF001
+    }
+    state = dict(model.named_parameters(remove_duplicate=False))
+    buffers = model.named_buffers(remove_duplicate=False)
+    return state | {name: buffer for name, buffer in buffers if name not in transient}
+
+
+def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], index: int) -> None:
+    """Raises for the first difference in structure."""
+    for name in (*ours, *theirs):
+        if name not in ours or name not in theirs:
+            whose = "models[0]" if name in ours else f"models[{index}]"
+            raise MergeError(f"only {whose} has {name!r}")
+    for name, tensor in ours.items():
+        other = theirs[name]
+        properties = ("shape", tensor.shape, other.shape), ("dtype", tensor.dtype, other.dtype)
+        for what, one, two in properties:
+            if one != two:
+                where = f"{_plain(one)} in models[0], {_plain(two)} in models[{index}]"
+                raise MergeError(f"{name!r} has the {what} {where}")
+        if tensor.is_meta or other.is_meta or tensor.layout != torch.strided:
+            raise MergeError(f"{name!r} has no plain data (it is on {tensor.device})")
+    for a, b in sorted(_ties(ours) ^ _ties(theirs)):
+        for state, here, there in ((ours, 0, index), (theirs, index, 0)):
+            if not torch.equal(state[a], state[b]):
+                what = f"{a!r} and {b!r} are tied in models[{there}], but differ in models[{here}]"
+                raise MergeError(what)
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _ties(state: dict[str, Tensor]) -> set[tuple[str, str]]:
+    firsts: dict[object, str] = {}
+    ties = set()
+    for name, tensor in state.items():
+        if tensor.numel() and tensor.layout == torch.strided:
+            first = firsts.setdefault(_place(tensor), name)
+            if first != name:
+                ties.add((first, name))
+    return ties
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a model's modules hold, also as plain attributes (torch.nn.utils hooks)."""
+    for module in model.modules():
+        yield from (p for p in module._parameters.values() if p is not None)  # noqa: SLF001
+        yield from (b for b in module._buffers.values() if b is not None)  # noqa: SLF001
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def _copied(tensor: Tensor, storages: dict[int, Tensor]) -> Tensor:
+    """A copy whose storage is shared with the copies of all that share the original's storage."""
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in storages:
+        fresh = torch.empty(len(storage), dtype=torch.uint8, device=tensor.device)
+        fresh.untyped_storage().copy_(storage)
+        storages[storage.data_ptr()] = fresh
+    raw = storages[storage.data_ptr()].untyped_storage()
+    new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    new.set_(raw, tensor.storage_offset(), tensor.shape, tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    elif isinstance(tensor, nn.Buffer):
+        new = nn.Buffer(new, persistent=tensor.persistent)
+    return new
+
+
+def _refresh_derived(model: nn.Module) -> None:
+    """Computes anew what the hooks of torch.nn.utils.weight_norm and spectral_norm derive."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001
+            if isinstance(hook, WeightNorm):
+                setattr(module, hook.name, hook.compute_weight(module))
+            elif isinstance(hook, SpectralNorm):
+                weight = hook.compute_weight(module, do_power_iteration=False)
+                setattr(module, hook.name, weight)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill a run of its storage, in whatever order."""
+    expected = 1
+    for step, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent != 1:
+            if step != expected:
+                return False
+            expected *= extent
+    return True
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor as a vector, in the order of memory where all of them have that order."""
+    tensor = tensor.detach()
+    if _is_dense(tensor) and _is_dense(like) and tensor.stride() == like.stride():
+        return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return tensor.reshape(-1)
+
+
+def _place(tensor: Tensor) -> object:
+    """What tensors that are tied have in common."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -1,0 +1,385 @@
+"""What will be averaged, cut into units and windows. A value: nothing is read or written here.
+
+The unit of work is a run of elements of one of the template's storages that its weights cover. So
+tensors that share memory, view slices of a larger buffer or have odd strides are averaged once,
+in the order of memory, and whatever views them sees the mean. A checkpoint whose tensors lie
+otherwise (other strides, or apart where the template's are tied) is first copied into the
+template's geometry, in a scratch file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from merge_avg.align import Aligned
+from merge_avg.dtypes import BY_NAME, DType
+from merge_avg.errors import MergeError, named
+from merge_avg.layout import Layout, Storage, TensorInfo, row_major
+from merge_avg.roles import Name
+
+Kind = Literal["mean", "equal", "keep"]
+_PAGE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a unit's elements lie in one checkpoint.
+
+    Attributes:
+        checkpoint: its index.
+        dtype: of the elements.
+        storage: what they are part of; None where they lie in the scratch file.
+        offset: of the first element, in bytes, in the checkpoint or the scratch file.
+    """
+
+    checkpoint: int
+    dtype: DType
+    storage: Storage | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A run of elements of a template's storage, averaged as one.
+
+    Attributes:
+        kind: "mean" for float and complex; "equal" for integers and bools, which should agree;
+            "keep" for what stays the template's, because other checkpoints lack it or because no
+            weight covers it.
+        start, stop: its elements in the storage.
+        dtype: of the result.
+        members: the template's tensors in it, by name.
+        sources: one for each checkpoint that takes part.
+    """
+
+    kind: Kind
+    storage: Storage
+    start: int
+    stop: int
+    dtype: DType
+    members: tuple[tuple[Name, TensorInfo], ...]
+    sources: tuple[Source, ...]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Tensors of a checkpoint to copy into another geometry, in the scratch file.
+
+    Where two of them go to the same elements they have to agree: `tied_in` ties them.
+
+    Attributes:
+        pairs: a tensor as the checkpoint has it, and where it goes: a view of the elements at
+            `offset` (its `start` counts from there).
+        offset, nbytes: the place in the scratch file.
+        tied_in: the index of a checkpoint that has all of `pairs` in one storage.
+    """
+
+    checkpoint: int
+    pairs: tuple[tuple[Name, TensorInfo, TensorInfo], ...]
+    offset: int
+    nbytes: int
+    tied_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a unit, counted from the unit's start."""
+
+    unit: Unit
+    start: int
+    stop: int
+
+
+Window = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of one merge.
+
+    Attributes:
+        layouts: the checkpoints; the first is the template.
+        aligned: the weights by the template's names.
+        units: in the template's order.
+        stagings: copies to make before, in scratch places that end at `scratch`.
+        warnings: what may make the mean meaningless.
+    """
+
+    layouts: tuple[Layout, ...]
+    aligned: Aligned
+    units: tuple[Unit, ...]
+    stagings: tuple[Staging, ...]
+    scratch: int
+    warnings: tuple[str, ...]
+    dtype: str | None = None
+
+    def result(self, info: TensorInfo) -> DType:
+        """The dtype that a tensor of the template gets."""
+        return BY_NAME[self.dtype] if self.dtype and info.dtype.kind == "float" else info.dtype
+
+    def converted(self) -> dict[Storage, DType]:
+        """The template's storages whose elements get another dtype, and which."""
+        infos = [row[0] for row in self.aligned.rows.values() if row[0] is not None]
+        results = {info.storage: self.result(info) for info in infos}
+        return {i.storage: results[i.storage] for i in infos if results[i.storage] != i.dtype}
+
+
+def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:
+    """Plans a merge.
+
+    Args:
+        layouts: the checkpoints, the template first.
+        aligned: their weights.
+        dtype: the float dtype of all averaged float tensors; by default the template's.
+
+    Raises:
+        MergeError: tensors of the same name differ in shape or dtype, or cannot be averaged.
+    """
+    for name, row in aligned.rows.items():
+        _check(layouts, name, row, dtype)
+    warnings = _quantised(layouts[0], aligned.rows)
+    units: list[Unit] = []
+    stagings: list[Staging] = []
+    scratch = 0
+    storages: dict[Storage, list[Name]] = {}
+    for name, row in aligned.rows.items():
+        info = row[0]
+        if info is not None and info.numel:
+            storages.setdefault(info.storage, []).append(name)
+    for storage, names in storages.items():
+        spans = [(_template(aligned, n).start, _template(aligned, n).stop, n) for n in names]
+        end = 0
+        for start, stop, members in _merged(spans):
+            unit, staged = _unit(layouts, aligned, start, stop, members, dtype, scratch)
+            end = _gap(units, unit, end)
+            units.append(unit)
+            stagings += staged
+            scratch = max([scratch, *(aligned_to_page(s.offset + s.nbytes) for s in staged)])
+        last = units[-1]
+        total = storage.nbytes // last.sources[0].dtype.itemsize
+        _gap(units, replace(last, start=total, stop=total), end)
+    for staging in _ties(aligned.rows, scratch):
+        stagings.append(staging)
+        scratch = aligned_to_page(staging.offset + staging.nbytes)
+    return Plan(
+        tuple(layouts), aligned, tuple(units), tuple(stagings), scratch, tuple(warnings), dtype
+    )
+
+
+def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
+    """The units cut and packed into windows of at most `limit` elements.
+
+    The pieces of a window are alike: same kind, same checkpoints, same dtypes.
+    """
+    open_: dict[object, list[Piece]] = {}
+    sizes: dict[object, int] = {}
+    for unit in units:
+        alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
+        start = 0
+        while start < len(unit):
+            size = sizes.get(alike, 0)
+            stop = min(len(unit), start + limit - size)
+            open_.setdefault(alike, []).append(Piece(unit, start, stop))
+            sizes[alike] = size + stop - start
+            start = stop
+            if sizes[alike] == limit:
+                yield tuple(open_.pop(alike))
+                del sizes[alike]
+    yield from (tuple(pieces) for pieces in open_.values())
+
+
+def aligned_to_page(offset: int) -> int:
+    """The next offset at which a mapping can start on every system: a multiple of 64 KiB."""
+    return -(-offset // _PAGE) * _PAGE
+
+
+def _template(aligned: Aligned, name: Name) -> TensorInfo:
+    info = aligned.rows[name][0]
+    assert info is not None  # noqa: S101 - rows are those of the template
+    return info
+
+
+def _gap(units: list[Unit], unit: Unit, start: int) -> int:
+    """Adds what lies between the last unit and this one, kept as the template has it."""
+    if unit.start > start:
+        source = unit.sources[0]
+        size = source.dtype.itemsize
+        where = replace(source, storage=unit.storage, offset=unit.storage.offset + start * size)
+        gap = Unit("keep", unit.storage, start, unit.start, unit.dtype, (), (where,))
+        units.append(gap)
+    return unit.stop
+
+
+def _merged(spans: list[tuple[int, int, Name]]) -> Iterator[tuple[int, int, list[Name]]]:
+    """Spans joined where they overlap."""
+    spans.sort(key=lambda span: span[:2])
+    start, stop, first = spans[0]
+    members = [first]
+    for a, b, name in spans[1:]:
+        if a < stop:
+            stop = max(stop, b)
+            members.append(name)
+        else:
+            yield start, stop, members
+            start, stop, members = a, b, [name]
+    yield start, stop, members
+
+
+def _unit(
+    layouts: Sequence[Layout],
+    aligned: Aligned,
+    start: int,
+    stop: int,
+    names: Sequence[Name],
+    dtype: str | None,
+    scratch: int,
+) -> tuple[Unit, list[Staging]]:
+    members = tuple((name, _template(aligned, name)) for name in names)
+    first = members[0][1]
+    if len({info.dtype for _, info in members}) > 1:
+        where = named([str(name) for name in names], 2)
+        raise MergeError(f"{where} view the same bytes as different dtypes", where=layouts[0].path)
+    sources: list[Source] = []
+    stagings: list[Staging] = []
+    for index, layout in enumerate(layouts):
+        row = [aligned.rows[name][index] for name in names]
+        infos = [info for info in row if info is not None]
+        if not infos:
+            continue
+        if len(infos) < len(row):
+            absent = named([str(n) for n, i in zip(names, row, strict=True) if i is None])
+            what = f"it lacks {absent}, which shares memory with other tensors in the template"
+            raise MergeError(what, where=layout.path, hint="use --missing skip")
+        size = infos[0].dtype.itemsize
+        shift = infos[0].start - first.start
+        if _direct(members, infos, shift):
+            offset = infos[0].storage.offset + (start + shift) * size
+            sources.append(Source(index, infos[0].dtype, infos[0].storage, offset))
+            continue
+        for name, member in members:
+            if member.overlaps_itself:
+                what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
+                raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
+        pairs = tuple(
+            (name, info, replace(member, start=member.start - start, dtype=info.dtype))
+            for (name, member), info in zip(members, infos, strict=True)
+        )
+        nbytes = (stop - start) * size
+        stagings.append(Staging(index, pairs, scratch, nbytes, tied_in=0))
+        sources.append(Source(index, infos[0].dtype, None, scratch))
+        scratch = aligned_to_page(scratch + nbytes)
+    kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
+    if aligned.skipped.issuperset(names):
+        kind = "keep"
+    return (
+        Unit(kind, first.storage, start, stop, _result(first, dtype), members, tuple(sources)),
+        stagings,
+    )
+
+
+def _direct(
+    members: Sequence[tuple[Name, TensorInfo]], infos: Sequence[TensorInfo], shift: int
+) -> bool:
+    """Whether tensors lie to each other as the template's do, only elsewhere."""
+    return all(
+        info.storage == infos[0].storage
+        and info.start - member.start == shift
+        and info.geometry == member.geometry
+        for (_, member), info in zip(members, infos, strict=True)
+    )
+
+
+def _result(info: TensorInfo, dtype: str | None) -> DType:
+    return BY_NAME[dtype] if dtype and info.dtype.kind == "float" else info.dtype
+
+
+def _check(
+    layouts: Sequence[Layout], name: Name, row: Sequence[TensorInfo | None], dtype: str | None
+) -> None:
+    first = row[0]
+    for layout, info in zip(layouts, row, strict=True):
+        if info is None or first is None:
+            continue
+        if info.trouble:
+            what = f"tensor {str(name)!r} is {info.trouble}, which has no mean"
+            hint = "convert it to a plain tensor before saving"
+            raise MergeError(what, where=layout.path, hint=hint)
+        if info.shape != first.shape:
+            shapes = f"{list(info.shape)}, expected {list(first.shape)} as in {layouts[0].path}"
+            raise MergeError(f"tensor {str(name)!r} has the shape {shapes}", where=layout.path)
+        if info.dtype == first.dtype:
+            continue
+        names = f"{info.dtype.name}, in {layouts[0].path} it is {first.dtype.name}"
+        what = f"tensor {str(name)!r} is {names}"
+        if {info.dtype.kind, first.dtype.kind} != {"float"}:
+            raise MergeError(what, where=layout.path, hint="save both with the same dtype")
+        if dtype is None:
+            hint = f"choose the dtype of the result, for example --dtype {_wider(info, first)}"
+            raise MergeError(what, where=layout.path, hint=hint)
+
+
+def _wider(a: TensorInfo, b: TensorInfo) -> str:
+    return "float64" if "float64" in (a.dtype.name, b.dtype.name) else "float32"
+
+
+# Siblings that hold the scales of quantised codes (bitsandbytes, GPTQ, AWQ, DeepSeek, torchao),
+# after the name of the codes or in the place of its last segment.
+_SCALE = re.compile(
+    r"[._](scales?|scale_inv|input_scale|absmax|quant_map|nested_absmax|quant_state.*|SCB|CB"
+    r"|zeros?|zero_points?|qzeros|g_idx)$"
+)
+_LORA = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|up|down)([._]|$)")
+
+
+def _quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ...]]) -> list[str]:
+    """Warnings about factors whose mean is not the mean of their product; raises for codes."""
+    keys = {name.key: name for name in rows}
+    scaled = {_SCALE.sub("", key) for key in keys if _SCALE.search(key)}
+    for key, name in keys.items():
+        info = rows[name][0]
+        if info is None or info.dtype.itemsize > (4 if key.endswith("qweight") else 1):
+            continue
+        stem = key.rpartition(".")[0]
+        if (
+            info.dtype.kind != "bool"
+            and info.shape
+            and (key in scaled or (stem in scaled and key.endswith(("weight", "qweight"))))
+        ):
+            what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
+            hint = "average the checkpoints before you quantise them"
+            raise MergeError(what, where=template.path, hint=hint)
+    if any(_LORA.search(key) for key in keys):
+        warning = "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what "
+        return [warning + "they do, merge each adapter into its base model first"]
+    return []
+
+
+def _ties(rows: Mapping[Name, tuple[TensorInfo | None, ...]], scratch: int) -> Iterator[Staging]:
+    """Pairs that a checkpoint ties and the template does not, in all that keep them apart."""
+    count = len(next(iter(rows.values()), ()))
+    seen: set[tuple[Name, Name]] = set()
+    for index in range(1, count):
+        places: dict[object, Name] = {}
+        for name, row in rows.items():
+            info = row[index]
+            if info is None or not info.numel:
+                continue
+            first = places.setdefault((info.storage, info.start, info.geometry), name)
+            if first is name or (first, name) in seen:
+                continue
+            seen.add((first, name))
+            for other in range(count):
+                a, b = rows[first][other], row[other]
+                if a and b and (a.storage, a.start) != (b.storage, b.start):
+                    view = replace(a, start=0, stride=row_major(a.shape))
+                    nbytes = a.numel * a.dtype.itemsize
+                    yield Staging(
+                        other, ((first, a, view), (name, b, view)), scratch, nbytes, index
+                    )
+                    scratch = aligned_to_page(scratch + nbytes)

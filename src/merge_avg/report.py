@@ -1,0 +1,102 @@
+"""What a merge did or would do, as one table of plain values, and as lines for a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from merge_avg import sizes
+from merge_avg.errors import named
+from merge_avg.prepare import Job
+
+if TYPE_CHECKING:
+    from merge_avg.merge import Result
+
+Report = dict[str, Any]
+
+
+def describe(job: Job, result: Result | None, version: str) -> Report:
+    """The report of a merge that ran, or of a planned one. Sizes are in bytes, times in seconds."""
+    plan = job.plan
+    template = job.layouts[0]
+    infos = [(name, row[0]) for name, row in plan.aligned.rows.items() if row[0] is not None]
+    kinds = Counter(
+        "kept"
+        if name in plan.aligned.skipped
+        else "averaged"
+        if info.dtype.kind in ("float", "complex")
+        else "integers"
+        for name, info in infos
+    )
+    report: Report = {
+        "merge_avg": version,
+        "output": str(job.output),
+        "dry_run": result is None,
+        "inputs": [
+            {"path": str(layout.path), "format": layout.format, "bytes": layout.nbytes, "weight": w}
+            for layout, w in zip(job.layouts, job.weights.normalized(), strict=True)
+        ],
+        "template": str(template.path),
+        "tensors": {kind: kinds[kind] for kind in ("averaged", "integers", "kept")},
+        "parameters": sum(info.numel for _, info in infos if info.dtype.kind != "int"),
+        "dtypes": dict(Counter(plan.result(info).name for _, info in infos)),
+        "kept": [
+            {"key": kept.key, "tensors": kept.tensors, "bytes": kept.nbytes}
+            for kept in job.roles.kept
+        ],
+        "others": list(template.others),
+        "whole": bool(job.skeleton.copies) or template.format == "safetensors",
+        "bytes_to_read": job.nbytes,
+        "bytes_to_write": job.skeleton.nbytes,
+        "notes": list(plan.aligned.notes),
+        "warnings": list(plan.warnings),
+    }
+    paths = [str(one.path) for one in job.layouts if one.archive and one.archive.unchecked]
+    if paths:
+        report["notes"].append(f"{named(paths)} records no checksums, so damage would not show")
+    if result is not None:
+        report["bytes_read"] = result.nbytes
+        report["seconds"] = round(result.seconds, 3)
+        report["differing"] = list(result.differing)
+        report["nonfinite"] = list(result.nonfinite)
+    return report
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report for a person, a line each."""
+    count = len(report["inputs"])
+    verb = "would average" if report["dry_run"] else "averaged"
+    yield f"{verb} {count} checkpoint{'s' * (count != 1)} into {report['output']}"
+    tensors = report["tensors"]
+    dtypes = ", ".join(report["dtypes"])
+    yield f"  {tensors['averaged']:,} tensors, {report['parameters']:,} parameters ({dtypes})"
+    weights = [entry["weight"] for entry in report["inputs"]]
+    if len(set(weights)) > 1:
+        yield f"  weights {', '.join(f'{weight:.4g}' for weight in weights)}"
+    if tensors["integers"]:
+        agree = tensors["integers"] - len(report.get("differing", ()))
+        yield f"  {tensors['integers']:,} integer tensors" + (
+            "" if report["dry_run"] else f", {agree:,} of them equal everywhere and copied"
+        )
+    if report.get("differing"):
+        yield f"  {named(report['differing'])} differ; decided by the integer policy"
+    kept = [
+        f"{entry['key']} ({entry['tensors']:,} tensors, {sizes.shown(entry['bytes'])})"
+        for entry in report["kept"]
+    ]
+    if report["whole"] and kept + report["others"]:
+        yield f"  kept from {report['template']}: {', '.join(kept + report['others'])}"
+    elif kept + report["others"]:
+        yield f"  left out: {', '.join(kept + report['others'])}"
+    if report.get("nonfinite"):
+        yield f"  warning: NaN or infinity in {named(report['nonfinite'])}"
+    yield from (f"  note: {note}" for note in report["notes"])
+    yield from (f"  warning: {warning}" for warning in report["warnings"])
+    if report["dry_run"]:
+        size = sizes.shown(report["bytes_to_read"])
+        yield f"  would read {size} and write {sizes.shown(report['bytes_to_write'])}"
+    else:
+        rate = sizes.shown(report["bytes_read"] / max(report["seconds"], 1e-9))
+        size = sizes.shown(report["bytes_read"])
+        yield f"  {size} read in {report['seconds']:.2f} s ({rate}/s)"

@@ -1,0 +1,123 @@
+"""Which tensors of a checkpoint are weights, and which are kept as the template has them.
+
+A state dict is a dict (or list) that holds tensors. All state dicts of a checkpoint are weights,
+but for those below a key of the table `KEPT`, and for single values that lie beside state dicts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from merge_avg.errors import MergeError, named
+from merge_avg.layout import Layout, TensorInfo, TreePath, dotted
+
+# What is never averaged: the keys of containers, in any letter case, and what they hold.
+KEPT = (
+    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opts?|opt_state.*"),
+    ("learning-rate schedule", r".*sched.*"),
+    ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
+    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?"),
+    ("callback state", r"callbacks?|callback_.*"),
+    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?|sampler|dataloader.*|iterator.*"),
+    ("settings", r"hyper_?parameters|h_?params|args|cfg|config|arguments|datamodule.*"),
+    ("metrics", r"metrics?|loss(es)?|(.*_)?(loss|acc|accuracy|score)|best.*|history|log.*"),
+    ("counters", r"epochs?|(global_)?steps?|iter(ation)?s?|n_?updates|time.*"),
+)
+_KEPT = re.compile("|".join(f"(?:{pattern})" for _, pattern in KEPT), re.IGNORECASE)
+_RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True)
+class Name:
+    """A weight's name: the state dict it lies in, and its key there."""
+
+    state_dict: TreePath
+    key: str
+
+    def __str__(self) -> str:
+        return dotted((*self.state_dict, self.key))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tensors below one key that are not averaged: how many, and their bytes."""
+
+    key: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The weights of a checkpoint by name, in its order, and what is kept."""
+
+    weights: dict[Name, TensorInfo]
+    kept: tuple[Kept, ...]
+
+
+def assign(layout: Layout, key: str | None = None) -> Roles:
+    """The roles of a checkpoint's tensors.
+
+    Args:
+        layout: the scanned checkpoint.
+        key: the dotted path of the one state dict to average, or None for all of them.
+
+    Raises:
+        MergeError: there are no weights, none below `key`, or two have the same name.
+    """
+    chosen = [info for info in layout.tensors if _is_weight(info.path)]
+    groups = {info.path[:-1] for info in chosen}
+    chosen = [info for info in chosen if not _is_stray(info, groups)]
+    if key is not None:
+        below = [info for info in layout.tensors if dotted(info.path).startswith(f"{key}.")]
+        if not below:
+            have = sorted({dotted(info.path[:-1]) for info in chosen} - {""})
+            hint = f"its state dicts are {named(have, 8)}" if have else "it is itself a state dict"
+            raise MergeError(f"it has no state dict {key!r}", where=layout.path, hint=hint)
+        chosen = below
+    if not chosen:
+        held = sorted({str(info.path[0]) for info in layout.tensors if info.path})
+        what = f"it holds no weights, only {named(held, 5)}" if held else "it holds no tensors"
+        hint = "pass checkpoints that hold a model's state dict, or name one with --key"
+        raise MergeError(what, where=layout.path, hint=hint)
+    weights: dict[Name, TensorInfo] = {}
+    for info in chosen:
+        name = Name(info.path[:-1], str(info.path[-1]))
+        if name in weights:
+            raise MergeError(f"two tensors are called {str(name)!r}", where=layout.path)
+        weights[name] = info
+    averaged = {info.path for info in chosen}
+    rest = [info for info in layout.tensors if info.path not in averaged]
+    return Roles(weights, tuple(_summary(rest)))
+
+
+def _is_weight(path: TreePath) -> bool:
+    containers = path[:-1]
+    if any(isinstance(key, str) and _KEPT.fullmatch(key) for key in containers):
+        return False
+    # torch.optim's state dict: {"state": {0: {"exp_avg": ...}}, "param_groups": ...}
+    pairs = itertools.pairwise(containers)
+    if any(a == "state" and isinstance(b, int) for a, b in pairs):
+        return False
+    return not (isinstance(path[-1], str) and _RANDOM.fullmatch(path[-1]))
+
+
+def _is_stray(info: TensorInfo, groups: set[TreePath]) -> bool:
+    """Whether a tensor is a single value beside state dicts, as {"model": {...}, "loss": ...}."""
+    here = info.path[:-1]
+    beside = any(len(group) > len(here) and group[: len(here)] == here for group in groups)
+    return beside and (not info.shape or bool(_KEPT.fullmatch(str(info.path[-1]))))
+
+
+def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:
+    counts: dict[str, int] = {}
+    storages: dict[str, set[tuple[int, int]]] = {}
+    for info in tensors:
+        key = str(info.path[0])
+        counts[key] = counts.get(key, 0) + 1
+        storages.setdefault(key, set()).add((info.storage.offset, info.storage.nbytes))
+    for key, count in counts.items():
+        yield Kept(key, count, sum(nbytes for _, nbytes in storages[key]))

@@ -1,0 +1,293 @@
+"""The loop: for each window, for each checkpoint, read and update; then write."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from merge_avg.average import RunningMean
+from merge_avg.buffer import Buffer
+from merge_avg.errors import MergeError
+from merge_avg.files import Reader
+from merge_avg.integers import is_counter, settle
+from merge_avg.layout import Storage, TensorInfo
+from merge_avg.output import Output
+from merge_avg.plan import Piece, Unit, Window
+from merge_avg.prepare import Job, Target
+from merge_avg.roles import Name
+from merge_avg.scratch import SLAB, Scratch, slabs, strided
+from merge_avg.skeleton import Place
+from merge_avg.weights import Weights
+
+_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class Ledger:
+    """What the workers of a merge report: bytes read, and tensors that a person should hear of."""
+
+    progress: Callable[[int], None] | None = None
+    nbytes: int = 0
+    differing: set[str] = field(default_factory=set)
+    nonfinite: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, nbytes: int) -> None:
+        """Counts bytes that were read."""
+        with self._lock:
+            self.nbytes += nbytes
+            if self.progress is not None:
+                self.progress(nbytes)
+
+
+class Worker:
+    """One thread's buffers, and what it does with a window.
+
+    Args:
+        job: the merge.
+        readers: one an input.
+        scratch: where staged tensors lie, and results that go elsewhere in the end.
+        maps: mapped room in the scratch file for the results of some units, by their identity.
+        limit: the largest window, in elements.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        readers: Sequence[Reader],
+        out: Output,
+        scratch: Scratch,
+        maps: Mapping[int, Tensor],
+        ledger: Ledger,
+        device: torch.device,
+        limit: int,
+    ) -> None:
+        self._job = job
+        self._readers = readers
+        self._out = out
+        self._scratch = scratch
+        self._maps = maps
+        self._ledger = ledger
+        self._device = device
+        self._targets = dict(zip(map(id, job.plan.units), job.targets, strict=True))
+        sizes = [unit.dtype.itemsize for unit in job.plan.units]
+        sizes += [source.dtype.itemsize for unit in job.plan.units for source in unit.sources]
+        widest = max(sizes, default=1)
+        self._read_buffer, self._out_buffer = Buffer(limit * widest), Buffer(limit * widest)
+        self._limit = limit * widest
+        self._means: dict[object, RunningMean] = {}
+
+    def fill(self, window: Window) -> None:
+        """Averages a window over all checkpoints and writes the result."""
+        unit = window[0].unit
+        if unit.kind == "equal" or (unit.dtype == unit.sources[0].dtype and unit.kind == "keep"):
+            self._agree(window)
+        else:
+            self._average(window)
+        data = self._out_buffer.bytes(_length(window) * unit.dtype.itemsize)
+        at = 0
+        for piece in window:
+            nbytes = (piece.stop - piece.start) * unit.dtype.itemsize
+            self._write(piece, data[at : at + nbytes])
+            at += nbytes
+
+    def copy(self, record: Storage, place: Place) -> None:
+        """Copies a record of the template that holds no weights."""
+        for at in range(0, record.nbytes, self._limit):
+            part = self._read_buffer.bytes(min(self._limit, record.nbytes - at))
+            self._readers[0].read(part, record.offset + at, record)
+            self._out.write(record.name, place, at, part)
+            self._ledger.count(len(part))
+
+    def _average(self, window: Window) -> None:
+        unit = window[0].unit
+        mean = self._mean_for(unit)
+        for k in range(len(unit.sources)):
+            values = self._read(window, k)
+            mean.update(values)
+            if unit.kind == "mean" and not mean.finite:
+                self._report_nonfinite(window, k, values)
+        out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
+        mean.result(lambda k: self._read(window, k, again=True), out=out)
+        if unit.dtype != unit.sources[0].dtype and not self._job.options.allow_nonfinite:
+            self._refuse_overflow(window, out)
+
+    def _mean_for(self, unit: Unit) -> RunningMean:
+        """A running mean for the checkpoints of a unit, with buffers that it used before."""
+        chosen = tuple(source.checkpoint for source in unit.sources)
+        key = chosen, unit.kind, unit.dtype.name
+        if key not in self._means:
+            weights = self._job.weights.subset(chosen) or Weights.uniform(1)
+            if unit.kind == "mean" and self._job.weights.subset(chosen) is None:
+                names = str(unit.members[0][0])
+                what = f"every checkpoint that has {names!r} has the weight zero"
+                raise MergeError(what, where=self._job.layouts[0].path)
+            dtype = getattr(torch, unit.dtype.name)
+            self._means[key] = RunningMean(weights, dtype, self._device)
+        return self._means[key]
+
+    def _agree(self, window: Window) -> None:
+        """Integers and bools: the template's, where all checkpoints agree or the policy says so."""
+        unit = window[0].unit
+        dtype = _INTS.get(unit.dtype.itemsize, torch.uint8)
+        ours = self._read(window, 0, into=self._out_buffer).view(dtype)
+        differs: Tensor | None = None
+        for k in range(1, len(unit.sources)):
+            other = self._read(window, k).view(dtype)
+            if not torch.equal(ours, other):
+                differs = (ours != other) if differs is None else differs | (ours != other)
+        if differs is not None:
+            at = 0
+            for piece in window:
+                span = slice(at, at + piece.stop - piece.start)
+                at = span.stop
+                if bool(differs[span].any()):
+                    self._settle(window, piece, span, ours, differs)
+
+    def _settle(
+        self, window: Window, piece: Piece, span: slice, ours: Tensor, differs: Tensor
+    ) -> None:
+        places = differs[span].nonzero().flatten() + span.start
+        element = piece.unit.start + piece.start + int(places[0]) - span.start
+        name, info = self._member(piece.unit, element)
+        policy = self._job.options.int_policy
+        if policy == "error":
+            if not is_counter(name.key, len(info.shape), is_bool=info.dtype.kind == "bool"):
+                raise self._unequal(window, int(places[0]), name, info)
+            policy = "template"
+        self._ledger.differing.add(str(name))
+        if policy == "template":
+            return
+        kind = getattr(torch, info.dtype.name)
+        columns = []
+        for k in range(len(piece.unit.sources)):
+            raw = self._read(window, k, again=True).view(ours.dtype)[places].contiguous()
+            columns.append(raw.view(kind).tolist())
+        weights = self._job.weights.subset([s.checkpoint for s in piece.unit.sources])
+        assert weights is not None or policy != "mean"  # noqa: S101
+        weights = weights or Weights.uniform(len(columns))
+        merged = [settle(values, policy, weights) for values in zip(*columns, strict=True)]
+        ours[places] = torch.tensor(merged, dtype=kind).view(ours.dtype)
+
+    def _unequal(self, window: Window, place: int, name: Name, info: TensorInfo) -> MergeError:
+        unit = window[0].unit
+        kind = _INTS[unit.dtype.itemsize]
+        values = []
+        for k, source in enumerate(unit.sources):
+            raw = self._read(window, k, again=True).view(kind)[place].reshape(1)
+            values.append((source.checkpoint, raw.view(getattr(torch, info.dtype.name)).item()))
+        ours = values[0][1]
+        where, theirs = next((c, v) for c, v in values if v != ours)
+        paths = [layout.path for layout in self._job.layouts]
+        what = f"the {info.dtype.name} tensor {str(name)!r} holds {theirs}, in {paths[0]} {ours}"
+        hint = "--int-policy template, max or mean says what integers become"
+        return MergeError(what, where=paths[where], hint=hint)
+
+    def _read(
+        self, window: Window, k: int, *, again: bool = False, into: Buffer | None = None
+    ) -> Tensor:
+        """The window's elements as source number k has them."""
+        source = window[0].unit.sources[k]
+        size = source.dtype.itemsize
+        numel = _length(window)
+        buffer = into or self._read_buffer
+        view = buffer.bytes(numel * size)
+        at = 0
+        for piece in window:
+            source = piece.unit.sources[k]
+            part = view[at : at + (piece.stop - piece.start) * size]
+            offset = source.offset + piece.start * size
+            if source.storage is None:
+                self._scratch.read(part, offset)
+            else:
+                storage = None if again else source.storage
+                self._readers[source.checkpoint].read(part, offset, storage)
+            at += len(part)
+        if not again:
+            self._ledger.count(len(view))
+        return buffer.tensor(numel, getattr(torch, source.dtype.name))
+
+    def _write(self, piece: Piece, data: memoryview) -> None:
+        size = piece.unit.dtype.itemsize
+        mapped = self._maps.get(id(piece.unit))
+        if mapped is not None:
+            room = mapped[piece.start * size : piece.stop * size]
+            room.copy_(torch.frombuffer(data, dtype=torch.uint8))
+        for target in self._targets[id(piece.unit)]:
+            start, stop = max(piece.start, target.start), min(piece.stop, target.stop)
+            if target.view is None and start < stop:
+                part = data[(start - piece.start) * size : (stop - piece.start) * size]
+                at = target.at + (start - target.start) * size
+                self._out.write(target.place, self._out.place(target.place), at, part)
+
+    def _report_nonfinite(self, window: Window, k: int, values: Tensor) -> None:
+        """Raises for a tensor that holds NaN or infinity, or notes its name if that is allowed."""
+        for name, number in self._bad_elements(window, values):
+            if self._job.options.allow_nonfinite:
+                self._ledger.nonfinite.add(str(name))
+                continue
+            path = self._job.layouts[window[0].unit.sources[k].checkpoint].path
+            what = f"tensor {str(name)!r} holds NaN or infinity ({number:,} elements of a window)"
+            raise MergeError(what, where=path, hint="--allow-nonfinite averages it all the same")
+
+    def _refuse_overflow(self, window: Window, out: Tensor) -> None:
+        for name, _ in self._bad_elements(window, out):
+            what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
+            hint = "choose a wider --dtype, such as float32 or bfloat16"
+            raise MergeError(what, where=self._job.layouts[0].path, hint=hint)
+
+    def _bad_elements(self, window: Window, values: Tensor) -> Iterator[tuple[Name, int]]:
+        """The tensors of a window that reach elements which are not finite, and how many."""
+        real = torch.view_as_real(values).flatten() if values.is_complex() else values
+        real = real.float() if real.itemsize < 2 else real
+        bad = ~real.isfinite()
+        bad = bad.view(-1, 2).any(dim=1) if values.is_complex() else bad
+        at = 0
+        for piece in window:
+            span = bad[at : at + piece.stop - piece.start]
+            at += piece.stop - piece.start
+            elements = (span.nonzero().flatten() + piece.start + piece.unit.start).tolist()
+            for name, info in piece.unit.members if elements else ():
+                hit = sum(covers(info, element) for element in elements)
+                if hit:
+                    yield name, hit
+
+    def _member(self, unit: Unit, element: int) -> tuple[Name, TensorInfo]:
+        """The tensor that an element of a unit's storage belongs to."""
+        hits = (member for member in unit.members if covers(member[1], element))
+        return next(hits, unit.members[0])
+
+
+def covers(info: TensorInfo, element: int) -> bool:
+    """Whether a tensor reaches an element of its storage."""
+    rest = element - info.start
+    if rest < 0 or element >= info.stop:
+        return False
+    for extent, step in sorted(info.geometry, key=lambda pair: -pair[1]):
+        if step:
+            rest -= min(rest // step, extent - 1) * step
+    return rest == 0
+
+
+def spread(out: Output, unit: Unit, targets: Sequence[Target], mapped: Tensor) -> None:
+    """Copies a result that lies in the scratch file to where the output has it contiguous."""
+    buffer = Buffer(SLAB * unit.dtype.itemsize)
+    for target in targets:
+        if target.view is None:
+            continue
+        at = target.at
+        for slab in slabs(
+            strided(mapped, replace(target.view, dtype=unit.dtype), target.start), SLAB
+        ):
+            nbytes = slab.numel() * slab.itemsize
+            buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
+            out.write(target.place, out.place(target.place), at, buffer.bytes(nbytes))
+            at += nbytes
+
+
+def _length(window: Window) -> int:
+    return sum(piece.stop - piece.start for piece in window)
