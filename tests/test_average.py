@@ -1,0 +1,225 @@
+"""merge_avg.average: the mean, bit for bit against exact rational arithmetic."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_avg.average import _FLOATS, RunningMean, exact_mean
+from merge_avg.weights import Weights
+
+DTYPES = list(_FLOATS)
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor):
+    return tensor.view(BITS[tensor.itemsize])
+
+
+def averaged(tensors, weights=None, dtype=None):
+    mean = RunningMean(weights or len(tensors), dtype)
+    for tensor in tensors:
+        mean.update(tensor)
+    return mean.result(lambda i: tensors[i])
+
+
+def nearest(value, dtype):
+    """The value of a small dtype nearest to an exact one, ties to even, by search over all."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    finite = sorted({float(c) for c in codes if math.isfinite(c)})
+    distances = [(abs(Fraction(c) - value), c) for c in finite]
+    least = min(d for d, _ in distances)
+    best = [c for d, c in distances if d == least]
+    even = [c for c in best if int(torch.tensor(c).to(dtype).view(torch.uint8)) % 2 == 0]
+    return (even or best)[0]
+
+
+def reference(tensors, weights, dtype):
+    form = _FLOATS[dtype]
+    rows = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
+    exact = [exact_mean(row, weights, form.bits, form.emin) for row in rows]
+    return torch.tensor(exact, dtype=torch.float64).to(dtype)
+
+
+def made(dtype, numel, spread, seed):
+    """Values of a dtype whose exponents are spread over 2 * `spread` powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    power = torch.randint(-spread, spread + 1, (numel,), generator=generator).double()
+    values = torch.randn(numel, generator=generator, dtype=torch.float64) * torch.exp2(power)
+    if seed % 3 == 0:
+        values = values.mul(4).round().div(4)  # many ties, zeros and equal values
+    narrow = values.to(dtype)
+    finite = narrow.double().isfinite()
+    return torch.where(finite, narrow.double(), 1.0).to(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, 9),
+    spread=st.sampled_from([0, 3, 12, 30, 120]),
+    seed=st.integers(0, 2**20),
+    cancel=st.booleans(),
+    weights=st.none() | st.lists(st.sampled_from([0, 1, 2, 7, 0.1, 0.3, "1/3"]), min_size=9),
+)
+def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights):
+    """The mean is the exact one rounded once, for every dtype, range, weight and cancellation."""
+    tensors = [made(dtype, 40, spread, seed + i) for i in range(count)]
+    if cancel and count > 1:
+        tensors[-1] = (-tensors[0].double()).to(dtype)
+    chosen = Weights.uniform(count)
+    if weights is not None and any(weights[:count]):
+        chosen = Weights.of(weights[:count])
+    result = averaged(tensors, chosen)
+    assert torch.equal(bits(result), bits(reference(tensors, chosen, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.float16])
+def test_conversion_rounds_once(source, dtype):
+    """Averaging into another dtype rounds the exact mean, not an intermediate one."""
+    for seed, spread in itertools.product(range(4), (2, 14)):
+        tensors = [made(source, 500, spread, 7 * seed + i) for i in range(3)]
+        expected = reference(tensors, Weights.uniform(3), dtype)
+        assert torch.equal(bits(averaged(tensors, dtype=dtype)), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_exact_mean_is_the_nearest_value(dtype):
+    """The reference itself agrees with a search over all values of a small dtype."""
+    form = _FLOATS[dtype]
+    values = [made(dtype, 30, 5, seed).double().tolist() for seed in range(3)]
+    for row in zip(*values, strict=True):
+        exact = sum(map(Fraction, row)) / 3
+        assert exact_mean(row, Weights.uniform(3), form.bits, form.emin) == nearest(exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_order_does_not_matter(dtype):
+    """Every order of the tensors gives the same bits, cancellation included."""
+    tensors = [made(dtype, 300, 60, seed) for seed in range(4)]
+    tensors.append((-tensors[0].double()).to(dtype))
+    results = {bytes(bits(averaged(p)).numpy()) for p in itertools.permutations(tensors)}
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 20])
+def test_large_windows_are_exact(count):
+    """A window of 100,000 random float32 weights has no wrongly rounded element."""
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(100_000, generator=generator) for _ in range(count)]
+    some = torch.arange(0, 100_000, 97)
+    expected = reference(
+        [tensor[some] for tensor in tensors], Weights.uniform(count), torch.float32
+    )
+    assert torch.equal(averaged(tensors)[some], expected)
+
+
+@pytest.mark.parametrize(
+    ("complex_dtype", "dtype"),
+    [
+        (torch.complex128, torch.float64),
+        (torch.complex64, torch.float32),
+        (torch.complex32, torch.float16),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_complex_is_averaged_by_component(complex_dtype, dtype):
+    """A complex mean is the mean of the real and of the imaginary parts."""
+    parts = [made(dtype, 20, 3, seed).view(10, 2) for seed in range(3)]
+    result = averaged([torch.view_as_complex(part) for part in parts])
+    assert result.dtype == complex_dtype
+    expected = reference([p.flatten() for p in parts], Weights.uniform(3), dtype)
+    assert torch.equal(torch.view_as_real(result).flatten(), expected)
+
+
+def test_largest_values_do_not_overflow():
+    """The mean of the largest values of a dtype is that value, float64 included."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        largest = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+        assert torch.equal(averaged([largest] * 5), largest)
+
+
+def test_zeros_keep_their_sign():
+    """Minus zero everywhere stays minus zero; beside zero or cancelled it is zero."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        minus, one = torch.tensor([-0.0, 1.0], dtype=dtype).split(1)
+        assert averaged([minus, minus, minus]).signbit().item()
+        assert not averaged([minus, -minus, minus]).signbit().item()
+        assert not averaged([one, -one]).signbit().item()
+
+
+def test_nonfinite_values_follow_ieee():
+    """Infinity and NaN spread as IEEE 754 says, only where they are, and are told of."""
+    inf = math.inf
+    first = torch.tensor([1.0, inf, inf, math.nan, 3.0])
+    second = torch.tensor([2.0, 1.0, -inf, 1.0, 5.0])
+    mean = RunningMean(2)
+    mean.update(first)
+    assert not mean.finite
+    mean.update(second)
+    result = mean.result(lambda i: (first, second)[i])
+    assert result[[0, 1, 4]].tolist() == [1.5, inf, 4.0]
+    assert result[2:4].isnan().all()
+    assert mean.finite  # ready for the next
+
+
+def test_reuse_gives_independent_results():
+    """One object averages one window after the other, of different sizes, into new tensors."""
+    mean = RunningMean(2)
+    results = []
+    for size in (5, 900, 3):
+        for value in (1.0, 2.0):
+            mean.update(torch.full((size,), value))
+        results.append(mean.result())
+    assert [r.tolist() == [1.5] * len(r) for r in results] == [True, True, True]
+
+
+def test_inputs_are_not_changed():
+    """Tensors that are shown keep their values, and their shape is the result's."""
+    tensors = [torch.randn(3, 4), torch.randn(3, 4)]
+    before = [tensor.clone() for tensor in tensors]
+    assert averaged(tensors).shape == (3, 4)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_mixed_dtypes_share_one_exact_sum():
+    """float64 after float32 and before it give the same exact mean."""
+    narrow, wide = made(torch.float32, 200, 20, 1), made(torch.float64, 200, 20, 2)
+    expected = reference([narrow, wide], Weights.uniform(2), torch.float32)
+    assert torch.equal(averaged([narrow, wide], dtype=torch.float32), expected)
+    assert torch.equal(averaged([wide, narrow], dtype=torch.float32), expected)
+
+
+def test_without_revisit_only_the_neighbour_is_possible():
+    """Without a second look a result is at most one unit from the right one."""
+    tensors = [made(torch.float32, 5000, 30, seed) for seed in range(5)]
+    mean = RunningMean(5)
+    for tensor in tensors:
+        mean.update(tensor)
+    right = averaged(tensors)
+    result = mean.result()
+    neighbours = [torch.nextafter(right, torch.tensor(limit)) for limit in (-math.inf, math.inf)]
+    assert all(r in (x, a, b) for r, x, a, b in zip(result, right, *neighbours, strict=True))
+
+
+def test_wrong_use_is_a_value_error():
+    """Too many, too few, other shapes and dtypes without a mean are refused by name."""
+    mean = RunningMean(1)
+    with pytest.raises(ValueError, match="0 of 1"):
+        mean.result()
+    mean.update(torch.ones(2))
+    with pytest.raises(ValueError, match="one more"):
+        mean.update(torch.ones(2))
+    mean = RunningMean(2)
+    mean.update(torch.ones(2))
+    with pytest.raises(ValueError, match="shape"):
+        mean.update(torch.ones(3))
+    with pytest.raises(ValueError, match="int64"):
+        RunningMean(1).update(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="complex64"):
+        RunningMean(1, torch.float32).update(torch.ones(2, dtype=torch.complex64))

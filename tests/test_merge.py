@@ -1,0 +1,209 @@
+"""merge_avg.merge and its workers: files in, one file out, every mixture of formats."""
+
+import os
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge_avg import MergeError, UsageError, merge_checkpoints
+from merge_avg.merge import find_device
+from merge_avg.prepare import Options, prepare, window_limit
+
+
+def state(i):
+    """A state dict with every geometry that a checkpoint can have."""
+    generator = torch.Generator().manual_seed(i)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    embedding, base = random(4, 5), random(10)
+    return {
+        "large": random(300, 700),
+        "embedding": embedding,
+        "head": embedding,
+        "channels_last": random(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": random(6, 7).t(),
+        "slice": base[:4],
+        "steps": random(2, 8)[:, ::2],
+        "expanded": random(1).expand(4),
+        "scalar": random(()),
+        "empty": torch.zeros(0, 3),
+        "half": random(7).half(),
+        "bfloat16": random(7).bfloat16(),
+        "double": random(9).double(),
+        "complex": torch.view_as_complex(random(3, 2)),
+        "float8": random(6).to(torch.float8_e4m3fn),
+        "counter": torch.tensor(10 + i),
+        "index": torch.arange(5),
+        "mask": torch.tensor([True, False]),
+    }
+
+
+def mean(states, key):
+    tensors = [one[key] for one in states]
+    first = tensors[0]
+    if not (first.is_floating_point() or first.is_complex()):
+        return first
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    return (sum(tensor.to(wide) for tensor in tensors) / len(tensors)).to(first.dtype)
+
+
+@pytest.fixture
+def folds(tmp_path):
+    states = [state(i) for i in range(3)]
+    for i, one in enumerate(states):
+        optimizer = {"state": {0: {"exp_avg": torch.randn(300, 700)}}, "param_groups": []}
+        torch.save({"state_dict": one, "epoch": i, "optimizer": optimizer}, tmp_path / f"{i}.ckpt")
+        plain = {key: value.contiguous().clone() for key, value in one.items()}
+        save_file(plain, tmp_path / f"{i}.safetensors")
+    return states
+
+
+def assert_is_mean(result, states):
+    assert list(result) == list(states[0]) or set(result) == set(states[0])
+    for key in states[0]:
+        raw = [
+            t.view(torch.uint8) if t.itemsize == 1 else t for t in (result[key], mean(states, key))
+        ]
+        assert torch.equal(*raw), key
+
+
+def test_a_container_keeps_everything_but_its_weights(folds, tmp_path):
+    """A .ckpt stays a .ckpt: same epoch, same optimizer, same ties; unzip finds no fault."""
+    paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
+    out = tmp_path / "out.ckpt"
+    result = merge_checkpoints(paths, out)
+    assert result.differing == ("state_dict.counter",)
+    template, merged = (torch.load(path, weights_only=True) for path in (paths[0], out))
+    assert_is_mean(merged["state_dict"], folds)
+    assert_is_mean(torch.load(out, mmap=True, weights_only=True)["state_dict"], folds)
+    assert merged["epoch"] == 0
+    kept = [one["optimizer"]["state"][0]["exp_avg"] for one in (template, merged)]
+    assert torch.equal(*kept)
+    tied = merged["state_dict"]
+    assert tied["embedding"].data_ptr() == tied["head"].data_ptr()
+    subprocess.run(["unzip", "-t", out], check=True, capture_output=True)
+    ours, theirs = (zipfile.ZipFile(path) for path in (out, paths[0]))
+    assert ours.namelist() == theirs.namelist()
+    assert ours.read("0/data.pkl") == theirs.read("0/data.pkl")
+
+
+@pytest.mark.parametrize("output", ["out.pt", "out.safetensors"])
+@pytest.mark.parametrize("kinds", ["ccc", "sss", "csc", "scs"])
+def test_formats_mix(folds, tmp_path, kinds, output):
+    """Checkpoints of both formats average together, into either format."""
+    endings = {"c": "ckpt", "s": "safetensors"}
+    paths = [tmp_path / f"{i}.{endings[kind]}" for i, kind in enumerate(kinds)]
+    out = tmp_path / output
+    merge_checkpoints(paths, out, state_dict=True)
+    result = load_file(out) if output.endswith("safetensors") else torch.load(out)
+    assert_is_mean(result, folds)
+
+
+def test_order_budget_and_threads_change_no_bit(folds, tmp_path, monkeypatch):
+    """The file is the same whatever the memory budget, the threads or the order of the rest."""
+    paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
+    contents = set()
+    for threads, memory, order in ((1, None, (0, 1, 2)), (3, 1 << 23, (0, 2, 1))):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=threads: set(range(n)))
+        out = tmp_path / f"{threads}.pt"
+        merge_checkpoints([paths[i] for i in order], out, max_memory=memory)
+        contents.add(out.read_bytes())
+    assert len(contents) == 1
+    assert folds
+
+
+def test_dtype_converts_weights_and_nothing_else(folds, tmp_path):
+    """--dtype changes the float weights of a container, not its optimizer or its integers."""
+    paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
+    for state_of in folds:
+        del state_of["float8"]
+    for path, one in zip(paths, folds, strict=True):
+        ckpt = torch.load(path)
+        ckpt["state_dict"] = one
+        torch.save(ckpt, path)
+    out = tmp_path / "out.pt"
+    merge_checkpoints(paths, out, dtype="bfloat16")
+    merged = torch.load(out, weights_only=True)
+    assert merged["optimizer"]["state"][0]["exp_avg"].dtype == torch.float32
+    for key, value in merged["state_dict"].items():
+        kind = folds[0][key].dtype
+        assert value.dtype == (torch.bfloat16 if kind.is_floating_point else kind)
+    exact = sum(one["transposed"].double() for one in folds) / 3
+    assert torch.equal(merged["state_dict"]["transposed"], exact.bfloat16())
+
+
+def test_untied_values_that_differ_are_refused(tmp_path):
+    """A tie in the template has to hold in the other checkpoints, at least by value."""
+    weight = torch.randn(3)
+    torch.save({"a": weight, "b": weight}, tmp_path / "tied.pt")
+    torch.save({"a": torch.ones(3), "b": torch.zeros(3)}, tmp_path / "loose.pt")
+    torch.save({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "equal.pt")
+    for pair in (("tied.pt", "loose.pt"), ("loose.pt", "tied.pt")):
+        with pytest.raises(MergeError, match=r"loose.pt: tensors 'a' and 'b' differ.*tied.pt"):
+            merge_checkpoints([tmp_path / name for name in pair], tmp_path / "out.pt")
+    merge_checkpoints([tmp_path / "tied.pt", tmp_path / "equal.pt"], tmp_path / "out.pt")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_flipped_bit_is_found(folds, tmp_path):
+    """Damage that torch.load does not see is an error that names the record."""
+    paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
+    layout = prepare(paths, tmp_path / "out.pt", Options()).layouts[2]
+    raw = bytearray(paths[2].read_bytes())
+    raw[layout.tensors[0].storage.offset + 1000] ^= 4
+    paths[2].write_bytes(raw)
+    with pytest.raises(MergeError, match=r"2.ckpt: record '2/data/0' is damaged"):
+        merge_checkpoints(paths, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+    assert folds
+
+
+def test_overflow_of_a_narrower_dtype_is_refused(tmp_path):
+    """A mean that does not fit the dtype asked for is an error, not infinity."""
+    torch.save({"w": torch.full((3,), 1e6)}, tmp_path / "a.pt")
+    with pytest.raises(MergeError, match="'w' does not fit float16"):
+        merge_checkpoints([tmp_path / "a.pt"] * 2, tmp_path / "out.pt", dtype="float16")
+
+
+def test_progress_counts_every_byte(folds, tmp_path):
+    """The progress callback adds up to what the plan announced."""
+    paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
+    seen: list[int] = []
+    result = merge_checkpoints(paths, tmp_path / "out.pt", progress=seen.append)
+    assert sum(seen) == result.nbytes == result.job.nbytes
+    assert folds
+
+
+def test_threads_of_torch_are_restored(folds, tmp_path):
+    """A merge inside a program leaves torch's thread count as it was."""
+    before = torch.get_num_threads()
+    merge_checkpoints([tmp_path / "0.ckpt"], tmp_path / "out.pt")
+    assert torch.get_num_threads() == before
+    assert folds
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "cuda:x"])
+def test_unknown_devices_are_refused(name):
+    """A device that is not there is one clear error."""
+    with pytest.raises(MergeError, match="there is no device"):
+        find_device(name)
+    assert find_device("cpu").type == "cpu"
+
+
+def test_impossible_options_are_usage_errors(folds, tmp_path):
+    """No checkpoints, a wrong number of weights, an unknown dtype: UsageError, nothing written."""
+    path, out = tmp_path / "0.ckpt", tmp_path / "out.pt"
+    for paths, options in (([], {}), ([path], {"weights": [1, 2]}), ([path], {"dtype": "int8"})):
+        with pytest.raises(UsageError):
+            merge_checkpoints(paths, out, **options)
+    with pytest.raises(UsageError, match="format"):
+        merge_checkpoints([tmp_path / "0.safetensors"], tmp_path / "out.xyz")
+    with pytest.raises(MergeError, match="too small"):
+        window_limit(1000)
+    assert not out.exists()
+    assert folds

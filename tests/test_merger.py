@@ -1,0 +1,144 @@
+"""merge_avg.merger: models in memory."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from merge_avg import AverageModelMerger
+
+
+def tied():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+def derived(wrap):
+    def make():
+        with pytest.warns(FutureWarning):
+            return wrap(nn.Linear(6, 4))
+
+    return make
+
+
+MAKERS = {
+    "linear": lambda: nn.Linear(10, 10),
+    "convolution": lambda: nn.Conv2d(3, 6, 5),
+    "loss": nn.CrossEntropyLoss,
+    "lstm": lambda: nn.LSTM(6, 4, 2),
+    "batchnorm": lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)),
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)),
+    "old weight_norm": derived(nn.utils.weight_norm),
+    "bfloat16": lambda: nn.Linear(6, 4).bfloat16(),
+    "complex": lambda: nn.Linear(6, 4, dtype=torch.complex64),
+    "channels_last": lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+    "tied": tied,
+}
+
+
+def mean_of(tensors):
+    first = tensors[0]
+    if not (first.is_floating_point() or first.is_complex()):
+        return first
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    return (sum(t.to(wide) for t in tensors) / len(tensors)).to(first.dtype)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_kind_of_module_merges(name):
+    """A merged model is a new one of the same type that holds the mean; its inputs stay."""
+    models = [MAKERS[name]() for _ in range(3)]
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    merged = AverageModelMerger(models).merge_models()
+    assert type(merged) is type(models[0])
+    for key, value in merged.state_dict().items():
+        assert torch.equal(value, mean_of([state[key] for state in before])), key
+        assert value.stride() == before[0][key].stride()
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    theirs = {p.data_ptr() for model in models for p in model.parameters()}
+    assert theirs.isdisjoint(p.data_ptr() for p in merged.parameters())
+
+
+def test_ties_modes_and_gradients_are_kept():
+    """Ties, requires_grad, training mode and the LSTM's own list of weights survive."""
+    models = [tied().eval() for _ in range(2)]
+    models[0][0].weight.requires_grad_(requires_grad=False)
+    merged = AverageModelMerger(models).merge_models()
+    assert merged[0].weight is merged[1].weight
+    assert not merged.training
+    assert not merged[0].weight.requires_grad
+    lstm = AverageModelMerger([nn.LSTM(3, 2), nn.LSTM(3, 2)]).merge_models()
+    assert lstm._flat_weights[0] is lstm.weight_ih_l0
+    lstm(torch.randn(4, 1, 3))[0].sum().backward()
+
+
+def test_derived_weights_are_computed_anew():
+    """What the old weight_norm hook derives follows from the averaged factors at once."""
+    models = [MAKERS["old weight_norm"]() for _ in range(2)]
+    for model in models:
+        model(torch.ones(1, 6))  # leaves a tensor with a gradient function behind
+    merged = AverageModelMerger(models).merge_models()
+    direction = merged.weight_v / merged.weight_v.norm(dim=1, keepdim=True)
+    assert torch.allclose(merged.weight, merged.weight_g * direction)
+
+
+def test_counters_are_the_first_models_and_other_integers_have_to_agree():
+    """num_batches_tracked may differ; an index buffer may not."""
+    models = [nn.BatchNorm1d(2) for _ in range(2)]
+    models[0].num_batches_tracked.fill_(10)
+    models[1].num_batches_tracked.fill_(11)
+    assert AverageModelMerger(models).merge_models().num_batches_tracked == 10
+    for index, model in enumerate(models):
+        model.register_buffer("index", torch.arange(2) + index)
+    with pytest.raises(ValueError, match=r"'index'.*models\[1\]"):
+        AverageModelMerger(models).merge_models()
+
+
+def test_weights_count():
+    """Weights 1 and 3 give a quarter and three quarters."""
+    models = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for model, value in zip(models, (0.0, 4.0), strict=True):
+        nn.init.constant_(model.weight, value)
+    assert AverageModelMerger(models, weights=[1, 3]).merge_models().weight.item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "says"),
+    [
+        ([], ValueError, "no models"),
+        ([nn.Linear(1, 1), 3], TypeError, r"models\[1\] is no nn.Module but int"),
+        (nn.Linear(1, 1), TypeError, "list"),
+        ([nn.Linear(2, 2), nn.Linear(2, 3)], ValueError, "'weight' has the shape"),
+        ([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)], ValueError, r"only models.0. has 'bias'"),
+        ([nn.Linear(2, 2), nn.Linear(2, 2).half()], ValueError, "dtype"),
+        ([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")], ValueError, "no plain data"),
+    ],
+)
+def test_what_cannot_be_merged_is_named(models, error, says):
+    """An empty list, something that is no module, and different structures say what is wrong."""
+    with pytest.raises(error, match=says):
+        AverageModelMerger(models).merge_models()
+
+
+def test_nonfinite_weights_are_refused():
+    """NaN in one model is an error that names it, unless allowed."""
+    models = [nn.Linear(2, 2) for _ in range(2)]
+    with torch.no_grad():
+        models[1].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"'weight' of models\[1\]"):
+        AverageModelMerger(models).merge_models()
+    merged = AverageModelMerger(models, allow_nonfinite=True).merge_models()
+    assert merged.weight.isnan().sum() == 1
+
+
+def test_a_tie_in_one_model_only_is_refused_unless_the_values_agree():
+    """Models that tie differently merge only where the tensors are equal anyway."""
+    loose = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    with pytest.raises(ValueError, match="tied in models"):
+        AverageModelMerger([tied(), loose]).merge_models()
+    loose[1].weight = nn.Parameter(loose[0].weight.detach().clone())
+    AverageModelMerger([tied(), loose]).merge_models()
