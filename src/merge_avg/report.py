@@ -49,6 +49,7 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
         "whole": bool(job.skeleton.copies) or template.format == "safetensors",
         "bytes_to_read": job.nbytes,
         "bytes_to_write": job.skeleton.nbytes,
+        "int_policy": job.options.int_policy,
         "notes": list(plan.aligned.notes),
         "warnings": list(plan.warnings),
     }
@@ -67,22 +68,26 @@ def lines(report: Report) -> Iterator[str]:
     """The report for a person, a line each."""
     count = len(report["inputs"])
     verb = "would average" if report["dry_run"] else "averaged"
-    yield f"{verb} {count} checkpoint{'s' * (count != 1)} into {report['output']}"
+    yield f"{verb} {_counted(count, 'checkpoint')} into {report['output']}"
     tensors = report["tensors"]
-    dtypes = ", ".join(report["dtypes"])
-    yield f"  {tensors['averaged']:,} tensors, {report['parameters']:,} parameters ({dtypes})"
+    averaged = f"{_counted(tensors['averaged'], 'tensor')}, {report['parameters']:,} parameters"
+    yield f"  {averaged} ({', '.join(report['dtypes'])})"
     weights = [entry["weight"] for entry in report["inputs"]]
     if len(set(weights)) > 1:
         yield f"  weights {', '.join(f'{weight:.4g}' for weight in weights)}"
-    if tensors["integers"]:
-        agree = tensors["integers"] - len(report.get("differing", ()))
-        yield f"  {tensors['integers']:,} integer tensors" + (
-            "" if report["dry_run"] else f", {agree:,} of them equal everywhere and copied"
-        )
-    if report.get("differing"):
-        yield f"  {named(report['differing'])} differ; decided by the integer policy"
+    differing = report.get("differing", [])
+    if tensors["integers"] and report["dry_run"]:
+        yield f"  {_counted(tensors['integers'], 'integer tensor')} to compare"
+    elif tensors["integers"] > len(differing):
+        equal = _counted(tensors["integers"] - len(differing), "integer tensor")
+        yield f"  {equal} equal everywhere, copied"
+    if differing:
+        many = _counted(len(differing), "integer tensor")
+        how = {"max": "the largest value", "mean": "the rounded mean"}
+        chosen = how.get(report["int_policy"], "the template's value")
+        yield f"  {many} with different values, {chosen} taken: {named(differing)}"
     kept = [
-        f"{entry['key']} ({entry['tensors']:,} tensors, {sizes.shown(entry['bytes'])})"
+        f"{entry['key']} ({_counted(entry['tensors'], 'tensor')}, {sizes.shown(entry['bytes'])})"
         for entry in report["kept"]
     ]
     if report["whole"] and kept + report["others"]:
@@ -100,3 +105,7 @@ def lines(report: Report) -> Iterator[str]:
         rate = sizes.shown(report["bytes_read"] / max(report["seconds"], 1e-9))
         size = sizes.shown(report["bytes_read"])
         yield f"  {size} read in {report['seconds']:.2f} s ({rate}/s)"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

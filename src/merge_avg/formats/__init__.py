@@ -21,6 +21,9 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         MergeError: it cannot be read, is no checkpoint, or is damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        hint = "pass the checkpoint files inside it"
+        raise MergeError("a directory, not a checkpoint file", where=path, hint=hint)
     try:
         with path.open("rb") as file:
             nbytes = os.fstat(file.fileno()).st_size
