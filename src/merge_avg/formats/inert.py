@@ -81,6 +81,8 @@ def load(
     machine = _Machine(data, persistent, call)
     try:
         return machine.run()
+    except MergeError:  # a ValueError too, but one that says already what is wrong
+        raise
     except _DAMAGE as error:
         what = f"the pickle is damaged at byte {machine.at:,} ({type(error).__name__}: {error})"
         raise PickleError(what) from None
