@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from merge_avg.scratch import Scratch, slabs
 
 
-@given(
-    shape=st.lists(st.integers(1, 6), max_size=4), limit=st.integers(1, 50), turn=st.booleans()
-)
+@given(shape=st.lists(st.integers(1, 6), max_size=4), limit=st.integers(1, 50), turn=st.booleans())
 def test_slabs_are_the_tensor_in_order(shape, limit, turn):
     """Slabs, one after the other, hold a tensor's elements in row-major order, within the limit."""
     view = torch.arange(torch.Size(shape).numel()).view(shape)

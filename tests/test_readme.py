@@ -1,0 +1,36 @@
+"""The README says what is true: its examples run, and its options are those of --help."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code, tmp_path, monkeypatch):
+    """Every Python example runs on its own in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102 - the README is ours
+
+
+def test_options_are_those_of_help():
+    """The option list is, to the letter, what --help prints on 80 columns."""
+    (listed,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "merge_avg", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    printed = [line.rstrip() for line in done.stdout.rstrip().splitlines()]
+    assert listed.rstrip().splitlines() == printed
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    """What CI runs as tests is the README's own command."""
+    script = (Path(__file__).parent.parent / ".ci" / "run").read_text()
+    (command,) = re.findall(r"^.*python -m pytest$", README, re.MULTILINE)
+    assert command in script
