@@ -15,6 +15,10 @@ def tied():
     return model
 
 
+def channels_last():
+    return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+
 def derived(wrap):
     def make():
         with pytest.warns(FutureWarning):
@@ -34,7 +38,7 @@ MAKERS = {
     "old weight_norm": derived(nn.utils.weight_norm),
     "bfloat16": lambda: nn.Linear(6, 4).bfloat16(),
     "complex": lambda: nn.Linear(6, 4, dtype=torch.complex64),
-    "channels_last": lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+    "channels_last": channels_last,
     "tied": tied,
 }
 
