@@ -143,7 +143,8 @@ def read_objects(data: bytes, find: Callable[[str, int], Storage]) -> Objects:
     infos = []
     for path, tensor in _walk(loaded.value, budget=1_000_000 + len(data)):
         info = replace(tensor.info, path=path)
-        if not info.trouble and info.stop * info.dtype.itemsize > info.storage.nbytes:
+        reach = info.stop * info.dtype.itemsize if info.numel else 0
+        if not info.trouble and reach > info.storage.nbytes:
             name = dotted(path)
             raise MergeError(f"tensor {name!r} reaches outside its storage {info.storage.name!r}")
         infos.append(info)

@@ -19,6 +19,15 @@ from merge_avg.formats.torch_objects import read_objects
 from merge_avg.layout import Archive, Layout, Storage
 
 MAGIC = b"PK\x03\x04"
+# What zipfile raises on damaged archives; NotImplementedError for a version it has not heard of.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    ValueError,
+    OverflowError,
+    struct.error,
+    EOFError,
+)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -30,7 +39,7 @@ def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
     """
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, EOFError) as error:
+    except _DAMAGE as error:
         hint = "it was cut short while it was copied or saved; fetch or save it again"
         raise MergeError(f"the zip archive is damaged ({error})", where=path, hint=hint) from None
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)

@@ -1,0 +1,145 @@
+"""merge_avg.formats.inert: a pickle is read, never run."""
+
+import collections
+import contextlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_avg.formats.inert import Global, Instance, PickleError, load
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+KEYS = st.text() | st.integers()
+VALUES = st.recursive(
+    SCALARS | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(KEYS, inner)
+        | st.tuples(inner, inner)
+        | st.tuples(inner, inner, inner, inner)
+    ),
+    max_leaves=20,
+)
+
+
+def read(data):
+    return load(data, persistent=lambda pid: ("persistent", pid), call=lambda _f, _a: None).value
+
+
+@settings(deadline=None)
+@given(value=VALUES, protocol=st.integers(3, 5))
+def test_plain_values_are_read_as_pickle_reads_them(value, protocol):
+    """Containers and scalars of protocols 3 to 5 come out as pickle.loads gives them."""
+    assert read(pickle.dumps(value, protocol)) == value
+
+
+@settings(deadline=None)
+@given(
+    value=st.recursive(
+        SCALARS, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=20
+    ),
+    protocol=st.integers(0, 2),
+)
+def test_old_protocols_are_read_too(value, protocol):
+    """The text opcodes of protocols 0 to 2 mean the same."""
+    assert read(pickle.dumps(value, protocol)) == value
+
+
+def test_shared_and_recursive_objects_stay_so():
+    """Memo entries give one object, also inside itself."""
+    shared = [1]
+    outer = [shared, shared]
+    outer.append(outer)
+    value = read(pickle.dumps(outer))
+    assert value[0] is value[1]
+    assert value[2] is value
+
+
+def test_objects_become_instances():
+    """Classes are only named; what they would be made from is remembered."""
+    value = read(pickle.dumps(collections.Counter("ab"), 2))
+    assert isinstance(value, Instance)
+    assert value.function == Global("collections", "Counter")
+
+
+NAMES = [
+    ("os", "system"),
+    ("posix", "system"),
+    ("nt", "system"),
+    ("builtins", "eval"),
+    ("__builtin__", "exec"),
+    ("builtins", "getattr"),
+    ("builtins", "print.__globals__"),
+    ("subprocess", "Popen"),
+    ("os.path", "join"),
+    ("importlib", "import_module"),
+    ("runpy", "run_path"),
+    ("torch.hub", "load"),
+    ("ctypes", "CDLL"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_dangerous_callables_are_refused_by_name(module, name):
+    """Every way to name a callable that runs code ends in an error with that name."""
+    line, text = f"{module}\n{name}\n".encode(), (module.encode(), name.encode())
+    short = b"".join(b"\x8c" + bytes([len(t)]) + t for t in text)
+    for data in (
+        b"c" + line + b"(tR.",
+        b"(S'true'\ni" + line + b".",
+        b"(c" + line + b"o.",
+        b"\x80\x04" + short + b"\x93)R.",
+        b"\x80\x02c" + line + b")\x81.",
+        b"c" + line + b".",
+    ):
+        with pytest.raises(PickleError, match=f"{module}.{name}"):
+            read(data)
+
+
+@pytest.mark.parametrize("data", [b"\x82\x01.", b"\x83\x01\x00.", b"\x97.", b"\x98."])
+def test_registries_and_buffers_from_outside_are_refused(data):
+    """Extension codes and out-of-band buffers have no place in a checkpoint."""
+    with pytest.raises(PickleError):
+        read(data)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_truncation_is_an_error(protocol):
+    """A pickle cut at any byte raises PickleError and nothing else."""
+    data = pickle.dumps([{"a": (1, 2.5, "x", 2**70)}, collections.Counter("ab")], protocol)
+    for end in range(len(data)):
+        with pytest.raises(PickleError):
+            read(data[:end])
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.binary(max_size=60), place=st.integers(0, 200), protocol=st.integers(0, 5))
+def test_any_bytes_end_in_a_value_or_a_pickle_error(data, place, protocol):
+    """Noise, alone or inside a real pickle, never raises anything else."""
+    real = pickle.dumps({"a": [1, (2, 3)], "b": {"c": "d" * 30}}, protocol)
+    for mixed in (data, real[:place] + data + real[place:]):
+        with contextlib.suppress(PickleError):
+            read(mixed)
+
+
+def test_absurd_memo_indices_and_lengths_cost_nothing():
+    """An index or a length of four billion takes no memory."""
+    assert read(b"Nr\xff\xff\xff\xff.") is None
+    for opcode in (b"X", b"B", b"T"):
+        with pytest.raises(PickleError, match="too early"):
+            read(opcode + b"\xff\xff\xff\x7fabc.")
+
+
+def test_nothing_is_imported():
+    """Reading a pickle of a class leaves its module unimported."""
+    code = (
+        "import sys\n"
+        "from merge_avg.formats.inert import load\n"
+        "load(b'cantigravity\\nX\\n)R.', persistent=None, call=lambda f, a: None)\n"
+        "assert not {'antigravity', 'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
