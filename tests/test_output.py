@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from merge_avg import output
 from merge_avg.errors import MergeError
 from merge_avg.output import Output, refuse_output
 from merge_avg.skeleton import Place, Skeleton
@@ -13,8 +14,8 @@ SKELETON = Skeleton(6, ((0, b"ab"),), {"w": Place(2, 4)})
 
 
 def write(path, *, overwrite=False, commit=True):
-    with Output(path, SKELETON, overwrite=overwrite) as out:
-        out.write("w", out.place("w"), 0, memoryview(b"cdef"))
+    with Output(path, {".": SKELETON}, overwrite=overwrite) as out:
+        out.write(0, "w", 0, memoryview(b"cdef"))
         if commit:
             out.commit()
 
@@ -41,7 +42,7 @@ def test_commit_publishes_by_name(tmp_path):
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
     """Without overwrite, what another program wrote in the meantime stays."""
     path = tmp_path / "out"
-    with Output(path, SKELETON, overwrite=False) as out:
+    with Output(path, {".": SKELETON}, overwrite=False) as out:
         path.write_bytes(b"theirs")
         with pytest.raises(MergeError, match="came into being"):
             out.commit()
@@ -79,7 +80,49 @@ def test_impossible_outputs_are_refused(tmp_path):
         (tmp_path / "file", "exists already"),
     ):
         with pytest.raises(MergeError, match=says):
-            refuse_output(path, overwrite=False)
+            refuse_output(path, directory=False, overwrite=False)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(MergeError, match="no regular file"):
-        refuse_output(tmp_path / "pipe", overwrite=True)
+        refuse_output(tmp_path / "pipe", directory=False, overwrite=True)
+
+
+def contents(path):
+    files = (p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+
+
+def write_directory(path, *, overwrite=False, commit=True):
+    files = {"w.bin": SKELETON, "sub/w.bin": SKELETON}
+    with Output(path, files, overwrite=overwrite) as out:
+        for number in range(2):
+            out.write(number, "w", 0, memoryview(b"cdef"))
+        if commit:
+            out.commit()
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
+    """All files of a directory come with one rename; an old one is replaced, an empty one filled."""
+    if not swaps:
+        monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+    whole = {"w.bin": b"abcdef", "sub/w.bin": b"abcdef"}
+    write_directory(tmp_path / "out", commit=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    write_directory(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    (tmp_path / "out" / "old").touch()
+    write_directory(tmp_path / "out", overwrite=True, commit=False)
+    assert contents(tmp_path / "out") == {**whole, "old": b""}
+    write_directory(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in whole.items()}
+
+
+def test_a_directory_that_came_meanwhile_is_not_replaced(tmp_path):
+    """Without overwrite, a directory that another program filled in the meantime stays."""
+    with Output(tmp_path / "out", {"a": SKELETON}, overwrite=False) as out:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+        with pytest.raises(MergeError, match="came into being"):
+            out.commit()
+    assert contents(tmp_path) == {"out/theirs": b""}

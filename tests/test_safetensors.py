@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from merge_avg.dtypes import BY_NAME
 from merge_avg.errors import MergeError
-from merge_avg.formats import scan
 from merge_avg.formats.safetensors import fresh
+from merge_avg.scan import scan
 
 
 def written(path, header, data=b""):

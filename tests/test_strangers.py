@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from merge_avg.errors import MergeError
-from merge_avg.formats import scan
+from merge_avg.scan import scan
 
 STRANGERS = {
     "empty": (b"", "empty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,26 @@ _WRAPPERS = frozenset(
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Shell patterns of the tensors that are averaged: those included, less those excluded.
+
+    A pattern is held against a tensor's key in its state dict, and against its whole name.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __contains__(self, name: Name) -> bool:
+        wanted = not self.include or _fits(name, self.include)
+        return wanted and not _fits(name, self.exclude)
+
+
+def _fits(name: Name, patterns: Iterable[str]) -> bool:
+    texts = (name.key, str(name))
+    return any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
+
+
+@dataclass(frozen=True)
 class Aligned:
     """The template's weights, and for each the tensors of all checkpoints.
 
@@ -43,20 +64,32 @@ def align(
     paths: Sequence[Path],
     weights: Sequence[Mapping[Name, TensorInfo]],
     missing: Missing = "error",
+    chosen: Chosen = Chosen(),
 ) -> Aligned:
     """Matches the weights of the checkpoints to those of the first, the template.
 
+    Tensors that are not `chosen` are kept from the template, whatever the others have.
+
     Raises:
-        MergeError: state dicts or names do not match, and `missing` is "error".
+        MergeError: state dicts or names do not match, and `missing` is "error"; or no tensor is
+            chosen.
     """
-    template = weights[0]
     notes: list[str] = []
-    columns = [dict(template)]
+    columns = [dict(weights[0])]
     for path, other in zip(paths[1:], weights[1:], strict=True):
-        column, note = _match(paths[0], template, path, other)
+        column, note = _match(paths[0], weights[0], path, other)
         if note:
             notes.append(note)
-        columns.append(column)
+        columns.append({name: info for name, info in column.items() if name in chosen})
+    template = {name: info for name, info in weights[0].items() if name in chosen}
+    if not template:
+        have = named([str(name) for name in weights[0]], 4)
+        hint = f"patterns are held against names such as {have}"
+        raise MergeError("no tensor fits --include and --exclude", where=paths[0], hint=hint)
+    spared = tuple(name for name in weights[0] if name not in template)
+    if spared:
+        names = named([str(name) for name in spared])
+        notes.append(f"{names} is not to be averaged and is kept from the template")
     left_out: list[Name] = []
     for path, column in zip(paths[1:], columns[1:], strict=True):
         lacking = [name for name in template if name not in column]
@@ -67,19 +100,23 @@ def align(
     if left_out:
         names = named(sorted({str(name) for name in left_out}))
         notes.append(f"{names} is not in the template and is left out")
-    rows = {name: tuple(column.get(name) for column in columns) for name in template}
-    incomplete = tuple(name for name, row in rows.items() if None in row)
+    alone: tuple[None, ...] = (None,) * (len(paths) - 1)
+    rows: dict[Name, tuple[TensorInfo | None, ...]] = {
+        name: tuple(column.get(name) for column in columns) if name in template else (info, *alone)
+        for name, info in weights[0].items()
+    }
+    incomplete = tuple(name for name in template if None in rows[name])
     if missing == "skip":
         if incomplete:
             names = named([str(name) for name in incomplete])
             notes.append(f"{names} is not in every checkpoint and is kept from the template")
         for name in incomplete:
-            rows[name] = (rows[name][0], *(None for _ in paths[1:]))
-        return Aligned(rows, tuple(notes), frozenset(incomplete))
+            rows[name] = (rows[name][0], *alone)
+        return Aligned(rows, tuple(notes), frozenset((*spared, *incomplete)))
     if incomplete:
         names = named([str(name) for name in incomplete])
         notes.append(f"{names} is not in every checkpoint and is averaged where it is present")
-    return Aligned(rows, tuple(notes), frozenset())
+    return Aligned(rows, tuple(notes), frozenset(spared))
 
 
 def _unequal(

@@ -41,8 +41,8 @@ def merge(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            help="Files to average: .pt, .pth, .bin, .ckpt, .safetensors. The first is the "
-            "template: the output is this file with its weights replaced.",
+            help="Files (.pt, .pth, .bin, .ckpt, .safetensors) or directories to average. The "
+            "first is the template: the output is a copy of it with its weights replaced.",
             metavar="CHECKPOINTS...",
             show_default=False,
         ),
@@ -54,7 +54,7 @@ def merge(
             "-o",
             metavar="OUTPUT",
             show_default=False,
-            help="The file to write; the ending .safetensors asks for that format.",
+            help="The file or directory to write; the ending .safetensors asks for that format.",
         ),
     ],
     weights: Annotated[
@@ -80,6 +80,23 @@ def merge(
             "where they are."
         ),
     ] = "error",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Average only tensors with such names, as in 'enc.*'."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Keep tensors with such names from the template."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|PATH",
+            help="Copy checkpoint number N, or another one that is not averaged, not the first.",
+        ),
+    ] = None,
     int_policy: Annotated[
         IntPolicy,
         typer.Option(
@@ -100,6 +117,10 @@ def merge(
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory for buffers, as in 64MiB."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Write a directory of shards of this size, as in 5GB."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output if it exists.")
@@ -123,6 +144,9 @@ def merge(
         dtype=dtype,
         key=key,
         missing=missing,
+        include=include or (),
+        exclude=exclude or (),
+        template=template,
         int_policy=int_policy,
         state_dict=state_dict,
         allow_nonfinite=allow_nonfinite,
@@ -130,6 +154,7 @@ def merge(
         device=device,
         weights=None if weights is None else weights.split(","),
         max_memory=None if max_memory is None else sizes.parse(max_memory),
+        max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size),
     )
     job = prepare(checkpoints, output, options)
     result = None

@@ -21,6 +21,11 @@ class DType:
     safetensors: str | None = None
     storage: str | None = None  # the class in `torch` that torch.save writes for its storages
 
+    @property
+    def word(self) -> int:
+        """The bytes of a number: of each component, for complex ones."""
+        return self.itemsize // 2 if self.kind == "complex" else self.itemsize
+
 
 _TABLE = (
     DType("float64", 8, "float", "F64", "DoubleStorage"),

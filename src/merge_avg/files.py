@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import array
+import bisect
+import errno
+import itertools
 import os
+import tempfile
 import threading
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from zlib_ng import zlib_ng
 
 from merge_avg.errors import MergeError
-from merge_avg.layout import Storage
+from merge_avg.layout import File, Layout, Storage
 
 _LARGEST_READ = 0x7FFFF000  # what Linux moves in one call
 _BLOCK = 1 << 20
@@ -20,61 +27,181 @@ Buffer = memoryview | bytearray
 
 
 class Reader:
-    """An open checkpoint file, read by offset from any thread.
+    """An open checkpoint, read by offset from any thread.
 
     Every byte that `read` takes from a storage with a recorded CRC-32 is counted towards it;
-    `finish` reads what is left of such storages and compares.
+    `finish` reads what is left of such storages and compares. Storages that are deflated or in
+    big-endian byte order are decoded, when they are first read, into a nameless file in `scratch`.
+
+    Raises:
+        MergeError: a file cannot be opened, or is not the one that was scanned.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._begun = os.fstat(self._fd)
+    def __init__(self, layout: Layout, scratch: Path) -> None:
+        self.path = layout.path
+        self._files = layout.files
+        self._fds: dict[int, int] = {}
         self._sums: dict[Storage, Checksum] = {}
+        self._decoded: dict[Storage, int] = {}
         self._lock = threading.Lock()
+        self._scratch = scratch
+        self._spool: BinaryIO | None = None
 
-    def read(self, into: memoryview, offset: int, storage: Storage | None = None) -> None:
-        """Fills `into` from `offset` on.
+    def read(self, into: memoryview, storage: Storage, at: int, *, again: bool = False) -> None:
+        """Fills `into` from byte `at` of a storage on; `again` where it was counted before.
 
         Raises:
             MergeError: the file ends before that, or cannot be read.
         """
-        read_fully(self._fd, into, offset, self.path)
-        if storage is not None and storage.crc is not None:
+        if storage.parts:
+            for part, start, first, last in _overlaps(storage.parts, at, at + len(into)):
+                self.read(into[first - at : last - at], part, first - start, again=again)
+            return
+        path = self._files[storage.file].path
+        if storage.coded:
+            offset = self._decode(storage)
+            read_fully(self._spooled().fileno(), into, offset + at, path)
+            return
+        read_fully(self._fd(storage.file), into, storage.offset + at, path)
+        if storage.crc is not None and not again:
             crc = zlib_ng.crc32(into)
             with self._lock:
                 sums = self._sums.setdefault(storage, Checksum(storage.nbytes))
-                sums.add(offset - storage.offset, len(into), crc)
+                sums.add(at, len(into), crc)
 
     def finish(self) -> None:
-        """Checks the CRC-32 of every storage that was read from, and that the file is the same.
+        """Checks the CRC-32 of every storage that was read from, and that the files are the same.
 
         Raises:
-            MergeError: a checksum is wrong, or the file changed since it was opened.
+            MergeError: a checksum is wrong, or a file changed since it was scanned.
         """
         block = memoryview(bytearray(_BLOCK))
         for storage, sums in self._sums.items():
+            path = self._files[storage.file].path
             for start, stop in sums.missing():
                 for at in range(start, stop, _BLOCK):
                     part = block[: min(_BLOCK, stop - at)]
-                    read_fully(self._fd, part, storage.offset + at, self.path)
+                    read_fully(self._fd(storage.file), part, storage.offset + at, path)
                     sums.add(at, len(part), zlib_ng.crc32(part))
             if sums.value() != storage.crc:
-                what = f"record {storage.name!r} is damaged: its CRC-32 does not match"
-                raise MergeError(what, where=self.path, hint="fetch or save the file again")
-        ended = os.fstat(self._fd)
-        if (ended.st_size, ended.st_mtime_ns) != (self._begun.st_size, self._begun.st_mtime_ns):
-            hint = "run again when nothing writes to it any more"
-            raise MergeError("it changed while it was read", where=self.path, hint=hint)
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Device and inode: what makes two paths the same file."""
-        return self._begun.st_dev, self._begun.st_ino
+                raise _damaged(storage, path)
+        for number, fd in self._fds.items():
+            _same(self._files[number], os.fstat(fd))
 
     def close(self) -> None:
-        """Closes the file."""
-        os.close(self._fd)
+        """Closes the files."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        if self._spool is not None:
+            self._spool.close()
+
+    def _fd(self, number: int) -> int:
+        fd = self._fds.get(number)
+        if fd is not None:
+            return fd
+        with self._lock:
+            if number not in self._fds:
+                file = self._files[number]
+                try:
+                    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    hint = None
+                    if error.errno == errno.EMFILE:
+                        hint = "allow this process more open files: ulimit -n 65536"
+                    what = f"cannot be opened ({error.strerror})"
+                    raise MergeError(what, where=file.path, hint=hint) from None
+                self._fds[number] = fd
+                _same(file, os.fstat(fd))
+            return self._fds[number]
+
+    def _spooled(self) -> BinaryIO:
+        if self._spool is None:
+            self._spool = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - see close()
+        return self._spool
+
+    def _decode(self, storage: Storage) -> int:
+        """Where in the spool a storage's decoded bytes begin."""
+        fd = self._fd(storage.file)
+        with self._lock:
+            if storage in self._decoded:
+                return self._decoded[storage]
+            spool = self._spooled()
+            path = self._files[storage.file].path
+            start = spool.seek(0, os.SEEK_END)
+            crc = nbytes = 0
+            for block in _inflated(fd, storage, path):
+                crc = zlib_ng.crc32(block, crc)
+                nbytes += len(block)
+                if nbytes > storage.nbytes:  # more than the archive says: stop before it fills up
+                    raise _damaged(storage, path)
+                spool.write(_little(block, storage.swapped))
+            spool.flush()
+            if nbytes != storage.nbytes or storage.crc not in (None, crc):
+                raise _damaged(storage, path)
+            self._decoded[storage] = start
+            return start
+
+
+def _overlaps(
+    parts: Sequence[Storage], at: int, stop: int
+) -> Iterator[tuple[Storage, int, int, int]]:
+    """The parts that bytes `at` to `stop` of a storage lie in.
+
+    Each with where it starts in the storage, and the first and last of the bytes in it.
+    """
+    ends = list(itertools.accumulate(part.nbytes for part in parts))
+    for number in range(bisect.bisect_right(ends, at), len(parts)):
+        start = ends[number] - parts[number].nbytes
+        if start >= stop:
+            return
+        yield parts[number], start, max(at, start), min(stop, ends[number])
+
+
+def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
+    """The bytes of a storage as they were before they were deflated, a block at a time."""
+    block = memoryview(bytearray(_BLOCK))
+    packed = storage.nbytes if storage.packed is None else storage.packed
+    inflater = zlib.decompressobj(-15)
+    held = b""
+    for at in range(0, packed, _BLOCK):
+        part = block[: min(_BLOCK, packed - at)]
+        read_fully(fd, part, storage.offset + at, path)
+        if storage.packed is None:
+            yield bytes(part)
+            continue
+        pending = bytes(part)
+        while pending:
+            try:
+                held += inflater.decompress(pending, _BLOCK)
+            except zlib.error:
+                raise _damaged(storage, path) from None
+            pending = inflater.unconsumed_tail
+            whole = len(held) // 16 * 16  # words are never cut
+            yield held[:whole]
+            held = held[whole:]
+    yield held
+
+
+def _little(block: bytes, word: int) -> bytes:
+    """Words of a size in the other byte order."""
+    if word == 1:
+        return block
+    words = array.array({2: "H", 4: "I", 8: "Q"}[word], block)
+    words.byteswap()
+    return words.tobytes()
+
+
+def _damaged(storage: Storage, path: Path) -> MergeError:
+    what = f"record {storage.name!r} is damaged: its CRC-32 does not match"
+    return MergeError(what, where=path, hint="fetch or save the file again")
+
+
+def _same(file: File, found: os.stat_result) -> None:
+    then = file.nbytes, file.mtime_ns, file.device, file.inode
+    if then != (found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino):
+        hint = "run again when nothing writes to it any more"
+        raise MergeError("it changed while it was read", where=file.path, hint=hint)
 
 
 def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
@@ -143,13 +270,3 @@ class Checksum:
     def value(self) -> int:
         """The CRC-32 of the whole run, all of which has been added."""
         return self._parts[0][1] if self._parts else 0
-
-
-def same_file(path: Path, readers: Iterable[Reader]) -> Reader | None:
-    """The reader whose file `path` is, under whatever name, if there is one."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    matches = (r for r in readers if r.identity == (found.st_dev, found.st_ino))
-    return next(matches, None)

@@ -11,23 +11,58 @@ from merge_avg.dtypes import DType
 
 Key = str | int
 TreePath = tuple[Key, ...]
+# In the path of what a pickled nn.Module holds beside parameters, buffers and modules.
+ATTRIBUTES = "attributes of a module"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a checkpoint, as it was when it was scanned."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """The file at a path; raises OSError."""
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Bytes of a file that tensors view: a record of a zip archive, or a tensor's own range.
+    """Bytes of a checkpoint that tensors view: a record of an archive, or a tensor's own range.
 
     Attributes:
-        name: what messages call it.
+        name: what messages call it; unique in its file.
         offset: of its first byte in the file.
         nbytes: its size.
         crc: the CRC-32 that the file records for exactly these bytes, if it does.
+        file: the number of the file in the checkpoint.
+        packed: the size that it takes in the file, if it is deflated (RFC 1951).
+        swapped: the size of the words whose bytes lie in big-endian order, or 1.
+        parts: where it is no range of a file but the parts of a tensor, one after the other.
+        tiles: where it is no range of a file but the tiles of a tensor: where each begins in the
+            tensor, and as what it is stored.
     """
 
     name: str
     offset: int
     nbytes: int
     crc: int | None = None
+    file: int = 0
+    packed: int | None = None
+    swapped: int = 1
+    parts: tuple[Storage, ...] = ()
+    tiles: tuple[tuple[tuple[int, ...], TensorInfo], ...] = ()
+
+    @property
+    def coded(self) -> bool:
+        """Whether its bytes have to be decoded before they can be read by offset."""
+        return self.packed is not None or self.swapped > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +136,40 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A scanned checkpoint.
+    """A scanned checkpoint: one file, or a directory.
 
     Attributes:
-        path: the file.
-        format: "torch-zip" or "safetensors".
-        nbytes: the size of the file.
-        tensors: every tensor in it, weights or not, in the file's order.
+        path: the file or directory.
+        format: "torch-zip", "torch-legacy", "safetensors", "torch-dcp" or "directory".
+        files: what it is made of; one for a file.
+        tensors: every tensor in it, weights or not, in the files' order.
         others: entries at the top level that hold no tensor, such as "epoch".
         metadata: string to string, as safetensors files carry it.
-        archive: what a copy of a zip checkpoint is made of; None for other formats.
+        archive: what a copy of a pickled checkpoint is made of; None for other formats.
+        members: for a directory, the part of it that each file holds, in the order of `files`;
+            None for files that hold no weights.
+        notes: what a person should hear of, one sentence each.
     """
 
     path: Path
     format: str
-    nbytes: int
+    files: tuple[File, ...]
     tensors: tuple[TensorInfo, ...]
     others: tuple[str, ...] = ()
     metadata: tuple[tuple[str, str], ...] = ()
     archive: Archive | None = None
+    members: tuple[Layout | None, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all its files."""
+        return sum(file.nbytes for file in self.files)
+
+    def where(self, info: TensorInfo) -> Path:
+        """The file that a tensor lies in."""
+        inner = info.storage.parts or [tile.storage for _, tile in info.storage.tiles]
+        return self.files[(inner[0] if inner else info.storage).file].path
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +187,25 @@ class ClassSpan:
 
 @dataclass(frozen=True)
 class Archive:
-    """The records of a zip checkpoint, in their order, and the pickle that ties them together.
+    """The records of a pickled checkpoint, in their order, and the pickle that ties them together.
 
     Attributes:
+        records: the name of each record in the archive, and where it lies.
         pickle: the bytes of data.pkl.
         pickle_name: its record's name.
         classes: each time the pickle names a storage's class.
         frames: where the pickle's FRAME opcodes start.
         unchecked: whether it was written without checksums.
+        around: for a legacy file, the bytes before the pickle and those after it.
     """
 
-    records: tuple[Storage, ...]
+    records: tuple[tuple[str, Storage], ...]
     pickle: bytes
     pickle_name: str
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
     unchecked: bool = False
+    around: tuple[bytes, bytes] = (b"", b"")
 
 
 def dotted(path: TreePath) -> str:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,28 +53,37 @@ def merge_checkpoints(
     dtype: str | None = None,
     key: str | None = None,
     missing: Missing = "error",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    template: int | str | os.PathLike[str] | None = None,
     int_policy: IntPolicy = "error",
     state_dict: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
     max_memory: int | None = None,
+    max_shard_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
-    """Averages checkpoint files into a new one, in bounded memory.
+    """Averages checkpoints into a new one, in bounded memory.
 
     The output is the first checkpoint, the template, with its weights replaced by their mean. Float
     and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
     not depend on the order of the checkpoints, nor on threads, memory or device.
 
     Args:
-        paths: zip (.pt, .pth, .bin, .ckpt) or safetensors checkpoints of one architecture.
-        output: the file to write; the ending .safetensors asks for that format.
+        paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors) or
+            directories of them.
+        output: the file or directory to write; the ending .safetensors asks for that format.
         weights: one number a checkpoint, zero or above; by default all count the same.
         dtype: of the averaged float tensors: float64, float32, float16 or bfloat16.
         key: dotted path of the one state dict to average, such as "state_dict_ema".
         missing: what becomes of tensors that not every checkpoint has: "error", "skip" (the
             template's is kept) or "available" (averaged over those that have it).
+        include: shell patterns of the names of tensors to average; by default all.
+        exclude: shell patterns of the names of tensors to keep from the template.
+        template: which checkpoint the result is a copy of: a number from 1, or the path of one,
+            which may be none of those averaged; by default the first.
         int_policy: what becomes of integers that differ: "error" (but counters are the template's),
             "template", "max" or "mean".
         state_dict: write a bare state dict, without what the template has around it.
@@ -83,6 +91,8 @@ def merge_checkpoints(
         overwrite: replace the output if it exists.
         device: where sums are kept: "cpu", "cuda" or "cuda:N".
         max_memory: bytes that buffers may take.
+        max_shard_size: write a directory of safetensors shards of at most so many bytes, with an
+            index.
         progress: called with the number of bytes read since the last call, from any thread.
 
     Raises:
@@ -94,12 +104,16 @@ def merge_checkpoints(
         dtype=dtype,
         key=key,
         missing=missing,
+        include=include,
+        exclude=exclude,
+        template=template,
         int_policy=int_policy,
         state_dict=state_dict,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         device=device,
         max_memory=max_memory,
+        max_shard_size=max_shard_size,
     )
     return run(prepare(paths, output, options), progress)
 
@@ -114,9 +128,11 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
     device = find_device(job.options.device)
     ledger = Ledger(progress)
     with contextlib.ExitStack() as stack:
-        readers = [_opened(stack, layout.path) for layout in job.layouts]
-        out = Output(job.output, job.skeleton, overwrite=job.options.overwrite)
+        out = Output(job.output, job.draft.files, overwrite=job.options.overwrite)
         stack.enter_context(out)
+        readers = [Reader(layout, out.path.parent) for layout in job.layouts]
+        for reader in readers:
+            stack.callback(reader.close)
         scratch = Scratch(out.path.parent)
         stack.callback(scratch.close)
         for staging in job.plan.stagings:
@@ -130,7 +146,7 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
             return Worker(job, readers, out, scratch, maps, ledger, device, limit)
 
         _in_parallel(job, worker)
-        for unit, targets in zip(job.plan.units, job.targets, strict=True):
+        for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
             if id(unit) in maps:
                 spread(out, unit, targets, maps[id(unit)])
         for reader in readers:
@@ -165,20 +181,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _opened(stack: contextlib.ExitStack, path: Path) -> Reader:
-    try:
-        reader = Reader(path)
-    except OSError as error:
-        raise MergeError(error.strerror or str(error), where=path) from None
-    stack.callback(reader.close)
-    return reader
-
-
 def _maps(job: Job, scratch: Scratch) -> dict[int, Tensor]:
     """Scratch room for the results that the output holds in other strides, by unit."""
     maps = {}
     offset = job.plan.scratch
-    for unit, targets in zip(job.plan.units, job.targets, strict=True):
+    for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
         if any(target.view is not None for target in targets):
             nbytes = len(unit) * unit.dtype.itemsize
             maps[id(unit)] = scratch.map(offset, nbytes)
@@ -199,9 +206,9 @@ def _single_threaded_torch() -> Iterator[None]:
 
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     """Runs all windows and copies on worker threads; the first error stops them all."""
-    placed = (u for u, targets in zip(job.plan.units, job.targets, strict=True) if targets)
+    placed = (u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets)
     work = windows(placed, window_limit(job.options.max_memory))
-    copies = iter(job.skeleton.copies)
+    copies = iter(job.draft.copies)
     lock, stop = threading.Lock(), threading.Event()
 
     def loop() -> None:

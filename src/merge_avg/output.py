@@ -1,13 +1,15 @@
-"""Writing the result: a temporary file beside the output, and one rename when it is complete."""
+"""Writing the result: temporary files beside the output, and one rename when all are complete."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,85 +18,101 @@ from zlib_ng import zlib_ng
 
 from merge_avg.errors import MergeError
 from merge_avg.files import Checksum, write_fully
-from merge_avg.skeleton import Place, Skeleton
+from merge_avg.skeleton import Skeleton
 
 TEMPORARY = ".merge-avg-tmp"
+_AT_FDCWD = -100
 
 
-def refuse_output(path: Path, *, overwrite: bool) -> None:
+def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
     """Raises MergeError where an output cannot be or must not be written."""
-    if path.is_dir():
+    if path.is_dir() and not directory:
         raise MergeError("it is a directory", where=path, hint="give the output a file name")
     if not path.parent.is_dir():
         hint = f"create it first: mkdir -p {path.parent}"
         raise MergeError("the directory of the output does not exist", where=path, hint=hint)
     if not os.path.lexists(path):
         return
-    if path.exists() and not path.is_file():
+    if directory and not path.is_dir():
+        raise MergeError("it is a file", where=path, hint="choose another name for the directory")
+    if path.exists() and not (path.is_file() or directory):
         raise MergeError("it is no regular file", where=path, hint="choose another output")
-    if not overwrite:
-        hint = "choose another output, or replace this one with --overwrite"
-        raise MergeError("the output exists already", where=path, hint=hint)
+    empty = directory and not any(path.iterdir())
+    if not overwrite and not empty:
+        raise _exists(path, "the output exists already")
+
+
+def _exists(path: Path, what: str) -> MergeError:
+    hint = "choose another output, or replace this one with --overwrite"
+    return MergeError(what, where=path, hint=hint)
 
 
 class Output:
-    """The result in the making. Leaving the context without `commit` removes every trace of it."""
+    """The result in the making. Leaving the context without `commit` removes every trace of it.
 
-    def __init__(self, path: Path, skeleton: Skeleton, *, overwrite: bool) -> None:
+    Args:
+        path: what it will be called.
+        files: its skeletons by relative path; a single one called "." is a file, not a directory.
+        overwrite: whether it may replace what is there.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, Skeleton], *, overwrite: bool) -> None:
         self.path = path.resolve() if path.is_symlink() else path
-        self._skeleton = skeleton
         self._overwrite = overwrite
-        self._lock = threading.Lock()
-        self._sums: dict[str, Checksum] = {}
+        self._directory = set(files) != {"."}
         # The longest name that a file may have is 255 bytes on most file systems.
         stem = os.fsencode(self.path.name)[:200].decode("utf-8", "ignore")
         name = f".{stem}.{secrets.token_hex(4)}{TEMPORARY}"
         self._temporary = self.path.with_name(name)
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        with _explained(self.path):
-            self._fd = os.open(self._temporary, flags, 0o666)
+        self._files: list[_File] = []
         try:
-            self._reserve(skeleton.nbytes)
-            for offset, data in skeleton.literals:
-                self._write(memoryview(data), offset)
+            if self._directory:
+                with _explained(self.path):
+                    self._temporary.mkdir()
+            for relative, skeleton in files.items():
+                with _explained(self.path):
+                    place = self._temporary / relative if self._directory else self._temporary
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                self._files.append(_File(self.path, place, skeleton))
+            self._reserve()
         except BaseException:
             self._discard()
             raise
 
-    def _reserve(self, nbytes: int) -> None:
+    def _reserve(self) -> None:
         """Claims the space, so that a full disk shows before anything is read."""
-        if not nbytes:
-            return
+        nbytes = sum(file.skeleton.nbytes for file in self._files)
         with _explained(self.path, f"{nbytes:,} bytes are needed"):
-            try:
-                os.posix_fallocate(self._fd, 0, nbytes)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-                os.ftruncate(self._fd, nbytes)
+            for file in self._files:
+                file.reserve()
+        for file in self._files:
+            for offset, data in file.skeleton.literals:
+                file.write(memoryview(data), offset)
 
-    def place(self, name: str) -> Place:
-        """Room for payload, by the skeleton's name for it."""
-        return self._skeleton.places[name]
+    def write(self, number: int, name: str, at: int, data: memoryview) -> None:
+        """Writes payload `at` bytes into a place of a file, from any thread.
 
-    def write(self, name: str, place: Place, at: int, data: memoryview) -> None:
-        """Writes payload `at` bytes into a place, from any thread."""
-        self._write(data, place.offset + at)
-        if self._skeleton.checked:
-            crc = zlib_ng.crc32(data)
-            with self._lock:
-                self._sums.setdefault(name, Checksum(place.nbytes)).add(at, len(data), crc)
+        Args:
+            number: of the file.
+            name: the skeleton's name for a place in it, or for a copy.
+            at: where in the place, in bytes.
+            data: the bytes.
+        """
+        self._files[number].fill(name, at, data)
 
     def commit(self) -> None:
-        """Completes the file, forces it to the disk and gives it its name."""
-        crcs = {name: sums.value() for name, sums in self._sums.items()}
-        # Empty places are never written to.
-        names = [*self._skeleton.places, *(record.name for record, _ in self._skeleton.copies)]
-        for offset, data in self._skeleton.close({name: crcs.get(name, 0) for name in names}):
-            self._write(memoryview(data), offset)
+        """Completes the files, forces them to the disk and gives the result its name."""
+        for file in self._files:
+            file.close_skeleton()
         with _explained(self.path):
-            os.fsync(self._fd)
-            self._publish()
+            for file in self._files:
+                os.fsync(file.fd)
+            if self._directory:
+                for folder, _, _ in os.walk(self._temporary):
+                    _sync_directory(Path(folder))
+                self._publish_directory()
+            else:
+                self._publish()
             _sync_directory(self.path.parent)
 
     def _publish(self) -> None:
@@ -105,22 +123,38 @@ class Output:
         try:
             os.link(self._temporary, self.path)
         except FileExistsError:
-            hint = "choose another output, or replace this one with --overwrite"
-            what = "the output came into being while it was made"
-            raise MergeError(what, where=self.path, hint=hint) from None
+            raise _exists(self.path, "the output came into being while it was made") from None
         except OSError:  # a file system without hard links
-            refuse_output(self.path, overwrite=False)
+            refuse_output(self.path, directory=False, overwrite=False)
             os.rename(self._temporary, self.path)
         else:
             os.unlink(self._temporary)
 
-    def _write(self, data: memoryview, offset: int) -> None:
-        write_fully(self._fd, data, offset, self.path)
+    def _publish_directory(self) -> None:
+        try:  # replaces an empty directory, and no other
+            os.rename(self._temporary, self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        else:
+            return
+        if not self._overwrite:
+            raise _exists(self.path, "the output came into being while it was made")
+        if not _exchanged(self._temporary, self.path):
+            aside = self._temporary.with_suffix(f".old{TEMPORARY}")
+            os.rename(self.path, aside)
+            os.rename(self._temporary, self.path)
+            shutil.rmtree(aside)
 
     def _discard(self) -> None:
-        os.close(self._fd)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
+        for file in self._files:
+            file.close()
+        self._files.clear()
+        if self._directory:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +166,60 @@ class Output:
         trace: TracebackType | None,
     ) -> None:
         self._discard()
+
+
+class _File:
+    """One file of the result."""
+
+    def __init__(self, path: Path, place: Path, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._path = path  # what messages call it
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        with _explained(path):
+            self.fd = os.open(place, flags, 0o666)
+        self._lock = threading.Lock()
+        self._sums: dict[str, Checksum] = {}
+        self._places = dict(skeleton.places)
+        self._places |= {storage.name: place for storage, place in skeleton.copies}
+
+    def reserve(self) -> None:
+        if not self.skeleton.nbytes:
+            return
+        try:
+            os.posix_fallocate(self.fd, 0, self.skeleton.nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.ftruncate(self.fd, self.skeleton.nbytes)
+
+    def fill(self, name: str, at: int, data: memoryview) -> None:
+        place = self._places[name]
+        self.write(data, place.offset + at)
+        if self.skeleton.checked:
+            crc = zlib_ng.crc32(data)
+            with self._lock:
+                self._sums.setdefault(name, Checksum(place.nbytes)).add(at, len(data), crc)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        write_fully(self.fd, data, offset, self._path)
+
+    def close_skeleton(self) -> None:
+        # Empty places are never written to.
+        crcs = dict.fromkeys(self._places, 0)
+        crcs |= {name: sums.value() for name, sums in self._sums.items()}
+        for offset, data in self.skeleton.close(crcs):
+            self.write(memoryview(data), offset)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Lets two directories swap their names in one step, where the system can (Linux)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), 2) == 0)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Source:
         checkpoint: its index.
         dtype: of the elements.
         storage: what they are part of; None where they lie in the scratch file.
-        offset: of the first element, in bytes, in the checkpoint or the scratch file.
+        offset: of the first element, in bytes, in the storage or the scratch file.
     """
 
     checkpoint: int
@@ -210,7 +210,7 @@ def _gap(units: list[Unit], unit: Unit, start: int) -> int:
     if unit.start > start:
         source = unit.sources[0]
         size = source.dtype.itemsize
-        where = replace(source, storage=unit.storage, offset=unit.storage.offset + start * size)
+        where = replace(source, storage=unit.storage, offset=start * size)
         gap = Unit("keep", unit.storage, start, unit.start, unit.dtype, (), (where,))
         units.append(gap)
     return unit.stop
@@ -259,7 +259,7 @@ def _unit(
         size = infos[0].dtype.itemsize
         shift = infos[0].start - first.start
         if _direct(members, infos, shift):
-            offset = infos[0].storage.offset + (start + shift) * size
+            offset = (start + shift) * size
             sources.append(Source(index, infos[0].dtype, infos[0].storage, offset))
             continue
         for name, member in members:
@@ -267,8 +267,9 @@ def _unit(
                 what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
                 raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
         pairs = tuple(
-            (name, info, replace(member, start=member.start - start, dtype=info.dtype))
+            (name, part, view)
             for (name, member), info in zip(members, infos, strict=True)
+            for part, view in tiled(info, replace(member, start=member.start - start))
         )
         nbytes = (stop - start) * size
         stagings.append(Staging(index, pairs, scratch, nbytes, tied_in=0))
@@ -283,12 +284,22 @@ def _unit(
     )
 
 
+def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, TensorInfo]]:
+    """The tiles that a tensor is stored as, and where in another view of its elements each goes."""
+    if not info.storage.tiles:
+        yield info, replace(view, dtype=info.dtype)
+    for offset, tile in info.storage.tiles:
+        start = view.start + sum(a * b for a, b in zip(offset, view.stride, strict=True))
+        yield tile, replace(view, shape=tile.shape, start=start, dtype=info.dtype)
+
+
 def _direct(
     members: Sequence[tuple[Name, TensorInfo]], infos: Sequence[TensorInfo], shift: int
 ) -> bool:
     """Whether tensors lie to each other as the template's do, only elsewhere."""
     return all(
         info.storage == infos[0].storage
+        and not info.storage.tiles
         and info.start - member.start == shift
         and info.geometry == member.geometry
         for (_, member), info in zip(members, infos, strict=True)
@@ -309,10 +320,11 @@ def _check(
         if info.trouble:
             what = f"tensor {str(name)!r} is {info.trouble}, which has no mean"
             hint = "convert it to a plain tensor before saving"
-            raise MergeError(what, where=layout.path, hint=hint)
+            raise MergeError(what, where=layout.where(info), hint=hint)
         if info.shape != first.shape:
             shapes = f"{list(info.shape)}, expected {list(first.shape)} as in {layouts[0].path}"
-            raise MergeError(f"tensor {str(name)!r} has the shape {shapes}", where=layout.path)
+            what = f"tensor {str(name)!r} has the shape {shapes}"
+            raise MergeError(what, where=layout.where(info))
         if info.dtype == first.dtype:
             continue
         names = f"{info.dtype.name}, in {layouts[0].path} it is {first.dtype.name}"
@@ -379,7 +391,10 @@ def _ties(rows: Mapping[Name, tuple[TensorInfo | None, ...]], scratch: int) -> I
                 if a and b and (a.storage, a.start) != (b.storage, b.start):
                     view = replace(a, start=0, stride=row_major(a.shape))
                     nbytes = a.numel * a.dtype.itemsize
-                    yield Staging(
-                        other, ((first, a, view), (name, b, view)), scratch, nbytes, index
+                    pairs = tuple(
+                        (called, part, place)
+                        for called, info in ((first, a), (name, b))
+                        for part, place in tiled(info, view)
                     )
+                    yield Staging(other, pairs, scratch, nbytes, index)
                     scratch = aligned_to_page(scratch + nbytes)

@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_avg.align import Missing, align
+from merge_avg.align import Chosen, Missing, align
+from merge_avg.draft import Draft, make_draft
 from merge_avg.dtypes import CONVERTIBLE
-from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.formats import safetensors, scan, torch_zip_write
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.formats.directory import shard_of
 from merge_avg.integers import IntPolicy
-from merge_avg.layout import Layout, TensorInfo, row_major
+from merge_avg.layout import Layout
 from merge_avg.output import refuse_output
-from merge_avg.plan import Plan, Unit, make_plan
-from merge_avg.roles import Name, Roles, assign
-from merge_avg.skeleton import Skeleton
+from merge_avg.plan import Plan, make_plan
+from merge_avg.roles import Roles, assign
+from merge_avg.scan import scan
 from merge_avg.weights import Weight, Weights
-
-# Endings that stand for a zip checkpoint, where the template does not say so already.
-ZIP_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 # Elements of a window: a float64 accumulator of this many stays in a core's cache.
 _WINDOW = 1 << 17
@@ -37,28 +35,16 @@ class Options:
     dtype: str | None = None
     key: str | None = None
     missing: Missing = "error"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    template: int | str | os.PathLike[str] | None = None
     int_policy: IntPolicy = "error"
     state_dict: bool = False
     allow_nonfinite: bool = False
     overwrite: bool = False
     device: str = "cpu"
     max_memory: int | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """Elements of a unit, counted from its start, and where in the output they go.
-
-    `place` names room in the skeleton, `at` is an offset there in bytes. Tensors that are not
-    contiguous go to a contiguous place by way of the scratch file: `view` is the tensor as a view
-    of the unit.
-    """
-
-    start: int
-    stop: int
-    place: str
-    at: int
-    view: TensorInfo | None = None
+    max_shard_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +56,8 @@ class Job:
     weights: Weights
     roles: Roles
     plan: Plan
-    skeleton: Skeleton
-    targets: tuple[tuple[Target, ...], ...]  # for each unit of the plan
+    draft: Draft
+    notes: tuple[str, ...]
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -84,7 +70,7 @@ class Job:
         units = sum(
             len(unit) * source.dtype.itemsize for unit in self.plan.units for source in unit.sources
         )
-        return units + sum(record.nbytes for record, _ in self.skeleton.copies)
+        return units + sum(storage.nbytes for _, storage in self.draft.copies)
 
 
 def prepare(
@@ -100,23 +86,104 @@ def prepare(
             be written.
     """
     inputs = [Path(path) for path in paths]
-    weights = _weights(inputs, options)
+    values = _weights(inputs, options)
     if options.dtype is not None and options.dtype not in CONVERTIBLE:
         hint = f"choose one of {', '.join(CONVERTIBLE)}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
     window_limit(options.max_memory)
+    inputs, values = _template_first(inputs, values, options.template)
     target = Path(output)
     layouts = [scan(path) for path in inputs]
-    for path in inputs:
-        if target.exists() and target.samefile(path):
-            hint = "choose another output; inputs are never written to"
-            raise MergeError(f"the output is the input {path}", where=target, hint=hint)
-    refuse_output(target, overwrite=options.overwrite)
     roles = [assign(layout, options.key) for layout in layouts]
-    aligned = align(inputs, [role.weights for role in roles], options.missing)
+    chosen = Chosen(tuple(options.include), tuple(options.exclude))
+    aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
     plan = make_plan(layouts, aligned, options.dtype)
-    skeleton, targets = _output(target, options, plan, roles[0])
-    return Job(target, options, weights, roles[0], plan, skeleton, targets)
+    draft = make_draft(
+        target,
+        plan,
+        roles[0].weights,
+        state_dict=options.state_dict,
+        shard_size=options.max_shard_size,
+    )
+    _refuse_inputs(target, layouts)
+    refuse_output(target, directory=draft.directory, overwrite=options.overwrite)
+    if draft.directory and target.is_dir() and any(target.iterdir()):
+        _refuse_foreign(target)
+    notes = _notes(layouts, options, draft)
+    return Job(target, options, Weights.of(values), roles[0], plan, draft, notes)
+
+
+def _template_first(
+    inputs: list[Path], weights: list[Weight], template: int | str | os.PathLike[str] | None
+) -> tuple[list[Path], list[Weight]]:
+    """The checkpoints with the template moved to the front, or put there with the weight zero."""
+    if template is None:
+        return inputs, weights
+    text = str(template)
+    path = Path(template) if not isinstance(template, int) else None
+    if text.isdecimal() and not (path is not None and path.exists()):
+        index = int(text) - 1
+        if not 0 <= index < len(inputs):
+            hint = f"give a number from 1 to {len(inputs)}, or the path of a checkpoint"
+            raise UsageError(f"there is no checkpoint number {text}", hint=hint)
+    else:
+        path = Path(text)
+        index = next((i for i, one in enumerate(inputs) if _is_same(one, path)), -1)
+        if index < 0:
+            return [path, *inputs], [0, *weights]
+    order = [index, *(i for i in range(len(inputs)) if i != index)]
+    return [inputs[i] for i in order], [weights[i] for i in order]
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
+    """Raises MergeError where the output is an input, lies within one, or holds one."""
+    for layout in layouts:
+        path = layout.path
+        hint = "choose another output; inputs are never written to"
+        if target.exists() and target.samefile(path):
+            raise MergeError(f"the output is the input {path}", where=target, hint=hint)
+        if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
+            raise MergeError(f"the output lies in the input {path}", where=target, hint=hint)
+        if target.is_dir() and path.resolve().is_relative_to(target.resolve()):
+            raise MergeError(f"the output holds the input {path}", where=target, hint=hint)
+        if target.is_file():
+            for file in layout.files:
+                if target.samefile(file.path):
+                    what = f"the output is a part of the input {path}"
+                    raise MergeError(what, where=target, hint=hint)
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Raises MergeError where a directory that would be replaced is no checkpoint."""
+    try:
+        scan(target)
+    except MergeError:
+        what = "it is a directory that holds no checkpoint, and is not replaced"
+        raise MergeError(what, where=target, hint="choose another output") from None
+
+
+def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[str, ...]:
+    """What a person should hear of beside what the names needed."""
+    notes = [note for layout in layouts for note in layout.notes]
+    shards = [layout for layout in layouts if not layout.members and shard_of(layout.path)]
+    if shards:
+        path = shards[0].path
+        what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
+        notes.append(f"{path} is {what}")
+    if draft.directory:
+        names = [str(name) for name in ("config.json", "adapter_config.json")]
+        for name in names:
+            found = [layout.path / name for layout in layouts]
+            texts = {path.read_bytes() for path in found if path.is_file()}
+            if len(texts) > 1:
+                notes.append(f"{name} differs between the checkpoints; the template's is kept")
+            if texts and options.dtype is not None:
+                notes.append(f"{name} is the template's, and may still name another dtype")
+    return tuple(notes)
 
 
 def worker_count() -> int:
@@ -143,93 +210,13 @@ def window_limit(max_memory: int | None) -> int:
     return min(fits, _WINDOW)
 
 
-def _weights(inputs: Sequence[Path], options: Options) -> Weights:
+def _weights(inputs: Sequence[Path], options: Options) -> list[Weight]:
     if not inputs:
         raise UsageError("there are no checkpoints to average", hint="name at least one")
     if options.weights is None:
-        return Weights.uniform(len(inputs))
+        return [1] * len(inputs)
     if len(options.weights) != len(inputs):
         counts = f"{len(options.weights)} weights for {len(inputs)} checkpoints"
         raise UsageError(counts, hint="give one weight a checkpoint, in the same order")
-    return Weights.of(options.weights)
-
-
-def _output(
-    path: Path, options: Options, plan: Plan, roles: Roles
-) -> tuple[Skeleton, tuple[tuple[Target, ...], ...]]:
-    """The skeleton of the output, and where in it each unit goes."""
-    template = plan.layouts[0]
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return _fresh_safetensors(path, plan, roles)
-    if template.archive is not None and not options.state_dict:
-        averaged = {unit.storage.name for unit in plan.units}
-        skeleton = torch_zip_write.rebuilt(template, plan.converted(), averaged)
-        return skeleton, tuple((_in_storage(unit),) for unit in plan.units)
-    if template.archive is None and suffix not in ZIP_SUFFIXES:
-        hint = f"end its name in .safetensors, or in {', '.join(ZIP_SUFFIXES)}"
-        raise UsageError(f"the name {path.name!r} does not say which format to write", hint=hint)
-    return _fresh_zip(path, plan, roles)
-
-
-def _in_storage(unit: Unit) -> Target:
-    return Target(0, len(unit), unit.storage.name, unit.start * unit.dtype.itemsize)
-
-
-def _short_names(path: Path, roles: Roles) -> dict[Name, str]:
-    """Names as keys of the one state dict that the output holds."""
-    dicts = {name.state_dict for name in roles.weights}
-    if len(dicts) > 1:
-        found = named(sorted(str(Name(d[:-1], str(d[-1]))) if d else "" for d in dicts), 8)
-        hint = "name the one to write with --key"
-        raise MergeError(f"it can hold one state dict, not {found}", where=path, hint=hint)
-    return {name: name.key for name in roles.weights}
-
-
-def _fresh_safetensors(
-    path: Path, plan: Plan, roles: Roles
-) -> tuple[Skeleton, tuple[tuple[Target, ...], ...]]:
-    short = _short_names(path, roles)
-    entries = [(short[name], plan.result(info), info.shape) for name, info in roles.weights.items()]
-    try:
-        skeleton = safetensors.fresh(entries, dict(plan.layouts[0].metadata))
-    except MergeError as error:
-        raise MergeError(error.what, where=path, hint=error.hint) from None
-    targets = []
-    for unit in plan.units:
-        views = [
-            (short[name], info, info.start - unit.start, info.stop - unit.start)
-            for name, info in unit.members
-        ]
-        targets.append(
-            tuple(
-                Target(start, stop, name, 0, None if info.contiguous else info)
-                for name, info, start, stop in views
-            )
-        )
-    return skeleton, tuple(targets)
-
-
-def _fresh_zip(
-    path: Path, plan: Plan, roles: Roles
-) -> tuple[Skeleton, tuple[tuple[Target, ...], ...]]:
-    short = _short_names(path, roles)
-    homes = {name: (i, unit) for i, unit in enumerate(plan.units) for name, _ in unit.members}
-    tensors = []
-    sizes: dict[str, int] = {}
-    for name, info in roles.weights.items():
-        dtype = plan.result(info)
-        if name not in homes:  # it has no elements
-            storage = f"empty {dtype.name}"
-            sizes.setdefault(storage, 0)
-            tensors.append((short[name], dtype, info.shape, row_major(info.shape), 0, storage))
-            continue
-        index, unit = homes[name]
-        sizes[str(index)] = len(unit) * dtype.itemsize
-        start = info.start - unit.start
-        tensors.append((short[name], dtype, info.shape, info.stride, start, str(index)))
-    skeleton = torch_zip_write.fresh([torch_zip_write.FreshTensor(*t) for t in tensors], sizes)
-    return skeleton, tuple(
-        (Target(0, len(unit), str(index), 0),) if str(index) in sizes else ()
-        for index, unit in enumerate(plan.units)
-    )
+    Weights.of(options.weights)
+    return list(options.weights)

@@ -46,16 +46,13 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
             for kept in job.roles.kept
         ],
         "others": list(template.others),
-        "whole": bool(job.skeleton.copies) or template.format == "safetensors",
+        "whole": job.draft.whole,
         "bytes_to_read": job.nbytes,
-        "bytes_to_write": job.skeleton.nbytes,
+        "bytes_to_write": job.draft.nbytes,
         "int_policy": job.options.int_policy,
-        "notes": list(plan.aligned.notes),
+        "notes": [*plan.aligned.notes, *job.notes],
         "warnings": list(plan.warnings),
     }
-    paths = [str(one.path) for one in job.layouts if one.archive and one.archive.unchecked]
-    if paths:
-        report["notes"].append(f"{named(paths)} records no checksums, so damage would not show")
     if result is not None:
         report["bytes_read"] = result.nbytes
         report["seconds"] = round(result.seconds, 3)

@@ -12,21 +12,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from merge_avg.errors import MergeError, named
-from merge_avg.layout import Layout, TensorInfo, TreePath, dotted
+from merge_avg.layout import ATTRIBUTES, Key, Layout, TensorInfo, TreePath, dotted
 
 # What is never averaged: the keys of containers, in any letter case, and what they hold.
 KEPT = (
     ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opts?|opt_state.*"),
     ("learning-rate schedule", r".*sched.*"),
     ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
-    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?"),
+    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
     ("callback state", r"callbacks?|callback_.*"),
-    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?|sampler|dataloader.*|iterator.*"),
-    ("settings", r"hyper_?parameters|h_?params|args|cfg|config|arguments|datamodule.*"),
+    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?|sampler.*|dataloader.*|dl_state_dict.*"),
+    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments|datamodule.*"),
     ("metrics", r"metrics?|loss(es)?|(.*_)?(loss|acc|accuracy|score)|best.*|history|log.*"),
-    ("counters", r"epochs?|(global_)?steps?|iter(ation)?s?|n_?updates|time.*"),
+    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates|time.*"),
+    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
 )
+# What is averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
+MASTERS = r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups"
 _KEPT = re.compile("|".join(f"(?:{pattern})" for _, pattern in KEPT), re.IGNORECASE)
+_MASTERS = re.compile(MASTERS)
 _RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
 
 
@@ -94,9 +98,16 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     return Roles(weights, tuple(_summary(rest)))
 
 
+def is_kept(key: Key) -> bool:
+    """Whether what lies below a key of a container, or in a file of that name, is no weight."""
+    return isinstance(key, str) and bool(_KEPT.fullmatch(key))
+
+
 def _is_weight(path: TreePath) -> bool:
     containers = path[:-1]
-    if any(isinstance(key, str) and _KEPT.fullmatch(key) for key in containers):
+    if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
+        return True
+    if any(map(is_kept, containers)):
         return False
     # torch.optim's state dict: {"state": {0: {"exp_avg": ...}}, "param_groups": ...}
     pairs = itertools.pairwise(containers)

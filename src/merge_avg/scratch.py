@@ -89,8 +89,8 @@ class Scratch:
         buffer = Buffer(SLAB)
         for start in range(0, nbytes, SLAB):
             count = min(SLAB, nbytes - start)
-            offset = info.storage.offset + info.start * size + start
-            reader.read(buffer.bytes(count), offset, info.storage)
+            at = info.start * size + start
+            reader.read(buffer.bytes(count), info.storage, at)
             room[start : start + count] = buffer.tensor(count, torch.uint8)
         return room
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from merge_avg.average import RunningMean
 from merge_avg.buffer import Buffer
+from merge_avg.draft import Target
 from merge_avg.errors import MergeError
 from merge_avg.files import Reader
 from merge_avg.integers import is_counter, settle
 from merge_avg.layout import Storage, TensorInfo
 from merge_avg.output import Output
 from merge_avg.plan import Piece, Unit, Window
-from merge_avg.prepare import Job, Target
+from merge_avg.prepare import Job
 from merge_avg.roles import Name
 from merge_avg.scratch import SLAB, Scratch, slabs, strided
-from merge_avg.skeleton import Place
 from merge_avg.weights import Weights
 
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,7 +73,7 @@ class Worker:
         self._maps = maps
         self._ledger = ledger
         self._device = device
-        self._targets = dict(zip(map(id, job.plan.units), job.targets, strict=True))
+        self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
         sizes = [unit.dtype.itemsize for unit in job.plan.units]
         sizes += [source.dtype.itemsize for unit in job.plan.units for source in unit.sources]
         widest = max(sizes, default=1)
@@ -95,12 +95,12 @@ class Worker:
             self._write(piece, data[at : at + nbytes])
             at += nbytes
 
-    def copy(self, record: Storage, place: Place) -> None:
-        """Copies a record of the template that holds no weights."""
+    def copy(self, number: int, record: Storage) -> None:
+        """Copies a record of the template that holds no weights into a file of the output."""
         for at in range(0, record.nbytes, self._limit):
             part = self._read_buffer.bytes(min(self._limit, record.nbytes - at))
-            self._readers[0].read(part, record.offset + at, record)
-            self._out.write(record.name, place, at, part)
+            self._readers[0].read(part, record, at)
+            self._out.write(number, record.name, at, part)
             self._ledger.count(len(part))
 
     def _average(self, window: Window) -> None:
@@ -204,8 +204,7 @@ class Worker:
             if source.storage is None:
                 self._scratch.read(part, offset)
             else:
-                storage = None if again else source.storage
-                self._readers[source.checkpoint].read(part, offset, storage)
+                self._readers[source.checkpoint].read(part, source.storage, offset, again=again)
             at += len(part)
         if not again:
             self._ledger.count(len(view))
@@ -222,7 +221,7 @@ class Worker:
             if target.view is None and start < stop:
                 part = data[(start - piece.start) * size : (stop - piece.start) * size]
                 at = target.at + (start - target.start) * size
-                self._out.write(target.place, self._out.place(target.place), at, part)
+                self._out.write(target.file, target.place, at, part)
 
     def _report_nonfinite(self, window: Window, k: int, values: Tensor) -> None:
         """Raises for a tensor that holds NaN or infinity, or notes its name if that is allowed."""
@@ -285,7 +284,7 @@ def spread(out: Output, unit: Unit, targets: Sequence[Target], mapped: Tensor) -
         ):
             nbytes = slab.numel() * slab.itemsize
             buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
-            out.write(target.place, out.place(target.place), at, buffer.bytes(nbytes))
+            out.write(target.file, target.place, at, buffer.bytes(nbytes))
             at += nbytes
 
 

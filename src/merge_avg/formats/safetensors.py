@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from merge_avg.dtypes import BY_SAFETENSORS, DType
 from merge_avg.errors import MergeError
-from merge_avg.layout import Layout, Storage, TensorInfo, row_major
+from merge_avg.layout import File, Layout, Storage, TensorInfo, row_major
 from merge_avg.skeleton import Place, Skeleton
 
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -28,12 +28,13 @@ def _length(head: bytes) -> int:
     return int.from_bytes(head[:8], "little")
 
 
-def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
-    """The layout of a safetensors file.
+def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
+    """The layout of a safetensors file; `number` is that of the file in the checkpoint.
 
     Raises:
         MergeError: the header is damaged, or the ranges leave holes, overlap or end elsewhere.
     """
+    path, nbytes = stamp.path, stamp.nbytes
     length = _length(file.read(8))
     base = 8 + length
     if base > nbytes:
@@ -42,7 +43,7 @@ def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise MergeError("the header's __metadata__ is no table of texts", where=path)
-    tensors = [_tensor(path, name, entry, base) for name, entry in header.items()]
+    tensors = [_tensor(path, name, entry, base, number) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.nbytes))
     end = base
     for tensor in tensors:
@@ -54,7 +55,7 @@ def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
         raise _cut_short(path, end, nbytes)
     if end < nbytes:
         raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor", where=path)
-    return Layout(path, "safetensors", nbytes, tuple(tensors), metadata=tuple(metadata.items()))
+    return Layout(path, "safetensors", (stamp,), tuple(tensors), metadata=tuple(metadata.items()))
 
 
 def _cut_short(path: Path, expected: int, found: int) -> MergeError:
@@ -78,7 +79,7 @@ def _header(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+def _tensor(path: Path, name: str, entry: Any, base: int, number: int) -> TensorInfo:
     match entry:
         case {"dtype": str() as code, "shape": [*shape], "data_offsets": [int() as a, int() as b]}:
             pass
@@ -96,7 +97,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         found = f"{b - a:,} bytes, expected {size:,} for its shape and dtype"
         raise MergeError(f"tensor {name!r} has {found}", where=path)
     trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
-    storage = Storage(name, base + a, size)
+    storage = Storage(name, base + a, size, file=number)
     extents = tuple(shape)
     return TensorInfo((name,), dtype, extents, row_major(extents), 0, storage, trouble)
 
@@ -130,3 +131,22 @@ def fresh(
     base = 8 + len(raw)
     moved = {name: Place(base + place.offset, place.nbytes) for name, place in places.items()}
     return Skeleton(base + at, ((0, len(raw).to_bytes(8, "little") + raw),), moved)
+
+
+def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
+    """The skeleton of a copy of a safetensors file whose averaged tensors are to be filled.
+
+    Args:
+        layout: the file that is copied.
+        converted: the dtypes of tensors that get another one.
+        averaged: the names of the tensors that are weights.
+    """
+    entries = [
+        (info.storage.name, converted.get(info.storage.name, info.dtype), info.shape)
+        for info in layout.tensors
+    ]
+    skeleton = fresh(entries, dict(layout.metadata))
+    kept = [info.storage for info in layout.tensors if info.storage.name not in averaged]
+    places = {name: place for name, place in skeleton.places.items() if name in averaged}
+    copies = tuple((storage, skeleton.places[storage.name]) for storage in kept)
+    return Skeleton(skeleton.nbytes, skeleton.literals, places, copies)

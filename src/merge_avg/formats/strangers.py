@@ -24,6 +24,15 @@ _BY_MAGIC = (
 )
 
 
+def is_placeholder(head: bytes) -> bool:
+    """Whether a file stands for a checkpoint that was never fetched."""
+    return head.startswith(_BY_MAGIC[0][0]) or _is_web_page(head)
+
+
+def _is_web_page(head: bytes) -> bool:
+    return head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
 def refuse(path: Path, head: bytes, nbytes: int) -> NoReturn:
     """Raises MergeError that says what a file is that no format here claims."""
     if not nbytes:
@@ -31,8 +40,7 @@ def refuse(path: Path, head: bytes, nbytes: int) -> NoReturn:
     for magic, what, hint in _BY_MAGIC:
         if head.startswith(magic):
             raise MergeError(what, where=path, hint=hint)
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if _is_web_page(head):
         hint = "the download failed or needs a login; fetch the file again"
         raise MergeError("a web page, not a checkpoint", where=path, hint=hint)
     if head[257:262] == b"ustar":

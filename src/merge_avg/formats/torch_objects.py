@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from merge_avg.dtypes import BY_NAME, BY_STORAGE, DType
 from merge_avg.errors import MergeError
 from merge_avg.formats.inert import Global, InertDict, Instance, Loaded, PickleError, Value, load
-from merge_avg.layout import ClassSpan, Storage, TensorInfo, TreePath, dotted
+from merge_avg.layout import ATTRIBUTES, ClassSpan, Storage, TensorInfo, TreePath, dotted
+
+Find = Callable[[str, int, DType | None], Storage]
 
 _DEEPEST = 200
 _NOWHERE = Storage("", 0, 0)
 _UNKNOWN = DType("unknown", 1, "code")
+
+_ORDERED_DICT = Global("collections", "OrderedDict")
+_DEFAULT_DICT = Global("collections", "defaultdict")
+_LOAD_FROM_BYTES = Global("torch.storage", "_load_from_bytes")
 
 # Functions that rebuild tensors whose bytes are not plain numbers, and what these are called.
 _UNUSUAL = {
@@ -30,12 +37,31 @@ _UNUSUAL = {
 }
 
 
+# Subclasses that wrap other tensors, by the module that they come from.
+_WRAPPED = (
+    (
+        "torch.distributed",
+        "one rank's part of a distributed tensor, not the whole",
+    ),
+    ("torchao", "a tensor quantised by torchao"),
+)
+
+
+def _subclass(args: tuple[Value, ...]) -> str:
+    name = str(args[0])
+    return next((what for start, what in _WRAPPED if name.startswith(start)), f"a {name}")
+
+
 @dataclass(eq=False, slots=True)
 class _Stored:
-    """A storage as a pickle names it; no dtype for an untyped one, whose size is in bytes."""
+    """A storage as a pickle names it; no dtype for an untyped one, whose size is in bytes.
+
+    Its first element is number `start` of the record: not 0 for a view in an old legacy file.
+    """
 
     dtype: DType | None
     storage: Storage
+    start: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -61,10 +87,12 @@ class Objects:
 
 @dataclass
 class _Reader:
-    find: Callable[[str, int], Storage]
+    find: Find
     classes: list[ClassSpan] = field(default_factory=list)
 
-    def persistent(self, pid: Value) -> _Stored:
+    def persistent(self, pid: Value) -> Value:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # a legacy file keeps the source of a module's class beside it
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise PickleError("the pickle refers to something that is no storage")
         cls, key, numel = pid[1], pid[2], pid[4]
@@ -75,22 +103,28 @@ class _Reader:
             dtype = BY_STORAGE.get(cls.name)
             if dtype is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
                 raise PickleError(f"storage {key!r} is of the unknown class {cls}")
-        storage = self.find(str(key), numel * (dtype.itemsize if dtype else 1))
+        storage = self.find(str(key), numel * (dtype.itemsize if dtype else 1), dtype)
         self.classes.append(
             ClassSpan(cls.start, cls.stop, f"{cls.module}\n{cls.name}", storage.name)
         )
-        return _Stored(dtype, storage)
+        start = 0
+        match pid[5:]:
+            case ((_, int() as first, int()),):
+                start = first
+        return _Stored(dtype, storage, start)
 
     def call(self, function: Global, args: tuple[Value, ...]) -> Value | None:
-        if function.module == "collections":
-            if function.name == "OrderedDict":
-                return InertDict(*args[:1])
-            if function.name == "defaultdict":
-                return InertDict()
+        if function == _ORDERED_DICT:
+            return InertDict(*args[:1])
+        if function == _DEFAULT_DICT:
+            return InertDict()
+        if function == _LOAD_FROM_BYTES:
+            hint = "load them with pickle and save them again with torch.save"
+            raise PickleError("its tensors were pickled without torch.save", hint=hint)
         if function.module not in ("torch._utils", "torch._tensor"):
             return None
         if function.name in _UNUSUAL:
-            return _Tensor(TensorInfo((), _UNKNOWN, (), (), 0, _NOWHERE, _UNUSUAL[function.name]))
+            return _strange(_UNUSUAL[function.name])
         match function.name, args:
             case "_rebuild_tensor", (stored, start, shape, stride, *_):
                 return _tensor(stored, start, shape, stride, None, None)
@@ -100,9 +134,15 @@ class _Reader:
                 return _tensor(stored, start, shape, stride, dtype, more[0] if more else None)
             case "_rebuild_parameter" | "_rebuild_parameter_with_state", (_Tensor() as data, *_):
                 return data
-            case "_rebuild_from_type_v2", (Global() as inner, _, tuple() as inner_args, *_):
+            case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *_):
+                if inner.name == "_rebuild_wrapper_subclass":
+                    return _strange(_subclass(inner_args or (cls,)))
                 return self.call(inner, inner_args)
         return None
+
+
+def _strange(what: str) -> _Tensor:
+    return _Tensor(TensorInfo((), _UNKNOWN, (), (), 0, _NOWHERE, what))
 
 
 def _tensor(
@@ -118,6 +158,7 @@ def _tensor(
     numbers = (start, *shape, *stride)
     if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
         raise PickleError(f"a tensor on storage {stored.storage.name!r} has impossible strides")
+    start += stored.start
     bits = metadata if isinstance(metadata, dict) else {}
     flipped = [bit for bit in ("conj", "neg") if bits.get(bit)]
     trouble = f"a lazy view (its {flipped[0]} bit is set)" if flipped else None
@@ -128,12 +169,13 @@ def _tensor(
     )
 
 
-def read_objects(data: bytes, find: Callable[[str, int], Storage]) -> Objects:
+def read_objects(data: bytes, find: Find) -> Objects:
     """Reads torch's pickle without running it.
 
     Args:
         data: the pickle.
-        find: returns the storage of a key that holds a number of bytes, or raises MergeError.
+        find: returns the storage of a key that holds a number of bytes of a dtype (None for an
+            untyped one), or raises MergeError.
 
     Raises:
         MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
@@ -204,9 +246,75 @@ def _children(value: Value) -> Iterator[tuple[str | int, Value]]:
     if isinstance(value, dict):
         yield from ((_key(key), child) for key, child in value.items())
     elif isinstance(value, Instance):
+        if _is_module(value):
+            yield from _module(value)
+            return
         for part in (value.state, value.args, value.items):
             if isinstance(part, dict | list | tuple | Instance):
                 yield from _children(part)
         yield from ((_key(key), child) for key, child in value.pairs)
     elif isinstance(value, list | tuple):
         yield from enumerate(value)
+
+
+def _is_module(value: Value) -> bool:
+    return (
+        isinstance(value, Instance)
+        and isinstance(value.state, dict)
+        and all(isinstance(value.state.get(key), dict) for key in _MODULE)
+    )
+
+
+_MODULE = ("_parameters", "_buffers", "_modules")
+
+
+def _module(root: Instance) -> Iterator[tuple[str, Value]]:
+    """A pickled nn.Module's tensors by the names that its state dict has, then what else it holds.
+
+    Source: torch/nn/modules/module.py, state_dict.
+    """
+    rest: dict[str, Value] = {}
+    stack: list[tuple[str, Instance]] = [("", root)]
+    above: set[int] = set()
+    while stack:
+        prefix, module = stack.pop()
+        if id(module) in above:
+            raise PickleError("a module is a part of itself")
+        above.add(id(module))
+        state = module.state
+        unsaved = state.get("_non_persistent_buffers_set")
+        unsaved = unsaved if isinstance(unsaved, set) else set()
+        for kind in ("_parameters", "_buffers"):
+            for key, child in state[kind].items():
+                if kind == "_buffers" and key in unsaved:
+                    rest[f"{prefix}{key}"] = child
+                else:
+                    yield f"{prefix}{key}", child
+        for key, child in state.items():
+            if key not in _MODULE and isinstance(child, _Tensor | dict | list | tuple | Instance):
+                rest[f"{prefix}{key}"] = child
+        children = [(f"{prefix}{key}.", child) for key, child in state["_modules"].items()]
+        stack += reversed([(name, child) for name, child in children if _is_module(child)])
+    yield ATTRIBUTES, rest
+
+
+def refuse_root(objects: Objects, path: Path) -> None:
+    """Raises MergeError for a pickle that is one tensor, or one rank's part of a checkpoint."""
+    if objects.kind == "a tensor":
+        hint = "pass checkpoints that hold a state dict: a dict of names and tensors"
+        raise MergeError("it holds a single tensor without a name", where=path, hint=hint)
+    keys = {*objects.others, *(str(info.path[0]) for info in objects.tensors)}
+    if {"ds_config", "ds_version"} & keys and _is_hollow(objects.tensors):
+        hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
+        what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
+        raise MergeError(what, where=path, hint=hint)
+    if any(info.trouble and "distributed" in info.trouble for info in objects.tensors):
+        hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
+        what = "it holds one rank's parts of distributed tensors"
+        hint += " of torch.distributed.checkpoint"
+        raise MergeError(what, where=path, hint=hint)
+
+
+def _is_hollow(tensors: tuple[TensorInfo, ...]) -> bool:
+    module = [info for info in tensors if info.path[0] == "module"]
+    return bool(module) and all(info.shape == (0,) for info in module)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError
-from merge_avg.formats.torch_objects import read_objects
-from merge_avg.layout import Archive, Layout, Storage
+from merge_avg.formats.torch_objects import read_objects, refuse_root
+from merge_avg.layout import Archive, File, Layout, Storage
 
 MAGIC = b"PK\x03\x04"
 # What zipfile raises on damaged archives; NotImplementedError for a version it has not heard of.
@@ -29,14 +30,100 @@ _DAMAGE = (
     EOFError,
 )
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_LARGEST_PICKLE = 1 << 30
+_ORDERS = {b"": 0, b"little": 0, b"big": 1}
 
 
-def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
+def looks_like(head: bytes) -> bool:
+    """Whether a file that starts so is a zip archive."""
+    return head.startswith(MAGIC)
+
+
+@dataclass(frozen=True)
+class Within:
+    """Where an archive lies that is a part of a file, and what its records are called there."""
+
+    offset: int
+    name: str
+
+
+def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = None) -> Layout:
     """The layout of a zip checkpoint.
 
+    Args:
+        file: the archive, from its first byte.
+        stamp: the file that it is or is part of.
+        number: of that file in the checkpoint.
+        within: for a part of a file, which may be one tensor, where it lies.
+
     Raises:
-        MergeError: it is damaged, compressed, no checkpoint of torch.save, or dangerous.
+        MergeError: it is damaged, encrypted, no checkpoint of torch.save, or dangerous.
     """
+    path = stamp.path
+    records = _records(file, path)
+    root = _root(list(records), path)
+    # torch.serialization.set_crc32_options(False) leaves all checksums zero.
+    unchecked = all(record.crc == 0 for record in records.values())
+    if unchecked:
+        records = {name: replace(record, crc=None) for name, record in records.items()}
+    pickle_name = f"{root}data.pkl"
+    pickle = _bytes(file, records[pickle_name], path)
+    order_name = f"{root}byteorder"
+    order = _bytes(file, records[order_name], path) if order_name in records else b""
+    base, prefix = (within.offset, within.name) if within else (0, "")
+    for name, record in records.items():
+        moved = replace(record, name=prefix + name, offset=base + record.offset, file=number)
+        records[name] = moved
+    if order not in _ORDERS:
+        raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
+
+    def find(key: str, size: int, dtype: DType | None) -> Storage:
+        name = f"{root}data/{key}"
+        record = records.get(name)
+        if record is None:
+            raise MergeError(f"the archive has no record for storage {key!r}")
+        if record.nbytes != size:
+            found = f"{record.nbytes:,} bytes long, expected {size:,}"
+            raise MergeError(f"record {record.name!r} is {found}")
+        if _ORDERS[order] and record.swapped == 1:
+            if dtype is None:
+                what = f"record {record.name!r} is in big-endian byte order and has no dtype"
+                raise MergeError(what, hint="load it with torch.load and save it again")
+            record = records[name] = replace(record, swapped=dtype.word)
+        return record
+
+    try:
+        objects = read_objects(pickle, find)
+    except MergeError as error:
+        raise type(error)(error.what, where=path, hint=error.hint) from None
+    if within is None:
+        refuse_root(objects, path)
+    parts = Archive(
+        tuple(records.items()),
+        pickle,
+        pickle_name,
+        objects.classes,
+        objects.loaded.frames,
+        unchecked,
+    )
+    notes = []
+    if unchecked:
+        notes.append(f"{path} records no checksums, so damage would not show")
+    return Layout(
+        path,
+        "torch-zip",
+        (stamp,),
+        objects.tensors,
+        objects.others,
+        archive=parts,
+        notes=tuple(notes),
+    )
+
+
+def _records(file: BinaryIO, path: Path) -> dict[str, Storage]:
+    """The records of an archive by name, in their order in the file."""
+    nbytes = file.seek(0, 2)
+    file.seek(0)
     try:
         archive = zipfile.ZipFile(file)
     except _DAMAGE as error:
@@ -46,47 +133,7 @@ def scan(path: Path, file: BinaryIO, nbytes: int) -> Layout:
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
         raise MergeError("two records of the zip archive have the same name", where=path)
-    root = _root(names, path)
-    records = {info.filename: _record(file, info, nbytes, path) for info in infos}
-    pickle_record = records[f"{root}data.pkl"]
-    pickle = _bytes(file, pickle_record)
-    # torch.serialization.set_crc32_options(False) leaves all checksums zero.
-    unchecked = all(record.crc == 0 for record in records.values())
-    if unchecked:
-        records = {name: replace(record, crc=None) for name, record in records.items()}
-    if not unchecked and zlib.crc32(pickle) != pickle_record.crc:
-        raise _damaged(path, pickle_record)
-    order = _bytes(file, records[f"{root}byteorder"]) if f"{root}byteorder" in records else b""
-    if order not in (b"", b"little"):
-        shown = order.decode("ascii", "replace")
-        hint = "load it with torch.load on any machine and save it again"
-        raise MergeError(f"its numbers are in {shown}-endian byte order", where=path, hint=hint)
-
-    def find(key: str, size: int) -> Storage:
-        record = records.get(f"{root}data/{key}")
-        if record is None:
-            raise MergeError(f"the archive has no record for storage {key!r}")
-        if record.nbytes != size:
-            found = f"{record.nbytes:,} bytes long, expected {size:,}"
-            raise MergeError(f"record {record.name!r} is {found}")
-        return record
-
-    try:
-        objects = read_objects(pickle, find)
-    except MergeError as error:
-        raise type(error)(error.what, where=path, hint=error.hint) from None
-    if objects.kind == "a tensor":
-        hint = "pass checkpoints that hold a state dict: a dict of names and tensors"
-        raise MergeError("it holds a single tensor without a name", where=path, hint=hint)
-    parts = Archive(
-        tuple(records.values()),
-        pickle,
-        pickle_record.name,
-        objects.classes,
-        objects.loaded.frames,
-        unchecked,
-    )
-    return Layout(path, "torch-zip", nbytes, objects.tensors, objects.others, archive=parts)
+    return {info.filename: _record(file, info, nbytes, path) for info in infos}
 
 
 def _root(names: list[str], path: Path) -> str:
@@ -125,9 +172,10 @@ _STRANGERS = {
 
 def _record(file: BinaryIO, info: zipfile.ZipInfo, nbytes: int, path: Path) -> Storage:
     name = info.filename
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
-        kind = "encrypted" if info.flag_bits & 0x1 else "compressed"
-        hint = "load it with torch.load and save it again; torch.save stores records as they are"
+    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    if info.flag_bits & 0x1 or not (deflated or info.compress_type == zipfile.ZIP_STORED):
+        kind = "encrypted" if info.flag_bits & 0x1 else "compressed in an unusual way"
+        hint = "unpack it, and pack it again without compression: zip -0 -r OUTPUT DIRECTORY"
         raise MergeError(f"record {name!r} of the archive is {kind}", where=path, hint=hint)
     file.seek(info.header_offset)
     header = file.read(_LOCAL_HEADER.size)
@@ -135,16 +183,28 @@ def _record(file: BinaryIO, info: zipfile.ZipInfo, nbytes: int, path: Path) -> S
         _LOCAL_HEADER.unpack(header) if len(header) == _LOCAL_HEADER.size else (b"", 0, 0)
     )
     offset = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if magic != MAGIC or info.compress_size != info.file_size or offset + info.file_size > nbytes:
+    lies = not deflated and info.compress_size != info.file_size
+    if magic != MAGIC or lies or offset + info.compress_size > nbytes:
         raise MergeError(f"record {name!r} of the archive is not where it should be", where=path)
-    return Storage(name, offset, info.file_size, info.CRC)
+    packed = info.compress_size if deflated else None
+    return Storage(name, offset, info.file_size, info.CRC, packed=packed)
 
 
-def _bytes(file: BinaryIO, record: Storage) -> bytes:
+def _bytes(file: BinaryIO, record: Storage, path: Path) -> bytes:
+    """The content of a small record: the pickle, or the byte order."""
+    # Deflate packs 1,032 bytes into one at most; such a pickle would be an attack on memory.
+    if record.nbytes > _LARGEST_PICKLE >> (0 if record.packed is None else 2):
+        raise MergeError(f"record {record.name!r} is absurdly large", where=path)
     file.seek(record.offset)
-    return file.read(record.nbytes)
-
-
-def _damaged(path: Path, record: Storage) -> MergeError:
-    what = f"record {record.name!r} is damaged: its CRC-32 does not match"
-    return MergeError(what, where=path, hint="fetch or save the file again")
+    if record.packed is None:
+        content = file.read(record.nbytes)
+    else:
+        try:
+            content = zlib.decompressobj(-15).decompress(file.read(record.packed), record.nbytes)
+        except zlib.error as error:
+            what = f"record {record.name!r} is damaged ({error})"
+            raise MergeError(what, where=path, hint="fetch or save the file again") from None
+    if len(content) != record.nbytes or record.crc not in (None, zlib.crc32(content)):
+        what = f"record {record.name!r} is damaged: its CRC-32 does not match"
+        raise MergeError(what, where=path, hint="fetch or save the file again")
+    return content

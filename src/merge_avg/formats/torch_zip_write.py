@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merge_avg.dtypes import DType
-from merge_avg.errors import MergeError
-from merge_avg.layout import Archive, Layout, Storage
+from merge_avg.formats.torch_pickle import FreshTensor, pickled, with_classes
+from merge_avg.layout import Layout, Storage
 from merge_avg.skeleton import Literal, Place, Skeleton
 
 _ALIGNMENT = 64
 _FLAGS = 0x0808  # sizes and CRC-32 in a data descriptor; names in UTF-8
 _LIMIT = 0xFFFFFFFF
+_ORDER = b"little"
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
@@ -34,14 +35,15 @@ class Entry:
     nbytes: int
     content: bytes | None = None
     copied: Storage | None = None
+    place: str = ""  # what the skeleton calls it, where its bytes come later
 
 
-def rebuilt(layout: Layout, converted: Mapping[Storage, DType], averaged: set[str]) -> Skeleton:
+def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
     """The skeleton of a copy of a zip checkpoint whose averaged records are to be filled.
 
     Args:
         layout: the checkpoint that is copied.
-        converted: storages that get another dtype.
+        converted: the dtypes of storages that get another one, by name.
         averaged: the names of the records that hold weights.
 
     Raises:
@@ -51,34 +53,24 @@ def rebuilt(layout: Layout, converted: Mapping[Storage, DType], averaged: set[st
     if archive is None:
         raise ValueError("only a zip checkpoint can be rebuilt")
     sizes = {}
-    dtypes = {info.storage.name: info.dtype for info in layout.tensors}
-    for storage, dtype in converted.items():
-        sizes[storage.name] = storage.nbytes // dtypes[storage.name].itemsize * dtype.itemsize
-    pickle = archive.pickle
-    if converted:
-        names = {storage.name: dtype for storage, dtype in converted.items()}
-        pickle = _with_classes(layout, archive, names)
+    for info in layout.tensors:
+        dtype = converted.get(info.storage.name)
+        if dtype is not None:
+            count = info.storage.nbytes // info.dtype.itemsize
+            sizes[info.storage.name] = count * dtype.itemsize
+    pickle = with_classes(layout, archive, converted) if converted else archive.pickle
     entries = []
-    for record in archive.records:
-        if record.name == archive.pickle_name:
-            entries.append(Entry(record.name, len(pickle), pickle))
+    for name, record in archive.records:
+        if name == archive.pickle_name:
+            entries.append(Entry(name, len(pickle), pickle))
+        elif name.endswith("byteorder") and record.nbytes < len(_ORDER):  # "big"
+            entries.append(Entry(name, len(_ORDER), _ORDER))
         elif record.name in averaged:
-            entries.append(Entry(record.name, sizes.get(record.name, record.nbytes)))
+            size = sizes.get(record.name, record.nbytes)
+            entries.append(Entry(name, size, place=record.name))
         else:
-            entries.append(Entry(record.name, record.nbytes, copied=record))
+            entries.append(Entry(name, record.nbytes, copied=record, place=record.name))
     return _skeleton(entries)
-
-
-@dataclass(frozen=True)
-class FreshTensor:
-    """A tensor of a new state dict: a view of one of its storages, in elements."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    start: int
-    storage: str
 
 
 def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int]) -> Skeleton:
@@ -89,22 +81,19 @@ def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int]) -> Skelet
         storages: the size of each storage in bytes; they become data/0, data/1, ...
     """
     numbers = {name: str(number) for number, name in enumerate(storages)}
-    pickle = _pickled(tensors, numbers, storages)
+    pickle = pickled(tensors, numbers, storages)
     entries = [
         Entry("archive/data.pkl", len(pickle), pickle),
         Entry("archive/.format_version", 1, b"1"),
         Entry("archive/.storage_alignment", 2, b"64"),
-        Entry("archive/byteorder", 6, b"little"),
-        *(Entry(f"archive/data/{numbers[name]}", size) for name, size in storages.items()),
+        Entry("archive/byteorder", 6, _ORDER),
+        *(
+            Entry(f"archive/data/{numbers[name]}", size, place=name)
+            for name, size in storages.items()
+        ),
         Entry("archive/version", 2, b"3\n"),
     ]
-    skeleton = _skeleton(entries)
-    places = {name: skeleton.places[f"archive/data/{numbers[name]}"] for name in storages}
-
-    def close(crcs: Mapping[str, int]) -> tuple[Literal, ...]:
-        return skeleton.close({f"archive/data/{numbers[name]}": crc for name, crc in crcs.items()})
-
-    return Skeleton(skeleton.nbytes, skeleton.literals, places, checked=True, close=close)
+    return _skeleton(entries)
 
 
 def _skeleton(entries: Sequence[Entry]) -> Skeleton:
@@ -123,12 +112,12 @@ def _skeleton(entries: Sequence[Entry]) -> Skeleton:
         elif entry.copied is not None:
             copies.append((entry.copied, place))
         else:
-            places[entry.name] = place
+            places[entry.place] = place
         at = place.offset + entry.nbytes + len(_descriptor(entry, at, 0))
     known = {e.name: zlib.crc32(e.content) for e in entries if e.content is not None}
 
     def close(crcs: Mapping[str, int]) -> tuple[Literal, ...]:
-        sums = {**known, **crcs}
+        sums = known | {e.name: crcs[e.place] for e in entries if e.content is None}
         ends = [
             (place.offset + entry.nbytes, _descriptor(entry, start, sums[entry.name]))
             for entry, start, place in headers
@@ -182,69 +171,3 @@ def _directory(
         end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
         count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
     return directory + end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
-
-
-def _with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
-    """The pickle with the classes of some storages changed, and without frames.
-
-    Every class is spelled out where it was put on the stack, since a memo entry can serve storages
-    that change and storages that do not.
-    """
-    edits = [(at, at + 9, b"") for at in archive.frames]
-    for span in archive.classes:
-        cls = span.cls
-        if span.storage in changed:
-            storage = changed[span.storage].storage
-            if storage is None or cls.endswith("UntypedStorage"):
-                what = f"the dtype of record {span.storage!r} cannot be changed in a copy of it"
-                hint = "write a bare state dict with --state-dict, or a .safetensors file"
-                raise MergeError(what, where=layout.path, hint=hint)
-            cls = f"torch\n{storage}"
-        edits.append((span.start, span.stop, f"c{cls}\n".encode()))
-    parts = []
-    at = 0
-    for start, stop, new in sorted(edits):
-        parts += [archive.pickle[at:start], new]
-        at = stop
-    return b"".join([*parts, archive.pickle[at:]])
-
-
-def _text(value: str) -> bytes:
-    raw = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(raw)) + raw
-
-
-def _int(value: int) -> bytes:
-    if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    raw = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
-    return b"\x8a" + bytes([len(raw)]) + raw
-
-
-def _ints(values: Sequence[int]) -> bytes:
-    return b"(" + b"".join(map(_int, values)) + b"t"
-
-
-_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
-
-
-def _pickled(
-    tensors: Sequence[FreshTensor], numbers: Mapping[str, str], storages: Mapping[str, int]
-) -> bytes:
-    """A state dict as torch.save pickles it, in protocol 2."""
-    parts = [b"\x80\x02", _ORDERED_DICT, b"("]
-    for tensor in tensors:
-        size, typed = storages[tensor.storage], tensor.dtype.storage is not None
-        cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
-        count = size // tensor.dtype.itemsize if typed else size
-        parts += [
-            _text(tensor.name),
-            f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
-            b"(" + _text("storage") + cls.encode(),
-            _text(numbers[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
-            _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
-            b"\x89" + _ORDERED_DICT,
-            b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
-            b"tR",
-        ]
-    return b"".join([*parts, b"u."])

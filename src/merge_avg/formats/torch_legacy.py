@@ -1,0 +1,166 @@
+"""Legacy checkpoints: what torch.save wrote before torch 1.6, and writes still on request.
+
+Five pickles (magic number, protocol version, a note on the machine, the object, the storages' keys
+in order), then for each storage the number of its elements (64 bits) and its bytes, little-endian.
+Format: torch/serialization.py, _legacy_save and _legacy_load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import BinaryIO
+
+from merge_avg.dtypes import BY_STORAGE, DType
+from merge_avg.errors import MergeError
+from merge_avg.formats.inert import Global, Loaded, Value, load
+from merge_avg.formats.torch_objects import Objects, read_objects, refuse_root
+from merge_avg.formats.torch_pickle import with_classes
+from merge_avg.layout import Archive, File, Layout, Storage
+from merge_avg.skeleton import Literal, Place, Skeleton
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_FIRST_READ = 1 << 20
+_LARGEST = 1 << 30
+_COUNT = 8
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether a file that starts so is a pickle of the magic number."""
+    return head[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in head[:40]
+
+
+def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
+    """The layout of a legacy checkpoint; `number` is that of its file in the checkpoint.
+
+    Raises:
+        MergeError: it is damaged, dangerous, or no checkpoint.
+    """
+    path = stamp.path
+    try:
+        data, start, objects, sizes, keys, end = _pickles(file, stamp.nbytes)
+    except MergeError as error:
+        raise type(error)(error.what, where=path, hint=error.hint) from None
+    refuse_root(objects, path)
+    found: dict[str, Storage] = {}
+    at = end
+    for key in keys:
+        if key not in sizes:
+            raise MergeError(f"it lists the storage {key!r}, which nothing uses", where=path)
+        nbytes, itemsize = sizes[key]
+        file.seek(at)
+        count = int.from_bytes(file.read(_COUNT), "little")
+        if at + _COUNT + nbytes > stamp.nbytes or count * itemsize != nbytes:
+            what = f"storage {key!r} is damaged, or the file is cut short"
+            raise MergeError(what, where=path, hint="fetch or save the file again")
+        found[key] = Storage(key, at + _COUNT, nbytes, file=number)
+        at += _COUNT + nbytes
+    lacking = sorted(sizes.keys() - found.keys())
+    if lacking:
+        raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
+    tensors = tuple(
+        info if info.trouble else replace(info, storage=found[info.storage.name])
+        for info in objects.tensors
+    )
+    stop = start + objects.loaded.nbytes
+    archive = Archive(
+        tuple(found.items()),
+        data[start:stop],
+        "",
+        objects.classes,
+        objects.loaded.frames,
+        around=(data[:start], data[stop:end]),
+    )
+    return Layout(path, "torch-legacy", (stamp,), tensors, objects.others, archive=archive)
+
+
+def _pickles(
+    file: BinaryIO, nbytes: int
+) -> tuple[bytes, int, Objects, dict[str, tuple[int, int]], list[str], int]:
+    """The five pickles.
+
+    Their bytes, where the object starts, what it holds, the storages' sizes and element sizes,
+    their keys in order, and where the pickles end.
+    """
+    size = _FIRST_READ
+    while True:
+        file.seek(0)
+        data = file.read(min(size, nbytes))
+        try:
+            return _parsed(data)
+        except MergeError:
+            if len(data) >= min(nbytes, _LARGEST):
+                raise
+        size *= 8
+
+
+def _parsed(
+    data: bytes,
+) -> tuple[bytes, int, Objects, dict[str, tuple[int, int]], list[str], int]:
+    at = 0
+    for expected in (_MAGIC, _VERSION, None):
+        loaded = _plain(data[at : at + 4096])
+        if expected is not None and loaded.value != expected:
+            raise MergeError("it starts like a legacy checkpoint, but is none")
+        at += loaded.nbytes
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def find(key: str, size: int, dtype: DType | None) -> Storage:
+        known = sizes.setdefault(key, (size, dtype.itemsize if dtype else 1))
+        if known[0] != size:
+            raise MergeError(f"storage {key!r} has two sizes")
+        return Storage(key, 0, size)
+
+    objects = read_objects(data[at:], find)
+    end = at + objects.loaded.nbytes
+    keys = _plain(data[end:])
+    if not isinstance(keys.value, list):
+        raise MergeError("the list of its storages is damaged")
+    names = [str(key) for key in keys.value]
+    return data, at, objects, sizes, names, end + keys.nbytes
+
+
+def _plain(data: bytes) -> Loaded:
+    def call(_: Global, __: tuple[Value, ...]) -> None:
+        raise MergeError("it starts like a legacy checkpoint, but is none")
+
+    return load(data, persistent=lambda _: None, call=call)
+
+
+def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
+    """The skeleton of a copy of a legacy checkpoint whose averaged storages are to be filled.
+
+    Args:
+        layout: the checkpoint that is copied.
+        converted: the dtypes of storages that get another one, by name.
+        averaged: the names of the storages that hold weights.
+
+    Raises:
+        MergeError: a converted storage's dtype is not part of its class in the pickle.
+    """
+    archive = layout.archive
+    if archive is None:
+        raise ValueError("only a pickled checkpoint can be rebuilt")
+    pickle = with_classes(layout, archive, converted) if converted else archive.pickle
+    classes = {
+        span.storage: BY_STORAGE.get(span.cls.partition("\n")[2]) for span in archive.classes
+    }
+    before, after = archive.around
+    head = before + pickle + after
+    literals: list[Literal] = [(0, head)]
+    places: dict[str, Place] = {}
+    copies: list[tuple[Storage, Place]] = []
+    at = len(head)
+    for name, storage in archive.records:
+        dtype = classes[name]
+        count = storage.nbytes // (dtype.itemsize if dtype else 1)
+        nbytes = count * converted[name].itemsize if name in converted else storage.nbytes
+        literals.append((at, count.to_bytes(_COUNT, "little")))
+        place = Place(at + _COUNT, nbytes)
+        if name in averaged:
+            places[name] = place
+        else:
+            copies.append((storage, place))
+        at += _COUNT + nbytes
+    return Skeleton(at, tuple(literals), places, tuple(copies))

@@ -1,0 +1,29 @@
+"""What a checkpoint holds and where: a file's or a directory's layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from merge_avg.errors import MergeError
+from merge_avg.formats.directory import scan_directory
+from merge_avg.formats.registry import scan_file
+from merge_avg.layout import File, Layout
+
+
+def scan(path: str | os.PathLike[str]) -> Layout:
+    """What a checkpoint holds and where, from its headers and pickles; no payload is read.
+
+    Raises:
+        MergeError: it cannot be read, is no checkpoint, or is damaged.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return scan_directory(path)
+        stamp = File.of(path)
+    except OSError as error:
+        raise MergeError(error.strerror or str(error), where=path) from None
+    layout = scan_file(stamp)
+    assert layout is not None  # noqa: S101 - a strict scan returns or raises
+    return layout
