@@ -17,6 +17,7 @@ from merge_avg.layout import ATTRIBUTES, ClassSpan, Storage, TensorInfo, TreePat
 Find = Callable[[str, int, DType | None], Storage]
 
 _DEEPEST = 200
+_MOST_MODULES = 1_000_000
 _NOWHERE = Storage("", 0, 0)
 _UNKNOWN = DType("unknown", 1, "code")
 
@@ -274,13 +275,13 @@ def _module(root: Instance) -> Iterator[tuple[str, Value]]:
     Source: torch/nn/modules/module.py, state_dict.
     """
     rest: dict[str, Value] = {}
-    stack: list[tuple[str, Instance]] = [("", root)]
-    above: set[int] = set()
+    stack: list[tuple[str, Instance, frozenset[int]]] = [("", root, frozenset())]
+    seen = 0
     while stack:
-        prefix, module = stack.pop()
-        if id(module) in above:
-            raise PickleError("a module is a part of itself")
-        above.add(id(module))
+        prefix, module, above = stack.pop()
+        seen += 1
+        if id(module) in above or seen > _MOST_MODULES:
+            raise PickleError("its modules are parts of themselves, or too many")
         state = module.state
         unsaved = state.get("_non_persistent_buffers_set")
         unsaved = unsaved if isinstance(unsaved, set) else set()
@@ -294,7 +295,8 @@ def _module(root: Instance) -> Iterator[tuple[str, Value]]:
             if key not in _MODULE and isinstance(child, _Tensor | dict | list | tuple | Instance):
                 rest[f"{prefix}{key}"] = child
         children = [(f"{prefix}{key}.", child) for key, child in state["_modules"].items()]
-        stack += reversed([(name, child) for name, child in children if _is_module(child)])
+        inside = above | {id(module)}
+        stack += reversed([(name, child, inside) for name, child in children if _is_module(child)])
     yield ATTRIBUTES, rest
 
 

@@ -1,0 +1,44 @@
+"""Checkpoints of real frameworks, averaged by the command and loaded by the framework again."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.frameworks.makers import MAKERS
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("default")]
+
+
+def mean(values, stored):
+    """The template's where integers differ; else the mean in float64, rounded once."""
+    first = values[0]
+    if not first.is_floating_point():
+        return first
+    exact = sum(value.double() for value in values) / len(values)
+    return exact.to(stored or first.dtype).to(first.dtype)
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_the_framework_loads_the_mean(name, tmp_path):
+    """What the framework loads from the output is the mean of what it loads from the inputs."""
+    maker = MAKERS[name]
+    paths = []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        paths.append(maker.make(folder, seed))
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / (maker.output or "merged")
+    command = [sys.executable, "-m", "merge_avg", *map(str, paths), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = [maker.load(path) for path in paths]
+    merged = maker.load(out)
+    assert merged.keys() == loaded[0].keys()
+    assert any(not torch.equal(loaded[0][key], loaded[1][key]) for key in merged)
+    for key, value in merged.items():
+        expected = mean([one[key] for one in loaded], maker.stored)
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected), key
