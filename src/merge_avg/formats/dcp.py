@@ -78,13 +78,19 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
         MergeError: something is damaged, missing, or packed in a way that only torch can read.
     """
     number, stamp = files[METADATA]
-    path = stamp.path
     if stamp.nbytes > _LARGEST:
-        raise MergeError("it is absurdly large", where=path)
+        raise MergeError("it is absurdly large", where=stamp.path)
     try:
-        metadata = _Metadata(path.read_bytes())
+        return dict(_layouts(folder, files, number, _Metadata(stamp.path.read_bytes())))
     except MergeError as error:
-        raise type(error)(error.what, where=path, hint=error.hint) from None
+        where = error.where or stamp.path
+        raise type(error)(error.what, where=where, hint=error.hint) from None
+
+
+def _layouts(
+    folder: Path, files: Mapping[str, tuple[int, File]], number: int, metadata: _Metadata
+) -> Iterator[tuple[int, Layout]]:
+    """Each file's number and layout, that of `.metadata` last."""
     parts: dict[str, list[tuple[Storage, Layout | None]]] = {}
     stored: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
     for name, chunks in metadata.by_file().items():
@@ -92,17 +98,16 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
             hint = "fetch the checkpoint again"
             raise MergeError(f"it lacks the file {name!r}", where=folder, hint=hint)
         parts[name] = list(_chunks(*files[name], chunks, metadata, stored))
-    tensors = [metadata.tensor(fqn, stored) for fqn in metadata.sizes]
-    layouts = {number: Layout(path, NAME, (stamp,), tuple(tensors), metadata.others())}
     for name, found in parts.items():
         records = tuple((storage.name, storage) for storage, _ in found)
         members = tuple(layout for _, layout in found)
         archive = Archive(records, b"", "", (), ())
         file = files[name][1]
-        layouts[files[name][0]] = Layout(
-            file.path, NAME, (file,), (), archive=archive, members=members
-        )
-    return layouts
+        layout = Layout(file.path, NAME, (file,), (), archive=archive, members=members)
+        yield files[name][0], layout
+    tensors = tuple(metadata.tensor(fqn, stored) for fqn in metadata.sizes)
+    stamp = files[METADATA][1]
+    yield number, Layout(stamp.path, NAME, (stamp,), tensors, metadata.others())
 
 
 def _chunks(

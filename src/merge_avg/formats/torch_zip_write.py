@@ -165,9 +165,8 @@ def _directory(
         parts.append(_CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, place) + name + extra)
     directory = b"".join(parts)
     count, size = len(headers), len(directory)
-    end = b""
-    if count >= 0xFFFF or start >= _LIMIT or size >= _LIMIT:
-        end = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
-        end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
-        count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
+    # torch writes the ZIP64 end whether it is needed or not: so a copy has the original's size.
+    end = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
+    end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+    count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
     return directory + end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
