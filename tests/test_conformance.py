@@ -288,12 +288,15 @@ def test_a21_quantised_codes(case, suffix, scale):
 
 def test_a21_lora_factors(case):
     """A21: averaging LoRA factors works, with the warning that it is not the mean of products."""
-    state = {"l.lora_A.weight": torch.ones(2, 3), "l.lora_B.weight": torch.ones(3, 2)}
-    path = case.directory / "a.pt"
-    save(state, path)
-    code, _, err = case.run(path, path, "-o", case.directory / "out.pt")
+    paths = [case.directory / "a.pt", case.directory / "b.pt"]
+    for fold, path in enumerate(paths):
+        a, b = torch.full((2, 3), 1.0 * fold), torch.full((3, 2), 2.0 * fold)
+        save({"l.lora_A.weight": a, "l.lora_B.weight": b}, path)
+    code, _, err = case.run(*paths, "-o", case.directory / "out.pt")
     assert code == 0
     assert "mean(B) @ mean(A)" in err
+    code, _, err = case.run(paths[0], paths[0], "-o", case.directory / "same.pt")
+    assert "every LoRA factor A is the same" in err
 
 
 def test_b1_renamed_files(case):

@@ -102,7 +102,7 @@ def write_directory(path, *, overwrite=False, commit=True):
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
-    """All files of a directory come with one rename; an old one is replaced, an empty one filled."""
+    """A directory comes with one rename; an old one is replaced, an empty one filled."""
     if not swaps:
         monkeypatch.setattr(output, "_exchanged", lambda *_: False)
     whole = {"w.bin": b"abcdef", "sub/w.bin": b"abcdef"}

@@ -141,14 +141,13 @@ def repacked(path, method=zipfile.ZIP_STORED, *, swap=False):
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("swap", [True, False])
 def test_repacked_deflated_and_big_endian_archives_are_averaged(tmp_path, method, swap):
-    """What another program packed, or another machine wrote, gives the mean and the kept tensors."""
+    """What another program packed, or another machine wrote, is averaged and kept as it should."""
     paths = []
     for fold in range(3):
         paths.append(tmp_path / f"{fold}.pt")
         weights = {"w": torch.arange(70000.0) + fold, "v": torch.full((3, 2), 1.0 * fold)}
-        torch.save(
-            {"model": weights, "optimizer": torch.tensor([fold, 7], dtype=torch.int32)}, paths[-1]
-        )
+        moments = torch.tensor([fold, 7], dtype=torch.int32)
+        torch.save({"model": weights, "optimizer": moments}, paths[-1])
         repacked(paths[-1], method, swap=swap)
     merge_checkpoints(paths, tmp_path / "out.pt")
     merged = torch.load(tmp_path / "out.pt")

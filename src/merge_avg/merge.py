@@ -36,6 +36,7 @@ class Result:
         differing: integer tensors that differ between the checkpoints and were decided by the
             policy.
         nonfinite: tensors that hold NaN or infinity, where that was allowed.
+        warnings: what may make the mean meaningless.
     """
 
     job: Job
@@ -43,6 +44,7 @@ class Result:
     seconds: float
     differing: tuple[str, ...]
     nonfinite: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def merge_checkpoints(
@@ -158,6 +160,7 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         time.perf_counter() - started,
         tuple(sorted(ledger.differing)),
         tuple(sorted(ledger.nonfinite)),
+        job.plan.warnings if ledger.factors_differ or not job.plan.factors else (),
     )
 
 

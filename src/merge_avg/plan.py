@@ -108,7 +108,8 @@ class Plan:
         aligned: the weights by the template's names.
         units: in the template's order.
         stagings: copies to make before, in scratch places that end at `scratch`.
-        warnings: what may make the mean meaningless.
+        factors: tensors A of low-rank products B @ A. Where they are the same everywhere, the mean
+            of the products is the product of the means, and elsewhere it is not.
     """
 
     layouts: tuple[Layout, ...]
@@ -116,12 +117,17 @@ class Plan:
     units: tuple[Unit, ...]
     stagings: tuple[Staging, ...]
     scratch: int
-    warnings: tuple[str, ...]
+    factors: frozenset[Name]
     dtype: str | None = None
 
     def result(self, info: TensorInfo) -> DType:
         """The dtype that a tensor of the template gets."""
         return BY_NAME[self.dtype] if self.dtype and info.dtype.kind == "float" else info.dtype
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may make the mean meaningless."""
+        return (_LORA_WARNING,) if self.factors else ()
 
     def converted(self) -> dict[Storage, DType]:
         """The template's storages whose elements get another dtype, and which."""
@@ -143,7 +149,8 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     """
     for name, row in aligned.rows.items():
         _check(layouts, name, row, dtype)
-    warnings = _quantised(layouts[0], aligned.rows)
+    _refuse_quantised(layouts[0], aligned.rows)
+    factors = frozenset(name for name in aligned.rows if _LORA_A.search(name.key))
     units: list[Unit] = []
     stagings: list[Staging] = []
     scratch = 0
@@ -167,9 +174,7 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     for staging in _ties(aligned.rows, scratch):
         stagings.append(staging)
         scratch = aligned_to_page(staging.offset + staging.nbytes)
-    return Plan(
-        tuple(layouts), aligned, tuple(units), tuple(stagings), scratch, tuple(warnings), dtype
-    )
+    return Plan(tuple(layouts), aligned, tuple(units), tuple(stagings), scratch, factors, dtype)
 
 
 def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
@@ -346,11 +351,15 @@ _SCALE = re.compile(
     r"[._](scales?|scale_inv|input_scale|absmax|quant_map|nested_absmax|quant_state.*|SCB|CB"
     r"|zeros?|zero_points?|qzeros|g_idx)$"
 )
-_LORA = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|up|down)([._]|$)")
+_LORA_A = re.compile(r"(^|[._])lora_(A|embedding_A|down)([._]|$)")
+_LORA_WARNING = (
+    "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, merge "
+    "each adapter into its base model first"
+)
 
 
-def _quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ...]]) -> list[str]:
-    """Warnings about factors whose mean is not the mean of their product; raises for codes."""
+def _refuse_quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ...]]) -> None:
+    """Raises MergeError for tensors that hold the codes of quantised ones."""
     keys = {name.key: name for name in rows}
     scaled = {_SCALE.sub("", key) for key in keys if _SCALE.search(key)}
     for key, name in keys.items():
@@ -366,10 +375,6 @@ def _quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ..
             what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
             hint = "average the checkpoints before you quantise them"
             raise MergeError(what, where=template.path, hint=hint)
-    if any(_LORA.search(key) for key in keys):
-        warning = "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what "
-        return [warning + "they do, merge each adapter into its base model first"]
-    return []
 
 
 def _ties(rows: Mapping[Name, tuple[TensorInfo | None, ...]], scratch: int) -> Iterator[Staging]:

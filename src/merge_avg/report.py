@@ -51,9 +51,12 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
         "bytes_to_write": job.draft.nbytes,
         "int_policy": job.options.int_policy,
         "notes": [*plan.aligned.notes, *job.notes],
-        "warnings": list(plan.warnings),
+        "warnings": list(plan.warnings if result is None else result.warnings),
     }
     if result is not None:
+        if plan.factors and not result.warnings:
+            note = "every LoRA factor A is the same, so this is the mean of what the adapters do"
+            report["notes"].append(note)
         report["bytes_read"] = result.nbytes
         report["seconds"] = round(result.seconds, 3)
         report["differing"] = list(result.differing)
@@ -83,14 +86,15 @@ def lines(report: Report) -> Iterator[str]:
         how = {"max": "the largest value", "mean": "the rounded mean"}
         chosen = how.get(report["int_policy"], "the template's value")
         yield f"  {many} with different values, {chosen} taken: {named(differing)}"
-    kept = [
+    tensors_kept = [
         f"{entry['key']} ({_counted(entry['tensors'], 'tensor')}, {sizes.shown(entry['bytes'])})"
         for entry in report["kept"]
     ]
-    if report["whole"] and kept + report["others"]:
-        yield f"  kept from {report['template']}: {', '.join(kept + report['others'])}"
-    elif kept + report["others"]:
-        yield f"  left out: {', '.join(kept + report['others'])}"
+    kept = tensors_kept + report["others"]
+    if kept:
+        shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8:,} more" if len(kept) > 8 else "")
+        what = f"kept from {report['template']}" if report["whole"] else "left out"
+        yield f"  {what}: {shown}"
     if report.get("nonfinite"):
         yield f"  warning: NaN or infinity in {named(report['nonfinite'])}"
     yield from (f"  note: {note}" for note in report["notes"])

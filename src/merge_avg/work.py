@@ -34,6 +34,7 @@ class Ledger:
     nbytes: int = 0
     differing: set[str] = field(default_factory=set)
     nonfinite: set[str] = field(default_factory=set)
+    factors_differ: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, nbytes: int) -> None:
@@ -106,15 +107,34 @@ class Worker:
     def _average(self, window: Window) -> None:
         unit = window[0].unit
         mean = self._mean_for(unit)
+        first: Tensor | None = None
         for k in range(len(unit.sources)):
             values = self._read(window, k)
             mean.update(values)
+            factors = self._factors(window, values)
+            if first is not None and factors is not None and not torch.equal(factors, first):
+                self._ledger.factors_differ = True
+            first = factors if first is None else first
             if unit.kind == "mean" and not mean.finite:
                 self._report_nonfinite(window, k, values)
         out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
         mean.result(lambda k: self._read(window, k, again=True), out=out)
         if unit.dtype != unit.sources[0].dtype and not self._job.options.allow_nonfinite:
             self._refuse_overflow(window, out)
+
+    def _factors(self, window: Window, values: Tensor) -> Tensor | None:
+        """A copy of what belongs to the factors A of low-rank products, if there is anything."""
+        wanted = self._job.plan.factors
+        if not wanted:
+            return None
+        parts = []
+        at = 0
+        for piece in window:
+            span = values[at : at + piece.stop - piece.start]
+            at += len(span)
+            if any(name in wanted for name, _ in piece.unit.members):
+                parts.append(span)
+        return torch.cat(parts) if parts else None
 
     def _mean_for(self, unit: Unit) -> RunningMean:
         """A running mean for the checkpoints of a unit, with buffers that it used before."""

@@ -81,7 +81,8 @@ def _lightning(package: str, *, ema: bool = False) -> Maker:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(model(), torch.utils.data.DataLoader(batches(), batch_size=None))
+        data: Any = batches()
+        trainer.fit(model(), torch.utils.data.DataLoader(data, batch_size=None))
         return folder / "last.ckpt"
 
     def load(path: Path) -> Weights:
@@ -103,12 +104,12 @@ def _tiny_llama(seed: int) -> Any:
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
-        vocab_size=40,
+        vocab_size=16,
         tie_word_embeddings=True,
     )
     return transformers.LlamaForCausalLM(config)
@@ -117,7 +118,7 @@ def _tiny_llama(seed: int) -> Any:
 def _transformers_load(path: Path) -> Weights:
     import transformers
 
-    return state(transformers.AutoModelForCausalLM.from_pretrained(path))
+    return state(transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
 
 
 def _transformers(**options: Any) -> Maker:
@@ -184,15 +185,21 @@ def _accelerate(*, safe: bool) -> Maker:
 # timm
 
 
-def _timm_make(folder: Path, seed: int) -> Path:
+def _timm() -> Any:
     import timm
+
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    return timm.models.VisionTransformer(**sizes, num_classes=2)
+
+
+def _timm_make(folder: Path, seed: int) -> Path:
     from timm.utils import CheckpointSaver, ModelEmaV3
 
     torch.manual_seed(seed)
-    model = timm.create_model("test_resnet", num_classes=2)
+    model = _timm()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ema = ModelEmaV3(model, decay=0.5)
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer.step()
     ema.update(model)
     saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(folder))
@@ -203,8 +210,8 @@ def _timm_make(folder: Path, seed: int) -> Path:
 def _timm_load(path: Path) -> Weights:
     import timm
 
-    model = timm.create_model("test_resnet", num_classes=2)
-    weights = {}
+    model = _timm()
+    weights: Weights = {}
     for ema in (False, True):
         timm.models.load_checkpoint(model, str(path), use_ema=ema)
         weights |= {f"{ema} {name}": value for name, value in state(model).items()}
@@ -287,14 +294,21 @@ def _diffusers_make(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     unet = diffusers.UNet2DModel(
         sample_size=8,
-        block_out_channels=(8,),
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4,),
         layers_per_block=1,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=2,
+        add_attention=False,
     )
     vae = diffusers.VQModel(
-        block_out_channels=(8,), latent_channels=2, norm_num_groups=2, num_vq_embeddings=4
+        block_out_channels=(4,),
+        latent_channels=1,
+        norm_num_groups=2,
+        num_vq_embeddings=4,
+        mid_block_add_attention=False,
     )
     pipeline = diffusers.LDMPipeline(vqvae=vae, unet=unet, scheduler=diffusers.DDIMScheduler())
     pipeline.save_pretrained(folder)
@@ -356,18 +370,18 @@ def _speechbrain_load(path: Path) -> Weights:
 _YOLO = {
     "nc": 2,
     "scales": {"n": [0.33, 0.02, 16]},
-    "backbone": [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]],
-    "head": [[[0, 1], 1, "Detect", ["nc"]]],
+    "backbone": [[-1, 1, "Conv", [16, 3, 2]]],
+    "head": [[-1, 1, "Conv", [16, 3, 2]]],
 }
 
 
 def _ultralytics_make(folder: Path, seed: int) -> Path:
     from copy import deepcopy
 
-    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.nn.tasks import ClassificationModel
 
     torch.manual_seed(seed)
-    model = DetectionModel(deepcopy(_YOLO), verbose=False)
+    model = ClassificationModel(deepcopy(_YOLO), verbose=False)
     for value in model.parameters():
         nn.init.normal_(value)
     # As BaseTrainer.save_model writes it.
@@ -378,7 +392,7 @@ def _ultralytics_make(folder: Path, seed: int) -> Path:
         "ema": deepcopy(model).half(),
         "updates": 3,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1).state_dict(),
-        "train_args": {"task": "detect"},
+        "train_args": {"task": "classify"},
         "date": "2026-01-01",
         "version": "8",
     }
@@ -389,7 +403,7 @@ def _ultralytics_make(folder: Path, seed: int) -> Path:
 def _ultralytics_load(path: Path) -> Weights:
     from ultralytics import YOLO
 
-    weights: Weights = state(YOLO(path, task="detect", verbose=False).model)
+    weights: Weights = state(YOLO(path, task="classify", verbose=False).model)
     return weights
 
 
@@ -495,7 +509,7 @@ MAKERS = {
     "lightning-ema": _lightning("lightning.pytorch", ema=True),
     "pytorch-lightning": _lightning("pytorch_lightning"),
     "transformers": _transformers(),
-    "transformers-sharded": _transformers(max_shard_size="8KB"),
+    "transformers-sharded": _transformers(max_shard_size="2KB"),
     "transformers-bfloat16": _transformers(dtype=torch.bfloat16),
     "transformers-trainer": Maker("transformers", _trainer, _transformers_load),
     "accelerate": _accelerate(safe=True),
