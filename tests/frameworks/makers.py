@@ -472,7 +472,8 @@ def deepspeed_process(what: str, stage: int, path: str, seed: int, port: int) ->
     where, _ = engine.load_checkpoint(path)
     assert where is not None
     masters = engine.optimizer.single_partition_of_fp32_groups
-    weights = state(engine.module) | {f"fp32 {i}": w.detach() for i, w in enumerate(masters)}
+    numel = sum(value.numel() for value in engine.module.parameters())  # the rest is padding
+    weights = state(engine.module) | {"fp32": masters[0].detach()[:numel].clone()}
     torch.save(weights, Path(path) / "loaded.pt")
 
 

@@ -7,17 +7,9 @@ import pytest
 import torch
 
 from tests.frameworks.makers import MAKERS
+from tests.frameworks.means import mean
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("default")]
-
-
-def mean(values, stored):
-    """The template's where integers differ; else the mean in float64, rounded once."""
-    first = values[0]
-    if not first.is_floating_point():
-        return first
-    exact = sum(value.double() for value in values) / len(values)
-    return exact.to(stored or first.dtype).to(first.dtype)
 
 
 @pytest.mark.parametrize("name", list(MAKERS))

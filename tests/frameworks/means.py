@@ -1,0 +1,22 @@
+"""The mean, computed without the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mean(values: Sequence[Tensor], stored: torch.dtype | None = None) -> Tensor:
+    """The template's where integers differ; else the mean in float64, rounded once.
+
+    Args:
+        values: the tensor of each checkpoint.
+        stored: the dtype that the file holds, where the framework loads another.
+    """
+    first = values[0]
+    if not first.is_floating_point():
+        return first
+    exact = torch.stack([value.double() for value in values]).sum(dim=0) / len(values)
+    return exact.to(stored or first.dtype).to(first.dtype)
