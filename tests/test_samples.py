@@ -1,6 +1,5 @@
 """Frozen checkpoints of real frameworks (tests/data), averaged without the frameworks."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from merge_avg.scan import scan
 
 DATA = Path(__file__).parent / "data"
 SAMPLES = sorted(path.name for path in DATA.iterdir())
+DIRECTORIES = [name for name in SAMPLES if (DATA / name / "0" / "checkpoint").is_dir()]
 
 
 def raw(layout):
@@ -41,14 +41,10 @@ def test_the_output_holds_what_the_framework_loaded(name, tmp_path):
         assert any(torch.equal(one, value) for one in alike), key
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", DIRECTORIES)
 def test_what_is_no_weight_stays(name, tmp_path):
     """Files of a directory that hold no weights are the template's, byte for byte."""
     paths = [next((DATA / name / fold).iterdir()) for fold in ("0", "1")]
-    about = json.loads((DATA / name / "about.json").read_text())
-    assert set(about) == {"maker", "version", "torch"}
-    if not paths[0].is_dir():
-        pytest.skip("a single file")
     out = tmp_path / "merged"
     job = merge_checkpoints(paths, out).job
     theirs = {p.relative_to(paths[0]): p.read_bytes() for p in paths[0].rglob("*") if p.is_file()}

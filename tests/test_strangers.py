@@ -15,7 +15,7 @@ STRANGERS = {
     "hdf5": (b"\x89HDF\r\n\x1a\n", "HDF5"),
     "gzip": (b"\x1f\x8b\x08\x00", "gzip"),
     "tar": (bytes(257) + b"ustar\x0000" + bytes(250), "tar archive"),
-    "pickle": (pickle.dumps({"w": [1.0]}, 2), "pickle that is no zip"),
+    "pickle": (pickle.dumps({"w": [1.0]}, 2), "a pickle, but no checkpoint"),
     "noise": (b"\x00\x01\x02\x03", "neither"),
 }
 

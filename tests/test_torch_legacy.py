@@ -129,5 +129,5 @@ def test_damage_is_named(tmp_path):
 def test_a_bare_pickle_is_named(tmp_path):
     """A state dict pickled without torch.save is refused, with the way out."""
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": torch.ones(2)}))
-    with pytest.raises(MergeError, match="no zip checkpoint"):
+    with pytest.raises(MergeError, match="a pickle, but no checkpoint"):
         scan(tmp_path / "a.pkl")

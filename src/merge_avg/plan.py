@@ -323,7 +323,7 @@ def _check(
         if info is None or first is None:
             continue
         if info.trouble:
-            what = f"tensor {str(name)!r} is {info.trouble}, which has no mean"
+            what = f"tensor {str(name)!r} is {info.trouble}, which cannot be averaged"
             hint = "convert it to a plain tensor before saving"
             raise MergeError(what, where=layout.where(info), hint=hint)
         if info.shape != first.shape:

@@ -85,6 +85,8 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     if not chosen:
         held = sorted({str(info.path[0]) for info in layout.tensors if info.path})
         what = f"it holds no weights, only {named(held, 5)}" if held else "it holds no tensors"
+        if held == ["state"] and "param_groups" in layout.others:
+            what = "it holds an optimizer's state and no weights"
         hint = "pass checkpoints that hold a model's state dict, or name one with --key"
         raise MergeError(what, where=layout.path, hint=hint)
     weights: dict[Name, TensorInfo] = {}

@@ -24,6 +24,9 @@ _BY_MAGIC = (
 )
 
 
+_OLD_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")
+
+
 def is_placeholder(head: bytes) -> bool:
     """Whether a file stands for a checkpoint that was never fetched."""
     return head.startswith(_BY_MAGIC[0][0]) or _is_web_page(head)
@@ -43,12 +46,18 @@ def refuse(path: Path, head: bytes, nbytes: int) -> NoReturn:
     if _is_web_page(head):
         hint = "the download failed or needs a login; fetch the file again"
         raise MergeError("a web page, not a checkpoint", where=path, hint=hint)
+    if head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in _OLD_MEMBERS:
+        hint = "load it with torch.load and save it again"
+        raise MergeError("a checkpoint of torch before 0.1.10 (a tar)", where=path, hint=hint)
     if head[257:262] == b"ustar":
         hint = "unpack it and pass the checkpoint inside"
         raise MergeError("a tar archive", where=path, hint=hint)
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        hint = "load it with torch.load and save it again, with torch 1.6 or newer"
-        raise MergeError("a pickle that is no zip checkpoint", where=path, hint=hint)
+        hint = "load it with what wrote it, and save its tensors with torch.save"
+        raise MergeError("a pickle, but no checkpoint of torch.save", where=path, hint=hint)
+    if path.suffix.lower() == ".onnx":
+        hint = "average the checkpoints before you export them"
+        raise MergeError("an ONNX model, not a checkpoint", where=path, hint=hint)
     raise MergeError(
         "neither a zip checkpoint of torch.save nor a safetensors file",
         where=path,

@@ -31,7 +31,7 @@ _UNUSUAL = {
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
     "_rebuild_qtensor": "a quantised tensor",
     "_rebuild_nested_tensor": "a nested tensor",
-    "_rebuild_meta_tensor_no_storage": "a meta tensor, which has no data",
+    "_rebuild_meta_tensor_no_storage": "a meta tensor without data",
     "_rebuild_wrapper_subclass": "a tensor subclass without a storage of its own",
     "_rebuild_device_tensor_from_numpy": "a tensor of a device without storages",
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device without storages",
@@ -44,6 +44,7 @@ _WRAPPED = (
         "torch.distributed",
         "one rank's part of a distributed tensor, not the whole",
     ),
+    ("torch.nested", "a nested tensor"),
     ("torchao", "a tensor quantised by torchao"),
 )
 
@@ -138,7 +139,7 @@ class _Reader:
             case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *_):
                 if inner.name == "_rebuild_wrapper_subclass":
                     return _strange(_subclass(inner_args or (cls,)))
-                return self.call(inner, inner_args)
+                return self.call(inner, inner_args) or _strange(_subclass((cls,)))
         return None
 
 
