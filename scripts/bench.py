@@ -1,0 +1,434 @@
+"""Measures merge-avg beside other ways to average checkpoints, on the same files in the same run.
+
+    python scripts/bench.py                       every workload, warm cache
+    python scripts/bench.py --quick               small files, for a smoke run
+    python scripts/bench.py float32 tiny --cold --repeat 5 --json bench.json --plot bench.png
+    python scripts/bench.py --curve               time and memory over the number and size of files
+
+Every contender is a process of its own. Contenders take turns, so that a noisy machine is noisy for
+all of them. Times are also ratios to the limit: reading every input once (cat) and copying one of
+them with fsync. Memory is that of the whole process; `anonymous` leaves out mapped files and code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+MB = 1_000_000
+
+
+# Workloads: seeded files
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How many checkpoints, how each is made at a size in bytes, and what the output is called."""
+
+    count: int
+    nbytes: int
+    make: Callable[[Path, int, int], None]
+    suffix: str
+
+
+def _tensors(seed: int, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for number, nbytes in enumerate(sizes):
+        numel = max(nbytes // dtype.itemsize, 1)
+        flat = torch.empty(numel).uniform_(-1, 1, generator=generator).to(dtype)
+        tensors[f"layers.{number}.weight"] = flat.view(-1, 64) if numel % 64 == 0 else flat
+    return tensors
+
+
+def _split(nbytes: int, parts: int) -> list[int]:
+    return [nbytes // parts // 256 * 256] * parts
+
+
+def _float32(path: Path, seed: int, nbytes: int) -> None:
+    torch.save(_tensors(seed, _split(nbytes, 40), torch.float32), path)
+
+
+def _bfloat16(path: Path, seed: int, nbytes: int) -> None:
+    save_file(_tensors(seed, _split(nbytes, 40), torch.bfloat16), path)
+
+
+def _nested(path: Path, seed: int, nbytes: int) -> None:
+    """A model like ResNet-50 in a container, with an optimizer that has one moment."""
+    weights = _tensors(seed, _split(nbytes // 2, 160), torch.float32)
+    state = {i: {"momentum_buffer": value * 0.1} for i, value in enumerate(weights.values())}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": list(state)}]}
+    torch.save({"state_dict": weights, "optimizer_states": [optimizer], "epoch": seed}, path)
+
+
+def _sharded(path: Path, seed: int, nbytes: int) -> None:
+    path.mkdir()
+    table: dict[str, str] = {}
+    for shard in range(4):
+        tensors = _tensors(seed * 4 + shard, _split(nbytes // 4, 20), torch.bfloat16)
+        named = {f"shard{shard}.{key}": value for key, value in tensors.items()}
+        name = f"model-{shard + 1:05}-of-00004.safetensors"
+        save_file(named, path / name, metadata={"format": "pt"})
+        table |= dict.fromkeys(named, name)
+    index = {"metadata": {"total_size": nbytes}, "weight_map": table}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _one(path: Path, seed: int, nbytes: int) -> None:
+    save_file(_tensors(seed, [nbytes], torch.float32), path)
+
+
+def _tiny(path: Path, seed: int, nbytes: int) -> None:
+    torch.save(_tensors(seed, _split(nbytes, 20_000), torch.float32), path)
+
+
+WORKLOADS = {
+    "float32": Workload(8, 1400 * MB, _float32, ".pt"),
+    "bfloat16": Workload(8, 700 * MB, _bfloat16, ".safetensors"),
+    "nested": Workload(20, 200 * MB, _nested, ".ckpt"),
+    "sharded": Workload(3, 4000 * MB, _sharded, ""),
+    "one": Workload(2, 4000 * MB, _one, ".safetensors"),
+    "tiny": Workload(8, 20 * MB, _tiny, ".pt"),
+}
+
+
+# Contenders: ours, and what people use today
+
+_LOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+*inputs, output = sys.argv[1:]
+def load(path, **options):
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
+def weights(checkpoint):
+    return checkpoint["state_dict"] if "state_dict" in checkpoint else checkpoint
+def save(checkpoint):
+    (save_file if output.endswith(".safetensors") else torch.save)(checkpoint, output)
+"""
+# A loop as the tools of today have it: the sum takes the dtype of the first checkpoint.
+_LOOP = (
+    _LOAD
+    + """
+first = load(inputs[0]{options})
+total = weights(first)
+total.update({{key: value.clone() for key, value in total.items()}})
+for path in inputs[1:]:
+    for key, value in weights(load(path{options})).items():
+        total[key] += value
+for value in total.values():
+    value /= len(inputs)
+save(first)
+"""
+)
+_AVERAGED_MODEL = (
+    _LOAD
+    + """
+from torch.optim.swa_utils import AveragedModel
+class Holder(torch.nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.values = torch.nn.ParameterList(
+            torch.nn.Parameter(value, requires_grad=False) for value in state.values())
+first = load(inputs[0])
+state = weights(first)
+averaged = AveragedModel(Holder(state))
+averaged.update_parameters(Holder(state))
+for path in inputs[1:]:
+    averaged.update_parameters(Holder(weights(load(path))))
+for key, value in zip(state, averaged.module.values):
+    state[key] = value.data
+save(first)
+"""
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A command for inputs and an output; None where it cannot take the workload."""
+
+    command: Callable[[Sequence[Path], Path], list[str] | None]
+
+
+def _python(code: str) -> Contender:
+    def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
+        if inputs[0].is_dir():
+            return None
+        return [sys.executable, "-c", code, *map(str, inputs), str(output)]
+
+    return Contender(command)
+
+
+def _ours(*options: str) -> Contender:
+    def command(inputs: Sequence[Path], output: Path) -> list[str]:
+        paths = map(str, inputs)
+        return [sys.executable, "-m", "merge_avg", *paths, "-o", str(output), "-q", *options]
+
+    return Contender(command)
+
+
+def _limit(inputs: Sequence[Path], output: Path) -> list[str]:
+    one = inputs[0]
+    files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]
+    every = [path / file.name if path.is_dir() else path for path in inputs for file in files]
+    copies = "; ".join(f"dd if={f} of={output}.{i} bs=1M conv=fsync" for i, f in enumerate(files))
+    return ["sh", "-c", f"cat {' '.join(map(str, every))} > /dev/null; {copies}"]
+
+
+def _mergekit(program: Path) -> Contender:
+    """The linear method of mergekit for raw files; `program` is its mergekit-pytorch."""
+
+    def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
+        if inputs[0].is_dir() or inputs[0].suffix == ".ckpt":
+            return None
+        models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in inputs]
+        config = output.with_name("mergekit.yml")
+        value = {"merge_method": "linear", "dtype": None, "models": models}
+        config.write_text(json.dumps({key: v for key, v in value.items() if v is not None}))
+        return [str(program), str(config), str(output)]
+
+    return Contender(command)
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run: seconds, and memory in MiB."""
+
+    wall: float
+    cpu: float
+    anonymous: float
+    resident: float
+
+
+def measure(command: Sequence[str], log: Path) -> Reading | None:
+    """Runs a command; None if it fails."""
+    with log.open("w") as file:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        anonymous = resident = 0
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            found = _memory(process.pid)
+            anonymous = max(anonymous, found.get("RssAnon", 0))
+            resident = max(resident, found.get("VmHWM", 0))
+            time.sleep(0.004)
+        wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        return None
+    cpu = usage.ru_utime + usage.ru_stime
+    return Reading(wall, cpu, anonymous / 1024, resident / 1024)
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """What the system counts of a process, in KiB; ru_maxrss would count the parent as well."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return {}
+    pairs = (line.split() for line in lines if line.startswith(("RssAnon:", "VmHWM:")))
+    return {name[:-1]: int(value) for name, value, *_ in pairs}
+
+
+def _drop_cache(paths: Sequence[Path]) -> None:
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            fd = os.open(file, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def _warm_cache(paths: Sequence[Path]) -> None:
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            with file.open("rb", buffering=0) as handle:
+                while handle.read(8 * MB):
+                    pass
+
+
+def _clean(output: Path) -> None:
+    for path in output.parent.glob(f"{output.stem}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def race(
+    inputs: Sequence[Path],
+    suffix: str,
+    contenders: dict[str, Contender],
+    *,
+    repeat: int,
+    cold: bool,
+) -> dict[str, Reading]:
+    """The median of each contender over interleaved runs; "limit" is one of them."""
+    output = inputs[0].parent / f"output{suffix}"
+    readings: dict[str, list[Reading]] = {}
+    failed: set[str] = set()
+    for _ in range(repeat):
+        for name, contender in {"limit": Contender(_limit), **contenders}.items():
+            command = contender.command(inputs, output)
+            if command is None or name in failed:
+                continue
+            _clean(output)
+            (_drop_cache if cold else _warm_cache)(inputs)
+            log = inputs[0].parent / "log"
+            reading = measure(command, log)
+            if reading is None:
+                failed.add(name)
+                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                print(f"  {name} failed: {' '.join(last)}", flush=True)
+                continue
+            readings.setdefault(name, []).append(reading)
+    _clean(output)
+    return {name: _median(some) for name, some in readings.items()}
+
+
+def _median(readings: Sequence[Reading]) -> Reading:
+    columns = zip(*(asdict(reading).values() for reading in readings), strict=True)
+    return Reading(*map(statistics.median, columns))
+
+
+def show(title: str, results: dict[str, Reading]) -> None:
+    """One table."""
+    print(f"\n{title}")
+    print(f"  {'':<16}{'wall s':>8}{'x limit':>9}{'cpu s':>8}{'anon MiB':>10}{'rss MiB':>9}")
+    limit = results["limit"].wall
+    for name, r in results.items():
+        ratio = r.wall / limit
+        numbers = f"{r.wall:>8.2f}{ratio:>9.2f}{r.cpu:>8.2f}{r.anonymous:>10.0f}{r.resident:>9.0f}"
+        print(f"  {name:<16}{numbers}", flush=True)
+
+
+def _made(workload: Workload, folder: Path, count: int, nbytes: int) -> list[Path]:
+    paths = [folder / f"input{seed}{workload.suffix}" for seed in range(count)]
+    for seed, path in enumerate(paths):
+        workload.make(path, seed, nbytes)
+    return paths
+
+
+def _curves(
+    contenders: dict[str, Contender], folder: Path, options: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Time and memory over the number of checkpoints, and over their size."""
+    scale = 10 if options.quick else 1
+    rows = []
+    grid = [(count, 100 * MB // scale) for count in (2, 4, 8, 16, 32, 64)]
+    grid += [(4, nbytes * MB // scale) for nbytes in (50, 200, 800, 1600)]
+    for count, nbytes in grid:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            workload = WORKLOADS["float32"]
+            inputs = _made(workload, Path(place), count, nbytes)
+            results = race(inputs, ".pt", contenders, repeat=options.repeat, cold=options.cold)
+            show(f"{count} checkpoints of {nbytes // MB} MB", results)
+            rows += [
+                {"count": count, "nbytes": nbytes, "contender": name, **asdict(reading)}
+                for name, reading in results.items()
+            ]
+    return rows
+
+
+def _plot(rows: Sequence[dict[str, object]], path: Path) -> None:
+    import matplotlib as mpl  # noqa: PLC0415 - only where a plot is asked for
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    titles = list(dict.fromkeys(str(row["workload"]) for row in rows))
+    names = list(dict.fromkeys(str(row["contender"]) for row in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
+    for axis, field, label in zip(
+        axes,
+        ("ratio", "anonymous"),
+        ("wall time / limit", "peak anonymous memory, MiB"),
+        strict=True,
+    ):
+        for place, name in enumerate(names):
+            found = {str(r["workload"]): r[field] for r in rows if r["contender"] == name}
+            xs = [x + (place - len(names) / 2) * 0.8 / len(names) for x in range(len(titles))]
+            heights = [float(str(found.get(title, 0))) for title in titles]
+            axis.bar(xs, heights, 0.8 / len(names), label=name)
+        axis.set_xticks(range(len(titles)), titles)
+        axis.set_ylabel(label)
+        axis.set_yscale("log")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Runs what was asked for, and prints and saves the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}; by default all")
+    parser.add_argument("--quick", action="store_true", help="files of a hundredth of the size")
+    parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache")
+    parser.add_argument("--curve", action="store_true", help="over N and over size instead")
+    parser.add_argument("--ours", action="store_true", help="leave out the peers")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the files are made")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-pytorch of an environment with it")
+    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--plot", type=Path, help="where a PNG goes (needs matplotlib)")
+    options = parser.parse_args()
+    if unknown := set(options.workloads) - set(WORKLOADS):
+        parser.error(f"no such workload: {', '.join(sorted(unknown))}")
+    contenders = {"merge-avg": _ours()}
+    if not options.ours:
+        contenders |= {
+            "naive loop": _python(_LOOP.format(options="")),
+            "mmap loop": _python(_LOOP.format(options=", mmap=True")),
+            "AveragedModel": _python(_AVERAGED_MODEL),
+        }
+        if options.mergekit:
+            contenders["mergekit"] = _mergekit(options.mergekit)
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        if options.curve:
+            rows = _curves(contenders, folder, options)
+        for name in [] if options.curve else options.workloads or list(WORKLOADS):
+            workload = WORKLOADS[name]
+            nbytes = workload.nbytes // (100 if options.quick else 1)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                inputs = _made(workload, Path(place), workload.count, nbytes)
+                results = race(
+                    inputs,
+                    workload.suffix,
+                    contenders,
+                    repeat=options.repeat,
+                    cold=options.cold,
+                )
+            show(f"{name}: {workload.count} x {nbytes / MB:.1f} MB", results)
+            limit = results["limit"].wall
+            rows += [
+                {"workload": name, "contender": who, "ratio": r.wall / limit, **asdict(r)}
+                for who, r in results.items()
+            ]
+    if options.json:
+        about = {"torch": torch.__version__, "cores": os.cpu_count(), "cold": options.cold}
+        options.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+    if options.plot and not options.curve:
+        _plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
