@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_avg import MergeError, UsageError, merge_checkpoints
 from merge_avg.merge import find_device
-from merge_avg.prepare import Options, prepare, window_limit
+from merge_avg.prepare import Options, prepare
 
 
 def state(i):
@@ -204,6 +204,6 @@ def test_impossible_options_are_usage_errors(folds, tmp_path):
     with pytest.raises(UsageError, match="format"):
         merge_checkpoints([tmp_path / "0.safetensors"], tmp_path / "out.xyz")
     with pytest.raises(MergeError, match="too small"):
-        window_limit(1000)
+        merge_checkpoints([path], tmp_path / "x.pt", max_memory=1000)
     assert not out.exists()
     assert folds

@@ -37,10 +37,10 @@ class _Buffers:
 
     def __call__(self, name: str, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         held = self._held.get((name, dtype))
-        if held is None or len(held) < len(like) or held.device != like.device:
-            held = torch.empty(len(like), dtype=dtype, device=like.device)
+        if held is None or len(held) < like.numel() or held.device != like.device:
+            held = torch.empty(like.numel(), dtype=dtype, device=like.device)
             self._held[name, dtype] = held
-        return held[: len(like)]
+        return held[: like.numel()].view(like.shape)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RunningMean:
 
     def _begin(self) -> None:
         self._count = 0
-        self._spans: list[_Span] = []
+        self._spans: list[_Weighed] = []
         self._bad: Tensor | None = None
         self._sum: _Plain | _Wide | None = None
         self._shape = torch.Size()
@@ -119,35 +119,46 @@ class RunningMean:
         Raises:
             ValueError: a tensor of another shape, one too many, or no floating-point tensor.
         """
-        flat = self._flat(values)
+        self.extend(values.unsqueeze(0))
+
+    def extend(self, values: Tensor) -> None:
+        """Adds the next tensors, stacked along the first dimension: faster than one by one.
+
+        Raises:
+            ValueError: tensors of another shape, too many, or no floating-point tensors.
+        """
+        shape = values.shape[1:]
+        flat = self._flat(values).view(len(values), -1)
         if values.is_complex() and self._dtype in _FLOATS:
             raise ValueError(f"the mean of {values.dtype} is no {self._dtype}")
-        if self._count == len(self._weights):
-            raise ValueError(f"the mean was told of {self._count} tensors, and this is one more")
+        if self._count + len(values) > len(self._weights):
+            count = len(self._weights)
+            raise ValueError(f"the mean was told of {count} tensors, and this is one more")
         if self._sum is None:
-            self._shape = values.shape
+            self._shape = shape
             self._dtype = self._dtype or values.dtype
-        elif values.shape != self._shape:
-            shapes = f"{tuple(values.shape)}, expected {tuple(self._shape)}"
+        elif shape != self._shape:
+            shapes = f"{tuple(shape)}, expected {tuple(self._shape)}"
             raise ValueError(f"tensor {self._count} has the shape {shapes}")
         bits = _FLOATS[_COMPONENTS.get(values.dtype, values.dtype)].bits
         span = _span(flat, bits, self._buffers)
         if span is None:
             good = flat.isfinite()
-            self._bad = ~good if self._bad is None else self._bad.logical_or_(~good)
+            bad = ~good.all(dim=0)
+            self._bad = bad if self._bad is None else self._bad.logical_or_(bad)
             span = _span(flat.where(good, 0), bits, self._buffers) or _Span.nothing()
-        self._spans.append(span)
-        weight = self._weights.integers[self._count]
+        weights = self._weights.integers[self._count : self._count + len(flat)]
+        if flat.dtype == torch.float64 and isinstance(self._sum, _Plain):
+            self._sum = self._sum.widened(self._spans)
         if self._sum is None:
             if flat.dtype == torch.float64:
-                self._sum = _Wide(flat, weight, self._weights)
+                self._sum = _Wide(flat, weights, self._weights)
             else:
-                self._sum = _Plain(flat, weight, self._weights, self._buffers)
+                self._sum = _Plain(flat, weights, self._weights, self._buffers, zeros=span.zeros)
         else:
-            if flat.dtype == torch.float64 and isinstance(self._sum, _Plain):
-                self._sum = self._sum.widened(self._spans[:-1])
-            self._sum.add(flat, weight)
-        self._count += 1
+            self._sum.add(flat, weights, zeros=span.zeros)
+        self._spans.append((span, sum(weights)))
+        self._count += len(flat)
 
     def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
         """The mean, in `out` or in a new tensor of the tensors' shape.
@@ -195,14 +206,14 @@ class RunningMean:
     def _settle(self, places: Tensor, target: _Float, revisit: Revisit) -> Tensor:
         """The means of a few elements, looked at once more in every tensor."""
         total: _Wide | None = None
-        spans = []
+        spans: list[_Weighed] = []
         for i, weight in enumerate(self._weights.integers):
             column = self._flat(revisit(i))[places].double()
-            spans.append(_span(column, 53, self._buffers) or _Span.nothing())
+            spans.append((_span(column, 53, self._buffers) or _Span.nothing(), weight))
             if total is None:
-                total = _Wide(column, weight, self._weights)
+                total = _Wide(column[None], (weight,), self._weights)
             else:
-                total.add(column, weight)
+                total.add(column[None], (weight,), zeros=True)
         assert total is not None  # noqa: S101 - there is at least one weight
         mean, doubtful = total.rounded(target, spans)
         rest = doubtful.nonzero().flatten()
@@ -247,6 +258,9 @@ class _Span:
         return cls(1 << 16, -(1 << 16), zeros=True)
 
 
+_Weighed = tuple[_Span, int]  # the span of some tensors, and the sum of their weights
+
+
 def _span(flat: Tensor, bits: int, buffers: _Buffers) -> _Span | None:
     """The exponents of a real tensor of `bits` significand bits; None where it is not finite."""
     if not flat.numel():
@@ -267,10 +281,9 @@ def _span(flat: Tensor, bits: int, buffers: _Buffers) -> _Span | None:
     return _Span(bottom - bits + 1, top + 1, zeros)
 
 
-def _magnitude(spans: Sequence[_Span], weights: Weights) -> Fraction:
+def _magnitude(spans: Sequence[_Weighed]) -> Fraction:
     """A bound above sum(w * |x|), for every element."""
-    pairs = zip(spans, weights.integers, strict=False)
-    used = [(span, weight) for span, weight in pairs if weight and span.high > -(1 << 16)]
+    used = [(span, weight) for span, weight in spans if weight and span.high > -(1 << 16)]
     return sum((weight * Fraction(2) ** span.high for span, weight in used), Fraction(0))
 
 
@@ -280,72 +293,149 @@ def _factor(weight: int, weights: Weights) -> float:
 
 
 class _Plain:
-    """A sum in float64 of inputs of at most 24 significand bits."""
+    """A sum in float64 of inputs of at most 24 significand bits; `zeros`: some of them are 0."""
 
-    def __init__(self, flat: Tensor, weight: int, weights: Weights, buffers: _Buffers) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        factors: Sequence[int],
+        weights: Weights,
+        buffers: _Buffers,
+        *,
+        zeros: bool,
+    ) -> None:
         self.weights = weights
         self.divisor = _factor(weights.total, weights)
         self.buffers = buffers
-        self.total = buffers("total", flat).copy_(flat)
-        if weight != 1:
-            self.total.mul_(_factor(weight, self.weights))
+        self.total = buffers("total", rows[0])
+        self._sum_into(self.total, rows, factors, zeros=zeros)
 
-    def add(self, flat: Tensor, weight: int) -> None:
+    def add(self, rows: Tensor, factors: Sequence[int], *, zeros: bool) -> None:
+        more = self.buffers("more", rows[0])
+        self.total.add_(self._sum_into(more, rows, factors, zeros=zeros))
+
+    def _sum_into(
+        self, out: Tensor, rows: Tensor, factors: Sequence[int], *, zeros: bool
+    ) -> Tensor:
         # Converted here: adding another dtype would make a fresh tensor to convert into.
-        wide = self.buffers("wide", flat).copy_(flat)
-        self.total.add_(wide, alpha=_factor(weight, self.weights))
+        wide = out.view(1, -1) if len(rows) == 1 else self.buffers("wide", rows)
+        wide.copy_(rows)
+        for row, factor in zip(wide, factors, strict=True):
+            if factor != 1:
+                row.mul_(_factor(factor, self.weights))
+        if len(rows) == 1:
+            return out
+        if not zeros:
+            return torch.sum(wide, dim=0, out=out)
+        out.copy_(wide[0])  # torch.sum begins with +0, and would forget that all are -0
+        for row in wide[1:]:
+            out.add_(row)
+        return out
 
     def approximate(self) -> Tensor:
         return torch.div(self.total, self.divisor, out=self.buffers("mean", self.total))
 
-    def widened(self, spans: Sequence[_Span]) -> _Wide:
+    def widened(self, spans: Sequence[_Weighed]) -> _Wide:
         """The same sum for float64 inputs to come; rounding errors so far make it loose."""
-        wide = _Wide(self.total, 1, self.weights)
+        wide = _Wide(self.total[None], (1,), self.weights)
         wide.loose = not self._exact(spans)
         return wide
 
-    def rounded(self, target: _Float, spans: Sequence[_Span]) -> tuple[Tensor, Tensor | None]:
-        """The mean as float64 values of the target format, and which of them are in doubt."""
+    def rounded(self, target: _Float, spans: Sequence[_Weighed]) -> tuple[Tensor, Tensor | None]:
+        """The mean, which converting to the target rounds right, and what is in doubt."""
         quotient = self.approximate()
         if not self._exact(spans):
             # In units of the mean: the rounding of products, additions, divisor and division.
             terms = len(self.weights) + 5
-            bound = _magnitude(spans, self.weights) / self.weights.total * terms / (1 << 52)
+            bound = _magnitude(spans) / self.weights.total * terms / (1 << 52)
             return _snap_bounded(quotient, target, float(bound))
         if target.bits == 53:
             return quotient, None  # an exact sum, and one division that rounds right
+        exact = self.weights.total & (self.weights.total - 1) == 0  # so is the division
+        # No mean is below this, but for zero.
+        least = min(span.low for span, _ in spans) - self.weights.total.bit_length()
+        if least >= target.emin and target.emin == _FLOATS[torch.float32].emin:
+            return self._converted(quotient, target, exact=exact), None
         # Rounding to zero forgets the sign: look whether any element can.
-        least = min(span.low for span in spans) - self.weights.total.bit_length()
-        signs = any(span.zeros for span in spans) or least < target.emin - target.bits
+        signs = any(span.zeros for span, _ in spans) or least < target.emin - target.bits
         mean, unit = _snap(quotient, target, self.buffers, signs=signs)
-        if self.weights.total & (self.weights.total - 1):
+        if not exact:
             # The division rounds: that matters where it lands on a midpoint.
             aside = torch.sub(quotient, mean, out=self.buffers("aside", mean)).abs_()
             places = (aside == unit.mul_(0.5)).nonzero().flatten()
-            rest = self.total[places] - quotient[places] * self.divisor
-            _resolve_midpoints(mean, places, quotient[places], unit[places], rest)
+            self._settle(mean, quotient, places, unit[places])
         return mean, None
 
-    def _exact(self, spans: Sequence[_Span]) -> bool:
+    def _converted(self, quotient: Tensor, target: _Float, *, exact: bool) -> Tensor:
+        """The mean for float32 or bfloat16, none of it subnormal, by the processor's rounding.
+
+        Converting float64 to float32, and that to bfloat16, rounds to nearest, ties to even. It
+        goes wrong only for a number that was rounded before, and to a midpoint.
+        """
+        if target.bits == 24:
+            if exact:
+                return quotient
+            bits = quotient.view(torch.int64)
+            tail = torch.bitwise_and(bits, (1 << 29) - 1, out=self.buffers("t", bits, torch.int64))
+            middle, mean = 1 << 28, quotient
+        else:
+            mean = self.buffers("single", quotient, torch.float32).copy_(quotient)
+            bits = mean.view(torch.int32)
+            tail = torch.bitwise_and(bits, (1 << 16) - 1, out=self.buffers("t", bits, torch.int32))
+            middle = 1 << 15
+        places = (tail == middle).nonzero().flatten()
+        if exact and len(places):
+            places = places[mean[places].double() != quotient[places]]
+        if len(places):
+            near = quotient[places]
+            snapped, unit = _snap(near, target)
+            aside = (near - snapped).abs()
+            on_middle = aside == unit / 2
+            self._settle(
+                snapped, near, on_middle.nonzero().flatten(), (unit / 2)[on_middle], places
+            )
+            mean[places] = snapped.to(mean.dtype)
+        return mean
+
+    def _settle(
+        self,
+        mean: Tensor,
+        quotient: Tensor,
+        where: Tensor,
+        half: Tensor,
+        places: Tensor | None = None,
+    ) -> None:
+        """Rounds again where a quotient came out at a midpoint, by the division's remainder."""
+        middle = quotient[where]
+        total = self.total[where if places is None else places[where]]
+        _resolve_midpoints(mean, where, middle, half, total - middle * self.divisor)
+
+    def _exact(self, spans: Sequence[_Weighed]) -> bool:
         """Whether no partial sum needed more than 53 bits, from the exponents of the inputs."""
-        low = min(span.low for span in spans)
-        return self.weights.small and _magnitude(spans, self.weights) <= Fraction(2) ** (53 + low)
+        low = min(span.low for span, _ in spans)
+        return self.weights.small and _magnitude(spans) <= Fraction(2) ** (53 + low)
 
 
 class _Wide:
     """A double-double sum of float64 inputs, which knows where it is exact."""
 
-    def __init__(self, flat: Tensor, weight: int, weights: Weights) -> None:
+    def __init__(self, rows: Tensor, factors: Sequence[int], weights: Weights) -> None:
         self.weights = weights
         self.divisor = _factor(weights.total, weights)
         self.loose = not weights.small
-        self.high = flat.to(torch.float64, copy=True)
+        self.high = rows[0].to(torch.float64, copy=True)
         self.low = torch.zeros_like(self.high)
         self.inexact = torch.zeros_like(self.high, dtype=torch.bool)
-        if weight != 1:
-            self.high, self.low = _two_product(self.high, _factor(weight, self.weights))
+        if factors[0] != 1:
+            self.high, self.low = _two_product(self.high, _factor(factors[0], self.weights))
+        self.add(rows[1:], factors[1:], zeros=True)
 
-    def add(self, flat: Tensor, weight: int) -> None:
+    def add(self, rows: Tensor, factors: Sequence[int], *, zeros: bool) -> None:
+        del zeros  # of no matter here
+        for row, weight in zip(rows, factors, strict=True):
+            self._add(row, weight)
+
+    def _add(self, flat: Tensor, weight: int) -> None:
         term, error = flat.double(), None
         if weight != 1:
             term, error = _two_product(term, _factor(weight, self.weights))
@@ -358,13 +448,13 @@ class _Wide:
     def approximate(self) -> Tensor:
         return self.high / self.divisor
 
-    def rounded(self, target: _Float, spans: Sequence[_Span]) -> tuple[Tensor, Tensor]:
+    def rounded(self, target: _Float, spans: Sequence[_Weighed]) -> tuple[Tensor, Tensor]:
         high, low = _two_sum(self.high, self.low)
         high = high.where(high != 0, self.high + self.low.where(self.low != 0, self.high))
         quotient = high / self.divisor
-        magnitude = _magnitude(spans, self.weights) / self.weights.total
+        magnitude = _magnitude(spans) / self.weights.total
         # Products of numbers as small as this lose their last bits to underflow.
-        tiny = max(self.weights.integers) > 1 and any(span.low < -900 for span in spans)
+        tiny = max(self.weights.integers) > 1 and any(span.low < -900 for span, _ in spans)
         if self.loose or tiny:
             # One of the products, the divisor or an earlier plain sum was rounded.
             bound = magnitude * (len(self.weights) + 8) / (1 << 50)

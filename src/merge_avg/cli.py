@@ -114,9 +114,15 @@ def merge(
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where sums are kept: cpu, cuda or cuda:N.")
     ] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many threads to use; by default one a core, up to 8."),
+    ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory for buffers, as in 64MiB."),
+        typer.Option(
+            metavar="SIZE", help="Memory to take beside torch's own, as in 32MiB; default 64MiB."
+        ),
     ] = None,
     max_shard_size: Annotated[
         str | None,
@@ -153,6 +159,7 @@ def merge(
         overwrite=overwrite,
         device=device,
         weights=None if weights is None else weights.split(","),
+        threads=threads,
         max_memory=None if max_memory is None else sizes.parse(max_memory),
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size),
     )

@@ -19,7 +19,7 @@ from merge_avg.files import Reader
 from merge_avg.integers import IntPolicy
 from merge_avg.output import Output
 from merge_avg.plan import aligned_to_page, windows
-from merge_avg.prepare import Job, Options, prepare, window_limit, worker_count
+from merge_avg.prepare import Job, Options, prepare
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
 from merge_avg.work import Ledger, Worker, spread
@@ -63,6 +63,7 @@ def merge_checkpoints(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    threads: int | None = None,
     max_memory: int | None = None,
     max_shard_size: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -92,7 +93,9 @@ def merge_checkpoints(
         allow_nonfinite: average NaN and infinity too, as IEEE 754 says.
         overwrite: replace the output if it exists.
         device: where sums are kept: "cpu", "cuda" or "cuda:N".
-        max_memory: bytes that buffers may take.
+        threads: how many windows are worked on at a time; by default one a core, but eight at most.
+        max_memory: bytes that may be taken beside what torch takes; by default 64 MiB, or more on
+            more than four cores.
         max_shard_size: write a directory of safetensors shards of at most so many bytes, with an
             index.
         progress: called with the number of bytes read since the last call, from any thread.
@@ -114,6 +117,7 @@ def merge_checkpoints(
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         device=device,
+        threads=threads,
         max_memory=max_memory,
         max_shard_size=max_shard_size,
     )
@@ -144,8 +148,7 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         stack.enter_context(_single_threaded_torch())
 
         def worker() -> Worker:
-            limit = window_limit(job.options.max_memory)
-            return Worker(job, readers, out, scratch, maps, ledger, device, limit)
+            return Worker(job, readers, out, scratch, maps, ledger, device)
 
         _in_parallel(job, worker)
         for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
@@ -210,7 +213,7 @@ def _single_threaded_torch() -> Iterator[None]:
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     """Runs all windows and copies on worker threads; the first error stops them all."""
     placed = (u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets)
-    work = windows(placed, window_limit(job.options.max_memory))
+    work = windows(placed, job.budget.window)
     copies = iter(job.draft.copies)
     lock, stop = threading.Lock(), threading.Event()
 
@@ -227,9 +230,9 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
             else:
                 return
 
-    with ThreadPoolExecutor(worker_count(), thread_name_prefix="merge-avg") as pool:
+    with ThreadPoolExecutor(job.budget.threads, thread_name_prefix="merge-avg") as pool:
         try:
-            running = [pool.submit(loop) for _ in range(worker_count())]
+            running = [pool.submit(loop) for _ in range(job.budget.threads)]
             for future in wait(running, return_when=FIRST_EXCEPTION).done:
                 future.result()
         finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_avg.align import Chosen, Missing, align
+from merge_avg.budget import Budget, plan_budget
 from merge_avg.draft import Draft, make_draft
 from merge_avg.dtypes import CONVERTIBLE
 from merge_avg.errors import MergeError, UsageError
@@ -19,12 +20,6 @@ from merge_avg.plan import Plan, make_plan
 from merge_avg.roles import Roles, assign
 from merge_avg.scan import scan
 from merge_avg.weights import Weight, Weights
-
-# Elements of a window: a float64 accumulator of this many stays in a core's cache.
-_WINDOW = 1 << 17
-_LEAST_WINDOW = 1 << 12
-# What a worker holds for each element of its window: buffers, and temporaries of the slow paths.
-_BYTES_PER_ELEMENT = 256
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class Options:
     allow_nonfinite: bool = False
     overwrite: bool = False
     device: str = "cpu"
+    threads: int | None = None
     max_memory: int | None = None
     max_shard_size: int | None = None
 
@@ -57,6 +53,7 @@ class Job:
     roles: Roles
     plan: Plan
     draft: Draft
+    budget: Budget
     notes: tuple[str, ...]
 
     @property
@@ -90,7 +87,7 @@ def prepare(
     if options.dtype is not None and options.dtype not in CONVERTIBLE:
         hint = f"choose one of {', '.join(CONVERTIBLE)}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
-    window_limit(options.max_memory)
+    budget = plan_budget(len(inputs), options.max_memory, options.threads)
     inputs, values = _template_first(inputs, values, options.template)
     target = Path(output)
     layouts = [scan(path) for path in inputs]
@@ -110,7 +107,7 @@ def prepare(
     if draft.directory and target.is_dir() and any(target.iterdir()):
         _refuse_foreign(target)
     notes = _notes(layouts, options, draft)
-    return Job(target, options, Weights.of(values), roles[0], plan, draft, notes)
+    return Job(target, options, Weights.of(values), roles[0], plan, draft, budget, notes)
 
 
 def _template_first(
@@ -184,30 +181,6 @@ def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[s
             if texts and options.dtype is not None:
                 notes.append(f"{name} is the template's, and may still name another dtype")
     return tuple(notes)
-
-
-def worker_count() -> int:
-    """How many threads take windows: one a core that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def window_limit(max_memory: int | None) -> int:
-    """The largest window, in elements, for a budget of memory in bytes.
-
-    Raises:
-        MergeError: the budget is too small for any.
-    """
-    workers = worker_count()
-    if max_memory is None:
-        return _WINDOW
-    fits = max_memory // (workers * _BYTES_PER_ELEMENT)
-    if fits < _LEAST_WINDOW:
-        least = workers * _LEAST_WINDOW * _BYTES_PER_ELEMENT
-        hint = f"give at least --max-memory {-(-least // 1024)}KiB"
-        raise MergeError("the memory budget is too small", hint=hint)
-    return min(fits, _WINDOW)
 
 
 def _weights(inputs: Sequence[Path], options: Options) -> list[Weight]:

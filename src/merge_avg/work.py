@@ -53,7 +53,6 @@ class Worker:
         readers: one an input.
         scratch: where staged tensors lie, and results that go elsewhere in the end.
         maps: mapped room in the scratch file for the results of some units, by their identity.
-        limit: the largest window, in elements.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class Worker:
         maps: Mapping[int, Tensor],
         ledger: Ledger,
         device: torch.device,
-        limit: int,
     ) -> None:
         self._job = job
         self._readers = readers
@@ -78,8 +76,9 @@ class Worker:
         sizes = [unit.dtype.itemsize for unit in job.plan.units]
         sizes += [source.dtype.itemsize for unit in job.plan.units for source in unit.sources]
         widest = max(sizes, default=1)
-        self._read_buffer, self._out_buffer = Buffer(limit * widest), Buffer(limit * widest)
-        self._limit = limit * widest
+        self._room = job.budget.read
+        self._read_buffer = Buffer(self._room * widest)
+        self._out_buffer = Buffer(job.budget.window * widest)
         self._means: dict[object, RunningMean] = {}
 
     def fill(self, window: Window) -> None:
@@ -98,8 +97,8 @@ class Worker:
 
     def copy(self, number: int, record: Storage) -> None:
         """Copies a record of the template that holds no weights into a file of the output."""
-        for at in range(0, record.nbytes, self._limit):
-            part = self._read_buffer.bytes(min(self._limit, record.nbytes - at))
+        for at in range(0, record.nbytes, self._room):
+            part = self._read_buffer.bytes(min(self._room, record.nbytes - at))
             self._readers[0].read(part, record, at)
             self._out.write(number, record.name, at, part)
             self._ledger.count(len(part))
@@ -108,15 +107,16 @@ class Worker:
         unit = window[0].unit
         mean = self._mean_for(unit)
         first: Tensor | None = None
-        for k in range(len(unit.sources)):
-            values = self._read(window, k)
-            mean.update(values)
-            factors = self._factors(window, values)
-            if first is not None and factors is not None and not torch.equal(factors, first):
-                self._ledger.factors_differ = True
-            first = factors if first is None else first
-            if unit.kind == "mean" and not mean.finite:
-                self._report_nonfinite(window, k, values)
+        for group in _groups(unit, self._room // _length(window)):
+            stack = self._stacked(window, group)
+            mean.extend(stack)
+            for k, values in zip(group, stack, strict=True):
+                factors = self._factors(window, values)
+                if first is not None and factors is not None and not torch.equal(factors, first):
+                    self._ledger.factors_differ = True
+                first = factors if first is None else first
+                if unit.kind == "mean" and not mean.finite:
+                    self._report_nonfinite(window, k, values)
         out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
         mean.result(lambda k: self._read(window, k, again=True), out=out)
         if unit.dtype != unit.sources[0].dtype and not self._job.options.allow_nonfinite:
@@ -207,6 +207,16 @@ class Worker:
         hint = "--int-policy template, max or mean says what integers become"
         return MergeError(what, where=paths[where], hint=hint)
 
+    def _stacked(self, window: Window, group: range) -> Tensor:
+        """The window's elements as some sources of one dtype have them, a row each."""
+        numel = _length(window)
+        dtype = window[0].unit.sources[group[0]].dtype
+        size = numel * dtype.itemsize
+        for row, k in enumerate(group):
+            self._fetch(window, k, self._read_buffer.bytes((row + 1) * size)[row * size :])
+        whole = self._read_buffer.tensor(numel * len(group), getattr(torch, dtype.name))
+        return whole.view(len(group), numel)
+
     def _read(
         self, window: Window, k: int, *, again: bool = False, into: Buffer | None = None
     ) -> Tensor:
@@ -215,7 +225,12 @@ class Worker:
         size = source.dtype.itemsize
         numel = _length(window)
         buffer = into or self._read_buffer
-        view = buffer.bytes(numel * size)
+        self._fetch(window, k, buffer.bytes(numel * size), again=again)
+        return buffer.tensor(numel, getattr(torch, source.dtype.name))
+
+    def _fetch(self, window: Window, k: int, view: memoryview, *, again: bool = False) -> None:
+        """Fills `view` with the window's elements as source number k has them."""
+        size = window[0].unit.sources[k].dtype.itemsize
         at = 0
         for piece in window:
             source = piece.unit.sources[k]
@@ -228,7 +243,6 @@ class Worker:
             at += len(part)
         if not again:
             self._ledger.count(len(view))
-        return buffer.tensor(numel, getattr(torch, source.dtype.name))
 
     def _write(self, piece: Piece, data: memoryview) -> None:
         size = piece.unit.dtype.itemsize
@@ -306,6 +320,16 @@ def spread(out: Output, unit: Unit, targets: Sequence[Target], mapped: Tensor) -
             buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
             out.write(target.file, target.place, at, buffer.bytes(nbytes))
             at += nbytes
+
+
+def _groups(unit: Unit, most: int) -> Iterator[range]:
+    """The numbers of a unit's sources, cut where the dtype changes and into groups of `most`."""
+    start = 0
+    for k in range(1, len(unit.sources) + 1):
+        ends = k == len(unit.sources) or unit.sources[k].dtype != unit.sources[start].dtype
+        if ends or k - start >= max(most, 1):
+            yield range(start, k)
+            start = k
 
 
 def _length(window: Window) -> int:
