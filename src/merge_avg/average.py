@@ -267,7 +267,9 @@ def _span(flat: Tensor, bits: int, buffers: _Buffers) -> _Span | None:
         return _Span.nothing()
     format_ = _FLOATS[flat.dtype]
     fraction = format_.bits - 1
-    sizes = torch.abs(flat, out=buffers("sizes", flat, flat.dtype)).view(_BITS[flat.dtype])
+    # The room for float64 values is free now.
+    room = buffers("wide", flat).view(-1).view(flat.dtype)[: flat.numel()].view(flat.shape)
+    sizes = torch.abs(flat, out=room).view(_BITS[flat.dtype])
     low, high = (int(bound) for bound in torch.aminmax(sizes))
     special = ~(-1 << (flat.itemsize * 8 - 1)) >> fraction
     if high >> fraction == special:
@@ -354,61 +356,32 @@ class _Plain:
         exact = self.weights.total & (self.weights.total - 1) == 0  # so is the division
         # No mean is below this, but for zero.
         least = min(span.low for span, _ in spans) - self.weights.total.bit_length()
-        if least >= target.emin and target.emin == _FLOATS[torch.float32].emin:
-            return self._converted(quotient, target, exact=exact), None
+        if least >= target.emin and target.bits == 24:  # the processor rounds right
+            if not exact:
+                tail = self.buffers("tail", quotient, torch.int64)
+                torch.bitwise_and(quotient.view(torch.int64), (1 << 29) - 1, out=tail)
+                middle = tail == 1 << 28
+                if middle.any():
+                    places = middle.nonzero().flatten()
+                    self._settle(quotient, places, _unit(quotient[places], target).mul_(0.5))
+            return quotient, None
         # Rounding to zero forgets the sign: look whether any element can.
         signs = any(span.zeros for span, _ in spans) or least < target.emin - target.bits
         mean, unit = _snap(quotient, target, self.buffers, signs=signs)
         if not exact:
             # The division rounds: that matters where it lands on a midpoint.
             aside = torch.sub(quotient, mean, out=self.buffers("aside", mean)).abs_()
-            places = (aside == unit.mul_(0.5)).nonzero().flatten()
-            self._settle(mean, quotient, places, unit[places])
+            middle = aside == unit.mul_(0.5)
+            if middle.any():
+                places = middle.nonzero().flatten()
+                self._settle(mean, places, unit[places])
         return mean, None
 
-    def _converted(self, quotient: Tensor, target: _Float, *, exact: bool) -> Tensor:
-        """The mean for float32 or bfloat16, none of it subnormal, by the processor's rounding.
-
-        Converting float64 to float32, and that to bfloat16, rounds to nearest, ties to even. It
-        goes wrong only for a number that was rounded before, and to a midpoint.
-        """
-        if target.bits == 24:
-            if exact:
-                return quotient
-            bits = quotient.view(torch.int64)
-            tail = torch.bitwise_and(bits, (1 << 29) - 1, out=self.buffers("t", bits, torch.int64))
-            middle, mean = 1 << 28, quotient
-        else:
-            mean = self.buffers("single", quotient, torch.float32).copy_(quotient)
-            bits = mean.view(torch.int32)
-            tail = torch.bitwise_and(bits, (1 << 16) - 1, out=self.buffers("t", bits, torch.int32))
-            middle = 1 << 15
-        places = (tail == middle).nonzero().flatten()
-        if exact and len(places):
-            places = places[mean[places].double() != quotient[places]]
-        if len(places):
-            near = quotient[places]
-            snapped, unit = _snap(near, target)
-            aside = (near - snapped).abs()
-            on_middle = aside == unit / 2
-            self._settle(
-                snapped, near, on_middle.nonzero().flatten(), (unit / 2)[on_middle], places
-            )
-            mean[places] = snapped.to(mean.dtype)
-        return mean
-
-    def _settle(
-        self,
-        mean: Tensor,
-        quotient: Tensor,
-        where: Tensor,
-        half: Tensor,
-        places: Tensor | None = None,
-    ) -> None:
-        """Rounds again where a quotient came out at a midpoint, by the division's remainder."""
-        middle = quotient[where]
-        total = self.total[where if places is None else places[where]]
-        _resolve_midpoints(mean, where, middle, half, total - middle * self.divisor)
+    def _settle(self, mean: Tensor, places: Tensor, half: Tensor) -> None:
+        """Rounds quotients that came out at a midpoint again, by the division's remainder."""
+        middle = self.total[places] / self.divisor
+        rest = self.total[places] - middle * self.divisor
+        _resolve_midpoints(mean, places, middle, half, rest)
 
     def _exact(self, spans: Sequence[_Weighed]) -> bool:
         """Whether no partial sum needed more than 53 bits, from the exponents of the inputs."""

@@ -14,15 +14,13 @@ from merge_avg.errors import MergeError, UsageError
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
-# What a worker holds for each element that it reads at once: it as it is, its size, it as float64,
-# and room for one of the three to be copied.
-_READ_BYTES = 32
+_WIDE = 8  # a worker has a float64 for each element that it reads at once, beside the element
 # And for each element of its window: sums, results, and temporaries of the slow paths.
-_WINDOW_BYTES = 192
+_WINDOW_BYTES = 160
 _LARGEST_WINDOW = 1 << 17
 _USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
 _LEAST_WINDOW = 1 << 10
-_MOST_READ = 1 << 18
+_MOST_READ = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,19 @@ class Budget:
     Attributes:
         threads: how many workers there are.
         window: the largest window, in elements.
-        read: how many elements a worker holds at a time, of all checkpoints together.
+        rows: how many checkpoints' elements of a window a worker holds at a time.
+        itemsize: the bytes of the widest element.
     """
 
     threads: int
     window: int
-    read: int
+    rows: int
+    itemsize: int
 
     @property
     def nbytes(self) -> int:
         """The memory that all workers take at the most."""
-        return self.threads * (self.window * _WINDOW_BYTES + self.read * _READ_BYTES)
+        return self.threads * self.window * (_WINDOW_BYTES + self.rows * (self.itemsize + _WIDE))
 
 
 def cores() -> int:
@@ -62,8 +62,16 @@ def _control_group(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
         return None
 
 
-def plan_budget(checkpoints: int, max_memory: int | None, threads: int | None) -> Budget:
-    """Cuts a budget of memory, in bytes, into threads and windows.
+def plan_budget(
+    checkpoints: int, itemsize: int, max_memory: int | None = None, threads: int | None = None
+) -> Budget:
+    """Cuts a budget of memory into threads and windows.
+
+    Args:
+        checkpoints: how many there are.
+        itemsize: the bytes of their widest element.
+        max_memory: the budget in bytes; by default 64 MiB, or 32 MiB a thread where that is more.
+        threads: how many, if not as many as there are cores.
 
     Raises:
         UsageError: `threads` is below one.
@@ -72,21 +80,20 @@ def plan_budget(checkpoints: int, max_memory: int | None, threads: int | None) -
     if threads is not None and threads < 1:
         raise UsageError("there must be a thread at least", hint="give --threads 1 or more")
     workers = threads or min(cores(), _MOST_THREADS)
-    total = max_memory or max(_DEFAULT, workers * _DEFAULT // 4)
-    least = Budget(1, _LEAST_WINDOW, _LEAST_WINDOW).nbytes
-    if total < least:
-        hint = f"give at least --max-memory {-(-least // 1024)}KiB"
-        raise MergeError("the memory budget is too small", hint=hint)
-    while True:
-        share = total // workers
-        rows = min(checkpoints, max(_MOST_READ // _USUAL_WINDOW, 1))
-        window = share // (_WINDOW_BYTES + rows * _READ_BYTES)
-        if window < _USUAL_WINDOW:  # fewer rows at a time, rather than tiny windows
-            window = min(_USUAL_WINDOW, share // (_WINDOW_BYTES + _READ_BYTES))
-        if window >= _LEAST_WINDOW or workers == 1:
-            break
-        workers -= 1
-    window = min(window, _LARGEST_WINDOW, max(_MOST_READ * 2 // checkpoints, _USUAL_WINDOW))
-    window = 1 << (window.bit_length() - 1)
-    read = min((share - window * _WINDOW_BYTES) // _READ_BYTES, window * checkpoints)
-    return Budget(workers, window, max(read, window))
+    total = max_memory or max(_DEFAULT, workers * _DEFAULT // 2)
+    for count in range(workers, 0, -1):
+        window = _LARGEST_WINDOW
+        while window >= _LEAST_WINDOW:
+            rows = min(checkpoints, max(_MOST_READ // window, 1))
+            budget = Budget(count, window, rows, itemsize)
+            if budget.nbytes <= total:
+                return budget
+            if window <= _USUAL_WINDOW:  # rather fewer rows than a tiny window
+                budget = Budget(count, window, 1, itemsize)
+                if budget.nbytes <= total:
+                    room = total // count // window - _WINDOW_BYTES
+                    return Budget(count, window, room // (itemsize + _WIDE), itemsize)
+            window //= 2
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize).nbytes
+    hint = f"give at least --max-memory {-(-least // 1024)}KiB"
+    raise MergeError("the memory budget is too small", hint=hint)

@@ -129,6 +129,13 @@ class Plan:
         """What may make the mean meaningless."""
         return (_LORA_WARNING,) if self.factors else ()
 
+    @property
+    def itemsize(self) -> int:
+        """The bytes of the widest element, of inputs and results."""
+        sizes = {unit.dtype.itemsize for unit in self.units}
+        sizes |= {source.dtype.itemsize for unit in self.units for source in unit.sources}
+        return max(sizes, default=1)
+
     def converted(self) -> dict[Storage, DType]:
         """The template's storages whose elements get another dtype, and which."""
         infos = [row[0] for row in self.aligned.rows.values() if row[0] is not None]

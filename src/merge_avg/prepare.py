@@ -87,7 +87,6 @@ def prepare(
     if options.dtype is not None and options.dtype not in CONVERTIBLE:
         hint = f"choose one of {', '.join(CONVERTIBLE)}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
-    budget = plan_budget(len(inputs), options.max_memory, options.threads)
     inputs, values = _template_first(inputs, values, options.template)
     target = Path(output)
     layouts = [scan(path) for path in inputs]
@@ -95,6 +94,7 @@ def prepare(
     chosen = Chosen(tuple(options.include), tuple(options.exclude))
     aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
     plan = make_plan(layouts, aligned, options.dtype)
+    budget = plan_budget(len(inputs), plan.itemsize, options.max_memory, options.threads)
     draft = make_draft(
         target,
         plan,

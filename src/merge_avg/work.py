@@ -73,12 +73,10 @@ class Worker:
         self._ledger = ledger
         self._device = device
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
-        sizes = [unit.dtype.itemsize for unit in job.plan.units]
-        sizes += [source.dtype.itemsize for unit in job.plan.units for source in unit.sources]
-        widest = max(sizes, default=1)
-        self._room = job.budget.read
-        self._read_buffer = Buffer(self._room * widest)
-        self._out_buffer = Buffer(job.budget.window * widest)
+        budget = job.budget
+        self._room = budget.window * budget.rows * budget.itemsize
+        self._read_buffer = Buffer(self._room)
+        self._out_buffer = Buffer(budget.window * budget.itemsize)
         self._means: dict[object, RunningMean] = {}
 
     def fill(self, window: Window) -> None:
@@ -107,7 +105,7 @@ class Worker:
         unit = window[0].unit
         mean = self._mean_for(unit)
         first: Tensor | None = None
-        for group in _groups(unit, self._room // _length(window)):
+        for group in _groups(unit, self._job.budget.rows):
             stack = self._stacked(window, group)
             mean.extend(stack)
             for k, values in zip(group, stack, strict=True):
