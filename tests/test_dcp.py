@@ -114,6 +114,7 @@ def write_sharded(rank, port, folder):
         weights = model.state_dict() | {"columns": distribute_tensor(columns, mesh, [Shard(1)])}
         dcp.save({"model": weights}, checkpoint_id=f"{folder}/sharded{fold}")
     torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

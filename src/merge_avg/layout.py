@@ -176,7 +176,7 @@ class Layout:
 class ClassSpan:
     """Where a pickle names the class of a storage: bytes start to stop are the opcode that does.
 
-    `cls` is module and name, divided by a newline; `storage` the storage's record.
+    `cls` is module and name, divided by a newline; `storage` the pickle's key of the storage.
     """
 
     start: int
@@ -196,6 +196,7 @@ class Archive:
         classes: each time the pickle names a storage's class.
         frames: where the pickle's FRAME opcodes start.
         unchecked: whether it was written without checksums.
+        prefix: what the name of a storage begins with, before the pickle's key for it.
         around: for a legacy file, the bytes before the pickle and those after it.
     """
 
@@ -205,6 +206,7 @@ class Archive:
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
     unchecked: bool = False
+    prefix: str = ""
     around: tuple[bytes, bytes] = (b"", b"")
 
 

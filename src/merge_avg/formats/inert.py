@@ -111,11 +111,24 @@ class _Machine:
         self.call = call
 
     def run(self) -> Loaded:
-        data, table = self.data, _TABLE
+        data, table, stack, memo = self.data, _TABLE, self.stack, self.memo
         while True:
-            self.opcode_at = self.at
-            opcode = data[self.at]
-            self.at += 1
+            at = self.opcode_at = self.at
+            opcode = data[at]
+            self.at = at + 1
+            # The commonest opcodes of a state dict, here for speed: BINPUT, BININT1, LONG_BINPUT.
+            if opcode == 0x71 and stack:
+                memo[data[at + 1]] = self.top()
+                self.at = at + 2
+                continue
+            if opcode == 0x4B:
+                stack.append(data[at + 1])
+                self.at = at + 2
+                continue
+            if opcode == 0x72 and stack and at + 5 <= len(data):
+                memo[int.from_bytes(data[at + 1 : at + 5], "little")] = self.top()
+                self.at = at + 5
+                continue
             if opcode == 0x2E:  # STOP
                 return Loaded(self.pop(), tuple(self.frames), self.at)
             handler = table[opcode]

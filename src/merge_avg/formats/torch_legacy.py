@@ -8,7 +8,6 @@ Format: torch/serialization.py, _legacy_save and _legacy_load.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import BinaryIO
 
 from merge_avg.dtypes import BY_STORAGE, DType
@@ -39,16 +38,17 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     """
     path = stamp.path
     try:
-        data, start, objects, sizes, keys, end = _pickles(file, stamp.nbytes)
+        data, start, objects, keys, end = _pickles(file, stamp.nbytes)
     except MergeError as error:
         raise type(error)(error.what, where=path, hint=error.hint) from None
     refuse_root(objects, path)
     found: dict[str, Storage] = {}
     at = end
     for key in keys:
-        if key not in sizes:
+        if key not in objects.storages:
             raise MergeError(f"it lists the storage {key!r}, which nothing uses", where=path)
-        nbytes, itemsize = sizes[key]
+        nbytes, dtype = objects.storages[key]
+        itemsize = dtype.itemsize if dtype else 1
         file.seek(at)
         count = int.from_bytes(file.read(_COUNT), "little")
         if at + _COUNT + nbytes > stamp.nbytes or count * itemsize != nbytes:
@@ -56,32 +56,27 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
             raise MergeError(what, where=path, hint="fetch or save the file again")
         found[key] = Storage(key, at + _COUNT, nbytes, file=number)
         at += _COUNT + nbytes
-    lacking = sorted(sizes.keys() - found.keys())
+    lacking = sorted(objects.storages.keys() - found.keys())
     if lacking:
         raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
-    tensors = tuple(
-        info if info.trouble else replace(info, storage=found[info.storage.name])
-        for info in objects.tensors
-    )
-    stop = start + objects.loaded.nbytes
+    tensors = objects.placed(lambda key, _, __: found[key])
+    stop = start + objects.nbytes
     archive = Archive(
         tuple(found.items()),
         data[start:stop],
         "",
         objects.classes,
-        objects.loaded.frames,
+        objects.frames,
         around=(data[:start], data[stop:end]),
     )
     return Layout(path, "torch-legacy", (stamp,), tensors, objects.others, archive=archive)
 
 
-def _pickles(
-    file: BinaryIO, nbytes: int
-) -> tuple[bytes, int, Objects, dict[str, tuple[int, int]], list[str], int]:
+def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str], int]:
     """The five pickles.
 
-    Their bytes, where the object starts, what it holds, the storages' sizes and element sizes,
-    their keys in order, and where the pickles end.
+    Their bytes, where the object starts, what it holds, the storages' keys in order, and where the
+    pickles end.
     """
     size = _FIRST_READ
     while True:
@@ -95,30 +90,20 @@ def _pickles(
         size *= 8
 
 
-def _parsed(
-    data: bytes,
-) -> tuple[bytes, int, Objects, dict[str, tuple[int, int]], list[str], int]:
+def _parsed(data: bytes) -> tuple[bytes, int, Objects, list[str], int]:
     at = 0
     for expected in (_MAGIC, _VERSION, None):
         loaded = _plain(data[at : at + 4096])
         if expected is not None and loaded.value != expected:
             raise MergeError("it starts like a legacy checkpoint, but is none")
         at += loaded.nbytes
-    sizes: dict[str, tuple[int, int]] = {}
-
-    def find(key: str, size: int, dtype: DType | None) -> Storage:
-        known = sizes.setdefault(key, (size, dtype.itemsize if dtype else 1))
-        if known[0] != size:
-            raise MergeError(f"storage {key!r} has two sizes")
-        return Storage(key, 0, size)
-
-    objects = read_objects(data[at:], find)
-    end = at + objects.loaded.nbytes
+    objects = read_objects(data[at:])
+    end = at + objects.nbytes
     keys = _plain(data[end:])
     if not isinstance(keys.value, list):
         raise MergeError("the list of its storages is damaged")
     names = [str(key) for key in keys.value]
-    return data, at, objects, sizes, names, end + keys.nbytes
+    return data, at, objects, names, end + keys.nbytes
 
 
 def _plain(data: bytes) -> Loaded:

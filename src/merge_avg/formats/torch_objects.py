@@ -5,15 +5,17 @@ The names are those of torch/_utils.py, torch/_tensor.py and torch/storage.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from merge_avg.dtypes import BY_NAME, BY_STORAGE, DType
 from merge_avg.errors import MergeError
-from merge_avg.formats.inert import Global, InertDict, Instance, Loaded, PickleError, Value, load
+from merge_avg.formats.inert import Global, InertDict, Instance, PickleError, Value, load
 from merge_avg.layout import ATTRIBUTES, ClassSpan, Storage, TensorInfo, TreePath, dotted
 
+# Returns the storage of a key that holds so many bytes of a dtype, or raises MergeError.
 Find = Callable[[str, int, DType | None], Storage]
 
 _DEEPEST = 200
@@ -75,21 +77,47 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class Objects:
-    """The tensors of a pickle by their path, the top-level keys without tensors, the class spans.
+    """What a pickle describes.
 
-    `kind` says what the root is: "a dict", "a list", "a tensor", or "an object of CLASS".
+    Attributes:
+        tensors: by their path; the names of their storages are the pickle's keys.
+        storages: bytes and dtype (None for an untyped one) of each storage, by key.
+        others: top-level keys without tensors.
+        kind: what the root is: "a dict", "a list", "a tensor", or "an object of CLASS".
+        classes: where it names the class of a storage.
+        frames: where its FRAME opcodes start.
+        nbytes: its size.
     """
 
     tensors: tuple[TensorInfo, ...]
+    storages: Mapping[str, tuple[int, DType | None]]
     others: tuple[str, ...]
     kind: str
     classes: tuple[ClassSpan, ...]
-    loaded: Loaded
+    frames: tuple[int, ...]
+    nbytes: int
+
+    def placed(self, find: Find) -> tuple[TensorInfo, ...]:
+        """The tensors over the storages of a file."""
+        found = {key: find(key, *about) for key, about in self.storages.items()}
+        return tuple(
+            TensorInfo(
+                info.path,
+                info.dtype,
+                info.shape,
+                info.stride,
+                info.start,
+                found.get(info.storage.name, info.storage),
+                info.trouble,
+            )
+            for info in self.tensors
+        )
 
 
 @dataclass
 class _Reader:
-    find: Find
+    storages: dict[str, tuple[int, DType | None]] = field(default_factory=dict)
+    held: dict[str, Storage] = field(default_factory=dict)
     classes: list[ClassSpan] = field(default_factory=list)
 
     def persistent(self, pid: Value) -> Value:
@@ -105,10 +133,12 @@ class _Reader:
             dtype = BY_STORAGE.get(cls.name)
             if dtype is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
                 raise PickleError(f"storage {key!r} is of the unknown class {cls}")
-        storage = self.find(str(key), numel * (dtype.itemsize if dtype else 1), dtype)
-        self.classes.append(
-            ClassSpan(cls.start, cls.stop, f"{cls.module}\n{cls.name}", storage.name)
-        )
+        key = str(key)
+        nbytes = numel * (dtype.itemsize if dtype else 1)
+        if self.storages.setdefault(key, (nbytes, dtype))[0] != nbytes:
+            raise PickleError(f"the pickle gives storage {key!r} two sizes")
+        storage = self.held.setdefault(key, Storage(key, 0, nbytes))
+        self.classes.append(ClassSpan(cls.start, cls.stop, f"{cls.module}\n{cls.name}", key))
         start = 0
         match pid[5:]:
             case ((_, int() as first, int()),):
@@ -171,22 +201,23 @@ def _tensor(
     )
 
 
-def read_objects(data: bytes, find: Find) -> Objects:
+@lru_cache(maxsize=1)
+def read_objects(data: bytes) -> Objects:
     """Reads torch's pickle without running it.
 
-    Args:
-        data: the pickle.
-        find: returns the storage of a key that holds a number of bytes of a dtype (None for an
-            untyped one), or raises MergeError.
+    Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
 
     Raises:
         MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
     """
-    reader = _Reader(find)
+    reader = _Reader()
     loaded = load(data, persistent=reader.persistent, call=reader.call)
     infos = []
     for path, tensor in _walk(loaded.value, budget=1_000_000 + len(data)):
-        info = replace(tensor.info, path=path)
+        info = tensor.info
+        info = TensorInfo(
+            path, info.dtype, info.shape, info.stride, info.start, info.storage, info.trouble
+        )
         reach = info.stop * info.dtype.itemsize if info.numel else 0
         if not info.trouble and reach > info.storage.nbytes:
             name = dotted(path)
@@ -197,7 +228,15 @@ def read_objects(data: bytes, find: Find) -> Objects:
     others: tuple[str, ...] = ()
     if isinstance(root, dict):
         others = tuple(str(key) for key in root if _key(key) not in with_tensors)
-    return Objects(tuple(infos), others, _kind(root), tuple(reader.classes), loaded)
+    return Objects(
+        tuple(infos),
+        reader.storages,
+        others,
+        _kind(root),
+        tuple(reader.classes),
+        loaded.frames,
+        loaded.nbytes,
+    )
 
 
 def _kind(root: Value) -> str:

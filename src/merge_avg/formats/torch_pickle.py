@@ -32,10 +32,11 @@ def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType])
     edits = [(at, at + 9, b"") for at in archive.frames]
     for span in archive.classes:
         cls = span.cls
-        if span.storage in changed:
-            storage = changed[span.storage].storage
+        name = f"{archive.prefix}{span.storage}"
+        if name in changed:
+            storage = changed[name].storage
             if storage is None or cls.endswith("UntypedStorage"):
-                what = f"the dtype of record {span.storage!r} cannot be changed in a copy of it"
+                what = f"the dtype of record {name!r} cannot be changed in a copy of it"
                 hint = "write a bare state dict with --state-dict, or a .safetensors file"
                 raise MergeError(what, where=layout.path, hint=hint)
             cls = f"torch\n{storage}"

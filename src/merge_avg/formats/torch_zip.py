@@ -60,20 +60,18 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         MergeError: it is damaged, encrypted, no checkpoint of torch.save, or dangerous.
     """
     path = stamp.path
-    records = _records(file, path)
+    records = _records(file, path, number, within or Within(0, ""))
     root = _root(list(records), path)
     # torch.serialization.set_crc32_options(False) leaves all checksums zero.
     unchecked = all(record.crc == 0 for record in records.values())
     if unchecked:
         records = {name: replace(record, crc=None) for name, record in records.items()}
     pickle_name = f"{root}data.pkl"
-    pickle = _bytes(file, records[pickle_name], path)
+    base = within.offset if within else 0
+    pickle = _bytes(file, records[pickle_name], path, base)
     order_name = f"{root}byteorder"
-    order = _bytes(file, records[order_name], path) if order_name in records else b""
-    base, prefix = (within.offset, within.name) if within else (0, "")
-    for name, record in records.items():
-        moved = replace(record, name=prefix + name, offset=base + record.offset, file=number)
-        records[name] = moved
+    order = _bytes(file, records[order_name], path, base) if order_name in records else b""
+    prefix = within.name if within else ""
     if order not in _ORDERS:
         raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
 
@@ -93,7 +91,8 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         return record
 
     try:
-        objects = read_objects(pickle, find)
+        objects = read_objects(pickle)
+        tensors = objects.placed(find)
     except MergeError as error:
         raise type(error)(error.what, where=path, hint=error.hint) from None
     if within is None:
@@ -103,8 +102,9 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         pickle,
         pickle_name,
         objects.classes,
-        objects.loaded.frames,
+        objects.frames,
         unchecked,
+        f"{prefix}{root}data/",
     )
     notes = []
     if unchecked:
@@ -113,14 +113,14 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         path,
         "torch-zip",
         (stamp,),
-        objects.tensors,
+        tensors,
         objects.others,
         archive=parts,
         notes=tuple(notes),
     )
 
 
-def _records(file: BinaryIO, path: Path) -> dict[str, Storage]:
+def _records(file: BinaryIO, path: Path, number: int, within: Within) -> dict[str, Storage]:
     """The records of an archive by name, in their order in the file."""
     nbytes = file.seek(0, 2)
     file.seek(0)
@@ -133,7 +133,8 @@ def _records(file: BinaryIO, path: Path) -> dict[str, Storage]:
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
         raise MergeError("two records of the zip archive have the same name", where=path)
-    return {info.filename: _record(file, info, nbytes, path) for info in infos}
+    place = (nbytes, path, number, within)
+    return {info.filename: _record(file, info, *place) for info in infos}
 
 
 def _root(names: list[str], path: Path) -> str:
@@ -170,7 +171,14 @@ _STRANGERS = {
 }
 
 
-def _record(file: BinaryIO, info: zipfile.ZipInfo, nbytes: int, path: Path) -> Storage:
+def _record(
+    file: BinaryIO,
+    info: zipfile.ZipInfo,
+    nbytes: int,
+    path: Path,
+    number: int,
+    within: Within,
+) -> Storage:
     name = info.filename
     deflated = info.compress_type == zipfile.ZIP_DEFLATED
     if info.flag_bits & 0x1 or not (deflated or info.compress_type == zipfile.ZIP_STORED):
@@ -187,15 +195,16 @@ def _record(file: BinaryIO, info: zipfile.ZipInfo, nbytes: int, path: Path) -> S
     if magic != MAGIC or lies or offset + info.compress_size > nbytes:
         raise MergeError(f"record {name!r} of the archive is not where it should be", where=path)
     packed = info.compress_size if deflated else None
-    return Storage(name, offset, info.file_size, info.CRC, packed=packed)
+    where = within.offset + offset
+    return Storage(within.name + name, where, info.file_size, info.CRC, number, packed)
 
 
-def _bytes(file: BinaryIO, record: Storage, path: Path) -> bytes:
-    """The content of a small record: the pickle, or the byte order."""
+def _bytes(file: BinaryIO, record: Storage, path: Path, base: int) -> bytes:
+    """The content of a small record, the pickle or the byte order, of an archive at `base`."""
     # Deflate packs 1,032 bytes into one at most; such a pickle would be an attack on memory.
     if record.nbytes > _LARGEST_PICKLE >> (0 if record.packed is None else 2):
         raise MergeError(f"record {record.name!r} is absurdly large", where=path)
-    file.seek(record.offset)
+    file.seek(record.offset - base)
     if record.packed is None:
         content = file.read(record.nbytes)
     else:
