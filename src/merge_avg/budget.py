@@ -14,9 +14,11 @@ from merge_avg.errors import MergeError, UsageError
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
-_WIDE = 8  # a worker has a float64 for each element that it reads at once, beside the element
-# And for each element of its window: sums, results, and temporaries of the slow paths.
+# What a worker holds for each element of its window: sums, results, and temporaries of the slow
+# paths. Twice that for float64, which is summed in double-double, and for complex numbers.
 _WINDOW_BYTES = 160
+_FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
+_ENTRY_BYTES = 1200  # what is known of a tensor of a checkpoint
 _LARGEST_WINDOW = 1 << 17
 _USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
 _LEAST_WINDOW = 1 << 10
@@ -32,17 +34,23 @@ class Budget:
         window: the largest window, in elements.
         rows: how many checkpoints' elements of a window a worker holds at a time.
         itemsize: the bytes of the widest element.
+        entries: how many tensors all checkpoints have, together.
     """
 
     threads: int
     window: int
     rows: int
     itemsize: int
+    entries: int = 0
 
     @property
     def nbytes(self) -> int:
-        """The memory that all workers take at the most."""
-        return self.threads * self.window * (_WINDOW_BYTES + self.rows * (self.itemsize + _WIDE))
+        """The most anonymous memory that the merge takes, beside what importing torch does."""
+        wide = max(self.itemsize // 4, 1)
+        # An element that is read is held as it is, and as a float64 for each of its components.
+        read = self.itemsize + (8 if self.itemsize < 8 else 16)
+        worker = self.window * (_WINDOW_BYTES * wide + self.rows * read)
+        return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
 
 
 def cores() -> int:
@@ -63,14 +71,20 @@ def _control_group(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
 
 
 def plan_budget(
-    checkpoints: int, itemsize: int, max_memory: int | None = None, threads: int | None = None
+    checkpoints: int,
+    itemsize: int,
+    entries: int,
+    max_memory: int | None = None,
+    threads: int | None = None,
 ) -> Budget:
     """Cuts a budget of memory into threads and windows.
 
     Args:
         checkpoints: how many there are.
         itemsize: the bytes of their widest element.
-        max_memory: the budget in bytes; by default 64 MiB, or 32 MiB a thread where that is more.
+        entries: how many tensors they have, together.
+        max_memory: the budget in bytes; by default 64 MiB, or 32 MiB a thread where that is more,
+            and what is known of very many tensors.
         threads: how many, if not as many as there are cores.
 
     Raises:
@@ -80,20 +94,23 @@ def plan_budget(
     if threads is not None and threads < 1:
         raise UsageError("there must be a thread at least", hint="give --threads 1 or more")
     workers = threads or min(cores(), _MOST_THREADS)
-    total = max_memory or max(_DEFAULT, workers * _DEFAULT // 2)
+    buffers = max(_DEFAULT, workers * _DEFAULT // 2)
+    total = max_memory or buffers + max(entries * _ENTRY_BYTES - MIB, 0)
     for count in range(workers, 0, -1):
         window = _LARGEST_WINDOW
         while window >= _LEAST_WINDOW:
             rows = min(checkpoints, max(_MOST_READ // window, 1))
-            budget = Budget(count, window, rows, itemsize)
+            budget = Budget(count, window, rows, itemsize, entries)
             if budget.nbytes <= total:
                 return budget
             if window <= _USUAL_WINDOW:  # rather fewer rows than a tiny window
-                budget = Budget(count, window, 1, itemsize)
-                if budget.nbytes <= total:
-                    room = total // count // window - _WINDOW_BYTES
-                    return Budget(count, window, room // (itemsize + _WIDE), itemsize)
+                fewer = (
+                    Budget(count, window, fit, itemsize, entries) for fit in range(rows - 1, 0, -1)
+                )
+                found = next((budget for budget in fewer if budget.nbytes <= total), None)
+                if found is not None:
+                    return found
             window //= 2
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize).nbytes
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries).nbytes
     hint = f"give at least --max-memory {-(-least // 1024)}KiB"
     raise MergeError("the memory budget is too small", hint=hint)

@@ -114,7 +114,8 @@ def _prepared(
     chosen = Chosen(tuple(options.include), tuple(options.exclude))
     aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
     plan = make_plan(layouts, aligned, options.dtype)
-    budget = plan_budget(len(inputs), plan.itemsize, options.max_memory, options.threads)
+    entries = sum(len(layout.tensors) for layout in layouts)
+    budget = plan_budget(len(inputs), plan.itemsize, entries, options.max_memory, options.threads)
     draft = make_draft(
         target,
         plan,

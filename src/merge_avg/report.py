@@ -49,6 +49,8 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
         "whole": job.draft.whole,
         "bytes_to_read": job.nbytes,
         "bytes_to_write": job.draft.nbytes,
+        "threads": job.budget.threads,
+        "memory": job.budget.nbytes,
         "int_policy": job.options.int_policy,
         "notes": [*plan.aligned.notes, *job.notes],
         "warnings": list(plan.warnings if result is None else result.warnings),
@@ -102,6 +104,9 @@ def lines(report: Report) -> Iterator[str]:
     if report["dry_run"]:
         size = sizes.shown(report["bytes_to_read"])
         yield f"  would read {size} and write {sizes.shown(report['bytes_to_write'])}"
+        memory = f"{report['memory'] / (1 << 20):.0f} MiB"
+        threads = _counted(report["threads"], "thread")
+        yield f"  would take at most {memory} of memory beside torch's own, with {threads}"
     else:
         rate = sizes.shown(report["bytes_read"] / max(report["seconds"], 1e-9))
         size = sizes.shown(report["bytes_read"])
