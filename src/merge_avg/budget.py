@@ -6,7 +6,7 @@ All that grows with the work is held in buffers of a few sizes, so the peak is k
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_avg.errors import MergeError, UsageError
@@ -51,6 +51,21 @@ class Budget:
         read = self.itemsize + (8 if self.itemsize < 8 else 16)
         worker = self.window * (_WINDOW_BYTES * wide + self.rows * read)
         return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
+
+    def fitting(self, free: int) -> Budget:
+        """The same with windows that fit `free` bytes of a device's memory.
+
+        Raises:
+            MergeError: none does.
+        """
+        fit = self
+        # Twice: a device holds what was read in two slots, and allocates in larger blocks.
+        while 2 * fit.nbytes > free:
+            if fit.window <= _LEAST_WINDOW:
+                hint = "use --device cpu, or free some memory of the device"
+                raise MergeError("the device has not enough free memory", hint=hint)
+            fit = replace(fit, window=fit.window // 2)
+        return fit
 
 
 def cores() -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,6 +132,9 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
     """
     started = time.perf_counter()
     device = find_device(job.options.device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        job = replace(job, budget=job.budget.fitting(free))
     ledger = Ledger(progress)
     with contextlib.ExitStack() as stack:
         out = Output(job.output, job.draft.files, overwrite=job.options.overwrite)
@@ -218,17 +221,17 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     lock, stop = threading.Lock(), threading.Event()
 
     def loop() -> None:
-        worker = make_worker()
-        while not stop.is_set():
-            with lock:
-                window = next(work, None)
-                copy = None if window is not None else next(copies, None)
-            if window is not None:
-                worker.fill(window)
-            elif copy is not None:
-                worker.copy(*copy)
-            else:
-                return
+        with contextlib.closing(make_worker()) as worker:
+            while not stop.is_set():
+                with lock:
+                    window = next(work, None)
+                    copy = None if window is not None else next(copies, None)
+                if window is not None:
+                    worker.fill(window)
+                elif copy is not None:
+                    worker.copy(*copy)
+                else:
+                    return
 
     with ThreadPoolExecutor(job.budget.threads, thread_name_prefix="merge-avg") as pool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from merge_avg.draft import Target
 from merge_avg.errors import MergeError
 from merge_avg.files import Reader
 from merge_avg.integers import is_counter, settle
+from merge_avg.lanes import make_lane, travel
 from merge_avg.layout import Storage, TensorInfo
 from merge_avg.output import Output
 from merge_avg.plan import Piece, Unit, Window
@@ -75,7 +77,7 @@ class Worker:
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
         budget = job.budget
         self._room = budget.window * budget.rows * budget.itemsize
-        self._read_buffer = Buffer(self._room)
+        self._lane = make_lane(self._room, device)
         self._out_buffer = Buffer(budget.window * budget.itemsize)
         self._means: dict[object, RunningMean] = {}
 
@@ -96,7 +98,7 @@ class Worker:
     def copy(self, number: int, record: Storage) -> None:
         """Copies a record of the template that holds no weights into a file of the output."""
         for at in range(0, record.nbytes, self._room):
-            part = self._read_buffer.bytes(min(self._room, record.nbytes - at))
+            part = self._lane.room(0).bytes(min(self._room, record.nbytes - at))
             self._readers[0].read(part, record, at)
             self._out.write(number, record.name, at, part)
             self._ledger.count(len(part))
@@ -105,8 +107,9 @@ class Worker:
         unit = window[0].unit
         mean = self._mean_for(unit)
         first: Tensor | None = None
-        for group in _groups(unit, self._job.budget.rows):
-            stack = self._stacked(window, group)
+        groups = _groups(unit, self._job.budget.rows)
+        fill = functools.partial(self._stacked, window)
+        for group, stack in travel(self._lane, groups, fill):
             mean.extend(stack)
             for k, values in zip(group, stack, strict=True):
                 factors = self._factors(window, values)
@@ -116,7 +119,9 @@ class Worker:
                 if unit.kind == "mean" and not mean.finite:
                     self._report_nonfinite(window, k, values)
         out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
-        mean.result(lambda k: self._read(window, k, again=True), out=out)
+        place = out if self._lane.host else None
+        result = mean.result(lambda k: self._read(window, k, again=True), out=place)
+        self._lane.fetch(result, out)
         if unit.dtype != unit.sources[0].dtype and not self._job.options.allow_nonfinite:
             self._refuse_overflow(window, out)
 
@@ -205,14 +210,18 @@ class Worker:
         hint = "--int-policy template, max or mean says what integers become"
         return MergeError(what, where=paths[where], hint=hint)
 
-    def _stacked(self, window: Window, group: range) -> Tensor:
-        """The window's elements as some sources of one dtype have them, a row each."""
+    def close(self) -> None:
+        """Gives the device's memory back."""
+        self._lane.close()
+
+    def _stacked(self, window: Window, group: range, room: Buffer) -> Tensor:
+        """The window's elements as some sources of one dtype have them, a row each, in `room`."""
         numel = _length(window)
         dtype = window[0].unit.sources[group[0]].dtype
         size = numel * dtype.itemsize
         for row, k in enumerate(group):
-            self._fetch(window, k, self._read_buffer.bytes((row + 1) * size)[row * size :])
-        whole = self._read_buffer.tensor(numel * len(group), getattr(torch, dtype.name))
+            self._fetch(window, k, room.bytes((row + 1) * size)[row * size :])
+        whole = room.tensor(numel * len(group), getattr(torch, dtype.name))
         return whole.view(len(group), numel)
 
     def _read(
@@ -222,7 +231,7 @@ class Worker:
         source = window[0].unit.sources[k]
         size = source.dtype.itemsize
         numel = _length(window)
-        buffer = into or self._read_buffer
+        buffer = into or self._lane.room(0)
         self._fetch(window, k, buffer.bytes(numel * size), again=again)
         return buffer.tensor(numel, getattr(torch, source.dtype.name))
 

@@ -1,0 +1,147 @@
+"""merge_avg.lanes: what travels to a device arrives whole, in order, and is never overwritten."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_avg import merge_checkpoints, work
+from merge_avg.budget import Budget, plan_budget
+from merge_avg.buffer import Buffer
+from merge_avg.errors import MergeError
+from merge_avg.lanes import CudaLane, HostLane, travel
+
+
+class DelayedLane:
+    """Stands in for a GPU's lane: a copy happens as late as its streams and events allow.
+
+    Until then the place holds garbage, and host memory that is filled too early, or a place that is
+    used too long, shows as a wrong value.
+    """
+
+    host = False
+
+    def __init__(self, nbytes, slots=2):
+        self.slots = slots
+        self._rooms = [Buffer(nbytes) for _ in range(slots)]
+        self._places = [Buffer(nbytes) for _ in range(slots)]
+        self._pending = {}
+        self._used = [True] * slots
+        self.closed = False
+
+    def room(self, slot):
+        self._copy(slot)
+        return self._rooms[slot]
+
+    def send(self, slot, stack):
+        self._copy(slot)
+        place = self._places[slot].tensor(stack.numel(), stack.dtype).view(stack.shape)
+        self._pending[slot] = (place, stack)
+        return place
+
+    def _copy(self, slot):
+        if slot in self._pending:
+            place, stack = self._pending.pop(slot)
+            assert self._used[slot], "a copy would overwrite what arithmetic still reads"
+            self._used[slot] = False
+            place.copy_(stack)
+            stack.view(torch.uint8).fill_(0xFF)  # whoever reads it again reads garbage
+
+    def arrived(self, slot):
+        self._copy(slot)
+
+    def release(self, slot):
+        self._used[slot] = True
+        self._places[slot].tensor(8, torch.uint8).fill_(0xFF)
+
+    def fetch(self, values, out):
+        out.copy_(values)
+
+    def close(self):
+        assert not self._pending
+        self.closed = True
+
+
+@given(values=st.lists(st.integers(-9, 9), max_size=12), slots=st.integers(1, 4))
+def test_everything_arrives_once_and_in_order(values, slots):
+    """Whatever the number of slots, each item comes with its own elements."""
+    lane = DelayedLane(64, slots)
+
+    def fill(value, room):
+        view = room.tensor(4, torch.float32)
+        return view.fill_(value)
+
+    seen = [(item, stack.tolist()) for item, stack in travel(lane, values, fill)]
+    assert seen == [(value, [value] * 4) for value in values]
+    lane.close()
+
+
+def test_items_are_read_ahead():
+    """With two slots the next item is read before the last one is used."""
+    events = []
+
+    def fill(item, room):
+        events.append(f"read {item}")
+        return room.tensor(1, torch.float32)
+
+    for item, _ in travel(DelayedLane(64), "abc", fill):
+        events.append(f"use {item}")
+    assert events == ["read a", "read b", "use a", "read c", "use b", "use c"]
+    events.clear()
+    for item, _ in travel(HostLane(64), "ab", fill):
+        events.append(f"use {item}")
+    assert events == ["read a", "use a", "read b", "use b"]
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64, torch.int64]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_by_way_of_a_device_is_the_same_to_the_bit(tmp_path, monkeypatch, dtype, count):
+    """The code path of a GPU, on the stand-in, gives the bytes that the CPU's gives."""
+    paths = [tmp_path / f"{fold}.pt" for fold in range(count)]
+    for fold, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(fold)
+        real = torch.randn(50_000, generator=generator) * 100
+        same = torch.arange(50_000) if dtype == torch.int64 else real
+        odd = torch.where(real > 300, torch.inf, real).to(dtype) if dtype != torch.int64 else same
+        torch.save({"w": same.to(dtype), "t": same.to(dtype).view(500, 100).t(), "odd": odd}, path)
+    options = {"allow_nonfinite": True, "max_memory": 7 << 20}
+    merge_checkpoints(paths, tmp_path / "cpu.pt", **options)
+    lanes = []
+
+    def make(nbytes, _):
+        lanes.append(DelayedLane(nbytes))
+        return lanes[-1]
+
+    monkeypatch.setattr(work, "make_lane", make)
+    merge_checkpoints(paths, tmp_path / "device.pt", **options)
+    assert (tmp_path / "cpu.pt").read_bytes() == (tmp_path / "device.pt").read_bytes()
+    assert lanes
+    assert all(lane.closed for lane in lanes)
+
+
+def test_windows_fit_the_device():
+    """Free device memory cuts the window; too little of it is one clear error."""
+    plan = plan_budget(8, 4, 10, threads=2)
+    small = plan.fitting(40 << 20)
+    assert small.window < plan.window
+    assert 2 * small.nbytes <= 40 << 20
+    assert plan.fitting(1 << 40) == plan
+    with pytest.raises(MergeError, match="not enough free memory"):
+        Budget(2, 1 << 17, 8, 4).fitting(1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:5])
+def test_a_gpu_gives_the_bytes_of_the_cpu(tmp_path, dtype):
+    """On a real device: the same bytes, and nothing stays allocated."""
+    paths = [tmp_path / f"{fold}.pt" for fold in range(5)]
+    for fold, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(fold)
+        torch.save({"w": (torch.randn(700_000, generator=generator) * 100).to(dtype)}, path)
+    merge_checkpoints(paths, tmp_path / "cpu.pt")
+    merge_checkpoints(paths, tmp_path / "gpu.pt", device="cuda")
+    assert (tmp_path / "cpu.pt").read_bytes() == (tmp_path / "gpu.pt").read_bytes()
+    assert CudaLane.slots == 2
