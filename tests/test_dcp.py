@@ -211,6 +211,8 @@ def move(metadata, **where):
         lambda m: changed(m, storage_data=None),
         lambda m: changed(m, storage_data={}),
         lambda m: changed(m, state_dict_metadata={"w": 3}),
+        lambda m: changed(tensor(m), chunks=5),
+        lambda m: changed(tensor(m), chunks=[5]),
         lambda m: move(m, offset=-1),
         lambda m: move(m, length=10**15),
         lambda m: move(m, offset=0),
@@ -235,3 +237,15 @@ def test_reading_needs_no_torch(folds, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["6", "False"]
+
+
+def test_names_that_the_writer_flattened(tmp_path):
+    """An optimizer's tensors are kept even where their names are one text with dots."""
+    for fold in range(2):
+        value = torch.full((3,), 1.0 * fold)
+        flat = {"w": value, "optimizer.state.exp_avg.w": value}
+        dcp.save(flat, checkpoint_id=tmp_path / f"{fold}", no_dist=True)
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    merged = loaded(tmp_path / "out")
+    assert merged["w"].tolist() == [0.5] * 3
+    assert merged["optimizer.state.exp_avg.w"].tolist() == [0] * 3

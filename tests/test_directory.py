@@ -311,7 +311,7 @@ def test_the_output_is_kept_apart_from_the_inputs(tmp_path):
             merge_checkpoints(paths, out, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(MergeError, match="holds no checkpoint"):
+    with pytest.raises(MergeError, match=r"'thesis\.txt', which would be lost"):
         merge_checkpoints(paths, tmp_path / "mine", overwrite=True)
     with pytest.raises(MergeError, match="exists already"):
         merge_checkpoints(paths, tmp_path / "mine")
@@ -341,3 +341,44 @@ def test_lora_factors(tmp_path):
     (tmp_path / "same").mkdir()
     result = merge_checkpoints(adapters(tmp_path / "same", equal=True), tmp_path / "out2")
     assert not result.warnings
+
+
+def test_overwriting_loses_nothing(tmp_path):
+    """A directory is replaced only if the new one has all of its files, and no input lies in it."""
+    save_shards(tmp_path / "a", weights(0), [2])
+    save_shards(tmp_path / "out", weights(1), [2])
+    merge_checkpoints([tmp_path / "a"], tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    (tmp_path / "out" / "checkpoint-1" / "model.safetensors").touch()
+    with pytest.raises(MergeError, match="would be lost"):
+        merge_checkpoints([tmp_path / "a"], tmp_path / "out", overwrite=True)
+    (tmp_path / "blobs").mkdir()
+    save_file(weights(1), tmp_path / "blobs" / "model.safetensors")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to("../blobs/model.safetensors")
+    with pytest.raises(MergeError, match="holds the input"):
+        merge_checkpoints([tmp_path / "linked"], tmp_path / "blobs", overwrite=True)
+    assert (tmp_path / "linked" / "model.safetensors").exists()
+
+
+def test_resharding_keeps_names_and_optimizers(tmp_path):
+    """Shards are called as the file was, where it was; files that hold no weights come along."""
+    for fold in range(2):
+        folder = tmp_path / str(fold) / "transformer"
+        folder.mkdir(parents=True)
+        save_file(weights(fold), folder / "diffusion_pytorch_model.safetensors")
+        torch.save({"state": {0: {"m": torch.ones(2)}}}, tmp_path / str(fold) / "optimizer.pt")
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out", max_shard_size=100)
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    base = "transformer/diffusion_pytorch_model"
+    shards = {f"{base}-{n:05}-of-00003.safetensors" for n in (1, 2, 3)}
+    assert names == {*shards, f"{base}.safetensors.index.json", "optimizer.pt"}
+    assert same(load(tmp_path / "out" / "transformer"), mean(range(2)))
+
+
+def test_other_indexes_are_just_files(tmp_path):
+    """A file that only ends like an index is kept; an empty shard counts as one."""
+    save_shards(tmp_path / "a", {**weights(0), "none": torch.zeros(0)}, [5])
+    (tmp_path / "a" / "search.index.json").write_text('{"a": 1}')
+    merge_checkpoints([tmp_path / "a"], tmp_path / "out")
+    assert (tmp_path / "out" / "search.index.json").read_text() == '{"a": 1}'

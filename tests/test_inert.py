@@ -143,3 +143,13 @@ def test_nothing_is_imported():
         "assert not {'antigravity', 'torch', 'numpy'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("nesting", [b"\x85" * 1_000_000, b"2\x86" * 80, b"2\x86" * 80 + b"\x85"])
+@pytest.mark.parametrize("use", [b"K\x01s.", b"0."])
+def test_keys_of_absurd_depth_or_size_are_refused(nesting, use):
+    """A key whose hash would overflow the stack, or never end, is damage."""
+    start = b"\x80\x04}" if use != b"0." else b"\x80\x04("
+    end = use if use != b"0." else b"\x91."
+    with pytest.raises(PickleError, match="absurd size"):
+        load(start + b")" + nesting + end, persistent=lambda _: None, call=lambda *_: None)

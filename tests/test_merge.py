@@ -207,3 +207,85 @@ def test_impossible_options_are_usage_errors(folds, tmp_path):
         merge_checkpoints([path], tmp_path / "x.pt", max_memory=1000)
     assert not out.exists()
     assert folds
+
+
+def test_what_lies_between_weights_is_kept(tmp_path):
+    """An optimizer's tensor that shares a buffer with a weight, in turns, stays the template's."""
+    for fold, apart in ((0, False), (2, False), (4, True)):
+        buffer = torch.full((4, 2), float(fold))
+        buffer[:, 1] = 100.0 * fold + 10
+        weight = buffer[:, 0].clone() if apart else buffer[:, 0]
+        counts = torch.arange(8, dtype=torch.int32).view(4, 2)
+        counts[:, 1] += fold
+        state = {"model": {"w": weight, "i": counts[:, 0]}, "optimizer": {"m": buffer[:, 1]}}
+        torch.save(state | {"rng_state": counts[:, 1]}, tmp_path / f"{fold}.pt")
+    paths = [tmp_path / f"{fold}.pt" for fold in (0, 2, 4)]
+    merge_checkpoints(paths, tmp_path / "out.pt")
+    merged = torch.load(tmp_path / "out.pt")
+    assert merged["model"]["w"].tolist() == [2] * 4
+    assert merged["optimizer"]["m"].tolist() == [10] * 4
+    assert merged["rng_state"].tolist() == [1, 3, 5, 7]
+
+
+def test_integers_that_overlap_a_counter_are_refused(tmp_path):
+    """A tensor that differs is named even where a counter views one of its elements."""
+    for fold in range(2):
+        ints = torch.tensor([5 + fold, 1, 2 + fold, 3])
+        torch.save({"n": ints[0], "ints": ints}, tmp_path / f"{fold}.pt")
+    with pytest.raises(MergeError, match="'ints'"):
+        merge_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
+
+
+def test_a_weight_of_zero_counts_for_nothing(tmp_path):
+    """What has no weight, such as an outer template, gives neither NaN nor integers."""
+    torch.save({"w": torch.tensor([torch.nan, 1]), "n": torch.tensor([9, 9])}, tmp_path / "t.pt")
+    for fold in range(2):
+        state = {"w": torch.ones(2) * fold, "n": torch.tensor([1 + fold, 2 - fold])}
+        torch.save(state, tmp_path / f"{fold}.pt")
+    options = {"template": tmp_path / "t.pt", "int_policy": "max"}
+    merge_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt", **options)
+    merged = torch.load(tmp_path / "out.pt")
+    assert merged["w"].tolist() == [0.5, 0.5]
+    assert merged["n"].tolist() == [2, 2]
+
+
+def test_what_is_excluded_is_not_converted_either(tmp_path):
+    """--dtype leaves alone what --exclude keeps, even what could not be averaged."""
+    for fold in range(2):
+        torch.save({"w": torch.ones(2) * fold, "o": torch.ones(2)}, tmp_path / f"{fold}.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    for name in ("out.pt", "out.safetensors"):
+        merge_checkpoints(paths, tmp_path / name, dtype="float16", exclude=["o"])
+    merged = torch.load(tmp_path / "out.pt")
+    assert (merged["w"].dtype, merged["o"].dtype) == (torch.float16, torch.float32)
+
+
+def test_tied_tensors_of_other_shapes(tmp_path):
+    """(3, 1) and (1, 3) views of one weight agree with equal tensors that are apart."""
+    w = torch.arange(3.0)
+    torch.save({"a": w.view(3, 1).clone(), "b": w.view(1, 3).clone()}, tmp_path / "0.pt")
+    torch.save({"a": w.view(3, 1), "b": w.view(1, 3)}, tmp_path / "1.pt")
+    merge_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt")["b"].tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "w\ud800"])
+def test_names_that_safetensors_cannot_hold(tmp_path, name):
+    """A tensor whose name would spoil the header is refused."""
+    torch.save({"w": torch.ones(2), name: torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(MergeError, match="safetensors cannot hold"):
+        merge_checkpoints([tmp_path / "a.pt"], tmp_path / "out.safetensors")
+
+
+def test_absurd_sizes_and_names_are_one_error(tmp_path):
+    """A tensor of exabytes, a name of 300 bytes and a pipe are errors, not tracebacks."""
+    torch.save({"w": torch.zeros(1).as_strided((2**31, 2**31), (0, 0))}, tmp_path / "a.pt")
+    with pytest.raises(MergeError, match="cannot be written"):
+        merge_checkpoints([tmp_path / "a.pt"], tmp_path / "out.safetensors")
+    torch.save({"w": torch.ones(2)}, tmp_path / "b.pt")
+    for output, options in (("x" * 300, {}), ("y.pt", {"template": "x" * 300})):
+        with pytest.raises(MergeError, match="too long"):
+            merge_checkpoints([tmp_path / "b.pt"], tmp_path / output, **options)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MergeError, match="no regular file"):
+        merge_checkpoints([tmp_path / "pipe"], tmp_path / "out.pt")

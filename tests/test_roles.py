@@ -36,6 +36,11 @@ STATE = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}
         ({"model": W, "loops": {"fit": {"state": torch.ones(1)}}}, ["model.w"]),
         ({"model": W, "rng_state": torch.get_rng_state()}, ["model.w"]),
         ({"model": W, "rng_states": {"cpu": torch.get_rng_state()}}, ["model.w"]),
+        (
+            {"time_embed": W, "logit_head": W, "best_model": W},
+            ["best_model.w", "logit_head.w", "time_embed.w"],
+        ),
+        ({"opt": {"state": STATE, "param_groups": []}, "model": W}, ["model.w"]),
         ({"model": W, "loss": torch.tensor(0.5), "best_loss": torch.ones(1)}, ["model.w"]),
         ({"model": W, "hyper_parameters": {"class_weight": torch.ones(3)}}, ["model.w"]),
         ({"module": W, "optimizer": None, "ds_version": "0.19"}, ["module.w"]),

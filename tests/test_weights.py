@@ -38,3 +38,10 @@ def test_normalized_weights_sum_to_one():
     assert weights.normalized() == [0.25, 0.75, 0.0]
     assert weights.subset([1]) == Weights((1,))
     assert weights.subset([2]) is None
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 1000])
+def test_weights_beyond_all_measure_are_refused_at_once(text):
+    """An exponent that would take all memory is a usage error."""
+    with pytest.raises(UsageError, match="not a finite number"):
+        Weights.of([text, "1"])

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
 from merge_avg.errors import MergeError, named
 from merge_avg.layout import TensorInfo, dotted
+from merge_avg.policies import Missing
 from merge_avg.roles import Name
-
-Missing = Literal["error", "skip", "available"]
 
 # Segments that wrappers of a model add to its names, and what adds them.
 _WRAPPERS = frozenset(

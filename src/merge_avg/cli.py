@@ -13,21 +13,18 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from merge_avg import __version__, sizes
-from merge_avg.align import Missing
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.integers import IntPolicy
-from merge_avg.prepare import Job, Options, prepare
-from merge_avg.report import describe, lines
+from merge_avg.policies import FloatName, IntPolicy, Missing
+
+if TYPE_CHECKING:
+    from merge_avg.prepare import Job
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 def _version(wanted: bool) -> None:
@@ -67,7 +64,7 @@ def merge(
         ),
     ] = None,
     dtype: Annotated[
-        DTypeName | None, typer.Option(help="Convert the averaged float tensors.")
+        FloatName | None, typer.Option(help="Convert the averaged float tensors.")
     ] = None,
     key: Annotated[
         str | None,
@@ -146,6 +143,9 @@ def merge(
     ] = False,
 ) -> None:
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
+    from merge_avg.prepare import Options, prepare  # after --help has had its answer
+    from merge_avg.report import describe, lines
+
     options = Options(
         dtype=dtype,
         key=key,

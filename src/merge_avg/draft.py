@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.formats import safetensors, torch_zip_write
-from merge_avg.formats.directory import INDEX, read_index, relative
+from merge_avg.formats import dcp, safetensors, torch_zip_write
+from merge_avg.formats.directory import INDEX, is_index, read_index, relative, unsharded
 from merge_avg.formats.registry import rebuilt
 from merge_avg.formats.torch_pickle import FreshTensor
 from merge_avg.layout import Layout, Storage, TensorInfo, row_major
@@ -138,7 +138,7 @@ def _copied(plan: Plan) -> Draft:
         name = relative(template, number) if template.members else FILE
         if member is not None and (number in averaged | converted or not template.members):
             files[name] = rebuilt(member, converted.get(number, {}), averaged.get(number, set()))
-        elif converted and name.endswith(INDEX):
+        elif converted and is_index(name):
             files[name] = _literal(_resized_index(template, number, plan))
         else:
             files[name] = _copy(template, number)
@@ -190,16 +190,15 @@ def _resized_index(template: Layout, number: int, plan: Plan) -> bytes:
     """The template's index with the size that its tensors have with another dtype."""
     index = read_index(template.files[number])
     keys = index["weight_map"]
-    infos = {name.key: row[0] for name, row in plan.aligned.rows.items()}
-    found = [info for key in keys if (info := infos.get(key)) is not None]
-    size = sum(info.numel * plan.result(info).itemsize for info in found)
+    found = [(name, row[0]) for name, row in plan.aligned.rows.items() if name.key in keys]
+    size = sum(info.numel * plan.result(name).itemsize for name, info in found if info)
     metadata = index.get("metadata")
     index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
     return _as_json(index)
 
 
 def _as_json(value: object) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 # New files
@@ -224,7 +223,7 @@ def _gathered(plan: Plan, weights: Mapping[Name, TensorInfo], fresh: _Fresh) -> 
 def _fresh_safetensors(
     plan: Plan, weights: Mapping[Name, TensorInfo], short: Mapping[Name, str], number: int
 ) -> Draft:
-    entries = [(short[name], plan.result(info), info.shape) for name, info in weights.items()]
+    entries = [(short[name], plan.result(name), info.shape) for name, info in weights.items()]
     skeleton = safetensors.fresh(entries, dict(plan.layouts[0].metadata))
     targets: list[tuple[Target, ...]] = []
     for unit in plan.units:
@@ -249,7 +248,7 @@ def _fresh_zip(
     tensors = []
     sizes: dict[str, int] = {}
     for name, info in weights.items():
-        dtype = plan.result(info)
+        dtype = plan.result(name)
         if name not in homes:  # it has no elements
             storage = f"empty {dtype.name}"
             sizes.setdefault(storage, 0)
@@ -268,12 +267,12 @@ def _fresh_zip(
 
 
 def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) -> Draft:
-    """Shards with an index, beside what else the template's directory holds."""
+    """Shards with an index, named as the template's file, beside what else its directory holds."""
     template = plan.layouts[0]
     short = _short_names(weights)
-    formats = {member.format for member in template.members or (template,) if member}
-    zipped = formats == {"torch-zip"} and bool(template.members)
-    base, suffix = ("pytorch_model", ".bin") if zipped else ("model", ".safetensors")
+    replaced = {part.file for info in weights.values() for part in _ranges(info.storage)}
+    base, suffix = _shard_name(template, replaced)
+    fresh = _fresh_safetensors if suffix == ".safetensors" else _fresh_zip
     shards = _cut(plan, weights, shard_size)
     files: dict[str, Skeleton] = {}
     targets: list[list[Target]] = [[] for _ in plan.units]
@@ -282,20 +281,39 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
         name = f"{base}-{number + 1:05}-of-{len(shards):05}{suffix}"
         name = f"{base}{suffix}" if len(shards) == 1 else name
         part = {one: weights[one] for one in names}
-        draft = (_fresh_zip if zipped else _fresh_safetensors)(plan, part, short, number)
+        draft = fresh(plan, part, short, number)
         files[name] = draft.files[FILE]
         for some, more in zip(targets, draft.targets, strict=True):
             some.extend(more)
-        table |= dict.fromkeys((short[one] for one in names), name)
+        table |= dict.fromkeys((short[one] for one in names), PurePosixPath(name).name)
     if len(shards) > 1:
-        size = sum(info.numel * plan.result(info).itemsize for info in weights.values())
+        size = sum(info.numel * plan.result(name).itemsize for name, info in weights.items())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
         files[f"{base}{suffix}{INDEX}"] = _literal(_as_json(index))
     for number, member in enumerate(template.members):
         name = relative(template, number)
-        if member is None and not name.endswith(INDEX):
-            files[name] = _copy(template, number)
-    return Draft(files, tuple(map(tuple, targets)), whole=bool(template.members))
+        if number in replaced or is_index(name) or (member and member.format == dcp.NAME):
+            continue
+        if name in files:
+            what = f"the new file {name} would replace one that the template has"
+            raise MergeError(what, where=template.path, hint="remove it, or write one file")
+        files[name] = _copy(template, number)
+    dropped = any(member and member.format == dcp.NAME for member in template.members)
+    whole = bool(template.members) and not dropped
+    return Draft(files, tuple(map(tuple, targets)), whole=whole)
+
+
+def _shard_name(template: Layout, replaced: set[int]) -> tuple[str, str]:
+    """What shards are called, up to their number, and their ending."""
+    names = {
+        (str(path.parent / unsharded(path.stem)), path.suffix)
+        for path in (PurePosixPath(relative(template, number)) for number in replaced)
+        if template.members
+    }
+    formats = {template.members[number].format for number in replaced if template.members}  # type: ignore[union-attr]
+    if len(names) == 1 and formats <= {"torch-zip", "safetensors"}:
+        return names.pop()
+    return "model", ".safetensors"
 
 
 def _cut(plan: Plan, weights: Mapping[Name, TensorInfo], limit: int) -> list[list[Name]]:
@@ -307,8 +325,7 @@ def _cut(plan: Plan, weights: Mapping[Name, TensorInfo], limit: int) -> list[lis
     shards: list[list[Name]] = [[]]
     held = 0
     for names in together.values():
-        infos = [weights[name] for name in names]
-        size = sum(info.numel * plan.result(info).itemsize for info in infos)
+        size = sum(weights[name].numel * plan.result(name).itemsize for name in names)
         if shards[-1] and held + size > limit:
             shards.append([])
             held = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from merge_avg.policies import FloatName
 
 Kind = Literal["float", "complex", "int", "bool", "code"]
 
@@ -59,6 +61,4 @@ _TABLE = (
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
-
-# What --dtype takes: dtypes that both file formats and every torch can hold.
-CONVERTIBLE = ("float64", "float32", "float16", "bfloat16")
+CONVERTIBLE: tuple[str, ...] = get_args(FloatName)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
 
+from merge_avg.policies import IntPolicy
 from merge_avg.weights import Weights
-
-IntPolicy = Literal["error", "template", "max", "mean"]
 
 
 def is_counter(name: str, dimensions: int, *, is_bool: bool) -> bool:

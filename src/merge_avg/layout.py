@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ class File:
     def of(cls, path: Path) -> File:
         """The file at a path; raises OSError."""
         found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
         return cls(path, found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
 
 

@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merge_avg.align import Missing
 from merge_avg.errors import MergeError
 from merge_avg.files import Reader
-from merge_avg.integers import IntPolicy
 from merge_avg.output import Output
 from merge_avg.plan import aligned_to_page, windows
+from merge_avg.policies import IntPolicy, Missing
 from merge_avg.prepare import Job, Options, prepare
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
-from merge_avg.work import Ledger, Worker, spread
+from merge_avg.work import Ledger, Maps, Worker, spread
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,8 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
 
         _in_parallel(job, worker)
         for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
-            if id(unit) in maps:
-                spread(out, unit, targets, maps[id(unit)])
+            if id(unit) in maps.results:
+                spread(out, unit, targets, maps.results[id(unit)])
         for reader in readers:
             reader.finish()
         out.commit()
@@ -190,16 +189,27 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _maps(job: Job, scratch: Scratch) -> dict[int, Tensor]:
-    """Scratch room for the results that the output holds in other strides, by unit."""
-    maps = {}
+def _maps(job: Job, scratch: Scratch) -> Maps:
+    """Room in the scratch file for what units need beside their windows."""
+    results: dict[int, Tensor] = {}
+    masks: dict[int, Tensor] = {}
     offset = job.plan.scratch
+
+    def room(nbytes: int) -> Tensor:
+        nonlocal offset
+        place = scratch.map(offset, nbytes)
+        offset = aligned_to_page(offset + nbytes)
+        return place
+
     for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
         if any(target.view is not None for target in targets):
-            nbytes = len(unit) * unit.dtype.itemsize
-            maps[id(unit)] = scratch.map(offset, nbytes)
-            offset = aligned_to_page(offset + nbytes)
-    return maps
+            results[id(unit)] = room(len(unit) * unit.dtype.itemsize)
+        if unit.holed:
+            mask = room(len(unit)).zero_()
+            for _, info in unit.members:
+                mask.as_strided(info.shape, info.stride, info.start - unit.start).fill_(1)
+            masks[id(unit)] = mask
+    return Maps(results, masks)
 
 
 @contextlib.contextmanager

@@ -191,6 +191,8 @@ class _File:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
             os.ftruncate(self.fd, self.skeleton.nbytes)
+        except OverflowError:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from None
 
     def fill(self, name: str, at: int, data: memoryview) -> None:
         place = self._places[name]

@@ -66,6 +66,13 @@ class Unit:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def holed(self) -> bool:
+        """Whether some of its elements may belong to no member: they stay the template's."""
+        if any(info.stop - info.start == len(self) == info.numel for _, info in self.members):
+            return False
+        return self.kind != "keep"
+
 
 @dataclass(frozen=True, slots=True)
 class Staging:
@@ -120,9 +127,10 @@ class Plan:
     factors: frozenset[Name]
     dtype: str | None = None
 
-    def result(self, info: TensorInfo) -> DType:
+    def result(self, name: Name) -> DType:
         """The dtype that a tensor of the template gets."""
-        return BY_NAME[self.dtype] if self.dtype and info.dtype.kind == "float" else info.dtype
+        info = _template(self.aligned, name)
+        return _result(info, None if name in self.aligned.skipped else self.dtype)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -138,9 +146,8 @@ class Plan:
 
     def converted(self) -> dict[Storage, DType]:
         """The template's storages whose elements get another dtype, and which."""
-        infos = [row[0] for row in self.aligned.rows.values() if row[0] is not None]
-        results = {info.storage: self.result(info) for info in infos}
-        return {i.storage: results[i.storage] for i in infos if results[i.storage] != i.dtype}
+        pairs = ((_template(self.aligned, name), self.result(name)) for name in self.aligned.rows)
+        return {info.storage: dtype for info, dtype in pairs if dtype != info.dtype}
 
 
 def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:
@@ -155,7 +162,8 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
         MergeError: tensors of the same name differ in shape or dtype, or cannot be averaged.
     """
     for name, row in aligned.rows.items():
-        _check(layouts, name, row, dtype)
+        if name not in aligned.skipped:
+            _check(layouts, name, row, dtype)
     _refuse_quantised(layouts[0], aligned.rows)
     factors = frozenset(name for name in aligned.rows if _LORA_A.search(name.key))
     units: list[Unit] = []
@@ -264,6 +272,13 @@ def _unit(
         infos = [info for info in row if info is not None]
         if not infos:
             continue
+        spared = aligned.skipped.intersection(names)
+        if spared and len(spared) < len(names):
+            shared = named([str(name) for name in names if name not in spared])
+            kept = named(sorted(map(str, spared)))
+            what = f"{kept} is to be kept, but shares memory with {shared}"
+            hint = "keep all tensors that share memory, or none"
+            raise MergeError(what, where=layouts[0].path, hint=hint)
         if len(infos) < len(row):
             absent = named([str(n) for n, i in zip(names, row, strict=True) if i is None])
             what = f"it lacks {absent}, which shares memory with other tensors in the template"
@@ -289,7 +304,7 @@ def _unit(
         scratch = aligned_to_page(scratch + nbytes)
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
     if aligned.skipped.issuperset(names):
-        kind = "keep"
+        kind, dtype = "keep", None
     return (
         Unit(kind, first.storage, start, stop, _result(first, dtype), members, tuple(sources)),
         stagings,
@@ -401,12 +416,13 @@ def _ties(rows: Mapping[Name, tuple[TensorInfo | None, ...]], scratch: int) -> I
             for other in range(count):
                 a, b = rows[first][other], row[other]
                 if a and b and (a.storage, a.start) != (b.storage, b.start):
-                    view = replace(a, start=0, stride=row_major(a.shape))
                     nbytes = a.numel * a.dtype.itemsize
                     pairs = tuple(
                         (called, part, place)
                         for called, info in ((first, a), (name, b))
-                        for part, place in tiled(info, view)
+                        for part, place in tiled(
+                            info, replace(info, start=0, stride=row_major(info.shape))
+                        )
                     )
                     yield Staging(other, pairs, scratch, nbytes, index)
                     scratch = aligned_to_page(scratch + nbytes)

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_avg.align import Chosen, Missing, align
+from merge_avg.align import Chosen, align
 from merge_avg.budget import Budget, plan_budget
 from merge_avg.draft import Draft, make_draft
 from merge_avg.dtypes import CONVERTIBLE
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats.directory import shard_of
-from merge_avg.integers import IntPolicy
 from merge_avg.layout import Layout
 from merge_avg.output import refuse_output
 from merge_avg.plan import Plan, make_plan
+from merge_avg.policies import IntPolicy, Missing
 from merge_avg.roles import Roles, assign
 from merge_avg.scan import scan
 from merge_avg.weights import Weight, Weights
@@ -89,9 +89,12 @@ def prepare(
     if options.dtype is not None and options.dtype not in CONVERTIBLE:
         hint = f"choose one of {', '.join(CONVERTIBLE)}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
-    inputs, values = _template_first(inputs, values, options.template)
-    with _without_collector():
-        return _prepared(inputs, values, Path(output), options)
+    try:
+        inputs, values = _template_first(inputs, values, options.template)
+        with _without_collector():
+            return _prepared(inputs, values, Path(output), options)
+    except OSError as error:  # a name too long, a directory that may not be looked into
+        raise MergeError(error.strerror or str(error), where=error.filename) from None
 
 
 @contextlib.contextmanager
@@ -125,8 +128,8 @@ def _prepared(
     )
     _refuse_inputs(target, layouts)
     refuse_output(target, directory=draft.directory, overwrite=options.overwrite)
-    if draft.directory and target.is_dir() and any(target.iterdir()):
-        _refuse_foreign(target)
+    if draft.directory and target.is_dir():
+        _refuse_loss(target, draft)
     notes = _notes(layouts, options, draft)
     return Job(target, options, Weights.of(values), roles[0], plan, draft, budget, notes)
 
@@ -166,7 +169,10 @@ def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
             raise MergeError(f"the output is the input {path}", where=target, hint=hint)
         if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
             raise MergeError(f"the output lies in the input {path}", where=target, hint=hint)
-        if target.is_dir() and path.resolve().is_relative_to(target.resolve()):
+        inside = (path, *(file.path for file in layout.files))
+        if target.is_dir() and any(
+            one.resolve().is_relative_to(target.resolve()) for one in inside
+        ):
             raise MergeError(f"the output holds the input {path}", where=target, hint=hint)
         if target.is_file():
             for file in layout.files:
@@ -175,13 +181,16 @@ def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
                     raise MergeError(what, where=target, hint=hint)
 
 
-def _refuse_foreign(target: Path) -> None:
-    """Raises MergeError where a directory that would be replaced is no checkpoint."""
-    try:
-        scan(target)
-    except MergeError:
-        what = "it is a directory that holds no checkpoint, and is not replaced"
-        raise MergeError(what, where=target, hint="choose another output") from None
+def _refuse_loss(target: Path, draft: Draft) -> None:
+    """Raises MergeError where replacing a directory would lose what the new one does not have."""
+    found = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(target).as_posix() for path in found]
+    lost = [name for name in names if name not in draft.files]
+    if lost:
+        what = f"it holds {named(lost)}, which would be lost"
+        raise MergeError(what, where=target, hint="choose another output, or remove this one")
+    if target.resolve() == Path.cwd():
+        raise MergeError("it is the current directory", where=target, hint="choose another output")
 
 
 def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
         "template": str(template.path),
         "tensors": {kind: kinds[kind] for kind in ("averaged", "integers", "kept")},
         "parameters": sum(info.numel for _, info in infos if info.dtype.kind != "int"),
-        "dtypes": dict(Counter(plan.result(info).name for _, info in infos)),
+        "dtypes": dict(Counter(plan.result(name).name for name, _ in infos)),
         "kept": [
             {"key": kept.key, "tensors": kept.tensors, "bytes": kept.nbytes}
             for kept in job.roles.kept

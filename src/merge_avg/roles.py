@@ -16,15 +16,18 @@ from merge_avg.layout import ATTRIBUTES, Key, Layout, TensorInfo, TreePath, dott
 
 # What is never averaged: the keys of containers, in any letter case, and what they hold.
 KEPT = (
-    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opts?|opt_state.*"),
+    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
     ("learning-rate schedule", r".*sched.*"),
     ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
     ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
     ("callback state", r"callbacks?|callback_.*"),
-    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?|sampler.*|dataloader.*|dl_state_dict.*"),
-    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments|datamodule.*"),
-    ("metrics", r"metrics?|loss(es)?|(.*_)?(loss|acc|accuracy|score)|best.*|history|log.*"),
-    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates|time.*"),
+    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?"),
+    ("data order", r"samplers?(_\d+|_state.*)?|dataloader.*|dl_state_dict.*|datamodule.*"),
+    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
+    ("metrics", r"metrics?|loss(es)?|(.*_)?(loss|acc|accuracy|score)|history|logs?"),
+    ("the best so far", r"best_(metric|fitness|epoch|step).*"),
+    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
+    ("times", r"timestamps?|(.*_)?time"),
     ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
 )
 # What is averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.

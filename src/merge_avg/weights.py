@@ -68,6 +68,11 @@ class Weights:
 
 def _fraction(value: Weight) -> Fraction:
     try:
+        if isinstance(value, str) and ("e" in value.lower() or len(value) > 100):
+            # An exponent such as 1e999999999 would take all memory: it has to fit a float64.
+            size = abs(float(value))
+            if not 1e-300 < size < 1e300:
+                raise ValueError(value)
         exact = Fraction(value) if isinstance(value, int | Fraction) else Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         hint = "weights are numbers such as 1, 0.25 or 1/3"

@@ -47,6 +47,19 @@ class Ledger:
                 self.progress(nbytes)
 
 
+@dataclass(frozen=True)
+class Maps:
+    """Mapped parts of the scratch file, by the identity of units.
+
+    Attributes:
+        results: the results that the output holds in other strides.
+        masks: a byte for each element of a unit with holes, 0 where no tensor reaches it.
+    """
+
+    results: Mapping[int, Tensor]
+    masks: Mapping[int, Tensor]
+
+
 class Worker:
     """One thread's buffers, and what it does with a window.
 
@@ -54,7 +67,7 @@ class Worker:
         job: the merge.
         readers: one an input.
         scratch: where staged tensors lie, and results that go elsewhere in the end.
-        maps: mapped room in the scratch file for the results of some units, by their identity.
+        maps: room in the scratch file for what some units need.
     """
 
     def __init__(
@@ -63,7 +76,7 @@ class Worker:
         readers: Sequence[Reader],
         out: Output,
         scratch: Scratch,
-        maps: Mapping[int, Tensor],
+        maps: Maps,
         ledger: Ledger,
         device: torch.device,
     ) -> None:
@@ -88,6 +101,8 @@ class Worker:
             self._agree(window)
         else:
             self._average(window)
+        if any(id(piece.unit) in self._maps.masks for piece in window):
+            self._restore(window)
         data = self._out_buffer.bytes(_length(window) * unit.dtype.itemsize)
         at = 0
         for piece in window:
@@ -103,11 +118,30 @@ class Worker:
             self._out.write(number, record.name, at, part)
             self._ledger.count(len(part))
 
+    def _restore(self, window: Window) -> None:
+        """Gives elements that belong to no tensor, but to what is kept, the template's values."""
+        dtype = getattr(torch, window[0].unit.dtype.name)
+        out = self._out_buffer.tensor(_length(window), dtype)
+        theirs = self._read(window, 0, again=True).to(dtype)
+        for span, mask in self._masks(window):
+            out[span] = torch.where(mask, out[span], theirs[span])
+
+    def _masks(self, window: Window) -> Iterator[tuple[slice, Tensor]]:
+        """The parts of a window that have holes, and where tensors are in them."""
+        at = 0
+        for piece in window:
+            span = slice(at, at + piece.stop - piece.start)
+            at = span.stop
+            mask = self._maps.masks.get(id(piece.unit))
+            if mask is not None:
+                yield span, mask[piece.start : piece.stop] != 0
+
     def _average(self, window: Window) -> None:
         unit = window[0].unit
         mean = self._mean_for(unit)
         first: Tensor | None = None
-        groups = _groups(unit, self._job.budget.rows)
+        counted = self._counted(unit)
+        groups = _groups(unit, counted, self._job.budget.rows)
         fill = functools.partial(self._stacked, window)
         for group, stack in travel(self._lane, groups, fill):
             mean.extend(stack)
@@ -120,7 +154,7 @@ class Worker:
                     self._report_nonfinite(window, k, values)
         out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
         place = out if self._lane.host else None
-        result = mean.result(lambda k: self._read(window, k, again=True), out=place)
+        result = mean.result(lambda k: self._read(window, counted[k], again=True), out=place)
         self._lane.fetch(result, out)
         if unit.dtype != unit.sources[0].dtype and not self._job.options.allow_nonfinite:
             self._refuse_overflow(window, out)
@@ -139,9 +173,15 @@ class Worker:
                 parts.append(span)
         return torch.cat(parts) if parts else None
 
+    def _counted(self, unit: Unit) -> Sequence[int]:
+        """The numbers of a unit's sources that have a weight above zero; of all, if none has."""
+        weights = self._job.weights.integers
+        some = [k for k, source in enumerate(unit.sources) if weights[source.checkpoint]]
+        return some or range(len(unit.sources))
+
     def _mean_for(self, unit: Unit) -> RunningMean:
         """A running mean for the checkpoints of a unit, with buffers that it used before."""
-        chosen = tuple(source.checkpoint for source in unit.sources)
+        chosen = tuple(unit.sources[k].checkpoint for k in self._counted(unit))
         key = chosen, unit.kind, unit.dtype.name
         if key not in self._means:
             weights = self._job.weights.subset(chosen) or Weights.uniform(1)
@@ -164,6 +204,8 @@ class Worker:
             if not torch.equal(ours, other):
                 differs = (ours != other) if differs is None else differs | (ours != other)
         if differs is not None:
+            for span, mask in self._masks(window):
+                differs[span] &= mask
             at = 0
             for piece in window:
                 span = slice(at, at + piece.stop - piece.start)
@@ -175,24 +217,27 @@ class Worker:
         self, window: Window, piece: Piece, span: slice, ours: Tensor, differs: Tensor
     ) -> None:
         places = differs[span].nonzero().flatten() + span.start
-        element = piece.unit.start + piece.start + int(places[0]) - span.start
-        name, info = self._member(piece.unit, element)
+        shift = piece.unit.start + piece.start - span.start
         policy = self._job.options.int_policy
+        info = piece.unit.members[0][1]
+        for name, info in self._touched(piece.unit, places, shift):
+            is_bool = info.dtype.kind == "bool"
+            if policy == "error" and not is_counter(name.key, len(info.shape), is_bool=is_bool):
+                place = next(int(p) for p in places if covers(info, int(p) + shift))
+                raise self._unequal(window, place, name, info)
+            self._ledger.differing.add(str(name))
         if policy == "error":
-            if not is_counter(name.key, len(info.shape), is_bool=info.dtype.kind == "bool"):
-                raise self._unequal(window, int(places[0]), name, info)
             policy = "template"
-        self._ledger.differing.add(str(name))
         if policy == "template":
             return
         kind = getattr(torch, info.dtype.name)
         columns = []
-        for k in range(len(piece.unit.sources)):
+        counted = self._counted(piece.unit)
+        for k in counted:
             raw = self._read(window, k, again=True).view(ours.dtype)[places].contiguous()
             columns.append(raw.view(kind).tolist())
-        weights = self._job.weights.subset([s.checkpoint for s in piece.unit.sources])
-        assert weights is not None or policy != "mean"  # noqa: S101
-        weights = weights or Weights.uniform(len(columns))
+        chosen = [piece.unit.sources[k].checkpoint for k in counted]
+        weights = self._job.weights.subset(chosen) or Weights.uniform(len(columns))
         merged = [settle(values, policy, weights) for values in zip(*columns, strict=True)]
         ours[places] = torch.tensor(merged, dtype=kind).view(ours.dtype)
 
@@ -214,7 +259,7 @@ class Worker:
         """Gives the device's memory back."""
         self._lane.close()
 
-    def _stacked(self, window: Window, group: range, room: Buffer) -> Tensor:
+    def _stacked(self, window: Window, group: Sequence[int], room: Buffer) -> Tensor:
         """The window's elements as some sources of one dtype have them, a row each, in `room`."""
         numel = _length(window)
         dtype = window[0].unit.sources[group[0]].dtype
@@ -253,7 +298,7 @@ class Worker:
 
     def _write(self, piece: Piece, data: memoryview) -> None:
         size = piece.unit.dtype.itemsize
-        mapped = self._maps.get(id(piece.unit))
+        mapped = self._maps.results.get(id(piece.unit))
         if mapped is not None:
             room = mapped[piece.start * size : piece.stop * size]
             room.copy_(torch.frombuffer(data, dtype=torch.uint8))
@@ -296,10 +341,14 @@ class Worker:
                 if hit:
                     yield name, hit
 
-    def _member(self, unit: Unit, element: int) -> tuple[Name, TensorInfo]:
-        """The tensor that an element of a unit's storage belongs to."""
-        hits = (member for member in unit.members if covers(member[1], element))
-        return next(hits, unit.members[0])
+    def _touched(self, unit: Unit, places: Tensor, shift: int) -> Iterator[tuple[Name, TensorInfo]]:
+        """The tensors that some elements of a unit's storage belong to."""
+        found = places + shift
+        for name, info in unit.members:
+            inside = found[(found >= info.start) & (found < info.stop)]
+            dense = info.numel == info.stop - info.start
+            if len(inside) and (dense or any(covers(info, one) for one in inside.tolist())):
+                yield name, info
 
 
 def covers(info: TensorInfo, element: int) -> bool:
@@ -329,13 +378,14 @@ def spread(out: Output, unit: Unit, targets: Sequence[Target], mapped: Tensor) -
             at += nbytes
 
 
-def _groups(unit: Unit, most: int) -> Iterator[range]:
-    """The numbers of a unit's sources, cut where the dtype changes and into groups of `most`."""
+def _groups(unit: Unit, counted: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """Numbers of a unit's sources, cut where the dtype changes and into groups of `most`."""
     start = 0
-    for k in range(1, len(unit.sources) + 1):
-        ends = k == len(unit.sources) or unit.sources[k].dtype != unit.sources[start].dtype
+    for k in range(1, len(counted) + 1):
+        first = unit.sources[counted[start]].dtype
+        ends = k == len(counted) or unit.sources[counted[k]].dtype != first
         if ends or k - start >= max(most, 1):
-            yield range(start, k)
+            yield counted[start:k]
             start = k
 
 

@@ -20,6 +20,7 @@ from merge_avg.errors import MergeError
 from merge_avg.formats import torch_zip, torch_zip_write
 from merge_avg.formats.inert import Global, Instance, PickleError, Value, load
 from merge_avg.layout import Archive, File, Layout, Storage, TensorInfo, TreePath, row_major
+from merge_avg.roles import is_kept
 from merge_avg.skeleton import Literal, Place, Skeleton
 
 NAME = "torch-dcp"
@@ -183,7 +184,7 @@ class _Metadata:
         self.dtypes[fqn] = known
         self._offsets[fqn] = [
             (_size(_table(chunk.state).get("offsets")), _size(_table(chunk.state).get("sizes")))
-            for chunk in state.get("chunks") or ()
+            for chunk in _instances(state.get("chunks"))
         ]
 
     def by_file(self) -> dict[str, list[_Chunk]]:
@@ -217,9 +218,11 @@ class _Metadata:
 
     def _path(self, fqn: str) -> TreePath:
         match self._paths.get(fqn):
-            case tuple() as path if path and all(isinstance(key, str | int) for key in path):
+            case tuple() as path if len(path) > 1 and all(isinstance(k, str | int) for k in path):
                 return path
-        return (fqn,)
+        # Some writers flatten the names themselves: optimizer.state.exp_avg.WEIGHT.
+        head, _, rest = fqn.partition(".")
+        return (head, rest) if rest and is_kept(head) else (fqn,)
 
     def tensor(
         self, fqn: str, stored: Mapping[tuple[str, tuple[int, ...]], TensorInfo]
@@ -287,6 +290,12 @@ def _size(value: Value) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or any(type(n) is not int or n < 0 for n in value):
         raise PickleError("a shape in it is damaged")
     return tuple(value)
+
+
+def _instances(value: Value) -> list[Instance]:
+    if not isinstance(value, list) or not all(isinstance(one, Instance) for one in value):
+        raise PickleError("it describes chunks in an unknown way")
+    return value
 
 
 def _table(value: Value) -> dict[Value, Value]:

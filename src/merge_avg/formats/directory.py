@@ -22,6 +22,7 @@ from merge_avg.layout import File, Layout, TensorInfo, TreePath, dotted
 from merge_avg.roles import is_kept
 
 INDEX = ".index.json"
+_INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
 _SHARD = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 _SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
 # Folders that no program reads a checkpoint from.
@@ -53,7 +54,7 @@ def scan_directory(path: Path) -> Layout:
     names = list(tree.files)
     members = _members(path, tree)
     for name in names:
-        if name.endswith(INDEX):
+        if is_index(name):
             _check_index(tree.files, name, members)
     prefixes = _prefixes(path, names, members)
     tensors: list[TensorInfo] = []
@@ -178,9 +179,7 @@ def _path_of(name: str) -> TreePath:
     """Folders, and the file's name without ending or the number of a shard."""
     path = PurePosixPath(name)
     stem = path.stem.removesuffix(".pth")  # model.pth.tar
-    shard = _SHARD.fullmatch(stem)
-    base = shard["base"] if shard else stem
-    return (*path.parts[:-1], base)
+    return (*path.parts[:-1], unsharded(stem))
 
 
 def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -> list[TreePath]:
@@ -204,7 +203,7 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
             plain = (*path[:-1], f"{path[-1]}{suffix}")
             families[plain] = suffix
         prefixes[number] = plain
-    _check_shards(root, [name for number, name in enumerate(names) if number in members])
+    _check_shards(root, names)
     weights = {p for number, p in enumerate(prefixes) if number in members and not _is_aside(p)}
     if len(weights) == 1:
         only = weights.pop()
@@ -231,6 +230,17 @@ def _check_shards(root: Path, names: Sequence[str]) -> None:
             lost = f"{base}-{lacking[0]:05}-of-{count}{suffix}"
             what = f"{len(lacking)} of {int(count)} shards are missing, the first is {lost}"
             raise MergeError(what, where=root, hint="fetch the checkpoint again")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file says which shard holds what."""
+    return bool(_INDEX.search(name))
+
+
+def unsharded(stem: str) -> str:
+    """A file's name without its ending and, for a shard, without its number."""
+    shard = _SHARD.fullmatch(stem)
+    return shard["base"] if shard else stem
 
 
 def shard_of(path: Path) -> int | None:

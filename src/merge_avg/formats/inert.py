@@ -29,8 +29,8 @@ class Global:
 
     module: str
     name: str
-    start: int = field(default=0, compare=False)
-    stop: int = field(default=0, compare=False)
+    start: int = field(default=0, compare=False, repr=False)
+    stop: int = field(default=0, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -209,12 +209,30 @@ def _extend(target: Value, items: list[Value]) -> None:
 
 
 def _set(target: Value, pairs: list[tuple[Value, Value]]) -> None:
+    for key, _ in pairs:
+        if type(key) is not str:
+            _refuse_deep(key)
     if isinstance(target, dict):
         target.update(pairs)
     elif isinstance(target, Instance):
         target.pairs.extend(pairs)
     else:
         raise TypeError(f"entries for a {type(target).__name__}")
+
+
+_LARGEST_KEY = 1000
+
+
+def _refuse_deep(key: Value) -> None:
+    """Raises ValueError for a key whose hash would take forever, or all of the C stack."""
+    pending, seen = [key], 0
+    while pending:
+        value = pending.pop()
+        if isinstance(value, tuple | frozenset):
+            seen += len(value) + 1
+            if seen > _LARGEST_KEY:
+                raise ValueError("a key of absurd size")
+            pending += value
 
 
 def _in_pairs(flat: list[Value]) -> list[tuple[Value, Value]]:
@@ -364,12 +382,17 @@ def _list(m: _Machine) -> None:
 
 @_on("d")
 def _dict(m: _Machine) -> None:
-    m.push(InertDict(_in_pairs(m.since_mark())))
+    made = InertDict()
+    _set(made, _in_pairs(m.since_mark()))
+    m.push(made)
 
 
 @_on("\x91")
 def _frozenset(m: _Machine) -> None:
-    m.push(frozenset(m.since_mark()))
+    items = m.since_mark()
+    for item in items:
+        _refuse_deep(item)
+    m.push(frozenset(items))
 
 
 @_on("a")
@@ -401,6 +424,8 @@ def _additems(m: _Machine) -> None:
     items = m.since_mark()
     target = m.top()
     if isinstance(target, set):
+        for item in items:
+            _refuse_deep(item)
         target.update(items)
     else:
         _extend(target, items)

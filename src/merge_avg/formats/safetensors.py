@@ -118,6 +118,8 @@ def fresh(
     places: dict[str, Place] = {}
     at = 0
     for name, dtype, shape in tensors:
+        if name == "__metadata__":
+            raise MergeError("safetensors cannot hold a tensor of the name '__metadata__'")
         if dtype.safetensors is None:
             hint = "write a .pt file, which can"
             raise MergeError(f"safetensors cannot hold {name!r}: {dtype.name}", hint=hint)
@@ -126,7 +128,11 @@ def fresh(
         entry = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, end]}
         header[name] = entry
         at = end
-    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        bad = next(name for name in header if name != name.encode("utf-8", "replace").decode())
+        raise MergeError(f"safetensors cannot hold the name {bad!a}") from None
     raw += b" " * (-len(raw) % 8)
     base = 8 + len(raw)
     moved = {name: Place(base + place.offset, place.nbytes) for name, place in places.items()}

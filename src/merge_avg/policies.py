@@ -1,0 +1,12 @@
+"""The choices that a user has, by the words for them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# What becomes of tensors that not every checkpoint has.
+Missing = Literal["error", "skip", "available"]
+# What becomes of integers that differ.
+IntPolicy = Literal["error", "template", "max", "mean"]
+# What averaged float tensors can be converted to: both file formats, and every torch, can hold it.
+FloatName = Literal["float64", "float32", "float16", "bfloat16"]
