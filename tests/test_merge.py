@@ -289,3 +289,30 @@ def test_absurd_sizes_and_names_are_one_error(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(MergeError, match="no regular file"):
         merge_checkpoints([tmp_path / "pipe"], tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("kept", ["excluded", "optimizer"])
+def test_a_kept_tensor_in_a_converted_storage_is_refused(tmp_path, kept):
+    """One storage has one dtype: a copy cannot convert a part of it, but a state dict can."""
+    for fold in range(2):
+        base = torch.arange(10.0) + fold
+        rest = {"o": base[5:]} if kept == "excluded" else {"optimizer": {"o": base[5:]}}
+        torch.save({"w": base[:5], **rest}, tmp_path / f"{fold}.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    options = {"dtype": "bfloat16", "exclude": ["o"]}
+    with pytest.raises(MergeError, match=r"o' is kept, but shares memory") as caught:
+        merge_checkpoints(paths, tmp_path / "out.pt", **options)
+    assert "--state-dict" in str(caught.value.hint)
+    merge_checkpoints(paths, tmp_path / "out.pt", state_dict=True, **options)
+    merged = torch.load(tmp_path / "out.pt")
+    assert merged["w"].dtype == torch.bfloat16
+    assert merged["w"].tolist() == [0.5, 1.5, 2.5, 3.5, 4.5]
+    if kept == "excluded":
+        assert torch.equal(merged["o"], torch.arange(5.0) + 5)
+
+
+def test_a_slice_of_a_larger_buffer_is_converted(tmp_path):
+    """Elements of a storage that no tensor views are converted along with it."""
+    torch.save({"w": torch.arange(10.0)[2:5]}, tmp_path / "a.pt")
+    merge_checkpoints([tmp_path / "a.pt"] * 2, tmp_path / "out.pt", dtype="bfloat16")
+    assert torch.load(tmp_path / "out.pt")["w"].tolist() == [2, 3, 4]

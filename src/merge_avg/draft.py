@@ -17,7 +17,7 @@ from merge_avg.formats import dcp, safetensors, torch_zip_write
 from merge_avg.formats.directory import INDEX, is_index, read_index, relative, unsharded
 from merge_avg.formats.registry import rebuilt
 from merge_avg.formats.torch_pickle import FreshTensor
-from merge_avg.layout import Layout, Storage, TensorInfo, row_major
+from merge_avg.layout import Layout, Storage, TensorInfo, dotted, row_major
 from merge_avg.plan import Plan, Unit, tiled
 from merge_avg.roles import Name
 from merge_avg.skeleton import Place, Skeleton
@@ -130,6 +130,7 @@ def _copied(plan: Plan) -> Draft:
     for storage in {unit.storage for unit in plan.units}:
         for part in _ranges(storage):
             averaged.setdefault(part.file, set()).add(part.name)
+    _refuse_shared(plan)
     for storage, dtype in plan.converted().items():
         for part in _ranges(storage):
             converted.setdefault(part.file, {})[part.name] = dtype
@@ -144,6 +145,19 @@ def _copied(plan: Plan) -> Draft:
             files[name] = _copy(template, number)
     targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
     return Draft(files, targets, whole=True)
+
+
+def _refuse_shared(plan: Plan) -> None:
+    """Raises MergeError where a tensor that is kept shares a storage that gets another dtype."""
+    converted = plan.converted()
+    rows = ((name, row[0]) for name, row in plan.aligned.rows.items())
+    changed = {info.path for name, info in rows if info and plan.result(name) != info.dtype}
+    template = plan.layouts[0]
+    for info in template.tensors:
+        if info.storage in converted and info.path not in changed:
+            what = f"tensor {dotted(info.path)!r} is kept, but shares memory with one that --dtype"
+            hint = "write a bare state dict with --state-dict, or a .safetensors file"
+            raise MergeError(f"{what} converts", where=template.where(info), hint=hint)
 
 
 def _ranges(storage: Storage) -> Sequence[Storage]:
