@@ -5,6 +5,7 @@ import torch
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.merge import merge_checkpoints
+from merge_avg.report import describe, lines
 
 
 @pytest.fixture
@@ -89,7 +90,11 @@ def test_missing_tensors(merge):
     with pytest.raises(MergeError, match="lacks 'b'"):
         merge(*states)
     assert merge(*states, missing="skip")[0] == {"a": 3.0, "b": 1.0}
-    assert merge(*states, missing="available")[0] == {"a": 3.0, "b": 2.0}
+    values, job = merge(*states, missing="available")
+    assert values == {"a": 3.0, "b": 2.0}
+    report = describe(job, None, "0")
+    assert report["available"] == {"b": 2}
+    assert "  'b' is averaged over 2 of 3 checkpoints" in list(lines(report))
 
 
 @pytest.mark.parametrize(

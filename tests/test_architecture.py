@@ -55,6 +55,12 @@ def test_what_is_planned_needs_no_torch():
         assert not {"torch", "numpy"} & {one.partition(".")[0] for one in reached(name)}, name
 
 
+def test_help_waits_for_nothing():
+    """What the command imports at its top does not reach the scanners, the plan or the report."""
+    heavy = {"merge_avg.prepare", "merge_avg.report", "merge_avg.plan", "merge_avg.merge"}
+    assert not heavy & reached("merge_avg.cli")
+
+
 def test_the_rooms_do_not_know_each_other():
     """Plan, average, output and the formats do not import each other."""
     rooms = {"merge_avg.plan", "merge_avg.average", "merge_avg.output", "merge_avg.formats"}

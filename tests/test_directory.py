@@ -1,6 +1,7 @@
 """merge_avg.formats.directory: directories as checkpoints, in and out."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -198,6 +199,19 @@ def test_what_is_no_weight_is_kept(tmp_path):
         if file.name != "model.safetensors":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert same(load_file(tmp_path / "out" / "model.safetensors"), mean(range(2)))
+
+
+def test_a_dangerous_pickle_beside_the_weights_is_refused(tmp_path):
+    """An optimizer's file may be odd, but not run code: the output would carry it on."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    save_file(weights(0), tmp_path / "model.safetensors")
+    torch.save({"state": Evil()}, tmp_path / "optimizer.pt")
+    with pytest.raises(MergeError, match="would run code"):
+        scan(tmp_path)
 
 
 def broken(tmp_path, change):

@@ -9,7 +9,7 @@ from merge_avg import merge_checkpoints, work
 from merge_avg.budget import Budget, plan_budget
 from merge_avg.buffer import Buffer
 from merge_avg.errors import MergeError
-from merge_avg.lanes import CudaLane, HostLane, travel
+from merge_avg.lanes import HostLane, travel
 
 
 class DelayedLane:
@@ -144,4 +144,3 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(tmp_path, dtype):
     merge_checkpoints(paths, tmp_path / "cpu.pt")
     merge_checkpoints(paths, tmp_path / "gpu.pt", device="cuda")
     assert (tmp_path / "cpu.pt").read_bytes() == (tmp_path / "gpu.pt").read_bytes()
-    assert CudaLane.slots == 2

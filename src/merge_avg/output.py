@@ -75,7 +75,7 @@ class Output:
                     place.parent.mkdir(parents=True, exist_ok=True)
                 self._files.append(_File(self.path, place, skeleton))
             self._reserve()
-        except BaseException:
+        except BaseException:  # Ctrl-C as well must leave nothing behind; it goes on from here
             self._discard()
             raise
 

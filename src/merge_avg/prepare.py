@@ -202,8 +202,7 @@ def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[s
         what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
         notes.append(f"{path} is {what}")
     if draft.directory:
-        names = [str(name) for name in ("config.json", "adapter_config.json")]
-        for name in names:
+        for name in ("config.json", "adapter_config.json"):
             found = [layout.path / name for layout in layouts]
             texts = {path.read_bytes() for path in found if path.is_file()}
             if len(texts) > 1:

@@ -47,6 +47,11 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
         ],
         "others": list(template.others),
         "whole": job.draft.whole,
+        "available": {
+            str(name): len(row) - row.count(None)
+            for name, row in plan.aligned.rows.items()
+            if None in row and name not in plan.aligned.skipped
+        },
         "bytes_to_read": job.nbytes,
         "bytes_to_write": job.draft.nbytes,
         "threads": job.budget.threads,
@@ -97,6 +102,8 @@ def lines(report: Report) -> Iterator[str]:
         shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8:,} more" if len(kept) > 8 else "")
         what = f"kept from {report['template']}" if report["whole"] else "left out"
         yield f"  {what}: {shown}"
+    for name, number in list(report["available"].items())[:8]:
+        yield f"  {name!r} is averaged over {number} of {count} checkpoints"
     if report.get("nonfinite"):
         yield f"  warning: NaN or infinity in {named(report['nonfinite'])}"
     yield from (f"  note: {note}" for note in report["notes"])

@@ -17,6 +17,7 @@ from typing import Any
 
 from merge_avg.errors import MergeError, named
 from merge_avg.formats import dcp
+from merge_avg.formats.inert import DangerousPickleError
 from merge_avg.formats.registry import scan_file
 from merge_avg.layout import File, Layout, TensorInfo, TreePath, dotted
 from merge_avg.roles import is_kept
@@ -166,6 +167,8 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
         try:
             strict = name.endswith(".safetensors")
             layout = scan_file(tree.files[name], number, strict=strict)
+        except DangerousPickleError:
+            raise  # the output would carry it on
         except MergeError:
             if any(map(is_kept, _path_of(name))):
                 continue  # an optimizer's file and the like may be whatever it likes

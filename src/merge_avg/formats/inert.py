@@ -23,6 +23,10 @@ class PickleError(MergeError):
     """A pickle that is damaged, or that asks for what no checkpoint needs."""
 
 
+class DangerousPickleError(PickleError):
+    """A pickle that names a callable that is known to run code."""
+
+
 @dataclass(frozen=True, slots=True)
 class Global:
     """A class or function by name, and which bytes of the pickle put it on the stack here."""
@@ -76,7 +80,8 @@ def load(
         call: returns what a call of a known function stands for, or None for any other.
 
     Raises:
-        PickleError: the pickle is damaged or names a callable that is known to be dangerous.
+        PickleError: the pickle is damaged.
+        DangerousPickleError: it names a callable that is known to be dangerous.
     """
     machine = _Machine(data, persistent, call)
     try:
@@ -574,7 +579,7 @@ _DANGEROUS_NAMES["__builtin__"] = _DANGEROUS_NAMES["builtins"]
 
 
 def refuse_if_dangerous(module: str, name: str) -> None:
-    """Raises PickleError for a callable that is known to run code when a pickle is loaded.
+    """Raises DangerousPickleError for a callable that is known to run code when a pickle is loaded.
 
     A dotted name reaches through attributes, so every part of it counts.
     """
@@ -583,7 +588,7 @@ def refuse_if_dangerous(module: str, name: str) -> None:
     names = set(name.split("."))
     dangerous = prefixes & _DANGEROUS_MODULES or names & _DANGEROUS_NAMES.get(module, frozenset())
     if dangerous or names & {"__globals__", "__builtins__", "__subclasses__", "__reduce__"}:
-        raise PickleError(
+        raise DangerousPickleError(
             f"its pickle names {module}.{name}, which would run code when loaded",
             hint="do not load this file; get the weights as safetensors from a source you trust",
         )
