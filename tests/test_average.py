@@ -223,3 +223,38 @@ def test_wrong_use_is_a_value_error():
         RunningMean(1).update(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="complex64"):
         RunningMean(1, torch.float32).update(torch.ones(2, dtype=torch.complex64))
+
+
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    cuts=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    scale=st.sampled_from([1.0, 0.0, -0.0, 2.0**-130, 2.0**-20]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_stacks_are_their_tensors(dtype, cuts, scale, seed, data):
+    """Tensors shown in stacks of any size give the bits that they give one by one, -0 too."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(sum(cuts), 50, generator=generator).abs() * scale
+    rows[:, :3] = -0.0
+    rows = rows.to(dtype)
+    limit = st.integers(1, 1 << 19)
+    weights = Weights.of(data.draw(st.lists(limit, min_size=len(rows), max_size=len(rows))))
+    mean = RunningMean(weights)
+    for part in rows.split(cuts):
+        mean.extend(part)
+    stacked = mean.result(lambda i: rows[i])
+    assert torch.equal(bits(stacked), bits(averaged(list(rows), weights)))
+    assert torch.equal(bits(stacked), bits(reference(list(rows), weights, dtype)))
+
+
+def test_a_bit_that_float64_cannot_hold_decides():
+    """A sum of 55 bits is not taken for exact: its last bit decides a tie of float32."""
+    column = [4.0, 2.0**-22 - 2.0**-29, 2.0**-29 + 2.0**-52, 0.0]  # 4 * (1 + 2**-24) + 2**-52
+    for order in itertools.permutations(column):
+        tensors = [torch.tensor([value], dtype=torch.float32) for value in order]
+        assert averaged(tensors).item() == 1 + 2.0**-23
+        stacked = RunningMean(4)
+        stacked.extend(torch.stack(tensors))
+        assert stacked.result(lambda i, t=tensors: t[i]).item() == 1 + 2.0**-23

@@ -144,6 +144,33 @@ def test_several_ranks(sharded, tmp_path):
             assert torch.equal(value, ((full[0][key].double() + full[1][key]) / 2).float()), key
 
 
+@pytest.mark.parametrize(
+    ("offsets", "size"),
+    [
+        (((0, 0), (0, 0)), (4, 6)),  # twice the same
+        (((0, 0), (0, 2)), (4, 6)),  # they overlap, and leave a hole
+        (((0, 0), (0, 3)), (3, 8)),  # they reach outside
+        (((0, 0), (0, 3)), (4, 7)),  # too few
+    ],
+)
+def test_chunks_have_to_make_up_the_tensor(sharded, tmp_path, offsets, size):
+    """Chunks that overlap, leave holes or reach outside are refused, not read."""
+    shutil.copytree(sharded / "sharded0", tmp_path / "x")
+    path = tmp_path / "x" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    entry = metadata.state_dict_metadata["model.columns"]
+    changed(entry, size=torch.Size(size))
+    keys = [key for key in metadata.storage_data if key.fqn == "model.columns"]
+    keys.sort(key=lambda key: key.offset)
+    for chunk, key, offset in zip(entry.chunks, keys, offsets, strict=True):
+        changed(chunk, offsets=torch.Size(offset))
+        place = metadata.storage_data.pop(key)
+        metadata.storage_data[type(key)(key.fqn, torch.Size(offset))] = place
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(MergeError, match="do not make up the tensor"):
+        scan(tmp_path / "x")
+
+
 def test_a_rank_file_is_no_checkpoint(sharded):
     """A state dict of distributed tensors that one rank saved is refused, with the way out."""
     with pytest.raises(MergeError, match="one rank's parts") as caught:

@@ -131,3 +131,14 @@ def test_a_bare_pickle_is_named(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": torch.ones(2)}))
     with pytest.raises(MergeError, match="a pickle, but no checkpoint"):
         scan(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("count", [299, 301, 2**62])
+def test_a_count_that_lies_is_named(tmp_path, count):
+    """The number of elements before a storage has to be that of the pickle."""
+    save({"w": torch.ones(300)}, tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[-1208:-1200] = count.to_bytes(8, "little")
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(MergeError, match="damaged, or the file is cut short"):
+        scan(tmp_path / "a.pt")

@@ -353,35 +353,18 @@ class _Plain:
             return _snap_bounded(quotient, target, float(bound))
         if target.bits == 53:
             return quotient, None  # an exact sum, and one division that rounds right
-        exact = self.weights.total & (self.weights.total - 1) == 0  # so is the division
+        # The division rounds too, but never to a midpoint of the target that the mean is beside: in
+        # units of 2**low the sum is an integer S of at most 2**53, the divisor D is below 2**28, and
+        # S / D, if it is no midpoint, is further from one than half a unit of float64. So rounding
+        # the quotient is rounding the mean.
+        if target.bits == 24:
+            return quotient, None  # the processor rounds it right when it is converted
         # No mean is below this, but for zero.
         least = min(span.low for span, _ in spans) - self.weights.total.bit_length()
-        if least >= target.emin and target.bits == 24:  # the processor rounds right
-            if not exact:
-                tail = self.buffers("tail", quotient, torch.int64)
-                torch.bitwise_and(quotient.view(torch.int64), (1 << 29) - 1, out=tail)
-                middle = tail == 1 << 28
-                if middle.any():
-                    places = middle.nonzero().flatten()
-                    self._settle(quotient, places, _unit(quotient[places], target).mul_(0.5))
-            return quotient, None
         # Rounding to zero forgets the sign: look whether any element can.
         signs = any(span.zeros for span, _ in spans) or least < target.emin - target.bits
-        mean, unit = _snap(quotient, target, self.buffers, signs=signs)
-        if not exact:
-            # The division rounds: that matters where it lands on a midpoint.
-            aside = torch.sub(quotient, mean, out=self.buffers("aside", mean)).abs_()
-            middle = aside == unit.mul_(0.5)
-            if middle.any():
-                places = middle.nonzero().flatten()
-                self._settle(mean, places, unit[places])
+        mean, _ = _snap(quotient, target, self.buffers, signs=signs)
         return mean, None
-
-    def _settle(self, mean: Tensor, places: Tensor, half: Tensor) -> None:
-        """Rounds quotients that came out at a midpoint again, by the division's remainder."""
-        middle = self.total[places] / self.divisor
-        rest = self.total[places] - middle * self.divisor
-        _resolve_midpoints(mean, places, middle, half, rest)
 
     def _exact(self, spans: Sequence[_Weighed]) -> bool:
         """Whether no partial sum needed more than 53 bits, from the exponents of the inputs."""

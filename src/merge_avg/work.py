@@ -204,8 +204,6 @@ class Worker:
             if not torch.equal(ours, other):
                 differs = (ours != other) if differs is None else differs | (ours != other)
         if differs is not None:
-            for span, mask in self._masks(window):
-                differs[span] &= mask
             at = 0
             for piece in window:
                 span = slice(at, at + piece.stop - piece.start)
