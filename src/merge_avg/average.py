@@ -353,10 +353,10 @@ class _Plain:
             return _snap_bounded(quotient, target, float(bound))
         if target.bits == 53:
             return quotient, None  # an exact sum, and one division that rounds right
-        # The division rounds too, but never to a midpoint of the target that the mean is beside: in
-        # units of 2**low the sum is an integer S of at most 2**53, the divisor D is below 2**28, and
-        # S / D, if it is no midpoint, is further from one than half a unit of float64. So rounding
-        # the quotient is rounding the mean.
+        # The division rounds too, but never to a midpoint of the target that the mean is beside:
+        # in units of 2**low the sum is an integer S of at most 2**53, the divisor D is below 2**28,
+        # and S / D, if it is no midpoint, is further from one than half a unit of float64. So
+        # rounding the quotient is rounding the mean.
         if target.bits == 24:
             return quotient, None  # the processor rounds it right when it is converted
         # No mean is below this, but for zero.
