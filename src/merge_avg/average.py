@@ -21,6 +21,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from merge_avg.budget import CONVERTED
 from merge_avg.weights import Weights
 
 Revisit = Callable[[int], Tensor]
@@ -141,24 +142,30 @@ class RunningMean:
             shapes = f"{tuple(shape)}, expected {tuple(self._shape)}"
             raise ValueError(f"tensor {self._count} has the shape {shapes}")
         bits = _FLOATS[_COMPONENTS.get(values.dtype, values.dtype)].bits
-        span = _span(flat, bits, self._buffers)
+        # Few rows at a time are still in the processor's cache when they are converted and summed.
+        for block in flat.split(max(CONVERTED // max(flat.shape[1], 1), 1)):
+            self._add(block, bits)
+
+    def _add(self, block: Tensor, bits: int) -> None:
+        """Adds rows of numbers of `bits` significand bits."""
+        span = _span(block, bits, self._buffers)
         if span is None:
-            good = flat.isfinite()
+            good = block.isfinite()
             bad = ~good.all(dim=0)
             self._bad = bad if self._bad is None else self._bad.logical_or_(bad)
-            span = _span(flat.where(good, 0), bits, self._buffers) or _Span.nothing()
-        weights = self._weights.integers[self._count : self._count + len(flat)]
-        if flat.dtype == torch.float64 and isinstance(self._sum, _Plain):
+            span = _span(block.where(good, 0), bits, self._buffers) or _Span.nothing()
+        weights = self._weights.integers[self._count : self._count + len(block)]
+        wide = block.dtype == torch.float64
+        if wide and isinstance(self._sum, _Plain):
             self._sum = self._sum.widened(self._spans)
-        if self._sum is None:
-            if flat.dtype == torch.float64:
-                self._sum = _Wide(flat, weights, self._weights)
-            else:
-                self._sum = _Plain(flat, weights, self._weights, self._buffers, zeros=span.zeros)
+        if self._sum is not None:
+            self._sum.add(block, weights, zeros=span.zeros)
+        elif wide:
+            self._sum = _Wide(block, weights, self._weights)
         else:
-            self._sum.add(flat, weights, zeros=span.zeros)
+            self._sum = _Plain(block, weights, self._weights, self._buffers, zeros=span.zeros)
         self._spans.append((span, sum(weights)))
-        self._count += len(flat)
+        self._count += len(block)
 
     def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
         """The mean, in `out` or in a new tensor of the tensors' shape.
@@ -322,8 +329,8 @@ class _Plain:
         # Converted here: adding another dtype would make a fresh tensor to convert into.
         wide = out.view(1, -1) if len(rows) == 1 else self.buffers("wide", rows)
         wide.copy_(rows)
-        for row, factor in zip(wide, factors, strict=True):
-            if factor != 1:
+        if any(factor != 1 for factor in factors):
+            for row, factor in zip(wide, factors, strict=True):
                 row.mul_(_factor(factor, self.weights))
         if len(rows) == 1:
             return out
@@ -368,8 +375,13 @@ class _Plain:
 
     def _exact(self, spans: Sequence[_Weighed]) -> bool:
         """Whether no partial sum needed more than 53 bits, from the exponents of the inputs."""
+        if not self.weights.small:
+            return False
         low = min(span.low for span, _ in spans)
-        return self.weights.small and _magnitude(spans) <= Fraction(2) ** (53 + low)
+        used = [(span, weight) for span, weight in spans if weight and span.high > -(1 << 16)]
+        if any(span.high > low + 53 for span, _ in used):
+            return False
+        return sum(weight << max(span.high - low, 0) for span, weight in used) <= 1 << 53
 
 
 class _Wide:

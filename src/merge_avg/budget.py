@@ -17,6 +17,7 @@ _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
 # What a worker holds for each element of its window: sums, results, and temporaries of the slow
 # paths. Twice that for float64, which is summed in double-double, and for complex numbers.
 _WINDOW_BYTES = 160
+CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a core's cache holds
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
 _ENTRY_BYTES = 1200  # what is known of a tensor of a checkpoint
 _LARGEST_WINDOW = 1 << 17
@@ -47,9 +48,10 @@ class Budget:
     def nbytes(self) -> int:
         """The most anonymous memory that the merge takes, beside what importing torch does."""
         wide = max(self.itemsize // 4, 1)
-        # An element that is read is held as it is, and as a float64 for each of its components.
-        read = self.itemsize + (8 if self.itemsize < 8 else 16)
-        worker = self.window * (_WINDOW_BYTES * wide + self.rows * read)
+        # Some of what is read is held a second time, as float64.
+        converted = 8 * max(min(self.rows * self.window, CONVERTED), self.window) * wide
+        read = self.window * self.rows * self.itemsize + converted
+        worker = self.window * _WINDOW_BYTES * wide + read
         return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
 
     def fitting(self, free: int) -> Budget:

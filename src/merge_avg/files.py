@@ -26,6 +26,17 @@ _BLOCK = 1 << 20
 Buffer = memoryview | bytearray
 
 
+@dataclass(frozen=True, slots=True)
+class _Tap:
+    """A storage that has been read from: its file and where it begins in it, and its checksum."""
+
+    storage: Storage  # kept, so that its identity remains its own
+    fd: int
+    offset: int
+    path: Path
+    sums: Checksum | None
+
+
 class Reader:
     """An open checkpoint, read by offset from any thread.
 
@@ -42,6 +53,7 @@ class Reader:
         self._files = layout.files
         self._fds: dict[int, int] = {}
         self._sums: dict[Storage, Checksum] = {}
+        self._taps: dict[int, _Tap] = {}  # by identity: hashing a storage costs more than a read
         self._decoded: dict[Storage, int] = {}
         self._lock = threading.Lock()
         self._scratch = scratch
@@ -57,17 +69,28 @@ class Reader:
             for part, start, first, last in _overlaps(storage.parts, at, at + len(into)):
                 self.read(into[first - at : last - at], part, first - start, again=again)
             return
+        tap = self._taps.get(id(storage)) or self._tap(storage)
+        read_fully(tap.fd, into, tap.offset + at, tap.path)
+        if tap.sums is not None and not again:
+            crc = zlib_ng.crc32(into)
+            with self._lock:
+                tap.sums.add(at, len(into), crc)
+
+    def _tap(self, storage: Storage) -> _Tap:
+        """Where a storage's bytes come from; the windows of a tensor need not find it each time."""
         path = self._files[storage.file].path
         if storage.coded:
             offset = self._decode(storage)
-            read_fully(self._spooled().fileno(), into, offset + at, path)
-            return
-        read_fully(self._fd(storage.file), into, storage.offset + at, path)
-        if storage.crc is not None and not again:
-            crc = zlib_ng.crc32(into)
-            with self._lock:
-                sums = self._sums.setdefault(storage, Checksum(storage.nbytes))
-                sums.add(at, len(into), crc)
+            tap = _Tap(storage, self._spooled().fileno(), offset, path, None)
+        else:
+            fd = self._fd(storage.file)
+            sums = None
+            if storage.crc is not None:
+                with self._lock:
+                    sums = self._sums.setdefault(storage, Checksum(storage.nbytes))
+            tap = _Tap(storage, fd, storage.offset, path, sums)
+        self._taps[id(storage)] = tap
+        return tap
 
     def finish(self) -> None:
         """Checks the CRC-32 of every storage that was read from, and that the files are the same.

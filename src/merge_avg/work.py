@@ -145,13 +145,14 @@ class Worker:
         fill = functools.partial(self._stacked, window)
         for group, stack in travel(self._lane, groups, fill):
             mean.extend(stack)
-            for k, values in zip(group, stack, strict=True):
+            if unit.kind == "mean" and not mean.finite:
+                for k, values in zip(group, stack, strict=True):
+                    self._report_nonfinite(window, k, values)
+            for values in stack if self._job.plan.factors else ():
                 factors = self._factors(window, values)
                 if first is not None and factors is not None and not torch.equal(factors, first):
                     self._ledger.factors_differ = True
                 first = factors if first is None else first
-                if unit.kind == "mean" and not mean.finite:
-                    self._report_nonfinite(window, k, values)
         out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
         place = out if self._lane.host else None
         result = mean.result(lambda k: self._read(window, counted[k], again=True), out=place)
@@ -161,15 +162,12 @@ class Worker:
 
     def _factors(self, window: Window, values: Tensor) -> Tensor | None:
         """A copy of what belongs to the factors A of low-rank products, if there is anything."""
-        wanted = self._job.plan.factors
-        if not wanted:
-            return None
         parts = []
         at = 0
         for piece in window:
             span = values[at : at + piece.stop - piece.start]
             at += len(span)
-            if any(name in wanted for name, _ in piece.unit.members):
+            if any(name in self._job.plan.factors for name, _ in piece.unit.members):
                 parts.append(span)
         return torch.cat(parts) if parts else None
 
