@@ -59,7 +59,8 @@ def expected(key, states):
 def test_into_a_directory_again(folds, tmp_path):
     """The mean is a directory that torch reads, with optimizer and objects of the template."""
     merge_checkpoints(folds, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".metadata", "__0_0.distcp"]
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == [".metadata", "__0_0.distcp", "merge_avg.json"]
     merged = loaded(tmp_path / "out")
     for key in ("w", "odd", "b"):
         assert torch.equal(merged["model"][key], expected(key, [state(i) for i in range(3)]))

@@ -76,9 +76,8 @@ def test_shard_boundaries_may_differ(tmp_path, binary, index):
     paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c.safetensors"]
     merge_checkpoints(paths, tmp_path / "out")
     assert same(load(tmp_path / "out"), mean(range(3)))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        p.name for p in (tmp_path / "a").iterdir()
-    }
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names | {"merge_avg.json"}
     assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "tiny"}'
 
 
@@ -91,7 +90,7 @@ def test_shards_become_one_file(tmp_path):
     assert same(load_file(tmp_path / "out.safetensors"), mean(range(2)))
     assert same(torch.load(tmp_path / "out.pt"), mean(range(2)))
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata().keys() == {"format", "merge_avg"}
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -386,7 +385,7 @@ def test_resharding_keeps_names_and_optimizers(tmp_path):
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
     base = "transformer/diffusion_pytorch_model"
     shards = {f"{base}-{n:05}-of-00003.safetensors" for n in (1, 2, 3)}
-    assert names == {*shards, f"{base}.safetensors.index.json", "optimizer.pt"}
+    assert names == {*shards, f"{base}.safetensors.index.json", "optimizer.pt", "merge_avg.json"}
     assert same(load(tmp_path / "out" / "transformer"), mean(range(2)))
 
 

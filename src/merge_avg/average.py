@@ -27,7 +27,7 @@ from merge_avg.weights import Weights
 Revisit = Callable[[int], Tensor]
 
 
-class _Buffers:
+class Buffers:
     """Float64-wide scratch tensors by name, kept from one mean to the next.
 
     Fresh ones of this size would cost more in page faults than the arithmetic does.
@@ -37,6 +37,7 @@ class _Buffers:
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """A tensor of a shape, of which nothing is known but its name."""
         held = self._held.get((name, dtype))
         if held is None or len(held) < like.numel() or held.device != like.device:
             held = torch.empty(like.numel(), dtype=dtype, device=like.device)
@@ -80,6 +81,7 @@ class RunningMean:
         weights: how many tensors there will be, or their `Weights`.
         dtype: of the result; by default that of the tensors.
         device: where the sum is kept; by default that of the first tensor.
+        buffers: scratch tensors, which means that are used by turns may share.
 
     The tensors may be of any shape, all of the same, and of float64, float32, float16, bfloat16,
     float8 or complex dtype, which may differ. Complex numbers are averaged by component. The result
@@ -94,11 +96,13 @@ class RunningMean:
         weights: int | Weights,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self._weights = Weights.uniform(weights) if isinstance(weights, int) else weights
         self._wanted = dtype
         self._device = device
-        self._buffers = _Buffers()
+        self._buffers = buffers or Buffers()
+        self._totals = Buffers()
         self._begin()
 
     def _begin(self) -> None:
@@ -163,8 +167,10 @@ class RunningMean:
         elif wide:
             self._sum = _Wide(block, weights, self._weights)
         else:
-            self._sum = _Plain(block, weights, self._weights, self._buffers, zeros=span.zeros)
-        self._spans.append((span, sum(weights)))
+            total = self._totals("total", block[0])
+            self._sum = _Plain(total, self._weights, self._buffers)
+            self._sum.begin(block, weights, zeros=span.zeros)
+        self._spans.append((span, sum(map(abs, weights))))
         self._count += len(block)
 
     def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
@@ -216,7 +222,7 @@ class RunningMean:
         spans: list[_Weighed] = []
         for i, weight in enumerate(self._weights.integers):
             column = self._flat(revisit(i))[places].double()
-            spans.append((_span(column, 53, self._buffers) or _Span.nothing(), weight))
+            spans.append((_span(column, 53, self._buffers) or _Span.nothing(), abs(weight)))
             if total is None:
                 total = _Wide(column[None], (weight,), self._weights)
             else:
@@ -241,7 +247,8 @@ def exact_mean(values: Sequence[float], weights: Weights, bits: int, emin: int) 
     pairs = zip(values, weights.integers, strict=True)
     total = sum((Fraction(value) * weight for value, weight in pairs), Fraction(0)) / weights.total
     if not total:
-        negative = all(math.copysign(1, value) < 0 for value in values)
+        signs = zip(values, weights.integers, strict=True)
+        negative = all((math.copysign(1, value) < 0) != (weight < 0) for value, weight in signs)
         return -0.0 if negative else 0.0
     size = abs(total)
     exponent = size.numerator.bit_length() - size.denominator.bit_length()
@@ -265,10 +272,10 @@ class _Span:
         return cls(1 << 16, -(1 << 16), zeros=True)
 
 
-_Weighed = tuple[_Span, int]  # the span of some tensors, and the sum of their weights
+_Weighed = tuple[_Span, int]  # the span of some tensors, and the sum of their weights' sizes
 
 
-def _span(flat: Tensor, bits: int, buffers: _Buffers) -> _Span | None:
+def _span(flat: Tensor, bits: int, buffers: Buffers) -> _Span | None:
     """The exponents of a real tensor of `bits` significand bits; None where it is not finite."""
     if not flat.numel():
         return _Span.nothing()
@@ -298,25 +305,19 @@ def _magnitude(spans: Sequence[_Weighed]) -> Fraction:
 
 def _factor(weight: int, weights: Weights) -> float:
     """A weight as a float; weights beyond float64's range are scaled, all by the same power."""
-    return float(Fraction(weight, 1 << max(weights.total.bit_length() - 900, 0)))
+    return float(Fraction(weight, 1 << weights.excess)) if weights.excess else float(weight)
 
 
 class _Plain:
     """A sum in float64 of inputs of at most 24 significand bits; `zeros`: some of them are 0."""
 
-    def __init__(
-        self,
-        rows: Tensor,
-        factors: Sequence[int],
-        weights: Weights,
-        buffers: _Buffers,
-        *,
-        zeros: bool,
-    ) -> None:
+    def __init__(self, total: Tensor, weights: Weights, buffers: Buffers) -> None:
         self.weights = weights
         self.divisor = _factor(weights.total, weights)
         self.buffers = buffers
-        self.total = buffers("total", rows[0])
+        self.total = total
+
+    def begin(self, rows: Tensor, factors: Sequence[int], *, zeros: bool) -> None:
         self._sum_into(self.total, rows, factors, zeros=zeros)
 
     def add(self, rows: Tensor, factors: Sequence[int], *, zeros: bool) -> None:
@@ -422,7 +423,9 @@ class _Wide:
         quotient = high / self.divisor
         magnitude = _magnitude(spans) / self.weights.total
         # Products of numbers as small as this lose their last bits to underflow.
-        tiny = max(self.weights.integers) > 1 and any(span.low < -900 for span, _ in spans)
+        tiny = max(map(abs, self.weights.integers)) > 1 and any(
+            span.low < -900 for span, _ in spans
+        )
         if self.loose or tiny:
             # One of the products, the divisor or an earlier plain sum was rounded.
             bound = magnitude * (len(self.weights) + 8) / (1 << 50)
@@ -490,14 +493,14 @@ def _unit(values: Tensor, target: _Float, out: Tensor | None = None) -> Tensor:
 
 
 def _snap(
-    values: Tensor, target: _Float, buffers: _Buffers | None = None, *, signs: bool = True
+    values: Tensor, target: _Float, buffers: Buffers | None = None, *, signs: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Each value rounded to the target format (of fewer than 53 bits), and its unit there.
 
     Adding and subtracting 1.5 * 2**52 units rounds to whole units, ties to even. `signs` keeps the
     sign of what is rounded to zero.
     """
-    buffers = buffers or _Buffers()
+    buffers = buffers or Buffers()
     unit = _unit(values, target, buffers("unit", values))
     big = torch.mul(unit, 1.5 * 2.0**52, out=buffers("big", values))
     mean = torch.add(values, big, out=buffers("snapped", values)).sub_(big)

@@ -36,6 +36,7 @@ class Budget:
         rows: how many checkpoints' elements of a window a worker holds at a time.
         itemsize: the bytes of the widest element.
         entries: how many tensors all checkpoints have, together.
+        outputs: how many averages are made at a time.
     """
 
     threads: int
@@ -43,6 +44,7 @@ class Budget:
     rows: int
     itemsize: int
     entries: int = 0
+    outputs: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +53,9 @@ class Budget:
         # Some of what is read is held a second time, as float64.
         converted = 8 * max(min(self.rows * self.window, CONVERTED), self.window) * wide
         read = self.window * self.rows * self.itemsize + converted
-        worker = self.window * _WINDOW_BYTES * wide + read
+        # Averages share all but their sums, which for float64 are of two parts.
+        sums = (self.outputs - 1) * (16 if self.itemsize < 8 else 48)
+        worker = self.window * (_WINDOW_BYTES * wide + sums) + read
         return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
@@ -93,6 +97,7 @@ def plan_budget(
     entries: int,
     max_memory: int | None = None,
     threads: int | None = None,
+    outputs: int = 1,
 ) -> Budget:
     """Cuts a budget of memory into threads and windows.
 
@@ -103,6 +108,7 @@ def plan_budget(
         max_memory: the budget in bytes; by default 64 MiB, or 32 MiB a thread where that is more,
             and what is known of very many tensors.
         threads: how many, if not as many as there are cores.
+        outputs: how many averages are made at a time.
 
     Raises:
         UsageError: `threads` is below one.
@@ -117,17 +123,18 @@ def plan_budget(
         window = _LARGEST_WINDOW
         while window >= _LEAST_WINDOW:
             rows = min(checkpoints, max(_MOST_READ // window, 1))
-            budget = Budget(count, window, rows, itemsize, entries)
+            budget = Budget(count, window, rows, itemsize, entries, outputs)
             if budget.nbytes <= total:
                 return budget
             if window <= _USUAL_WINDOW:  # rather fewer rows than a tiny window
                 fewer = (
-                    Budget(count, window, fit, itemsize, entries) for fit in range(rows - 1, 0, -1)
+                    Budget(count, window, fit, itemsize, entries, outputs)
+                    for fit in range(rows - 1, 0, -1)
                 )
                 found = next((budget for budget in fewer if budget.nbytes <= total), None)
                 if found is not None:
                     return found
             window //= 2
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries).nbytes
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs).nbytes
     hint = f"give at least --max-memory {-(-least // 1024)}KiB"
     raise MergeError("the memory budget is too small", hint=hint)

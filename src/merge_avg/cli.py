@@ -10,19 +10,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from merge_avg import __version__, sizes
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.policies import FloatName, IntPolicy, Missing
+from merge_avg.policies import IntPolicy, Missing, Mode, Recipe, ResultDtype
 
 if TYPE_CHECKING:
-    from merge_avg.prepare import Job
+    from merge_avg.choose import Choice
+    from merge_avg.prepare import Job, Options
+    from merge_avg.report import Report
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -38,8 +41,9 @@ def merge(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            help="Files (.pt, .pth, .bin, .ckpt, .safetensors) or directories to average. The "
-            "first is the template: the output is a copy of it with its weights replaced.",
+            help="Files (.pt, .pth, .bin, .ckpt, .safetensors), directories, runs that hold many, "
+            "or quoted patterns. The first checkpoint is the template: the output is a copy of it "
+            "with its weights replaced.",
             metavar="CHECKPOINTS...",
             show_default=False,
         ),
@@ -51,9 +55,47 @@ def merge(
             "-o",
             metavar="OUTPUT",
             show_default=False,
-            help="The file or directory to write; the ending .safetensors asks for that format.",
+            help="The file or directory to write; the ending .safetensors asks for that format. "
+            "For several averages with {name}, as in 'avg-{name}.pt'.",
         ),
     ],
+    last: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="The last N by step or epoch; twice for two averages."),
+    ] = None,
+    best: Annotated[int | None, typer.Option(metavar="N", help="The best N by --metric.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What best means, as in val_loss."),
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Whether lower or higher is better, where not obvious.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="A:B[:EVERY]", help="Only those of these steps.")
+    ] = None,
+    epochs: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Only those of these epochs.")
+    ] = None,
+    min_interval: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps that lie between chosen ones at least.")
+    ] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A CSV or JSON log with steps, epochs and metrics."),
+    ] = None,
+    one_best_per_fold: Annotated[
+        bool,
+        typer.Option("--one-best-per-fold", help="The best of each of the folders, as in fold*/."),
+    ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option("--leave-one-out", help="An average without each checkpoint, in one reading."),
+    ] = False,
+    prefixes: Annotated[
+        bool,
+        typer.Option("--prefixes", help="Averages of the first 2, 3, ... N, in one reading."),
+    ] = False,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -63,8 +105,47 @@ def merge(
             help="One number a checkpoint, as in 0.5,0.3,0.2; they need not sum to one.",
         ),
     ] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="Weights by order, the oldest first: uniform, linear, ema:DECAY, 1-sqrt, metric.",
+        ),
+    ] = None,
+    phema: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIGMA", help="Weights that make an EMA of this width from stored ones (EDM2)."
+        ),
+    ] = None,
+    no_normalize: Annotated[
+        bool,
+        typer.Option(
+            "--no-normalize",
+            help="Do not divide by the sum of the weights, which may then be negative.",
+        ),
+    ] = False,
+    soup: Annotated[
+        Recipe | None,
+        typer.Option(help="Add checkpoints one at a time, and keep what does not hurt --eval."),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="COMMAND",
+            help="Prints the score of the checkpoint {}, as its last number.",
+        ),
+    ] = None,
+    eval_json: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="The score is this key of the JSON that --eval prints."),
+    ] = None,
     dtype: Annotated[
-        FloatName | None, typer.Option(help="Convert the averaged float tensors.")
+        ResultDtype | None,
+        typer.Option(
+            help="Convert the averaged float tensors; template: where checkpoints differ in dtype."
+        ),
     ] = None,
     key: Annotated[
         str | None,
@@ -143,10 +224,15 @@ def merge(
     ] = False,
 ) -> None:
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
-    from merge_avg.prepare import Options, prepare  # after --help has had its answer
+    from merge_avg.averages import Series  # after --help has had its answer
+    from merge_avg.choose import Weighting, choose
+    from merge_avg.prepare import Options, prepare
     from merge_avg.report import describe, lines
+    from merge_avg.select import Criteria, parse_range
 
+    lasts = tuple(last or ())
     options = Options(
+        normalize=not no_normalize,
         dtype=dtype,
         key=key,
         missing=missing,
@@ -158,25 +244,103 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         device=device,
-        weights=None if weights is None else weights.split(","),
         threads=threads,
         max_memory=None if max_memory is None else sizes.parse(max_memory),
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size),
     )
-    job = prepare(checkpoints, output, options)
+    criteria = Criteria(
+        last=max(lasts, default=None),
+        best=best,
+        metric=metric,
+        mode=mode,
+        steps=None if steps is None else parse_range(steps),
+        epochs=None if epochs is None else parse_range(epochs),
+        min_interval=min_interval,
+        metrics_file=metrics,
+        one_best_per_fold=one_best_per_fold,
+    )
+    choice = choose(
+        checkpoints,
+        output,
+        criteria,
+        Series(lasts, leave_one_out=leave_one_out, prefixes=prefixes),
+        Weighting(None if weights is None else weights.split(","), weighting, phema),
+    )
+    if soup is not None or evaluation is not None:
+        _soup(choice, options, soup, evaluation, eval_json, mode, as_json=as_json, quiet=quiet)
+        return
+    job = prepare(choice.paths, choice.outputs, options)
     result = None
     if not dry_run:
         with _progress(job, quiet=quiet) as advance:
             from merge_avg.merge import run  # torch, whose import takes seconds
 
             result = run(job, advance)
-    report = describe(job, result, __version__)
+    report = describe(job, result, __version__, choice)
     if not quiet:
         _say("\n".join(lines(report)))
     if as_json:
         _print(json.dumps(report, ensure_ascii=True, indent=2))
     elif not dry_run:
-        _print(_printable(str(job.output)))
+        _print(_printable("\n".join(str(average.output) for average in job.averages)))
+    if result is not None:
+        _summarise(report)
+
+
+def _soup(
+    choice: Choice,
+    options: Options,
+    recipe: Recipe | None,
+    command: str | None,
+    key: str | None,
+    mode: Mode | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Makes a soup, and shows how."""
+    from merge_avg.evaluate import score
+    from merge_avg.merge import run
+    from merge_avg.prepare import prepare
+    from merge_avg.soup import greedy
+    from merge_avg.soup_view import described, watched
+
+    if recipe is None or command is None or mode is None:
+        hint = "write --soup greedy --eval 'python eval.py {}' --mode max"
+        raise UsageError("a soup needs --soup, --eval and --mode", hint=hint)
+    if len(choice.outputs) > 1:
+        raise UsageError("a soup is one output", hint="leave out --leave-one-out or --prefixes")
+    (output,) = choice.outputs
+
+    def merge(paths: Sequence[Path], output: Path, **others: Any) -> None:
+        run(prepare(paths, output, replace(options, **others)))
+
+    with watched(_say, quiet=quiet) as show:
+        soup = greedy(
+            choice.paths,
+            output,
+            evaluate=lambda path: score(command, path, key),
+            merge=merge,
+            mode=mode,
+            command=command if key is None else f"{command} [{key}]",
+            overwrite=options.overwrite,
+            show=show,
+        )
+    if not quiet:
+        _say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
+    _print(json.dumps(described(soup), indent=2) if as_json else _printable(str(soup.output)))
+
+
+def _summarise(report: Report) -> None:
+    """Adds a summary to the page of a GitHub Actions job."""
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if page:
+        from merge_avg.summary import append, markdown
+
+        try:
+            append(Path(page), markdown(report))
+        except MergeError as error:  # the merge itself went well
+            _say(f"note: {error}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ its weights are gathered into one new file, or cut into shards.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +17,7 @@ from merge_avg.formats import dcp, safetensors, torch_zip_write
 from merge_avg.formats.directory import INDEX, is_index, read_index, relative, unsharded
 from merge_avg.formats.registry import rebuilt
 from merge_avg.formats.torch_pickle import FreshTensor
-from merge_avg.layout import Layout, Storage, TensorInfo, dotted, row_major
+from merge_avg.layout import MARK_FILE, Layout, Storage, TensorInfo, dotted, row_major
 from merge_avg.plan import Plan, Unit, tiled
 from merge_avg.roles import Name
 from merge_avg.skeleton import Place, Skeleton
@@ -80,6 +80,7 @@ def make_draft(
     *,
     state_dict: bool,
     shard_size: int | None,
+    mark: str = "",
 ) -> Draft:
     """The draft of an output.
 
@@ -89,6 +90,7 @@ def make_draft(
         weights: the template's, by name, in its order.
         state_dict: whether a bare state dict is asked for.
         shard_size: the largest size of a shard in bytes, if shards are asked for.
+        mark: what the output says about how it was made.
 
     Raises:
         UsageError: the name or the options do not say what to write.
@@ -99,21 +101,21 @@ def make_draft(
     is_file = suffix == ".safetensors" or suffix in ZIP_SUFFIXES
     try:
         if shard_size is not None:
-            return _sharded(plan, weights, shard_size)
+            return _sharded(plan, weights, shard_size, mark)
         if template.members and not is_file:
             if state_dict:
                 hint = "give the output a file's name, such as merged.safetensors"
                 raise UsageError("--state-dict writes a file, not a directory", hint=hint)
-            return _copied(plan)
+            return _copied(plan, mark)
         if suffix == ".safetensors" and template.format != "safetensors":
-            return _gathered(plan, weights, _fresh_safetensors)
+            return _fresh_safetensors(plan, weights, _short_names(weights), 0, mark)
         if suffix == ".safetensors" or (template.archive is not None and not state_dict):
-            return _copied(plan)
+            return _copied(plan, mark)
         if template.archive is None and suffix not in ZIP_SUFFIXES:
             hint = f"end its name in .safetensors, or in {', '.join(ZIP_SUFFIXES)}"
             what = f"the name {path.name!r} does not say which format to write"
             raise UsageError(what, hint=hint)
-        return _gathered(plan, weights, _fresh_zip)
+        return _fresh_zip(plan, weights, _short_names(weights), 0, mark)
     except MergeError as error:
         if error.where is not None:
             raise
@@ -123,26 +125,29 @@ def make_draft(
 # Copies of the template
 
 
-def _copied(plan: Plan) -> Draft:
+def _copied(plan: Plan, mark: str) -> Draft:
     template = plan.layouts[0]
     averaged: dict[int, set[str]] = {}
     converted: dict[int, dict[str, DType]] = {}
     for storage in {unit.storage for unit in plan.units}:
-        for part in _ranges(storage):
+        for part in storage.ranges:
             averaged.setdefault(part.file, set()).add(part.name)
     _refuse_shared(plan)
     for storage, dtype in plan.converted().items():
-        for part in _ranges(storage):
+        for part in storage.ranges:
             converted.setdefault(part.file, {})[part.name] = dtype
     files: dict[str, Skeleton] = {}
     for number, member in enumerate(template.members or (template,)):
         name = relative(template, number) if template.members else FILE
         if member is not None and (number in averaged | converted or not template.members):
-            files[name] = rebuilt(member, converted.get(number, {}), averaged.get(number, set()))
+            parts = converted.get(number, {}), averaged.get(number, set())
+            files[name] = rebuilt(member, *parts, "" if template.members else mark)
         elif converted and is_index(name):
             files[name] = _literal(_resized_index(template, number, plan))
         else:
             files[name] = _copy(template, number)
+    if template.members and mark:
+        files[MARK_FILE] = _literal(mark.encode())
     targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
     return Draft(files, targets, whole=True)
 
@@ -160,11 +165,6 @@ def _refuse_shared(plan: Plan) -> None:
             raise MergeError(f"{what} converts", where=template.where(info), hint=hint)
 
 
-def _ranges(storage: Storage) -> Sequence[Storage]:
-    """The ranges of files that a storage is made of."""
-    return storage.parts or [tile.storage for _, tile in storage.tiles] or [storage]
-
-
 def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
     """Where a unit goes in a copy of the template."""
     storage, size = unit.storage, unit.dtype.itemsize
@@ -180,7 +180,7 @@ def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
                 yield Target(view.start, view.stop, home.file, home.name, at, view)
         return
     start = 0
-    for part in _ranges(storage):
+    for part in storage.ranges:
         stop = start + part.nbytes // unit.sources[0].dtype.itemsize
         first, last = max(start, unit.start), min(stop, unit.stop)
         if first < last:
@@ -217,8 +217,6 @@ def _as_json(value: object) -> bytes:
 
 # New files
 
-_Fresh = Callable[[Plan, Mapping[Name, TensorInfo], Mapping[Name, str], int], Draft]
-
 
 def _short_names(weights: Mapping[Name, TensorInfo]) -> dict[Name, str]:
     """Names as keys of the one state dict that the output holds."""
@@ -230,15 +228,15 @@ def _short_names(weights: Mapping[Name, TensorInfo]) -> dict[Name, str]:
     return {name: name.key for name in weights}
 
 
-def _gathered(plan: Plan, weights: Mapping[Name, TensorInfo], fresh: _Fresh) -> Draft:
-    return fresh(plan, weights, _short_names(weights), 0)
-
-
 def _fresh_safetensors(
-    plan: Plan, weights: Mapping[Name, TensorInfo], short: Mapping[Name, str], number: int
+    plan: Plan,
+    weights: Mapping[Name, TensorInfo],
+    short: Mapping[Name, str],
+    number: int,
+    mark: str = "",
 ) -> Draft:
     entries = [(short[name], plan.result(name), info.shape) for name, info in weights.items()]
-    skeleton = safetensors.fresh(entries, dict(plan.layouts[0].metadata))
+    skeleton = safetensors.fresh(entries, safetensors.marked(plan.layouts[0], mark))
     targets: list[tuple[Target, ...]] = []
     for unit in plan.units:
         views = [
@@ -256,7 +254,11 @@ def _fresh_safetensors(
 
 
 def _fresh_zip(
-    plan: Plan, weights: Mapping[Name, TensorInfo], short: Mapping[Name, str], number: int
+    plan: Plan,
+    weights: Mapping[Name, TensorInfo],
+    short: Mapping[Name, str],
+    number: int,
+    mark: str = "",
 ) -> Draft:
     homes = {name: (i, unit) for i, unit in enumerate(plan.units) for name, _ in unit.members}
     tensors = []
@@ -272,7 +274,7 @@ def _fresh_zip(
         sizes[str(index)] = len(unit) * dtype.itemsize
         start = info.start - unit.start
         tensors.append((short[name], dtype, info.shape, info.stride, start, str(index)))
-    skeleton = torch_zip_write.fresh([FreshTensor(*t) for t in tensors], sizes)
+    skeleton = torch_zip_write.fresh([FreshTensor(*t) for t in tensors], sizes, mark)
     targets = (
         (Target(0, len(unit), number, str(index), 0),) if str(index) in sizes else ()
         for index, unit in enumerate(plan.units)
@@ -280,11 +282,11 @@ def _fresh_zip(
     return Draft({FILE: skeleton}, tuple(targets))
 
 
-def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) -> Draft:
+def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int, mark: str) -> Draft:
     """Shards with an index, named as the template's file, beside what else its directory holds."""
     template = plan.layouts[0]
     short = _short_names(weights)
-    replaced = {part.file for info in weights.values() for part in _ranges(info.storage)}
+    replaced = {part.file for info in weights.values() for part in info.storage.ranges}
     base, suffix = _shard_name(template, replaced)
     fresh = _fresh_safetensors if suffix == ".safetensors" else _fresh_zip
     shards = _cut(plan, weights, shard_size)
@@ -312,6 +314,8 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
             what = f"the new file {name} would replace one that the template has"
             raise MergeError(what, where=template.path, hint="remove it, or write one file")
         files[name] = _copy(template, number)
+    if mark:
+        files[MARK_FILE] = _literal(mark.encode())
     dropped = any(member and member.format == dcp.NAME for member in template.members)
     whole = bool(template.members) and not dropped
     return Draft(files, tuple(map(tuple, targets)), whole=whole)

@@ -62,3 +62,4 @@ BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 CONVERTIBLE: tuple[str, ...] = get_args(FloatName)
+TEMPLATE = "template"  # stands for the dtype that a tensor has in the template

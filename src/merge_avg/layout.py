@@ -11,8 +11,12 @@ from pathlib import Path
 
 from merge_avg.dtypes import DType
 
+# In the metadata of a checkpoint, what an earlier merge wrote about itself.
+MARK = "merge_avg"
+MARK_FILE = "merge_avg.json"  # the same, as a file of a directory or a record of an archive
 Key = str | int
 TreePath = tuple[Key, ...]
+Scalar = int | float | str
 # In the path of what a pickled nn.Module holds beside parameters, buffers and modules.
 ATTRIBUTES = "attributes of a module"
 
@@ -67,6 +71,11 @@ class Storage:
     def coded(self) -> bool:
         """Whether its bytes have to be decoded before they can be read by offset."""
         return self.packed is not None or self.swapped > 1
+
+    @property
+    def ranges(self) -> tuple[Storage, ...]:
+        """The ranges of files that it is made of."""
+        return self.parts or tuple(tile.storage for _, tile in self.tiles) or (self,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +157,12 @@ class Layout:
         files: what it is made of; one for a file.
         tensors: every tensor in it, weights or not, in the files' order.
         others: entries at the top level that hold no tensor, such as "epoch".
-        metadata: string to string, as safetensors files carry it.
+        metadata: string to string, as safetensors files carry it; and `MARK` of an earlier merge.
         archive: what a copy of a pickled checkpoint is made of; None for other formats.
         members: for a directory, the part of it that each file holds, in the order of `files`;
             None for files that hold no weights.
         notes: what a person should hear of, one sentence each.
+        scalars: numbers and short texts beside the tensors, such as the epoch, by their paths.
     """
 
     path: Path
@@ -164,6 +174,7 @@ class Layout:
     archive: Archive | None = None
     members: tuple[Layout | None, ...] = ()
     notes: tuple[str, ...] = ()
+    scalars: tuple[tuple[TreePath, Scalar], ...] = ()
 
     @property
     def nbytes(self) -> int:

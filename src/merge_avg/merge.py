@@ -18,7 +18,7 @@ from merge_avg.files import Reader
 from merge_avg.output import Output
 from merge_avg.plan import aligned_to_page, windows
 from merge_avg.policies import IntPolicy, Missing
-from merge_avg.prepare import Job, Options, prepare
+from merge_avg.prepare import Job, Options, Outputs, prepare
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
 from merge_avg.work import Ledger, Maps, Worker, spread
@@ -48,9 +48,10 @@ class Result:
 
 def merge_checkpoints(
     paths: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
+    output: Outputs,
     *,
     weights: Sequence[Weight] | None = None,
+    normalize: bool = True,
     dtype: str | None = None,
     key: str | None = None,
     missing: Missing = "error",
@@ -76,9 +77,14 @@ def merge_checkpoints(
     Args:
         paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors) or
             directories of them.
-        output: the file or directory to write; the ending .safetensors asks for that format.
+        output: the file or directory to write; the ending .safetensors asks for that format. Or
+            several, with the weights of the checkpoints for each: all are made in one reading, and
+            all are copies of one template.
         weights: one number a checkpoint, zero or above; by default all count the same.
-        dtype: of the averaged float tensors: float64, float32, float16 or bfloat16.
+        normalize: whether to divide by the sum of the weights. If not, the result is their linear
+            combination, and weights may be negative.
+        dtype: of the averaged float tensors: float64, float32, float16 or bfloat16; or "template",
+            where checkpoints have others than the template.
         key: dotted path of the one state dict to average, such as "state_dict_ema".
         missing: what becomes of tensors that not every checkpoint has: "error", "skip" (the
             template's is kept) or "available" (averaged over those that have it).
@@ -105,6 +111,7 @@ def merge_checkpoints(
     """
     options = Options(
         weights=weights,
+        normalize=normalize,
         dtype=dtype,
         key=key,
         missing=missing,
@@ -136,12 +143,16 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         job = replace(job, budget=job.budget.fitting(free))
     ledger = Ledger(progress)
     with contextlib.ExitStack() as stack:
-        out = Output(job.output, job.draft.files, overwrite=job.options.overwrite)
-        stack.enter_context(out)
-        readers = [Reader(layout, out.path.parent) for layout in job.layouts]
+        overwrite = job.options.overwrite
+        outs = [
+            stack.enter_context(Output(average.output, average.draft.files, overwrite=overwrite))
+            for average in job.averages
+        ]
+        folder = outs[0].path.parent
+        readers = [Reader(layout, folder) for layout in job.layouts]
         for reader in readers:
             stack.callback(reader.close)
-        scratch = Scratch(out.path.parent)
+        scratch = Scratch(folder)
         stack.callback(scratch.close)
         for staging in job.plan.stagings:
             tied_in = job.layouts[staging.tied_in].path
@@ -150,15 +161,17 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         stack.enter_context(_single_threaded_torch())
 
         def worker() -> Worker:
-            return Worker(job, readers, out, scratch, maps, ledger, device)
+            return Worker(job, readers, outs, scratch, maps, ledger, device)
 
         _in_parallel(job, worker)
         for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
-            if id(unit) in maps.results:
-                spread(out, unit, targets, maps.results[id(unit)])
+            for number, out in enumerate(outs):
+                if (number, id(unit)) in maps.results:
+                    spread(out, unit, targets, maps.results[number, id(unit)])
         for reader in readers:
             reader.finish()
-        out.commit()
+        for out in outs:
+            out.commit()
     return Result(
         job,
         ledger.nbytes,
@@ -191,7 +204,7 @@ def find_device(name: str) -> torch.device:
 
 def _maps(job: Job, scratch: Scratch) -> Maps:
     """Room in the scratch file for what units need beside their windows."""
-    results: dict[int, Tensor] = {}
+    results: dict[tuple[int, int], Tensor] = {}
     masks: dict[int, Tensor] = {}
     offset = job.plan.scratch
 
@@ -203,7 +216,8 @@ def _maps(job: Job, scratch: Scratch) -> Maps:
 
     for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
         if any(target.view is not None for target in targets):
-            results[id(unit)] = room(len(unit) * unit.dtype.itemsize)
+            for number in range(len(job.averages)):
+                results[number, id(unit)] = room(len(unit) * unit.dtype.itemsize)
         if unit.holed:
             mask = room(len(unit)).zero_()
             for _, info in unit.members:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from merge_avg.align import Aligned
-from merge_avg.dtypes import BY_NAME, DType
+from merge_avg.dtypes import BY_NAME, TEMPLATE, DType
 from merge_avg.errors import MergeError, named
 from merge_avg.layout import Layout, Storage, TensorInfo, row_major
 from merge_avg.roles import Name
@@ -334,7 +334,9 @@ def _direct(
 
 
 def _result(info: TensorInfo, dtype: str | None) -> DType:
-    return BY_NAME[dtype] if dtype and info.dtype.kind == "float" else info.dtype
+    if dtype is None or dtype == TEMPLATE or info.dtype.kind != "float":
+        return info.dtype
+    return BY_NAME[dtype]
 
 
 def _check(

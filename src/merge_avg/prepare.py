@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_avg import __version__
 from merge_avg.align import Chosen, align
 from merge_avg.budget import Budget, plan_budget
 from merge_avg.draft import Draft, make_draft
-from merge_avg.dtypes import CONVERTIBLE
+from merge_avg.dtypes import CONVERTIBLE, TEMPLATE
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats.directory import shard_of
 from merge_avg.layout import Layout
@@ -23,12 +25,16 @@ from merge_avg.roles import Roles, assign
 from merge_avg.scan import scan
 from merge_avg.weights import Weight, Weights
 
+# One output, or several with the weights of the checkpoints for each.
+Outputs = str | os.PathLike[str] | Mapping[str, Sequence[Weight]] | Mapping[Path, Sequence[Weight]]
+
 
 @dataclass(frozen=True)
 class Options:
     """How to merge. The names and meanings are those of the command's options."""
 
     weights: Sequence[Weight] | None = None
+    normalize: bool = True
     dtype: str | None = None
     key: str | None = None
     missing: Missing = "error"
@@ -46,15 +52,22 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Average:
+    """One of the averages that a merge makes: where it goes, and the weights of the checkpoints."""
+
+    output: Path
+    weights: Weights
+    draft: Draft
+
+
+@dataclass(frozen=True)
 class Job:
     """A merge that is ready to run."""
 
-    output: Path
+    averages: tuple[Average, ...]
     options: Options
-    weights: Weights
     roles: Roles
     plan: Plan
-    draft: Draft
     budget: Budget
     notes: tuple[str, ...]
 
@@ -62,6 +75,11 @@ class Job:
     def layouts(self) -> tuple[Layout, ...]:
         """The checkpoints, the template first."""
         return self.plan.layouts
+
+    @property
+    def draft(self) -> Draft:
+        """What the outputs have in common: all but what each says about itself."""
+        return self.averages[0].draft
 
     @property
     def nbytes(self) -> int:
@@ -74,10 +92,15 @@ class Job:
 
 def prepare(
     paths: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
+    outputs: Outputs,
     options: Options,
 ) -> Job:
     """Scans the checkpoints and plans the merge.
+
+    Args:
+        paths: the checkpoints.
+        outputs: the output; or several, with the weights of the checkpoints for each.
+        options: how to merge; its weights are those of a single output.
 
     Raises:
         UsageError: the options do not fit each other or the number of checkpoints.
@@ -85,14 +108,21 @@ def prepare(
             be written.
     """
     inputs = [Path(path) for path in paths]
-    values = _weights(inputs, options)
-    if options.dtype is not None and options.dtype not in CONVERTIBLE:
-        hint = f"choose one of {', '.join(CONVERTIBLE)}"
+    if isinstance(outputs, Mapping):
+        if options.weights is not None:
+            raise UsageError("the weights are given twice", hint="give them with the outputs only")
+        asked = {Path(path): weights for path, weights in outputs.items()}
+    else:
+        asked = {Path(outputs): options.weights or [1] * len(inputs)}
+    rows = {path: _checked(inputs, weights, options) for path, weights in asked.items()}
+    if options.dtype is not None and options.dtype not in (*CONVERTIBLE, TEMPLATE):
+        hint = f"choose one of {', '.join((*CONVERTIBLE, TEMPLATE))}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
     try:
-        inputs, values = _template_first(inputs, values, options.template)
+        inputs, order = _template_first(inputs, options.template)
+        ordered = {path: _ordered(weights, order, options) for path, weights in rows.items()}
         with _without_collector():
-            return _prepared(inputs, values, Path(output), options)
+            return _prepared(inputs, ordered, options)
     except OSError as error:  # a name too long, a directory that may not be looked into
         raise MergeError(error.strerror or str(error), where=error.filename) from None
 
@@ -109,37 +139,46 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _prepared(
-    inputs: Sequence[Path], values: Sequence[Weight], target: Path, options: Options
-) -> Job:
+def _prepared(inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Options) -> Job:
     layouts = [scan(path) for path in inputs]
     roles = [assign(layout, options.key) for layout in layouts]
     chosen = Chosen(tuple(options.include), tuple(options.exclude))
     aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
     plan = make_plan(layouts, aligned, options.dtype)
     entries = sum(len(layout.tensors) for layout in layouts)
-    budget = plan_budget(len(inputs), plan.itemsize, entries, options.max_memory, options.threads)
-    draft = make_draft(
-        target,
-        plan,
-        roles[0].weights,
-        state_dict=options.state_dict,
-        shard_size=options.max_shard_size,
+    budget = plan_budget(
+        len(inputs), plan.itemsize, entries, options.max_memory, options.threads, len(rows)
     )
-    _refuse_inputs(target, layouts)
-    refuse_output(target, directory=draft.directory, overwrite=options.overwrite)
-    if draft.directory and target.is_dir():
-        _refuse_loss(target, draft)
+    averages = []
+    for path, weights in rows.items():
+        draft = make_draft(
+            path,
+            plan,
+            roles[0].weights,
+            state_dict=options.state_dict,
+            shard_size=options.max_shard_size,
+            mark=make_mark(layouts, weights, options),
+        )
+        averages.append(Average(path, weights, draft))
+        if path.suffix != averages[0].output.suffix:
+            hint = "averages that are made at a time are of one format"
+            names = f"{averages[0].output.name} and {path.name}"
+            raise UsageError(f"{names} end differently", hint=hint)
+        _refuse_inputs(path, layouts)
+        refuse_output(path, directory=draft.directory, overwrite=options.overwrite)
+        if draft.directory and path.is_dir():
+            _refuse_loss(path, draft)
     notes = _notes(layouts, options, draft)
-    return Job(target, options, Weights.of(values), roles[0], plan, draft, budget, notes)
+    return Job(tuple(averages), options, roles[0], plan, budget, notes)
 
 
 def _template_first(
-    inputs: list[Path], weights: list[Weight], template: int | str | os.PathLike[str] | None
-) -> tuple[list[Path], list[Weight]]:
-    """The checkpoints with the template moved to the front, or put there with the weight zero."""
+    inputs: list[Path], template: int | str | os.PathLike[str] | None
+) -> tuple[list[Path], list[int | None]]:
+    """The checkpoints with the template in front, and the number that each had, if it had one."""
+    numbers: list[int | None] = list(range(len(inputs)))
     if template is None:
-        return inputs, weights
+        return inputs, numbers
     text = str(template)
     path = Path(template) if not isinstance(template, int) else None
     if text.isdecimal() and not (path is not None and path.exists()):
@@ -151,13 +190,41 @@ def _template_first(
         path = Path(text)
         index = next((i for i, one in enumerate(inputs) if _is_same(one, path)), -1)
         if index < 0:
-            return [path, *inputs], [0, *weights]
+            return [path, *inputs], [None, *numbers]
     order = [index, *(i for i in range(len(inputs)) if i != index)]
-    return [inputs[i] for i in order], [weights[i] for i in order]
+    return [inputs[i] for i in order], list(order)
+
+
+def _ordered(weights: Sequence[Weight], order: Sequence[int | None], options: Options) -> Weights:
+    """The weights in the order of the checkpoints; a template that is not averaged has none."""
+    values = [0 if number is None else weights[number] for number in order]
+    return Weights.of(values, normalize=options.normalize)
 
 
 def _is_same(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
+
+
+def make_mark(layouts: Sequence[Layout], weights: Weights, options: Options) -> str:
+    """What an output says about how it was made, as JSON; the same for the same inputs."""
+    shares = zip(layouts, weights.integers, strict=True)
+    inputs = [(one.path.name, one.nbytes, f"{w}/{weights.total}") for one, w in shares if w]
+    return json.dumps(
+        {
+            "merge_avg": __version__,
+            "inputs": [
+                {"name": name, "bytes": nbytes, "weight": weight}
+                for name, nbytes, weight in sorted(inputs)
+            ],
+            "template": layouts[0].path.name,
+            "dtype": options.dtype,
+            "key": options.key,
+            "missing": options.missing,
+            "include": list(options.include),
+            "exclude": list(options.exclude),
+            "int_policy": options.int_policy,
+        }
+    )
 
 
 def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
@@ -207,18 +274,18 @@ def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[s
             texts = {path.read_bytes() for path in found if path.is_file()}
             if len(texts) > 1:
                 notes.append(f"{name} differs between the checkpoints; the template's is kept")
-            if texts and options.dtype is not None:
+            if texts and options.dtype not in (None, TEMPLATE):
                 notes.append(f"{name} is the template's, and may still name another dtype")
     return tuple(notes)
 
 
-def _weights(inputs: Sequence[Path], options: Options) -> list[Weight]:
+def _checked(
+    inputs: Sequence[Path], weights: Sequence[Weight], options: Options
+) -> Sequence[Weight]:
     if not inputs:
         raise UsageError("there are no checkpoints to average", hint="name at least one")
-    if options.weights is None:
-        return [1] * len(inputs)
-    if len(options.weights) != len(inputs):
-        counts = f"{len(options.weights)} weights for {len(inputs)} checkpoints"
+    if len(weights) != len(inputs):
+        counts = f"{len(weights)} weights for {len(inputs)} checkpoints"
         raise UsageError(counts, hint="give one weight a checkpoint, in the same order")
-    Weights.of(options.weights)
-    return list(options.weights)
+    Weights.of(weights, normalize=options.normalize)
+    return weights

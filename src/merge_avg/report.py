@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from merge_avg import sizes
@@ -11,13 +12,22 @@ from merge_avg.errors import named
 from merge_avg.prepare import Job
 
 if TYPE_CHECKING:
+    from merge_avg.choose import Choice
     from merge_avg.merge import Result
 
 Report = dict[str, Any]
+_KNOWN = ("step", "epoch", "metric")
 
 
-def describe(job: Job, result: Result | None, version: str) -> Report:
-    """The report of a merge that ran, or of a planned one. Sizes are in bytes, times in seconds."""
+def describe(job: Job, result: Result | None, version: str, choice: Choice | None = None) -> Report:
+    """The report of a merge that ran, or of a planned one. Sizes are in bytes, times in seconds.
+
+    Args:
+        job: the merge.
+        result: what it did, if it ran.
+        version: of this program.
+        choice: how its checkpoints were chosen.
+    """
     plan = job.plan
     template = job.layouts[0]
     infos = [(name, row[0]) for name, row in plan.aligned.rows.items() if row[0] is not None]
@@ -31,11 +41,15 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
     )
     report: Report = {
         "merge_avg": version,
-        "output": str(job.output),
+        "output": str(job.averages[0].output),
         "dry_run": result is None,
         "inputs": [
-            {"path": str(layout.path), "format": layout.format, "bytes": layout.nbytes, "weight": w}
-            for layout, w in zip(job.layouts, job.weights.normalized(), strict=True)
+            {"path": str(layout.path), "format": layout.format, "bytes": layout.nbytes}
+            for layout in job.layouts
+        ],
+        "outputs": [
+            {"path": str(average.output), "weights": average.weights.normalized()}
+            for average in job.averages
         ],
         "template": str(template.path),
         "tensors": {kind: kinds[kind] for kind in ("averaged", "integers", "kept")},
@@ -53,13 +67,27 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
             if None in row and name not in plan.aligned.skipped
         },
         "bytes_to_read": job.nbytes,
-        "bytes_to_write": job.draft.nbytes,
+        "bytes_to_write": sum(average.draft.nbytes for average in job.averages),
         "threads": job.budget.threads,
         "memory": job.budget.nbytes,
         "int_policy": job.options.int_policy,
         "notes": [*plan.aligned.notes, *job.notes],
         "warnings": list(plan.warnings if result is None else result.warnings),
     }
+    if len(job.averages) == 1:
+        for entry, weight in zip(
+            report["inputs"], job.averages[0].weights.normalized(), strict=True
+        ):
+            entry["weight"] = weight
+    report["candidates"] = _candidates(choice)
+    if choice is not None:
+        report["notes"] = [*choice.notes, *report["notes"]]
+        known = {candidate["path"]: candidate for candidate in report["candidates"]}
+        for entry in report["inputs"]:
+            found = known.get(entry["path"], {})
+            entry |= {
+                key: found[key] for key in ("step", "epoch", "metric") if found.get(key) is not None
+            }
     if result is not None:
         if plan.factors and not result.warnings:
             note = "every LoRA factor A is the same, so this is the mean of what the adapters do"
@@ -71,17 +99,46 @@ def describe(job: Job, result: Result | None, version: str) -> Report:
     return report
 
 
+def _candidates(choice: Choice | None) -> list[dict[str, Any]]:
+    """Every checkpoint that was looked at, what is known of it, and why it was chosen or not."""
+    found = choice.candidates if choice is not None else ()
+    return [{**asdict(candidate), "path": str(candidate.path)} for candidate in found]
+
+
+def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The candidates for a person, in columns."""
+    rows = [
+        (
+            "+" if one["chosen"] else "-",
+            one["path"],
+            *(f"{key} {one[key]:.10g}" if one[key] is not None else "" for key in _KNOWN),
+            one["why"],
+        )
+        for one in candidates
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width]
+        yield "  " + " ".join(cells).rstrip()
+
+
 def lines(report: Report) -> Iterator[str]:
     """The report for a person, a line each."""
     count = len(report["inputs"])
     verb = "would average" if report["dry_run"] else "averaged"
-    yield f"{verb} {_counted(count, 'checkpoint')} into {report['output']}"
+    outputs = report["outputs"]
+    where = report["output"] if len(outputs) == 1 else _counted(len(outputs), "average")
+    yield f"{verb} {_counted(count, 'checkpoint')} into {where}"
+    if report["candidates"] and (report["dry_run"] or len(report["candidates"]) > count):
+        yield from _table(report["candidates"])
     tensors = report["tensors"]
     averaged = f"{_counted(tensors['averaged'], 'tensor')}, {report['parameters']:,} parameters"
     yield f"  {averaged} ({', '.join(report['dtypes'])})"
-    weights = [entry["weight"] for entry in report["inputs"]]
-    if len(set(weights)) > 1:
-        yield f"  weights {', '.join(f'{weight:.4g}' for weight in weights)}"
+    for entry in outputs:
+        weights = entry["weights"]
+        label = "" if len(outputs) == 1 else f"{entry['path']}: "
+        if label or len(set(weights)) > 1:
+            yield f"  {label}weights {', '.join(f'{weight:.4g}' for weight in weights)}"
     differing = report.get("differing", [])
     if tensors["integers"] and report["dry_run"]:
         yield f"  {_counted(tensors['integers'], 'integer tensor')} to compare"

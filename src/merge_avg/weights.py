@@ -11,32 +11,51 @@ from functools import cached_property
 from merge_avg.errors import UsageError
 
 Weight = int | float | Fraction | str
+_LEAST = Fraction(1, 10**30)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights as integers without a common factor; the mean is sum(w * x) / sum(w).
+    """Weights as integers; the mean is sum(w * x) / total.
 
     A float or a string stands for the decimal that it prints as, so 0.1, 0.2 and 0.7 are exactly
     1 : 2 : 7.
+
+    Attributes:
+        integers: one a checkpoint.
+        divisor: what the sum is divided by, where that is not the sum of the weights: the mean is
+            then any linear combination, whose weights may be negative.
     """
 
     integers: tuple[int, ...]
+    divisor: int | None = None
 
     @classmethod
-    def of(cls, values: Sequence[Weight]) -> Weights:
+    def of(cls, values: Sequence[Weight], *, normalize: bool = True) -> Weights:
         """Exact weights of `values`.
+
+        Args:
+            values: the weights.
+            normalize: whether they are divided by their sum. If not, they may be negative.
 
         Raises:
             UsageError: a weight is no finite number or is negative, or all of them are zero.
         """
         exact = [_fraction(value) for value in values]
+        for value in exact:
+            if normalize and value < 0:
+                hint = "weights are zero or above, but for linear combinations (--no-normalize)"
+                raise UsageError(f"the weight {value} is negative", hint=hint)
+            if not normalize and value and not _LEAST < abs(value) < 1 / _LEAST:
+                hint = "weights that are not normalized lie between 1e-30 and 1e30"
+                raise UsageError(f"the weight {float(value):g} is out of range", hint=hint)
         if not any(exact):
             raise UsageError("the weights are all zero", hint="give at least one weight above zero")
         scale = math.lcm(*(value.denominator for value in exact))
         integers = [int(value * scale) for value in exact]
-        common = math.gcd(*integers)
-        return cls(tuple(value // common for value in integers))
+        common = math.gcd(*integers) if normalize else math.gcd(*integers, scale)
+        divisor = None if normalize else scale // common
+        return cls(tuple(value // common for value in integers), divisor)
 
     @classmethod
     def uniform(cls, count: int) -> Weights:
@@ -48,22 +67,32 @@ class Weights:
 
     @cached_property
     def total(self) -> int:
-        """The sum of the integers, above zero."""
-        return sum(self.integers)
+        """What the weighted sum is divided by, above zero."""
+        return self.divisor or sum(self.integers)
 
     @cached_property
     def small(self) -> bool:
         """Whether products with 24-bit significands and 25-bit midpoints fit 53 bits."""
-        return max(self.integers) < 1 << 20 and self.total < 1 << 28
+        return max(map(abs, self.integers)) < 1 << 20 and self.total < 1 << 28
+
+    @cached_property
+    def excess(self) -> int:
+        """By how many bits they are too long for float64's range."""
+        longest = max(self.total, *map(abs, self.integers))
+        return max(longest.bit_length() - 900, 0)
 
     def normalized(self) -> list[float]:
-        """The weights as floats that sum to one, for reports."""
+        """The weights as floats, for reports; they sum to one, unless there is a divisor."""
         return [float(Fraction(value, self.total)) for value in self.integers]
 
     def subset(self, indices: Sequence[int]) -> Weights | None:
         """The weights of some of the checkpoints; None where they are all zero."""
         chosen = [self.integers[index] for index in indices]
-        return Weights.of(chosen) if any(chosen) else None
+        if not any(chosen):
+            return None
+        if self.divisor is not None:
+            return Weights(tuple(chosen), self.divisor)
+        return Weights.of(chosen)
 
 
 def _fraction(value: Weight) -> Fraction:
@@ -77,6 +106,4 @@ def _fraction(value: Weight) -> Fraction:
     except (ValueError, ZeroDivisionError):
         hint = "weights are numbers such as 1, 0.25 or 1/3"
         raise UsageError(f"the weight {value!r} is not a finite number", hint=hint) from None
-    if exact < 0:
-        raise UsageError(f"the weight {value} is negative", hint="weights are zero or above")
     return exact

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from merge_avg.average import RunningMean
+from merge_avg.average import Buffers, RunningMean
 from merge_avg.buffer import Buffer
 from merge_avg.draft import Target
 from merge_avg.errors import MergeError
@@ -52,11 +52,11 @@ class Maps:
     """Mapped parts of the scratch file, by the identity of units.
 
     Attributes:
-        results: the results that the output holds in other strides.
+        results: the results that an output holds in other strides, by the average's number too.
         masks: a byte for each element of a unit with holes, 0 where no tensor reaches it.
     """
 
-    results: Mapping[int, Tensor]
+    results: Mapping[tuple[int, int], Tensor]
     masks: Mapping[int, Tensor]
 
 
@@ -66,6 +66,7 @@ class Worker:
     Args:
         job: the merge.
         readers: one an input.
+        outs: one an average.
         scratch: where staged tensors lie, and results that go elsewhere in the end.
         maps: room in the scratch file for what some units need.
     """
@@ -74,7 +75,7 @@ class Worker:
         self,
         job: Job,
         readers: Sequence[Reader],
-        out: Output,
+        outs: Sequence[Output],
         scratch: Scratch,
         maps: Maps,
         ledger: Ledger,
@@ -82,7 +83,8 @@ class Worker:
     ) -> None:
         self._job = job
         self._readers = readers
-        self._out = out
+        self._outs = outs
+        self._rows = [average.weights for average in job.averages]
         self._scratch = scratch
         self._maps = maps
         self._ledger = ledger
@@ -93,29 +95,32 @@ class Worker:
         self._lane = make_lane(self._room, device)
         self._out_buffer = Buffer(budget.window * budget.itemsize)
         self._means: dict[object, RunningMean] = {}
+        self._buffers = Buffers()
 
     def fill(self, window: Window) -> None:
-        """Averages a window over all checkpoints and writes the result."""
+        """Averages a window over all checkpoints and writes the results."""
         unit = window[0].unit
         if unit.kind == "equal" or (unit.dtype == unit.sources[0].dtype and unit.kind == "keep"):
-            self._agree(window)
+            results = self._agreed(window)
         else:
-            self._average(window)
-        if any(id(piece.unit) in self._maps.masks for piece in window):
-            self._restore(window)
+            results = self._averaged(window)
         data = self._out_buffer.bytes(_length(window) * unit.dtype.itemsize)
-        at = 0
-        for piece in window:
-            nbytes = (piece.stop - piece.start) * unit.dtype.itemsize
-            self._write(piece, data[at : at + nbytes])
-            at += nbytes
+        for number in results:
+            if any(id(piece.unit) in self._maps.masks for piece in window):
+                self._restore(window)
+            at = 0
+            for piece in window:
+                nbytes = (piece.stop - piece.start) * unit.dtype.itemsize
+                self._write(number, piece, data[at : at + nbytes])
+                at += nbytes
 
     def copy(self, number: int, record: Storage) -> None:
-        """Copies a record of the template that holds no weights into a file of the output."""
+        """Copies a record of the template that holds no weights into a file of each output."""
         for at in range(0, record.nbytes, self._room):
             part = self._lane.room(0).bytes(min(self._room, record.nbytes - at))
             self._readers[0].read(part, record, at)
-            self._out.write(number, record.name, at, part)
+            for out in self._outs:
+                out.write(number, record.name, at, part)
             self._ledger.count(len(part))
 
     def _restore(self, window: Window) -> None:
@@ -136,16 +141,35 @@ class Worker:
             if mask is not None:
                 yield span, mask[piece.start : piece.stop] != 0
 
-    def _average(self, window: Window) -> None:
+    def _averaged(self, window: Window) -> Iterator[int]:
+        """The number of each average whose part of a window lies in the output buffer."""
         unit = window[0].unit
-        mean = self._mean_for(unit)
+        counted = [self._counted(unit, weights) for weights in self._rows]
+        means = [self._mean_for(unit, number) for number in range(len(self._rows))]
+        self._read_all(window, counted, means)
+        out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
+        place = out if self._lane.host else None
+        for number, (ours, mean) in enumerate(zip(counted, means, strict=True)):
+            revisit = functools.partial(self._revisit, window, ours)
+            self._lane.fetch(mean.result(revisit, out=place), out)
+            grows = unit.dtype != unit.sources[0].dtype or self._rows[number].divisor is not None
+            if grows and not self._job.options.allow_nonfinite:
+                self._refuse_overflow(window, out)
+            yield number
+
+    def _read_all(
+        self, window: Window, counted: Sequence[Sequence[int]], means: Sequence[RunningMean]
+    ) -> None:
+        """Reads each source that some average needs once, for all of them."""
+        unit = window[0].unit
         first: Tensor | None = None
-        counted = self._counted(unit)
-        groups = _groups(unit, counted, self._job.budget.rows)
+        wanted = sorted({k for ours in counted for k in ours})
         fill = functools.partial(self._stacked, window)
-        for group, stack in travel(self._lane, groups, fill):
-            mean.extend(stack)
-            if unit.kind == "mean" and not mean.finite:
+        for group, stack in travel(self._lane, _groups(unit, wanted, self._job.budget.rows), fill):
+            for mean, ours in zip(means, counted, strict=True):
+                for run in _runs(group, ours):
+                    mean.extend(stack[run])
+            if unit.kind == "mean" and not all(mean.finite for mean in means):
                 for k, values in zip(group, stack, strict=True):
                     self._report_nonfinite(window, k, values)
             for values in stack if self._job.plan.factors else ():
@@ -153,12 +177,9 @@ class Worker:
                 if first is not None and factors is not None and not torch.equal(factors, first):
                     self._ledger.factors_differ = True
                 first = factors if first is None else first
-        out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
-        place = out if self._lane.host else None
-        result = mean.result(lambda k: self._read(window, counted[k], again=True), out=place)
-        self._lane.fetch(result, out)
-        if unit.dtype != unit.sources[0].dtype and not self._job.options.allow_nonfinite:
-            self._refuse_overflow(window, out)
+
+    def _revisit(self, window: Window, counted: Sequence[int], number: int) -> Tensor:
+        return self._read(window, counted[number], again=True)
 
     def _factors(self, window: Window, values: Tensor) -> Tensor | None:
         """A copy of what belongs to the factors A of low-rank products, if there is anything."""
@@ -171,28 +192,34 @@ class Worker:
                 parts.append(span)
         return torch.cat(parts) if parts else None
 
-    def _counted(self, unit: Unit) -> Sequence[int]:
-        """The numbers of a unit's sources that have a weight above zero; of all, if none has."""
-        weights = self._job.weights.integers
-        some = [k for k, source in enumerate(unit.sources) if weights[source.checkpoint]]
+    def _counted(self, unit: Unit, weights: Weights) -> Sequence[int]:
+        """The numbers of a unit's sources that have a weight other than zero; of all, if none."""
+        integers = weights.integers
+        some = [k for k, source in enumerate(unit.sources) if integers[source.checkpoint]]
         return some or range(len(unit.sources))
 
-    def _mean_for(self, unit: Unit) -> RunningMean:
+    def _mean_for(self, unit: Unit, number: int) -> RunningMean:
         """A running mean for the checkpoints of a unit, with buffers that it used before."""
-        chosen = tuple(unit.sources[k].checkpoint for k in self._counted(unit))
-        key = chosen, unit.kind, unit.dtype.name
+        row = self._rows[number]
+        chosen = tuple(unit.sources[k].checkpoint for k in self._counted(unit, row))
+        key = number, chosen, unit.kind, unit.dtype.name
         if key not in self._means:
-            weights = self._job.weights.subset(chosen) or Weights.uniform(1)
-            if unit.kind == "mean" and self._job.weights.subset(chosen) is None:
+            weights = row.subset(chosen)
+            if unit.kind == "mean" and weights is None:
                 names = str(unit.members[0][0])
                 what = f"every checkpoint that has {names!r} has the weight zero"
                 raise MergeError(what, where=self._job.layouts[0].path)
+            if unit.kind == "keep" or weights is None:
+                weights = Weights.uniform(len(chosen))
             dtype = getattr(torch, unit.dtype.name)
-            self._means[key] = RunningMean(weights, dtype, self._device)
+            self._means[key] = RunningMean(weights, dtype, self._device, self._buffers)
         return self._means[key]
 
-    def _agree(self, window: Window) -> None:
-        """Integers and bools: the template's, where all checkpoints agree or the policy says so."""
+    def _agreed(self, window: Window) -> Iterator[int]:
+        """The same for integers and bools, and for what is kept.
+
+        They are the template's, where all checkpoints agree or the policy says so.
+        """
         unit = window[0].unit
         dtype = _INTS.get(unit.dtype.itemsize, torch.uint8)
         ours = self._read(window, 0, into=self._out_buffer).view(dtype)
@@ -201,39 +228,45 @@ class Worker:
             other = self._read(window, k).view(dtype)
             if not torch.equal(ours, other):
                 differs = (ours != other) if differs is None else differs | (ours != other)
-        if differs is not None:
-            at = 0
-            for piece in window:
-                span = slice(at, at + piece.stop - piece.start)
-                at = span.stop
-                if bool(differs[span].any()):
-                    self._settle(window, piece, span, ours, differs)
+        places: list[tuple[Piece, Tensor]] = []
+        at = 0
+        for piece in window if differs is not None else ():
+            span = slice(at, at + piece.stop - piece.start)
+            at = span.stop
+            found = differs[span].nonzero().flatten() + span.start if differs is not None else ours
+            if len(found):
+                self._note(window, piece, found, piece.unit.start + piece.start - span.start)
+                places.append((piece, found))
+        for number in range(len(self._rows)):
+            if self._job.options.int_policy in ("max", "mean"):
+                for piece, found in places:
+                    self._settle(number, window, piece, found, ours)
+            yield number
 
-    def _settle(
-        self, window: Window, piece: Piece, span: slice, ours: Tensor, differs: Tensor
-    ) -> None:
-        places = differs[span].nonzero().flatten() + span.start
-        shift = piece.unit.start + piece.start - span.start
-        policy = self._job.options.int_policy
-        info = piece.unit.members[0][1]
+    def _note(self, window: Window, piece: Piece, places: Tensor, shift: int) -> None:
+        """Notes which tensors differ, or refuses them, as the policy says."""
         for name, info in self._touched(piece.unit, places, shift):
             is_bool = info.dtype.kind == "bool"
-            if policy == "error" and not is_counter(name.key, len(info.shape), is_bool=is_bool):
+            counts = is_counter(name.key, len(info.shape), is_bool=is_bool)
+            if self._job.options.int_policy == "error" and not counts:
                 place = next(int(p) for p in places if covers(info, int(p) + shift))
                 raise self._unequal(window, place, name, info)
             self._ledger.differing.add(str(name))
-        if policy == "error":
-            policy = "template"
-        if policy == "template":
-            return
-        kind = getattr(torch, info.dtype.name)
+
+    def _settle(
+        self, number: int, window: Window, piece: Piece, places: Tensor, ours: Tensor
+    ) -> None:
+        """Gives elements that differ the values that the policy makes of them for an average."""
+        kind = getattr(torch, piece.unit.members[0][1].dtype.name)
         columns = []
-        counted = self._counted(piece.unit)
+        row = self._rows[number]
+        counted = self._counted(piece.unit, row)
         for k in counted:
             raw = self._read(window, k, again=True).view(ours.dtype)[places].contiguous()
             columns.append(raw.view(kind).tolist())
         chosen = [piece.unit.sources[k].checkpoint for k in counted]
-        weights = self._job.weights.subset(chosen) or Weights.uniform(len(columns))
+        weights = row.subset(chosen) or Weights.uniform(len(columns))
+        policy = self._job.options.int_policy
         merged = [settle(values, policy, weights) for values in zip(*columns, strict=True)]
         ours[places] = torch.tensor(merged, dtype=kind).view(ours.dtype)
 
@@ -292,9 +325,9 @@ class Worker:
         if not again:
             self._ledger.count(len(view))
 
-    def _write(self, piece: Piece, data: memoryview) -> None:
+    def _write(self, number: int, piece: Piece, data: memoryview) -> None:
         size = piece.unit.dtype.itemsize
-        mapped = self._maps.results.get(id(piece.unit))
+        mapped = self._maps.results.get((number, id(piece.unit)))
         if mapped is not None:
             room = mapped[piece.start * size : piece.stop * size]
             room.copy_(torch.frombuffer(data, dtype=torch.uint8))
@@ -303,7 +336,7 @@ class Worker:
             if target.view is None and start < stop:
                 part = data[(start - piece.start) * size : (stop - piece.start) * size]
                 at = target.at + (start - target.start) * size
-                self._out.write(target.file, target.place, at, part)
+                self._outs[number].write(target.file, target.place, at, part)
 
     def _report_nonfinite(self, window: Window, k: int, values: Tensor) -> None:
         """Raises for a tensor that holds NaN or infinity, or notes its name if that is allowed."""
@@ -383,6 +416,17 @@ def _groups(unit: Unit, counted: Sequence[int], most: int) -> Iterator[Sequence[
         if ends or k - start >= max(most, 1):
             yield counted[start:k]
             start = k
+
+
+def _runs(group: Sequence[int], wanted: Sequence[int]) -> Iterator[slice]:
+    """The rows of a group that are wanted, as runs of neighbours."""
+    chosen = set(wanted)
+    start = 0
+    for row in range(len(group) + 1):
+        if row == len(group) or group[row] not in chosen:
+            if start < row:
+                yield slice(start, row)
+            start = row + 1
 
 
 def _length(window: Window) -> int:

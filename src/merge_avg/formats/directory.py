@@ -19,18 +19,24 @@ from merge_avg.errors import MergeError, named
 from merge_avg.formats import dcp
 from merge_avg.formats.inert import DangerousPickleError
 from merge_avg.formats.registry import scan_file
-from merge_avg.layout import File, Layout, TensorInfo, TreePath, dotted
+from merge_avg.layout import MARK, MARK_FILE, File, Layout, TensorInfo, TreePath, dotted
 from merge_avg.roles import is_kept
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
 _SHARD = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
-_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
+SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
 # Folders that no program reads a checkpoint from.
 _IGNORED = frozenset((".git", ".cache", ".ipynb_checkpoints", "__pycache__"))
 # Folders of a run that are checkpoints of their own.
 _OF_A_RUN = re.compile(
     r"(checkpoint|ckpt|global_?step|step|epoch|iter)s?([-_+=].*)?\d.*", re.IGNORECASE
+)
+# Files that only a checkpoint has, not a run that holds several.
+_OF_ONE = re.compile(
+    r"(adapter_)?config\.json|model_index\.json|modules\.json|trainer_state\.json|CKPT\.yaml"
+    r"|\.metadata|latest|mp_rank_.*|.*\.index\.json|.+-\d{5}-of-\d{5}\..*"
+    r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
 _LARGEST_INDEX = 100_000_000
 
@@ -51,6 +57,7 @@ def scan_directory(path: Path) -> Layout:
             twice, or it holds no checkpoint or several.
     """
     tree = _walk(path)
+    mark = tree.files.pop(MARK_FILE, None)
     stamps = tuple(tree.files.values())
     names = list(tree.files)
     members = _members(path, tree)
@@ -85,9 +92,20 @@ def scan_directory(path: Path) -> Layout:
         stamps,
         tuple(tensors),
         tuple(others),
+        () if mark is None else ((MARK, mark.path.read_text("utf-8", "replace")),),
         members=tuple(members.get(number) for number in range(len(names))),
         notes=tuple(notes),
     )
+
+
+def of_a_run(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint among others of a run."""
+    return _OF_A_RUN.fullmatch(name) is not None
+
+
+def is_one(path: Path) -> bool:
+    """Whether a directory is one checkpoint by its name or its files, and not a run of many."""
+    return of_a_run(path.name) or any(_OF_ONE.fullmatch(one.name) for one in path.iterdir())
 
 
 def relative(layout: Layout, number: int) -> str:
@@ -134,7 +152,7 @@ def _nested(root: Path) -> set[str]:
     found = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and _OF_A_RUN.fullmatch(entry.name)
     )
-    if any(entry.suffix in _SUFFIXES or entry.name == dcp.METADATA for entry in root.iterdir()):
+    if any(entry.suffix in SUFFIXES or entry.name == dcp.METADATA for entry in root.iterdir()):
         return set(found)
     if len(found) < 2:
         return set()
@@ -162,7 +180,7 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
             }
             members |= dcp.scan_set(root / folder, inside)
     for name, number in numbers.items():
-        if number in members or PurePosixPath(name).suffix.lower() not in _SUFFIXES:
+        if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
         try:
             strict = name.endswith(".safetensors")

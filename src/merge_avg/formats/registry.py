@@ -1,7 +1,7 @@
 """The formats of single files. What a file is follows from its first bytes, never from its name.
 
 A format is a module with `looks_like(head)`, `scan(file, stamp, number) -> Layout` and
-`rebuilt(layout, converted, averaged) -> Skeleton`. To add one, add a line to `FORMATS`.
+`rebuilt(layout, converted, averaged, mark) -> Skeleton`. To add one, add a line to `FORMATS`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Format:
     name: str
     looks_like: Callable[[bytes], bool]
     scan: Callable[[BinaryIO, File, int], Layout]
-    rebuilt: Callable[[Layout, Mapping[str, DType], set[str]], Skeleton]
+    rebuilt: Callable[[Layout, Mapping[str, DType], set[str], str], Skeleton]
 
 
 FORMATS = (
@@ -68,13 +68,16 @@ def scan_file(stamp: File, number: int = 0, *, strict: bool = True) -> Layout | 
     return None
 
 
-def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
+def rebuilt(
+    layout: Layout, converted: Mapping[str, DType], averaged: set[str], mark: str = ""
+) -> Skeleton:
     """The skeleton of a copy of a file whose averaged storages are to be filled.
 
     Args:
         layout: the file.
         converted: the dtypes of storages that get another one, by name.
         averaged: the names of the storages that hold weights.
+        mark: what to say in it about this merge, where the format has room for that.
 
     Raises:
         MergeError: the format cannot hold the result.
@@ -82,5 +85,5 @@ def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) 
     if layout.format == dcp.NAME:
         return dcp.rebuilt(layout, converted, averaged)
     return next(one for one in FORMATS if one.name == layout.format).rebuilt(
-        layout, converted, averaged
+        layout, converted, averaged, mark
     )

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from merge_avg.dtypes import BY_SAFETENSORS, DType
 from merge_avg.errors import MergeError
-from merge_avg.layout import File, Layout, Storage, TensorInfo, row_major
+from merge_avg.layout import MARK, File, Layout, Storage, TensorInfo, row_major
 from merge_avg.skeleton import Place, Skeleton
 
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -139,20 +139,29 @@ def fresh(
     return Skeleton(base + at, ((0, len(raw).to_bytes(8, "little") + raw),), moved)
 
 
-def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
+def rebuilt(
+    layout: Layout, converted: Mapping[str, DType], averaged: set[str], mark: str = ""
+) -> Skeleton:
     """The skeleton of a copy of a safetensors file whose averaged tensors are to be filled.
 
     Args:
         layout: the file that is copied.
         converted: the dtypes of tensors that get another one.
         averaged: the names of the tensors that are weights.
+        mark: what to say in the metadata about this merge.
     """
     entries = [
         (info.storage.name, converted.get(info.storage.name, info.dtype), info.shape)
         for info in layout.tensors
     ]
-    skeleton = fresh(entries, dict(layout.metadata))
+    skeleton = fresh(entries, marked(layout, mark))
     kept = [info.storage for info in layout.tensors if info.storage.name not in averaged]
     places = {name: place for name, place in skeleton.places.items() if name in averaged}
     copies = tuple((storage, skeleton.places[storage.name]) for storage in kept)
     return Skeleton(skeleton.nbytes, skeleton.literals, places, copies)
+
+
+def marked(layout: Layout, mark: str) -> dict[str, str]:
+    """A checkpoint's metadata with another mark, or with none."""
+    metadata = {key: value for key, value in layout.metadata if key != MARK}
+    return metadata | ({MARK: mark} if mark else {})

@@ -69,7 +69,15 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
         objects.frames,
         around=(data[:start], data[stop:end]),
     )
-    return Layout(path, "torch-legacy", (stamp,), tensors, objects.others, archive=archive)
+    return Layout(
+        path,
+        "torch-legacy",
+        (stamp,),
+        tensors,
+        objects.others,
+        archive=archive,
+        scalars=objects.scalars,
+    )
 
 
 def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str], int]:
@@ -113,13 +121,19 @@ def _plain(data: bytes) -> Loaded:
     return load(data, persistent=lambda _: None, call=call)
 
 
-def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
+def rebuilt(
+    layout: Layout,
+    converted: Mapping[str, DType],
+    averaged: set[str],
+    mark: str = "",  # noqa: ARG001 - the format has no room for it
+) -> Skeleton:
     """The skeleton of a copy of a legacy checkpoint whose averaged storages are to be filled.
 
     Args:
         layout: the checkpoint that is copied.
         converted: the dtypes of storages that get another one, by name.
         averaged: the names of the storages that hold weights.
+        mark: what other formats say about the merge.
 
     Raises:
         MergeError: a converted storage's dtype is not part of its class in the pickle.

@@ -5,6 +5,8 @@ The names are those of torch/_utils.py, torch/_tensor.py and torch/storage.py.
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,12 +15,17 @@ from pathlib import Path
 from merge_avg.dtypes import BY_NAME, BY_STORAGE, DType
 from merge_avg.errors import MergeError
 from merge_avg.formats.inert import Global, InertDict, Instance, PickleError, Value, load
-from merge_avg.layout import ATTRIBUTES, ClassSpan, Storage, TensorInfo, TreePath, dotted
+from merge_avg.layout import ATTRIBUTES, ClassSpan, Scalar, Storage, TensorInfo, TreePath, dotted
 
 # Returns the storage of a key that holds so many bytes of a dtype, or raises MergeError.
 Find = Callable[[str, int, DType | None], Storage]
 
 _DEEPEST = 200
+_DEEPEST_SCALAR = 6
+_MOST_SCALARS = 1000
+_MOST_CHILDREN = 10_000
+_LONGEST_TEXT = 200
+_NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of dtypes of its scalars
 _MOST_MODULES = 1_000_000
 _NOWHERE = Storage("", 0, 0)
 _UNKNOWN = DType("unknown", 1, "code")
@@ -87,6 +94,7 @@ class Objects:
         classes: where it names the class of a storage.
         frames: where its FRAME opcodes start.
         nbytes: its size.
+        scalars: numbers and short texts that lie beside the tensors, by their paths.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -96,6 +104,7 @@ class Objects:
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
     nbytes: int
+    scalars: tuple[tuple[TreePath, Scalar], ...] = ()
 
     def placed(self, find: Find) -> tuple[TensorInfo, ...]:
         """The tensors over the storages of a file."""
@@ -236,6 +245,7 @@ def read_objects(data: bytes) -> Objects:
         tuple(reader.classes),
         loaded.frames,
         loaded.nbytes,
+        tuple(_scalars(root)),
     )
 
 
@@ -277,6 +287,45 @@ def _walk(root: Value, budget: int) -> Iterator[tuple[TreePath, _Tensor]]:
         else:
             levels.pop()
             above.discard(owner)
+
+
+def _scalars(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
+    """Numbers and short texts that lie near the root, the nearest first."""
+    level: list[tuple[TreePath, Value]] = [((), root)]
+    left = _MOST_SCALARS
+    for _ in range(_DEEPEST_SCALAR):
+        below: list[tuple[TreePath, Value]] = []
+        for path, value in level:
+            for key, child in itertools.islice(_children(value), _MOST_CHILDREN):
+                plain = _plain(child)
+                if plain is not None:
+                    yield (*path, key), plain
+                    left -= 1
+                    if not left:
+                        return
+                elif isinstance(child, dict | list | tuple | Instance):
+                    below.append(((*path, key), child))
+        level = below[:_MOST_SCALARS]
+
+
+def _plain(value: Value) -> Scalar | None:
+    """A number or a short text, also as NumPy pickles numbers."""
+    match value:
+        case bool():
+            return None
+        case int() if value.bit_length() <= 64:
+            return value
+        case float():
+            return value
+        case str() if len(value) <= _LONGEST_TEXT:
+            return value
+        case Instance(function=Global(name="scalar"), args=(Instance() as dtype, bytes() as raw)):
+            code = dtype.args[0] if dtype.args else None
+            form = _NUMPY.get(code) if isinstance(code, str) else None
+            if form is not None and len(raw) == struct.calcsize(form):
+                number: int | float = struct.unpack(form, raw)[0]
+                return number
+    return None
 
 
 def _key(key: Value) -> str | int:

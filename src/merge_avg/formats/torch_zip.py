@@ -17,7 +17,7 @@ from typing import BinaryIO
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError
 from merge_avg.formats.torch_objects import read_objects, refuse_root
-from merge_avg.layout import Archive, File, Layout, Storage
+from merge_avg.layout import MARK, MARK_FILE, Archive, File, Layout, Storage
 
 MAGIC = b"PK\x03\x04"
 # What zipfile raises on damaged archives; NotImplementedError for a version it has not heard of.
@@ -106,6 +106,10 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         unchecked,
         f"{prefix}{root}data/",
     )
+    mark = records.get(f"{root}{MARK_FILE}") if within is None else None
+    metadata: tuple[tuple[str, str], ...] = ()
+    if mark is not None:
+        metadata = ((MARK, _bytes(file, mark, path, base).decode("utf-8", "replace")),)
     notes = []
     if unchecked:
         notes.append(f"{path} records no checksums, so damage would not show")
@@ -115,8 +119,10 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         (stamp,),
         tensors,
         objects.others,
+        metadata,
         archive=parts,
         notes=tuple(notes),
+        scalars=objects.scalars,
     )
 
 

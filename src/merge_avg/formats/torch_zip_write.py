@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge_avg.dtypes import DType
 from merge_avg.formats.torch_pickle import FreshTensor, pickled, with_classes
-from merge_avg.layout import Layout, Storage
+from merge_avg.layout import MARK_FILE, Layout, Storage
 from merge_avg.skeleton import Literal, Place, Skeleton
 
 _ALIGNMENT = 64
@@ -38,13 +38,16 @@ class Entry:
     place: str = ""  # what the skeleton calls it, where its bytes come later
 
 
-def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
+def rebuilt(
+    layout: Layout, converted: Mapping[str, DType], averaged: set[str], mark: str = ""
+) -> Skeleton:
     """The skeleton of a copy of a zip checkpoint whose averaged records are to be filled.
 
     Args:
         layout: the checkpoint that is copied.
         converted: the dtypes of storages that get another one, by name.
         averaged: the names of the records that hold weights.
+        mark: what to say about this merge, in a record of its own.
 
     Raises:
         MergeError: a converted storage's dtype is not part of its class in the pickle.
@@ -60,7 +63,10 @@ def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) 
             sizes[info.storage.name] = count * dtype.itemsize
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
     entries = []
+    mark_name = archive.pickle_name.removesuffix("data.pkl") + MARK_FILE
     for name, record in archive.records:
+        if name == mark_name:
+            continue
         if name == archive.pickle_name:
             entries.append(Entry(name, len(pickle), pickle))
         elif name.endswith("byteorder") and record.nbytes < len(_ORDER):  # "big"
@@ -70,15 +76,22 @@ def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) 
             entries.append(Entry(name, size, place=record.name))
         else:
             entries.append(Entry(name, record.nbytes, copied=record, place=record.name))
-    return _skeleton(entries)
+    return _skeleton([*entries, *_mark(mark_name, mark)])
 
 
-def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int]) -> Skeleton:
+def _mark(name: str, mark: str) -> Iterator[Entry]:
+    if mark:
+        content = mark.encode()
+        yield Entry(name, len(content), content)
+
+
+def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int], mark: str = "") -> Skeleton:
     """The skeleton of a checkpoint that is a bare state dict.
 
     Args:
         tensors: its entries, in order.
         storages: the size of each storage in bytes; they become data/0, data/1, ...
+        mark: what to say about this merge, in a record of its own.
     """
     numbers = {name: str(number) for number, name in enumerate(storages)}
     pickle = pickled(tensors, numbers, storages)
@@ -92,6 +105,7 @@ def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int]) -> Skelet
             for name, size in storages.items()
         ),
         Entry("archive/version", 2, b"3\n"),
+        *_mark(f"archive/{MARK_FILE}", mark),
     ]
     return _skeleton(entries)
 
