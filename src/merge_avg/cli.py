@@ -266,7 +266,12 @@ def merge(
         Series(lasts, leave_one_out=leave_one_out, prefixes=prefixes),
         Weighting(None if weights is None else weights.split(","), weighting, phema),
     )
-    if soup is not None or evaluation is not None:
+    if (soup is not None or evaluation is not None) and not dry_run:
+        if weights or weighting or phema or no_normalize or template or dtype:
+            hint = (
+                "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
+            )
+            raise UsageError("a soup is the plain mean of its members", hint=hint)
         _soup(choice, options, soup, evaluation, eval_json, mode, as_json=as_json, quiet=quiet)
         return
     job = prepare(choice.paths, choice.outputs, options)

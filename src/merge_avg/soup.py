@@ -220,6 +220,7 @@ class _Kitchen:
         self._order = order
         self._merge = merge
         self._kept = [0]
+        self._summable = True
         self._summed = 1  # how many of those kept are in the sum
         self._sums = [self._beside("sum-a"), self._beside("sum-b")]
         self._trial = self._beside("trial")
@@ -248,16 +249,16 @@ class _Kitchen:
 
     def tried(self, place: int) -> Path:
         """The soup with one more."""
-        share = Fraction(1, len(self._kept) + 1)
-        self._merge(
-            [self._sum(), self._order[place]],
-            self._trial,
-            weights=[share, share],
-            normalize=False,
-            dtype="template",
-            template=self._order[0],
-            overwrite=True,
-        )
+        if self._summable:
+            try:
+                share = Fraction(1, len(self._kept) + 1)
+                self._combined([self._sum(), self._order[place]], share, self._trial)
+            except MergeError:  # a copy in float64 cannot be made of every checkpoint
+                self._summable = False
+            else:
+                return self._trial
+        members = [self._order[index] for index in (*self._kept, place)]
+        self._merge(members, self._trial, overwrite=True)
         return self._trial
 
     def keep(self, place: int) -> None:
@@ -281,25 +282,29 @@ class _Kitchen:
         whose score is `floor`, what was tried is written.
         """
         score = best
-        if len(members) > 2:  # of two, the trial was the mean itself
-            self._mean_of_sum(self._trial, members[0], len(members), overwrite=True)
+        if len(members) > 2 and self._summable:  # of two, the trial was the mean itself
+            share = Fraction(1, len(members))
+            self._combined([self._sum()], share, self._trial)
             self._merge(members, self._exact, overwrite=True)
             if not _same_weights(self._exact, self._trial):
                 score = evaluate(self._exact)
             if sign * score < sign * floor:
-                self._mean_of_sum(self._output, members[0], len(members), overwrite=overwrite)
+                self._combined([self._sum()], share, self._output, overwrite=overwrite)
                 return best
         self._merge(members, self._output, overwrite=overwrite)
         return score
 
-    def _mean_of_sum(self, path: Path, template: Path, count: int, *, overwrite: bool) -> None:
+    def _combined(
+        self, paths: Sequence[Path], share: Fraction, output: Path, *, overwrite: bool = True
+    ) -> None:
+        """The sum of some files times a share, as a copy of the best checkpoint."""
         self._merge(
-            [self._sum()],
-            path,
-            weights=[Fraction(1, count)],
+            paths,
+            output,
+            weights=[share] * len(paths),
             normalize=False,
             dtype="template",
-            template=template,
+            template=self._order[0],
             overwrite=overwrite,
         )
 

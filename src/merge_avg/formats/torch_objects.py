@@ -319,13 +319,25 @@ def _plain(value: Value) -> Scalar | None:
             return value
         case str() if len(value) <= _LONGEST_TEXT:
             return value
-        case Instance(function=Global(name="scalar"), args=(Instance() as dtype, bytes() as raw)):
-            code = dtype.args[0] if dtype.args else None
-            form = _NUMPY.get(code) if isinstance(code, str) else None
+        case Instance(
+            function=Global(name="scalar"), args=(Instance(args=(str() as code, *_)), raw)
+        ):
+            raw = _encoded(raw)
+            form = _NUMPY.get(code)
             if form is not None and len(raw) == struct.calcsize(form):
                 number: int | float = struct.unpack(form, raw)[0]
                 return number
     return None
+
+
+def _encoded(value: Value) -> bytes:
+    """Bytes, which old protocols of pickle hold as text that a codec turns into bytes."""
+    match value:
+        case bytes():
+            return value
+        case Instance(function=Global("_codecs", "encode"), args=(str() as text, "latin1")):
+            return text.encode("latin1", "replace")
+    return b""
 
 
 def _key(key: Value) -> str | int:
