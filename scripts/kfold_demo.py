@@ -1,11 +1,14 @@
 """Averages the five folds of a real k-fold training, and shows what became of the accuracy.
 
 A small CNN with BatchNorm is trained on scikit-learn's digits, one fold at a time, always from the
-same initialisation; the checkpoints are averaged by the command merge-avg itself.
+same initialisation; the checkpoints are averaged by the command merge-avg itself: all of them, all
+but one, and greedily.
 
     python scripts/kfold_demo.py [DIRECTORY]
+    python scripts/kfold_demo.py --evaluate CHECKPOINT
 
-DIRECTORY, if given, keeps the checkpoints.
+DIRECTORY, if given, keeps the checkpoints. --evaluate prints the accuracy of one on images that are
+kept apart for choosing.
 """
 
 import subprocess
@@ -72,13 +75,36 @@ def loaded(path: Path) -> nn.Sequential:
     return model
 
 
-def main(directory: Path) -> None:
-    """Trains, averages and prints the table."""
-    torch.manual_seed(0)
+def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """How often the most probable class is the right one."""
+    return float((predicted.argmax(dim=1) == truth).float().mean())
+
+
+def split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images and labels to train with, to choose by, and to test on."""
     digits = load_digits()
     data = (digits.images / 16).astype(np.float32)[:, None]
     parts = train_test_split(data, digits.target, test_size=0.25, random_state=0)
     images, held_out, labels, truth = (torch.from_numpy(part) for part in parts)
+    return (images, labels), (held_out[::3], truth[::3]), (held_out, truth)
+
+
+def evaluate(path: Path) -> None:
+    """Prints the accuracy of a checkpoint on the images to choose by."""
+    _, (images, truth), _ = split()
+    print(f"accuracy {accuracy(outputs(loaded(path), images), truth):.6f}")
+
+
+def merge(*arguments: str | Path) -> None:
+    """Runs the command."""
+    command = [sys.executable, "-m", "merge_avg", *map(str, arguments)]
+    subprocess.run([*command, "--overwrite"], check=True)
+
+
+def main(directory: Path) -> None:
+    """Trains, averages and prints the table."""
+    torch.manual_seed(0)
+    (images, labels), _, (held_out, truth) = split()
     initial = network().state_dict()
     initial = {name: value.clone() for name, value in initial.items()}
 
@@ -91,20 +117,27 @@ def main(directory: Path) -> None:
         torch.save({"model": model.state_dict(), "epoch": EPOCHS, "fold": fold}, paths[-1])
 
     merged = directory / "merged.pt"
-    command = [sys.executable, "-m", "merge_avg", *map(str, paths), "-o", str(merged)]
-    subprocess.run([*command, "--overwrite"], check=True)
-
-    def accuracy(predicted: Tensor) -> float:
-        return float((predicted.argmax(dim=1) == truth).float().mean())
+    merge(*paths, "-o", merged)
+    merge(*paths, "-o", directory / "avg-{name}.pt", "--leave-one-out")
+    soup = directory / "soup.pt"
+    Path(f"{soup}.soup.jsonl").unlink(missing_ok=True)
+    score = f'"{sys.executable}" "{Path(__file__).resolve()}" --evaluate {{}}'
+    merge(*paths, "-o", soup, "--soup", "greedy", "--eval", score, "--mode", "max")
 
     each = [outputs(loaded(path), held_out) for path in paths]
-    rows = [(f"fold {fold}", accuracy(predicted)) for fold, predicted in enumerate(each)]
-    rows.append(("averaged weights", accuracy(outputs(loaded(merged), held_out))))
+    rows = [(f"fold {fold}", accuracy(predicted, truth)) for fold, predicted in enumerate(each)]
+    rows.append(("averaged weights", accuracy(outputs(loaded(merged), held_out), truth)))
     recalibrated = loaded(merged)
     update_bn([inputs for inputs, _ in batches(images, labels)], recalibrated)
-    rows.append(("averaged weights, after update_bn", accuracy(outputs(recalibrated, held_out))))
+    name = "averaged weights, after update_bn"
+    rows.append((name, accuracy(outputs(recalibrated, held_out), truth)))
+    rows.append(("greedy soup", accuracy(outputs(loaded(soup), held_out), truth)))
     ensemble = torch.stack(each).mean(dim=0)
-    rows.append(("ensemble of the five outputs", accuracy(ensemble)))
+    rows.append(("ensemble of the five outputs", accuracy(ensemble, truth)))
+    # Not on the images of the fold that is left out: all others were trained on them.
+    for fold in range(FOLDS):
+        without = outputs(loaded(directory / f"avg-without-fold{fold}.pt"), held_out)
+        rows.append((f"averaged weights without fold {fold}", accuracy(without, truth)))
 
     table = Table("model", "accuracy", title=f"{len(truth)} held-out images")
     for name, value in rows:
@@ -113,7 +146,9 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] == ["--evaluate"]:
+        evaluate(Path(sys.argv[2]))
+    elif len(sys.argv) > 1:
         main(Path(sys.argv[1]))
     else:
         with tempfile.TemporaryDirectory() as temporary:

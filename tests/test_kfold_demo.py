@@ -10,13 +10,17 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "kfold_demo.py"
 
 
 def test_the_demo_averages_five_folds(tmp_path):
-    """Five folds from one initialisation average to a network that still recognises digits."""
+    """Five folds average to networks that still recognise digits: all, all but one, a soup."""
     pytest.importorskip("sklearn")
     command = [sys.executable, SCRIPT, tmp_path]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"avg-without-fold{i}.pt" for i in range(5)),
         *(f"fold{i}.pt" for i in range(5)),
         "merged.pt",
+        "soup.pt",
+        "soup.pt.soup.jsonl",
     ]
-    (line,) = [line for line in done.stdout.splitlines() if "after update_bn" in line]
-    assert float(line.split("│")[2].strip(" %")) > 95
+    for model in ("after update_bn", "greedy soup", "without fold 4"):
+        (line,) = [line for line in done.stdout.splitlines() if model in line]
+        assert float(line.split("│")[2].strip(" %")) > 95

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,7 +22,7 @@ def test_examples_run(code, tmp_path, monkeypatch):
 
 def test_options_are_those_of_help():
     """The option list is, to the letter, what --help prints on 80 columns."""
-    (listed,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    listed = re.findall(r"```text\n(Usage.*?)```", README, re.DOTALL)[0]
     environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "merge_avg", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -34,3 +35,28 @@ def test_ci_runs_the_test_command_of_the_readme():
     script = (Path(__file__).parent.parent / ".ci" / "run").read_text()
     (command,) = re.findall(r"^.*python -m pytest$", README, re.MULTILINE)
     assert command in script
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ci_examples_run(number, tmp_path):
+    """The shell steps of the CI examples average real folds and print a field of the report."""
+    block = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[number]
+    lines = [line.strip().removeprefix("- ") for line in block.splitlines()]
+    steps = [line for line in lines if line.startswith(("merge-avg", "python -c"))]
+    assert len(steps) == 2
+    for fold in range(3):
+        torch.save({"w": torch.full((2, 2), float(fold))}, tmp_path / f"fold{fold}.pt")
+    script = "\n".join(steps).replace("merge-avg ", f'"{sys.executable}" -m merge_avg ')
+    script = script.replace("python -c", f'"{sys.executable}" -c')
+    environment = os.environ | {"GITHUB_STEP_SUMMARY": str(tmp_path / "page.md")}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.stdout == "4 parameters\n"
+    assert torch.equal(torch.load(tmp_path / "merged.pt")["w"], torch.ones(2, 2))
+    assert "3 checkpoints averaged" in (tmp_path / "page.md").read_text()
