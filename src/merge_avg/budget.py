@@ -37,6 +37,7 @@ class Budget:
         itemsize: the bytes of the widest element.
         entries: how many tensors all checkpoints have, together.
         outputs: how many averages are made at a time.
+        checkpoints: how many there are, which are compared by a part of each window.
     """
 
     threads: int
@@ -45,6 +46,7 @@ class Budget:
     itemsize: int
     entries: int = 0
     outputs: int = 1
+    checkpoints: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +57,8 @@ class Budget:
         read = self.window * self.rows * self.itemsize + converted
         # Averages share all but their sums, which for float64 are of two parts.
         sums = (self.outputs - 1) * (16 if self.itemsize < 8 else 48)
-        worker = self.window * (_WINDOW_BYTES * wide + sums) + read
+        compared = self.checkpoints * (self.itemsize + 24 * wide) // 32
+        worker = self.window * (_WINDOW_BYTES * wide + sums + compared) + read
         return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
@@ -123,18 +126,18 @@ def plan_budget(
         window = _LARGEST_WINDOW
         while window >= _LEAST_WINDOW:
             rows = min(checkpoints, max(_MOST_READ // window, 1))
-            budget = Budget(count, window, rows, itemsize, entries, outputs)
+            budget = Budget(count, window, rows, itemsize, entries, outputs, checkpoints)
             if budget.nbytes <= total:
                 return budget
             if window <= _USUAL_WINDOW:  # rather fewer rows than a tiny window
                 fewer = (
-                    Budget(count, window, fit, itemsize, entries, outputs)
+                    Budget(count, window, fit, itemsize, entries, outputs, checkpoints)
                     for fit in range(rows - 1, 0, -1)
                 )
                 found = next((budget for budget in fewer if budget.nbytes <= total), None)
                 if found is not None:
                     return found
             window //= 2
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs).nbytes
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints).nbytes
     hint = f"give at least --max-memory {-(-least // 1024)}KiB"
     raise MergeError("the memory budget is too small", hint=hint)

@@ -206,6 +206,12 @@ def merge(
         str | None,
         typer.Option(metavar="SIZE", help="Write a directory of shards of this size, as in 5GB."),
     ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Refuse checkpoints whose matrices agree less (mean cosine)."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output if it exists.")
     ] = False,
@@ -247,6 +253,7 @@ def merge(
         threads=threads,
         max_memory=None if max_memory is None else sizes.parse(max_memory),
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size),
+        min_agreement=min_agreement,
     )
     criteria = Criteria(
         last=max(lasts, default=None),
@@ -318,7 +325,7 @@ def _soup(
     (output,) = choice.outputs
 
     def merge(paths: Sequence[Path], output: Path, **others: Any) -> None:
-        run(prepare(paths, output, replace(options, **others)))
+        run(prepare(paths, output, replace(options, min_agreement=None, **others)))
 
     with watched(_say, quiet=quiet) as show:
         soup = greedy(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from merge_avg.agreement import Agreement, Comparison
 from merge_avg.errors import MergeError
 from merge_avg.files import Reader
 from merge_avg.output import Output
@@ -36,6 +37,8 @@ class Result:
             policy.
         nonfinite: tensors that hold NaN or infinity, where that was allowed.
         warnings: what may make the mean meaningless.
+        agreement: how far the checkpoints agree; None where there is nothing to compare.
+        compared: the numbers of the checkpoints that `agreement` is about.
     """
 
     job: Job
@@ -44,6 +47,8 @@ class Result:
     differing: tuple[str, ...]
     nonfinite: tuple[str, ...]
     warnings: tuple[str, ...]
+    agreement: Agreement | None
+    compared: tuple[int, ...]
 
 
 def merge_checkpoints(
@@ -66,6 +71,7 @@ def merge_checkpoints(
     threads: int | None = None,
     max_memory: int | None = None,
     max_shard_size: int | None = None,
+    min_agreement: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Averages checkpoints into a new one, in bounded memory.
@@ -103,6 +109,8 @@ def merge_checkpoints(
             more than four cores.
         max_shard_size: write a directory of safetensors shards of at most so many bytes, with an
             index.
+        min_agreement: the least mean cosine between the checkpoints' matrices; below it nothing is
+            written.
         progress: called with the number of bytes read since the last call, from any thread.
 
     Raises:
@@ -126,6 +134,7 @@ def merge_checkpoints(
         threads=threads,
         max_memory=max_memory,
         max_shard_size=max_shard_size,
+        min_agreement=min_agreement,
     )
     return run(prepare(paths, output, options), progress)
 
@@ -159,9 +168,12 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
             scratch.stage(readers[staging.checkpoint], staging, tied_in)
         maps = _maps(job, scratch)
         stack.enter_context(_single_threaded_torch())
+        weights = [average.weights.integers for average in job.averages]
+        counted = [k for k in range(len(job.layouts)) if any(row[k] for row in weights)]
+        comparison = Comparison(counted, job.plan.units)
 
         def worker() -> Worker:
-            return Worker(job, readers, outs, scratch, maps, ledger, device)
+            return Worker(job, readers, outs, scratch, maps, ledger, comparison, device)
 
         _in_parallel(job, worker)
         for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
@@ -170,6 +182,8 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
                     spread(out, unit, targets, maps.results[number, id(unit)])
         for reader in readers:
             reader.finish()
+        agreement = comparison.result()
+        _refuse_strangers(job, agreement)
         for out in outs:
             out.commit()
     return Result(
@@ -179,7 +193,18 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         tuple(sorted(ledger.differing)),
         tuple(sorted(ledger.nonfinite)),
         job.plan.warnings if ledger.factors_differ or not job.plan.factors else (),
+        agreement,
+        tuple(counted),
     )
+
+
+def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
+    """Raises MergeError where the checkpoints agree less than is asked for."""
+    least = job.options.min_agreement
+    if least is not None and agreement is not None and agreement.mean < least:
+        what = f"the checkpoints agree by {agreement.mean:.3f}, and {least:g} is asked for"
+        hint = "average checkpoints of one initialisation, or average their outputs instead"
+        raise MergeError(what, where=job.averages[0].output, hint=hint)
 
 
 def find_device(name: str) -> torch.device:

@@ -16,3 +16,5 @@ ResultDtype = Literal["float64", "float32", "float16", "bfloat16", "template"]
 Mode = Literal["min", "max"]
 # How a soup chooses its members.
 Recipe = Literal["greedy"]
+# The mean cosine between matrices below which the mean of networks is most likely none.
+LEAST_AGREEMENT = 0.5

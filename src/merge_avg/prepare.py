@@ -49,6 +49,7 @@ class Options:
     threads: int | None = None
     max_memory: int | None = None
     max_shard_size: int | None = None
+    min_agreement: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_avg import sizes
 from merge_avg.errors import named
+from merge_avg.policies import LEAST_AGREEMENT
 from merge_avg.prepare import Job
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         if plan.factors and not result.warnings:
             note = "every LoRA factor A is the same, so this is the mean of what the adapters do"
             report["notes"].append(note)
+        report["agreement"] = _agreement(job, result)
+        report["warnings"] += _strangers(report["agreement"])
         report["bytes_read"] = result.nbytes
         report["seconds"] = round(result.seconds, 3)
         report["differing"] = list(result.differing)
@@ -99,10 +102,54 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
     return report
 
 
+def _agreement(job: Job, result: Result) -> dict[str, Any] | None:
+    found = result.agreement
+    if found is None:
+        return None
+    paths = [str(job.layouts[number].path) for number in result.compared]
+    return {
+        "mean": round(found.mean, 6),
+        "each": [
+            {"path": path, "mean": round(value, 6)}
+            for path, value in zip(paths, found.each, strict=True)
+        ],
+        "pairs": [[round(value, 6) for value in row] for row in found.pairs],
+        "shrinkage": round(found.shrinkage, 6),
+        "elements": found.elements,
+        "odd": None if found.odd is None else paths[found.odd],
+    }
+
+
+def _strangers(agreement: Mapping[str, Any] | None) -> list[str]:
+    """A warning where the mean is likely no working network."""
+    if agreement is None or agreement["mean"] >= LEAST_AGREEMENT:
+        odd = agreement["odd"] if agreement is not None else None
+        return [f"{odd} agrees with none of the others; average without it"] if odd else []
+    what = f"the checkpoints hardly agree (cosine {agreement['mean']:.2f})"
+    advice = "average checkpoints of one initialisation, or average their outputs instead"
+    if agreement["odd"]:
+        advice = f"{agreement['odd']} agrees with none of the others; average without it"
+    return [f"{what}, so their mean is most likely no working network: {advice}"]
+
+
 def _candidates(choice: Choice | None) -> list[dict[str, Any]]:
     """Every checkpoint that was looked at, what is known of it, and why it was chosen or not."""
     found = choice.candidates if choice is not None else ()
     return [{**asdict(candidate), "path": str(candidate.path)} for candidate in found]
+
+
+def _bars(agreement: Mapping[str, Any] | None) -> Iterator[str]:
+    """The agreement, and for few checkpoints the share of each."""
+    if agreement is None:
+        return
+    yield f"  agreement {agreement['mean']:.3f} (mean cosine between the checkpoints' matrices)"
+    each = agreement["each"]
+    if len(each) > 16 or max(one["mean"] for one in each) - min(one["mean"] for one in each) < 0.05:
+        return
+    width = max(len(one["path"]) for one in each)
+    for one in each:
+        bar = "#" * round(20 * max(one["mean"], 0.0))
+        yield f"    {one['path'].ljust(width)} {one['mean']:6.3f} {bar}"
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -159,6 +206,7 @@ def lines(report: Report) -> Iterator[str]:
         shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8:,} more" if len(kept) > 8 else "")
         what = f"kept from {report['template']}" if report["whole"] else "left out"
         yield f"  {what}: {shown}"
+    yield from _bars(report.get("agreement"))
     for name, number in list(report["available"].items())[:8]:
         yield f"  {name!r} is averaged over {number} of {count} checkpoints"
     if report.get("nonfinite"):

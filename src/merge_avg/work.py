@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from merge_avg.agreement import Comparison
 from merge_avg.average import Buffers, RunningMean
 from merge_avg.buffer import Buffer
 from merge_avg.draft import Target
@@ -69,6 +70,9 @@ class Worker:
         outs: one an average.
         scratch: where staged tensors lie, and results that go elsewhere in the end.
         maps: room in the scratch file for what some units need.
+        ledger: what is reported.
+        comparison: how far the checkpoints agree.
+        device: where sums are kept.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Worker:
         scratch: Scratch,
         maps: Maps,
         ledger: Ledger,
+        comparison: Comparison,
         device: torch.device,
     ) -> None:
         self._job = job
@@ -88,6 +93,7 @@ class Worker:
         self._scratch = scratch
         self._maps = maps
         self._ledger = ledger
+        self._comparison = comparison
         self._device = device
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
         budget = job.budget
@@ -164,11 +170,15 @@ class Worker:
         unit = window[0].unit
         first: Tensor | None = None
         wanted = sorted({k for ours in counted for k in ours})
+        places = self._comparison.places(window)
+        compared: list[Tensor] = []
         fill = functools.partial(self._stacked, window)
         for group, stack in travel(self._lane, _groups(unit, wanted, self._job.budget.rows), fill):
             for mean, ours in zip(means, counted, strict=True):
                 for run in _runs(group, ours):
                     mean.extend(stack[run])
+            if places is not None:
+                compared.append(stack.index_select(1, places.to(stack.device)))
             if unit.kind == "mean" and not all(mean.finite for mean in means):
                 for k, values in zip(group, stack, strict=True):
                     self._report_nonfinite(window, k, values)
@@ -177,6 +187,9 @@ class Worker:
                 if first is not None and factors is not None and not torch.equal(factors, first):
                     self._ledger.factors_differ = True
                 first = factors if first is None else first
+
+        if compared:
+            self._comparison.add(compared)
 
     def _revisit(self, window: Window, counted: Sequence[int], number: int) -> Tensor:
         return self._read(window, counted[number], again=True)
