@@ -118,7 +118,12 @@ def test_interruption_leaves_nothing(tmp_path, number, code):
     torch.save({"w": torch.zeros(60_000_000)}, path)
     command = [*COMMAND, *["a.pt"] * 12, "-o", "out.pt"]
     running = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A job in the background of a script ignores Ctrl-C, and its children do.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     while not list(tmp_path.glob(".*")) and running.poll() is None:
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from merge_avg.errors import MergeError, UsageError
 
 if TYPE_CHECKING:
     from merge_avg.average import RunningMean
+    from merge_avg.batch_norm import recalibrate_batch_norm
     from merge_avg.merge import Result, merge_checkpoints
     from merge_avg.merger import AverageModelMerger
     from merge_avg.weights import Weights
@@ -27,6 +28,7 @@ __all__ = [
     "UsageError",
     "Weights",
     "merge_checkpoints",
+    "recalibrate_batch_norm",
 ]
 
 # Imported when they are first asked for: torch takes seconds, and the command's help needs none.
@@ -36,6 +38,7 @@ _HOMES = {
     "RunningMean": "average",
     "Weights": "weights",
     "merge_checkpoints": "merge",
+    "recalibrate_batch_norm": "batch_norm",
 }
 
 

@@ -49,7 +49,7 @@ def merge(
         ),
     ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
@@ -58,7 +58,7 @@ def merge(
             help="The file or directory to write; the ending .safetensors asks for that format. "
             "For several averages with {name}, as in 'avg-{name}.pt'.",
         ),
-    ],
+    ] = None,
     last: Annotated[
         list[int] | None,
         typer.Option(metavar="N", help="The last N by step or epoch; twice for two averages."),
@@ -215,6 +215,10 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output if it exists.")
     ] = False,
+    inspect: Annotated[
+        bool,
+        typer.Option("--inspect", help="List what is in the checkpoints, and average nothing."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
     ] = False,
@@ -236,6 +240,11 @@ def merge(
     from merge_avg.report import describe, lines
     from merge_avg.select import Criteria, parse_range
 
+    if inspect:
+        _inspect(checkpoints, key, as_json=as_json)
+        return
+    if output is None:
+        raise UsageError("there is no output", hint="name one, as in -o merged.pt")
     lasts = tuple(last or ())
     options = Options(
         normalize=not no_normalize,
@@ -297,6 +306,17 @@ def merge(
         _print(_printable("\n".join(str(average.output) for average in job.averages)))
     if result is not None:
         _summarise(report)
+
+
+def _inspect(checkpoints: Sequence[Path], key: str | None, *, as_json: bool) -> None:
+    """Prints what is in checkpoints."""
+    from merge_avg.contents import contents, lines
+
+    found = [contents(path, key) for path in checkpoints]
+    if as_json:
+        _print(json.dumps(found, ensure_ascii=True, indent=2))
+    else:
+        _print("\n".join(_printable(line).replace("\n", "\\n") for f in found for line in lines(f)))
 
 
 def _soup(

@@ -89,6 +89,14 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
             entry |= {
                 key: found[key] for key in ("step", "epoch", "metric") if found.get(key) is not None
             }
+    statistics = sum(
+        name.key.endswith(("running_mean", "running_var")) and name not in plan.aligned.skipped
+        for name, _ in infos
+    )
+    if statistics and len(job.layouts) > 1:
+        what = f"{_counted(statistics, 'BatchNorm statistic')} averaged"
+        how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
+        report["notes"].append(f"{what}; {how}")
     if result is not None:
         if plan.factors and not result.warnings:
             note = "every LoRA factor A is the same, so this is the mean of what the adapters do"
