@@ -78,7 +78,12 @@ thread = threading.Thread(target=sample)
 thread.start()
 try:
     options = {"max_memory": int(memory) or None, "threads": 2, "allow_nonfinite": True}
-    result = merge_checkpoints(paths, output, **options)
+    if "{}" in output:
+        every = range(len(paths))
+        rows = {output.format(left): [int(i != left) for i in every] for left in every}
+        result = merge_checkpoints(paths, rows, **options)
+    else:
+        result = merge_checkpoints(paths, output, **options)
 finally:
     stop.set()
     thread.join()
@@ -123,3 +128,22 @@ def test_the_promise_holds(tmp_path, kind, memory):
     measured, predicted = json.loads(done.stdout)
     assert measured <= predicted
     assert not memory or predicted <= int(command[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "kind", ["float32", "wide float32", "float64 ties", "bfloat16", "complex64"]
+)
+def test_the_promise_holds_for_several_averages(tmp_path, kind):
+    """Nine averages at a time take no more than predicted, within a budget of 20 MiB."""
+    paths = []
+    for fold in range(9):
+        generator = torch.Generator().manual_seed(fold)
+        paths.append(tmp_path / f"{fold}.safetensors")
+        save_file(KINDS[kind](generator, 400_000), paths[-1])
+    where = str(tmp_path / "o{}.pt")
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), where, str(20 * MIB)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted <= 20 * MIB
+    assert len(list(tmp_path.glob("o*.pt"))) == 9
