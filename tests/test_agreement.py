@@ -41,18 +41,18 @@ def found_by(paths, folder, **options):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0, 3.0])
 def test_the_sample_is_near_to_all(tmp_path, share):
-    """The cosine of a sample is within 0.01 of that of all elements; vectors do not count."""
+    """The cosine of a sample is within 0.03 of that of all elements; vectors do not count."""
     base = noise(0)
     matrices = [base * share + noise(seed) for seed in (1, 2, 3)]
     found = found_by(made(tmp_path, matrices), tmp_path)
-    assert SIZE / 40 < found.elements < SIZE / 25
+    assert SIZE / 80 < found.elements < SIZE / 50
     for i in range(3):
         for j in range(3):
-            assert found.pairs[i][j] == pytest.approx(cosine(matrices[i], matrices[j]), abs=0.02)
+            assert found.pairs[i][j] == pytest.approx(cosine(matrices[i], matrices[j]), abs=0.03)
     assert found.mean == pytest.approx(sum(found.each) / 3)
     mean = torch.stack(matrices).mean(dim=0)
     norms = sum(float(matrix.norm()) for matrix in matrices) / 3
-    assert found.shrinkage == pytest.approx(float(mean.norm()) / norms, abs=0.01)
+    assert found.shrinkage == pytest.approx(float(mean.norm()) / norms, abs=0.02)
 
 
 def test_small_models_are_looked_at_whole(tmp_path):
@@ -66,7 +66,7 @@ def test_small_models_are_looked_at_whole(tmp_path):
 def test_identical_checkpoints_agree(tmp_path):
     """The same matrix twice is a cosine of one, in one direction and of one size."""
     found = found_by(made(tmp_path, [noise(1), noise(1)]), tmp_path)
-    assert (found.mean, found.pairs[0][1]) == (1, 1)
+    assert found.mean == pytest.approx(1, abs=1e-12)
     assert found.shrinkage == pytest.approx(1)
 
 
@@ -136,7 +136,7 @@ def test_figures_do_not_depend_on_windows(tmp_path_factory, threads, mebibytes, 
 
 
 @given(
-    st.integers(1, 40_000), st.integers(0, 40_000), st.integers(1, 20_000), st.sampled_from([1, 32])
+    st.integers(1, 40_000), st.integers(0, 40_000), st.integers(1, 20_000), st.sampled_from([1, 64])
 )
 def test_pieces_are_looked_at_like_the_whole(size, start, length, share):
     """What is looked at in a part of a tensor is what of the whole lies there."""
@@ -145,7 +145,7 @@ def test_pieces_are_looked_at_like_the_whole(size, start, length, share):
     whole = agreement._sampled(0, size, size, share)
     part = agreement._sampled(start, stop, size, share) + start
     assert part.tolist() == whole[(whole >= start) & (whole < stop)].tolist()
-    assert len(whole) >= size // 64
+    assert len(whole) >= size // 128
 
 
 # Words

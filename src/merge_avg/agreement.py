@@ -19,10 +19,10 @@ from torch import Tensor
 from merge_avg.plan import Unit, Window
 from merge_avg.policies import LEAST_AGREEMENT
 
-# Of every block of a tensor the first 1/32 is looked at, which costs next to nothing; of small
+# Of every block of a tensor the first 1/64 is looked at, which costs next to nothing; of small
 # models all. What is looked at does not depend on windows, so neither on threads nor on memory.
-_BLOCK = 4096
-_SHARE = 32
+_BLOCK = 8192
+_SHARE = 64
 _SMALL = 1 << 17  # elements of all checkpoints together
 
 
@@ -64,9 +64,10 @@ class Comparison:
     """
 
     def __init__(self, checkpoints: Sequence[int], units: Iterable[Unit]) -> None:
-        self.checkpoints = tuple(checkpoints)
-        count = len(self.checkpoints)
-        total = sum(len(unit) for unit in units if _is_matrix(unit))
+        count = len(checkpoints)
+        matrices = [unit for unit in units if count > 1 and _compares(unit, set(checkpoints))]
+        self._matrices = {id(unit) for unit in matrices}
+        total = sum(map(len, matrices))
         self._share = 1 if total * count <= _SMALL else _SHARE
         self._gram = torch.zeros(count, count, dtype=torch.float64)
         self._elements = 0
@@ -74,23 +75,19 @@ class Comparison:
 
     def places(self, window: Window) -> Tensor | None:
         """The places of a window's elements that are compared; None where there are none."""
-        unit = window[0].unit
-        if len(self.checkpoints) < 2 or not set(self.checkpoints) <= {
-            source.checkpoint for source in unit.sources
-        }:
-            return None
         found = []
         at = 0
         for piece in window:
-            if _is_matrix(piece.unit):
-                found.append(_sampled(piece.start, piece.stop, len(piece.unit), self._share) + at)
+            if id(piece.unit) in self._matrices:
+                places = _sampled(piece.start, piece.stop, len(piece.unit), self._share)
+                found.append(places + at if at else places)
             at += piece.stop - piece.start
-        return torch.cat(found) if found else None
+        return torch.cat(found) if len(found) > 1 else found[0] if found else None
 
-    def add(self, rows: Sequence[Tensor]) -> None:
-        """Adds elements of all checkpoints: parts of a matrix with a row each."""
-        real = [torch.view_as_real(row).flatten(1) if row.is_complex() else row for row in rows]
-        whole = torch.cat([row.to("cpu", torch.float64) for row in real])
+    def add(self, samples: Sequence[Sequence[Tensor]]) -> None:
+        """Adds elements of all checkpoints: for some windows, parts of a matrix with a row each."""
+        columns = [torch.cat([_real(part) for part in parts]) for parts in samples]
+        whole = torch.cat(columns, dim=1).to("cpu", torch.float64)
         products = whole @ whole.T
         with self._lock:
             self._gram += products
@@ -115,8 +112,17 @@ class Comparison:
         )
 
 
-def _is_matrix(unit: Unit) -> bool:
-    return unit.kind == "mean" and any(len(info.shape) > 1 for _, info in unit.members)
+def _compares(unit: Unit, checkpoints: set[int]) -> bool:
+    """Whether a unit is of a matrix that all checkpoints have."""
+    return (
+        unit.kind == "mean"
+        and any(len(info.shape) > 1 for _, info in unit.members)
+        and checkpoints <= {source.checkpoint for source in unit.sources}
+    )
+
+
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values).flatten(1) if values.is_complex() else values
 
 
 def _sampled(start: int, stop: int, size: int, share: int) -> Tensor:

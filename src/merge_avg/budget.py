@@ -17,6 +17,7 @@ _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
 # What a worker holds for each element of its window: sums, results, and temporaries of the slow
 # paths. Twice that for float64, which is summed in double-double, and for complex numbers.
 _WINDOW_BYTES = 160
+COMPARED = 1 << 16  # how many numbers are set aside before checkpoints are compared by them
 CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a core's cache holds
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
 _ENTRY_BYTES = 1200  # what is known of a tensor of a checkpoint
@@ -57,8 +58,9 @@ class Budget:
         read = self.window * self.rows * self.itemsize + converted
         # Averages share all but their sums, which for float64 are of two parts.
         sums = (self.outputs - 1) * (16 if self.itemsize < 8 else 48)
-        compared = self.checkpoints * (self.itemsize + 24 * wide) // 32
-        worker = self.window * (_WINDOW_BYTES * wide + sums + compared) + read
+        compared = self.checkpoints * (self.itemsize + 24 * wide) // 64
+        compared = self.window * compared + COMPARED * (2 * self.itemsize + 8 * wide)
+        worker = self.window * (_WINDOW_BYTES * wide + sums) + read + compared
         return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
 
     def fitting(self, free: int) -> Budget:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merge_avg.agreement import Comparison
 from merge_avg.average import Buffers, RunningMean
+from merge_avg.budget import COMPARED
 from merge_avg.buffer import Buffer
 from merge_avg.draft import Target
 from merge_avg.errors import MergeError
@@ -94,6 +95,8 @@ class Worker:
         self._maps = maps
         self._ledger = ledger
         self._comparison = comparison
+        self._samples: list[list[Tensor]] = []
+        self._sampled = 0
         self._device = device
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
         budget = job.budget
@@ -189,7 +192,17 @@ class Worker:
                 first = factors if first is None else first
 
         if compared:
-            self._comparison.add(compared)
+            self._samples.append(compared)
+            self._sampled += sum(part.numel() for part in compared)
+            if self._sampled >= COMPARED:
+                self._compare()
+
+    def _compare(self) -> None:
+        """Compares what was set aside: many windows at a time cost little more than one."""
+        if self._samples:
+            self._comparison.add(self._samples)
+        self._samples.clear()
+        self._sampled = 0
 
     def _revisit(self, window: Window, counted: Sequence[int], number: int) -> Tensor:
         return self._read(window, counted[number], again=True)
@@ -298,7 +311,8 @@ class Worker:
         return MergeError(what, where=paths[where], hint=hint)
 
     def close(self) -> None:
-        """Gives the device's memory back."""
+        """Compares the rest, and gives the device's memory back."""
+        self._compare()
         self._lane.close()
 
     def _stacked(self, window: Window, group: Sequence[int], room: Buffer) -> Tensor:
