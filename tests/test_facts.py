@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,38 @@ def test_an_output_is_ours(tmp_path):
     merge_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "o.pt")
     assert facts(scan(tmp_path / "o.pt")).ours
     assert not facts(scan(tmp_path / "a.pt")).ours
+
+
+def test_wide_and_deep_pickles_cost_little(tmp_path):
+    """Of what lies beside the tensors a thousand values are looked at, the nearest first."""
+    wide = {"model": WEIGHTS, "rows": [[i] * 5 for i in range(50_000)], "step": 3}
+    deep = inner = {}
+    for _ in range(100):
+        inner["down"] = inner = {"here": 1}
+    torch.save({**wide, "deep": deep}, tmp_path / "a.pt")
+    layout = scan(tmp_path / "a.pt")
+    assert layout.scalars[0] == (("step",), 3)
+    assert 500 < len(layout.scalars) <= 1000
+    assert max(len(path) for path, _ in layout.scalars) <= 6
+
+
+def test_texts_and_numbers_that_are_absurd_are_left_out(tmp_path):
+    """Long texts, booleans and huge numbers are no facts."""
+    content = {"model": WEIGHTS, "text": "x" * 1000, "flag": True, "huge": 1 << 100, "ok": "yes"}
+    torch.save(content, tmp_path / "a.pt")
+    assert scan(tmp_path / "a.pt").scalars == ((("ok",), "yes"),)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_an_absurd_mark_is_not_read(tmp_path, kind):
+    """What claims to be an earlier output, and is far too long for that, is not taken for one."""
+    text = " " * ((1 << 24) + 1)
+    if kind == "file":
+        torch.save({"model": WEIGHTS}, tmp_path / "a.pt")
+        with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive:
+            archive.writestr("a/merge_avg.json", text)
+        assert not facts(scan(tmp_path / "a.pt")).ours
+    else:
+        save_file(WEIGHTS, tmp_path / "model.safetensors")
+        (tmp_path / "merge_avg.json").write_text(text)
+        assert not facts(scan(tmp_path)).ours

@@ -14,6 +14,7 @@ from merge_avg.dtypes import DType
 # In the metadata of a checkpoint, what an earlier merge wrote about itself.
 MARK = "merge_avg"
 MARK_FILE = "merge_avg.json"  # the same, as a file of a directory or a record of an archive
+LARGEST_MARK = 1 << 24  # bytes; what is longer was not written by a merge
 Key = str | int
 TreePath = tuple[Key, ...]
 Scalar = int | float | str

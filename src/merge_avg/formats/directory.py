@@ -19,7 +19,16 @@ from merge_avg.errors import MergeError, named
 from merge_avg.formats import dcp
 from merge_avg.formats.inert import DangerousPickleError
 from merge_avg.formats.registry import scan_file
-from merge_avg.layout import MARK, MARK_FILE, File, Layout, TensorInfo, TreePath, dotted
+from merge_avg.layout import (
+    LARGEST_MARK,
+    MARK,
+    MARK_FILE,
+    File,
+    Layout,
+    TensorInfo,
+    TreePath,
+    dotted,
+)
 from merge_avg.roles import is_kept
 
 INDEX = ".index.json"
@@ -58,6 +67,8 @@ def scan_directory(path: Path) -> Layout:
     """
     tree = _walk(path)
     mark = tree.files.pop(MARK_FILE, None)
+    if mark is not None and mark.nbytes > LARGEST_MARK:
+        mark = None
     stamps = tuple(tree.files.values())
     names = list(tree.files)
     members = _members(path, tree)

@@ -303,9 +303,11 @@ def _scalars(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
                     left -= 1
                     if not left:
                         return
-                elif isinstance(child, dict | list | tuple | Instance):
+                elif len(below) < _MOST_SCALARS and isinstance(
+                    child, dict | list | tuple | Instance
+                ):
                     below.append(((*path, key), child))
-        level = below[:_MOST_SCALARS]
+        level = below
 
 
 def _plain(value: Value) -> Scalar | None:

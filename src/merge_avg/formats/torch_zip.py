@@ -17,7 +17,7 @@ from typing import BinaryIO
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError
 from merge_avg.formats.torch_objects import read_objects, refuse_root
-from merge_avg.layout import MARK, MARK_FILE, Archive, File, Layout, Storage
+from merge_avg.layout import LARGEST_MARK, MARK, MARK_FILE, Archive, File, Layout, Storage
 
 MAGIC = b"PK\x03\x04"
 # What zipfile raises on damaged archives; NotImplementedError for a version it has not heard of.
@@ -108,7 +108,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
     )
     mark = records.get(f"{root}{MARK_FILE}") if within is None else None
     metadata: tuple[tuple[str, str], ...] = ()
-    if mark is not None:
+    if mark is not None and mark.nbytes <= LARGEST_MARK:
         metadata = ((MARK, _bytes(file, mark, path, base).decode("utf-8", "replace")),)
     notes = []
     if unchecked:
