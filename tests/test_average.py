@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from fractions import Fraction
 
 import pytest
@@ -258,3 +259,38 @@ def test_a_bit_that_float64_cannot_hold_decides():
         stacked = RunningMean(4)
         stacked.extend(torch.stack(tensors))
         assert stacked.result(lambda i, t=tensors: t[i]).item() == 1 + 2.0**-23
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_linear_combinations_are_exact(seed):
+    """Weights of either sign, not normalized: the exact sum rounded once, signs of zero too."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    for kind in ("normal", "grid", "wide", "same"):
+        count, dtype = rng.randint(1, 6), rng.choice(dtypes)
+        target = rng.choice([dtype, torch.float32])
+        rows = torch.randn(count, 100, generator=generator, dtype=torch.float64)
+        if kind == "grid":
+            rows = (rows * 8).round() / 8
+        if kind == "wide":
+            powers = torch.randint(-20, 20, rows.shape, generator=generator)
+            rows *= torch.exp2(powers.double())
+        if kind == "same":
+            rows = rows[:1].expand(count, 100).clone()
+        rows = rows.clamp(-500, 500).to(dtype)
+        values = [rng.choice([rng.randint(-9, 9), rng.randint(1, 99) / 10]) for _ in range(count)]
+        weights = Weights.of(values if any(values) else [1] * count, normalize=False)
+        mean = RunningMean(weights, target)
+        mean.extend(rows)
+        found = mean.result(lambda i, rows=rows: rows[i])
+        bits, emin = {
+            torch.float64: (53, -1022),
+            torch.float32: (24, -126),
+            torch.float16: (11, -14),
+            torch.bfloat16: (8, -126),
+        }[target]
+        exact = [exact_mean(row, weights, bits, emin) for row in rows.double().T.tolist()]
+        expected = torch.tensor(exact, dtype=torch.float64).to(target)
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[target.itemsize]
+        assert torch.equal(found.view(whole), expected.view(whole))
