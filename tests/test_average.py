@@ -264,7 +264,7 @@ def test_a_bit_that_float64_cannot_hold_decides():
 @pytest.mark.parametrize("seed", range(12))
 def test_linear_combinations_are_exact(seed):
     """Weights of either sign, not normalized: the exact sum rounded once, signs of zero too."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311 - cases, no secrets
     generator = torch.Generator().manual_seed(seed)
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
     for kind in ("normal", "grid", "wide", "same"):
