@@ -104,7 +104,9 @@ def test_a_dry_run_shows_the_candidates(command):
         lightning(epoch, epoch, f"-val_loss={epoch}.5")
     code, _, err = command(".", "-o", "o.ckpt", "--best", 1, "--dry-run")
     assert code == 0
-    assert re.search(r"\+ epoch=1-step=10-val_loss=1\.5\.ckpt step 10 epoch 1 metric 1\.5", err)
+    assert re.search(
+        r"\+ epoch=1-step=10-val_loss=1\.5\.ckpt step 10 epoch 1 metric 1\.5 weight 1 among", err
+    )
     assert re.search(r"- epoch=3-.* not among the best 1", err)
     assert not Path("o.ckpt").exists()
 

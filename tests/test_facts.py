@@ -172,3 +172,21 @@ def test_an_absurd_mark_is_not_read(tmp_path, kind):
         save_file(WEIGHTS, tmp_path / "model.safetensors")
         (tmp_path / "merge_avg.json").write_text(text)
         assert not facts(scan(tmp_path)).ours
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "epoch", "metric"),
+    [
+        ("lightning", 6, 1, "loss"),
+        ("timm", None, 1, "metric"),
+        ("transformers-trainer", 2, 1, None),
+        ("ultralytics", None, 1, "best_fitness"),
+        ("diffusers", None, None, None),
+    ],
+)
+def test_real_checkpoints_of_frameworks(name, step, epoch, metric):
+    """What the frameworks themselves wrote is found in their own files."""
+    (path,) = (Path(__file__).parent / "data" / name / "0").iterdir()
+    found = facts(scan(path))
+    assert (found.step, found.epoch) == (step, epoch)
+    assert list(found.metrics) == ([metric] if metric else [])

@@ -86,9 +86,9 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         known = {candidate["path"]: candidate for candidate in report["candidates"]}
         for entry in report["inputs"]:
             found = known.get(entry["path"], {})
-            entry |= {
-                key: found[key] for key in ("step", "epoch", "metric") if found.get(key) is not None
-            }
+            entry |= {key: found[key] for key in _KNOWN if found.get(key) is not None}
+            if found and "weight" in entry:
+                found["weight"] = entry["weight"]
     statistics = sum(
         name.key.endswith(("running_mean", "running_var")) and name not in plan.aligned.skipped
         for name, _ in infos
@@ -167,6 +167,7 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "+" if one["chosen"] else "-",
             one["path"],
             *(f"{key} {one[key]:.10g}" if one[key] is not None else "" for key in _KNOWN),
+            f"weight {one['weight']:.4g}" if "weight" in one else "",
             one["why"],
         )
         for one in candidates
