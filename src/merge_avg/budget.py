@@ -18,6 +18,7 @@ _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
 # paths. Twice that for float64, which is summed in double-double, and for complex numbers.
 _WINDOW_BYTES = 160
 COMPARED = 1 << 16  # how many numbers are set aside before checkpoints are compared by them
+BLOCK = 1 << 16  # how many elements of a window are summed at a time
 CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a core's cache holds
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
 _ENTRY_BYTES = 1200  # what is known of a tensor of a checkpoint

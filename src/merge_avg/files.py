@@ -11,7 +11,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,7 @@ from merge_avg.layout import File, Layout, Storage
 
 _LARGEST_READ = 0x7FFFF000  # what Linux moves in one call
 _BLOCK = 1 << 20
+_FRESH = 64  # how many checksums of parts wait to be combined
 
 Buffer = memoryview | bytearray
 
@@ -72,9 +73,7 @@ class Reader:
         tap = self._taps.get(id(storage)) or self._tap(storage)
         read_fully(tap.fd, into, tap.offset + at, tap.path)
         if tap.sums is not None and not again:
-            crc = zlib_ng.crc32(into)
-            with self._lock:
-                tap.sums.add(at, len(into), crc)
+            tap.sums.add(at, len(into), zlib_ng.crc32(into))
 
     def _tap(self, storage: Storage) -> _Tap:
         """Where a storage's bytes come from; the windows of a tensor need not find it each time."""
@@ -231,7 +230,7 @@ def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
     """Fills `into` from `offset` of a file on, in as many calls as it takes."""
     at = 0
     while at < len(into):
-        part = into[at : at + _LARGEST_READ]
+        part = into[at : at + _LARGEST_READ] if at or len(into) > _LARGEST_READ else into
         try:
             count = os.preadv(fd, [part], offset + at)
         except OSError as error:
@@ -252,21 +251,35 @@ def write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
             raise MergeError(f"cannot be written ({error.strerror})", where=path) from None
 
 
-@dataclass
 class Checksum:
-    """The CRC-32 of a run of bytes whose parts arrive in any order.
+    """The CRC-32 of a run of `nbytes` bytes whose parts arrive in any order, from any thread.
 
-    Adjoining parts are combined at once, so that few are held whatever the size.
+    Adjoining parts are combined from time to time, so that few are held whatever the size.
     """
 
-    nbytes: int
-    _parts: dict[int, tuple[int, int]] = field(default_factory=dict)  # start: (stop, crc)
-    _ends: dict[int, int] = field(default_factory=dict)  # stop: start
+    __slots__ = "_ends", "_fresh", "_lock", "_nbytes", "_parts"  # there may be very many
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._fresh: list[tuple[int, int, int]] = []  # start, stop, crc
+        self._parts: dict[int, tuple[int, int]] = {}  # start: (stop, crc)
+        self._ends: dict[int, int] = {}  # stop: start
+        self._lock = threading.Lock()
 
     def add(self, start: int, nbytes: int, crc: int) -> None:
         """Adds the CRC-32 of a part; one that overlaps parts added before is left for `missing`."""
-        stop = start + nbytes
-        if not nbytes or any(a < stop and start < b for a, (b, _) in self._parts.items()):
+        if nbytes:
+            self._fresh.append((start, start + nbytes, crc))
+            if len(self._fresh) >= _FRESH:
+                self._combine()
+
+    def _combine(self) -> None:
+        with self._lock:
+            while self._fresh:
+                self._join(*self._fresh.pop())
+
+    def _join(self, start: int, stop: int, crc: int) -> None:
+        if any(a < stop and start < b for a, (b, _) in self._parts.items()):
             return
         if start in self._ends:
             before = self._ends.pop(start)
@@ -282,14 +295,16 @@ class Checksum:
 
     def missing(self) -> list[tuple[int, int]]:
         """The ranges of bytes that no part covers yet."""
+        self._combine()
         gaps = []
         at = 0
         for start, (stop, _) in sorted(self._parts.items()):
             if start > at:
                 gaps.append((at, start))
             at = stop
-        return [*gaps, (at, self.nbytes)] if at < self.nbytes else gaps
+        return [*gaps, (at, self._nbytes)] if at < self._nbytes else gaps
 
     def value(self) -> int:
         """The CRC-32 of the whole run, all of which has been added."""
+        self._combine()
         return self._parts[0][1] if self._parts else 0

@@ -198,9 +198,9 @@ class _File:
         place = self._places[name]
         self.write(data, place.offset + at)
         if self.skeleton.checked:
-            crc = zlib_ng.crc32(data)
             with self._lock:
-                self._sums.setdefault(name, Checksum(place.nbytes)).add(at, len(data), crc)
+                sums = self._sums.setdefault(name, Checksum(place.nbytes))
+            sums.add(at, len(data), zlib_ng.crc32(data))
 
     def write(self, data: memoryview, offset: int) -> None:
         write_fully(self.fd, data, offset, self._path)

@@ -200,9 +200,10 @@ def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
     open_: dict[object, list[Piece]] = {}
     sizes: dict[object, int] = {}
     for unit in units:
+        start = len(unit) // limit * limit
+        yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
         alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
-        start = 0
-        while start < len(unit):
+        while start < len(unit):  # what is left, with the rest of others
             size = sizes.get(alike, 0)
             stop = min(len(unit), start + limit - size)
             open_.setdefault(alike, []).append(Piece(unit, start, stop))

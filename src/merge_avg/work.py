@@ -62,6 +62,19 @@ class Maps:
     masks: Mapping[int, Tensor]
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """How a unit's windows are averaged; of each average the numbers of the sources that count.
+
+    `groups` are the numbers of sources that are read at a time, which have one dtype.
+    """
+
+    unit: Unit
+    counted: Sequence[Sequence[int]]
+    means: Sequence[RunningMean]
+    groups: Sequence[Sequence[int]]
+
+
 class Worker:
     """One thread's buffers, and what it does with a window.
 
@@ -105,6 +118,7 @@ class Worker:
         self._out_buffer = Buffer(budget.window * budget.itemsize)
         self._means: dict[object, RunningMean] = {}
         self._buffers = Buffers()
+        self._last: _Recipe | None = None
 
     def fill(self, window: Window) -> None:
         """Averages a window over all checkpoints and writes the results."""
@@ -153,12 +167,11 @@ class Worker:
     def _averaged(self, window: Window) -> Iterator[int]:
         """The number of each average whose part of a window lies in the output buffer."""
         unit = window[0].unit
-        counted = [self._counted(unit, weights) for weights in self._rows]
-        means = [self._mean_for(unit, number) for number in range(len(self._rows))]
-        self._read_all(window, counted, means)
+        recipe = self._recipe(unit)
+        self._read_all(window, recipe)
         out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
         place = out if self._lane.host else None
-        for number, (ours, mean) in enumerate(zip(counted, means, strict=True)):
+        for number, (ours, mean) in enumerate(zip(recipe.counted, recipe.means, strict=True)):
             revisit = functools.partial(self._revisit, window, ours)
             self._lane.fetch(mean.result(revisit, out=place), out)
             grows = unit.dtype != unit.sources[0].dtype or self._rows[number].divisor is not None
@@ -166,23 +179,30 @@ class Worker:
                 self._refuse_overflow(window, out)
             yield number
 
-    def _read_all(
-        self, window: Window, counted: Sequence[Sequence[int]], means: Sequence[RunningMean]
-    ) -> None:
+    def _recipe(self, unit: Unit) -> _Recipe:
+        """The recipe of a unit: that of the last one, most often."""
+        if self._last is None or self._last.unit is not unit:
+            counted = [self._counted(unit, weights) for weights in self._rows]
+            means = [self._mean_for(unit, number) for number in range(len(self._rows))]
+            wanted = sorted({k for ours in counted for k in ours})
+            groups = tuple(_groups(unit, wanted, self._job.budget.rows))
+            self._last = _Recipe(unit, counted, means, groups)
+        return self._last
+
+    def _read_all(self, window: Window, recipe: _Recipe) -> None:
         """Reads each source that some average needs once, for all of them."""
-        unit = window[0].unit
+        unit = recipe.unit
         first: Tensor | None = None
-        wanted = sorted({k for ours in counted for k in ours})
         places = self._comparison.places(window)
         compared: list[Tensor] = []
         fill = functools.partial(self._stacked, window)
-        for group, stack in travel(self._lane, _groups(unit, wanted, self._job.budget.rows), fill):
-            for mean, ours in zip(means, counted, strict=True):
+        for group, stack in travel(self._lane, recipe.groups, fill):
+            for mean, ours in zip(recipe.means, recipe.counted, strict=True):
                 for run in _runs(group, ours):
-                    mean.extend(stack[run])
+                    mean.extend(stack if run == slice(0, len(group)) else stack[run])
             if places is not None:
                 compared.append(stack.index_select(1, places.to(stack.device)))
-            if unit.kind == "mean" and not all(mean.finite for mean in means):
+            if unit.kind == "mean" and not all(mean.finite for mean in recipe.means):
                 for k, values in zip(group, stack, strict=True):
                     self._report_nonfinite(window, k, values)
             for values in stack if self._job.plan.factors else ():
@@ -320,8 +340,10 @@ class Worker:
         numel = _length(window)
         dtype = window[0].unit.sources[group[0]].dtype
         size = numel * dtype.itemsize
+        data = room.bytes(size * len(group))
         for row, k in enumerate(group):
-            self._fetch(window, k, room.bytes((row + 1) * size)[row * size :])
+            self._fetch(window, k, data[row * size : (row + 1) * size])
+        self._ledger.count(len(data))
         whole = room.tensor(numel * len(group), getattr(torch, dtype.name))
         return whole.view(len(group), numel)
 
@@ -333,24 +355,26 @@ class Worker:
         size = source.dtype.itemsize
         numel = _length(window)
         buffer = into or self._lane.room(0)
-        self._fetch(window, k, buffer.bytes(numel * size), again=again)
+        data = buffer.bytes(numel * size)
+        self._fetch(window, k, data, again=again)
+        if not again:
+            self._ledger.count(len(data))
         return buffer.tensor(numel, getattr(torch, source.dtype.name))
 
     def _fetch(self, window: Window, k: int, view: memoryview, *, again: bool = False) -> None:
         """Fills `view` with the window's elements as source number k has them."""
-        size = window[0].unit.sources[k].dtype.itemsize
         at = 0
         for piece in window:
             source = piece.unit.sources[k]
-            part = view[at : at + (piece.stop - piece.start) * size]
+            size = source.dtype.itemsize
+            nbytes = (piece.stop - piece.start) * size
+            part = view if len(view) == nbytes else view[at : at + nbytes]
             offset = source.offset + piece.start * size
             if source.storage is None:
                 self._scratch.read(part, offset)
             else:
                 self._readers[source.checkpoint].read(part, source.storage, offset, again=again)
-            at += len(part)
-        if not again:
-            self._ledger.count(len(view))
+            at += nbytes
 
     def _write(self, number: int, piece: Piece, data: memoryview) -> None:
         size = piece.unit.dtype.itemsize
