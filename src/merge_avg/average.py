@@ -118,7 +118,6 @@ class RunningMean:
         self._blocks: list[_Block] = []
         self._begin()
 
-
     def _begin(self) -> None:
         """Makes ready for the next mean; what was made for the last one serves again."""
         self._count = 0

@@ -276,7 +276,7 @@ class Checksum:
     def _combine(self) -> None:
         with self._lock:
             while self._fresh:
-                self._join(*self._fresh.pop())
+                self._join(*self._fresh.pop(0))
 
     def _join(self, start: int, stop: int, crc: int) -> None:
         if any(a < stop and start < b for a, (b, _) in self._parts.items()):
