@@ -1,10 +1,12 @@
 """The command. It parses options, shows progress, and turns errors into exit codes.
 
-Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 129 hung up, 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -14,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from merge_avg import __version__, sizes
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, UsageError, failure
 from merge_avg.policies import IntPolicy, Missing, Mode, Recipe, ResultDtype
 
 if TYPE_CHECKING:
@@ -410,15 +412,19 @@ def _printable(text: str) -> str:
 
 def _say(text: str) -> None:
     """Prints to stderr; names keep their letters, controls are escaped."""
-    print(_printable(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody listens; the merge goes on
+        print(_printable(text), file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
     """Prints the result. A reader that has gone away is no failure of the merge."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        # Python would try again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise failure(error, "all is done, but stdout cannot be written") from None
 
 
 def _fail(error: MergeError) -> None:
@@ -428,23 +434,66 @@ def _fail(error: MergeError) -> None:
         _say(f"hint: {error.hint}".replace("\n", "\\n"))
 
 
-def _terminate(signum: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
+class _Stopped(SystemExit):
+    """A signal asked for the end."""
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    handled = sys.exception()
+    while handled is not None:
+        if isinstance(handled, _Stopped):  # the first is being cleaned up after
+            return
+        handled = handled.__context__
+    raise _Stopped(128 + signum)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Lets signals end the command in good order; what was ignored (nohup) stays so."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {one: signal.getsignal(one) for one in numbers}
+    caught = [one for one in numbers if before[one] is not signal.SIG_IGN]
+    for one in caught:
+        signal.signal(one, _stop)
+        atexit.register(signal.signal, one, signal.SIG_IGN)  # while Python ends
+    try:
+        yield
+    finally:
+        for one in caught:
+            signal.signal(one, before[one])
+
+
+def _streams() -> None:
+    """Opens the standard streams that are closed: a file of the merge would get their place."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app(prog_name="merge-avg")
-    except UsageError as error:
-        _fail(error)
-        sys.exit(2)
-    except MergeError as error:
-        _fail(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was written")
-        sys.exit(130)
+    _streams()
+    with _signals():
+        try:
+            app(prog_name="merge-avg")
+        except UsageError as error:
+            _fail(error)
+            sys.exit(2)
+        except MergeError as error:
+            _fail(error)
+            sys.exit(1)
+        except OSError as error:
+            _fail(failure(error))
+            sys.exit(1)
+        except MemoryError:
+            _fail(MergeError("there is not enough memory", hint="lower --max-memory or --threads"))
+            sys.exit(1)
+        except _Stopped as stop:
+            _say("stopped; each output is as it was, or complete")
+            sys.exit(stop.code)

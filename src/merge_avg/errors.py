@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -25,6 +26,26 @@ class MergeError(ValueError):
 
 class UsageError(MergeError):
     """Options that contradict themselves or the number of inputs, whatever the files hold."""
+
+
+def failure(
+    error: OSError,
+    what: str = "cannot be read or written",
+    where: str | os.PathLike[str] | None = None,
+    more: str = "",
+) -> MergeError:
+    """What the system refused, as the error that a user sees."""
+    hint = None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space, or choose another place for the output"
+    elif error.errno == errno.EMFILE:
+        hint = "allow this process more open files: ulimit -n 65536"
+    named = None if isinstance(error.filename, int) else error.filename
+    return MergeError(
+        f"{what} ({error.strerror or error}{more})",
+        where=where if where is not None else named,
+        hint=hint,
+    )
 
 
 def named(names: list[str], limit: int = 1) -> str:

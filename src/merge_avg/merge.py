@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_avg.agreement import Agreement, Comparison
-from merge_avg.errors import MergeError
+from merge_avg.errors import MergeError, failure
 from merge_avg.files import Reader
 from merge_avg.output import Output
 from merge_avg.plan import aligned_to_page, windows
@@ -145,6 +145,13 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
     Raises:
         MergeError: nothing at the output's path was created or changed.
     """
+    try:
+        return _run(job, progress)
+    except OSError as error:  # of the scratch file, or of a file system that fails
+        raise failure(error, where=error.filename or job.averages[0].output) from None
+
+
+def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
     started = time.perf_counter()
     device = find_device(job.options.device)
     if device.type == "cuda":
@@ -185,7 +192,9 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         agreement = comparison.result()
         _refuse_strangers(job, agreement)
         for out in outs:
-            out.commit()
+            out.complete()
+        for out in outs:
+            out.publish()
     return Result(
         job,
         ledger.nbytes,

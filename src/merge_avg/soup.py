@@ -17,9 +17,9 @@ from typing import Any, Protocol, Self
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.layout import Layout
-from merge_avg.output import TEMPORARY
 from merge_avg.policies import Mode
 from merge_avg.scan import scan
+from merge_avg.temporary import TEMPORARY
 from merge_avg.weights import Weight
 
 _BLOCK = 1 << 20
