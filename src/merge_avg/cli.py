@@ -424,7 +424,8 @@ def _print(text: str) -> None:
         # Python would try again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            raise failure(error, "all is done, but stdout cannot be written") from None
+            what = f"all is done, but stdout cannot be written ({error.strerror})"
+            raise MergeError(what) from None
 
 
 def _fail(error: MergeError) -> None:

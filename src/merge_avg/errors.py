@@ -28,6 +28,15 @@ class UsageError(MergeError):
     """Options that contradict themselves or the number of inputs, whatever the files hold."""
 
 
+_SPACE = "free some space, or choose another place for the output"
+_HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EMFILE: "allow this process more open files: ulimit -n 65536",
+    errno.EFBIG: "allow larger files (ulimit -f), or write several with --max-shard-size",
+}
+
+
 def failure(
     error: OSError,
     what: str = "cannot be read or written",
@@ -35,16 +44,11 @@ def failure(
     more: str = "",
 ) -> MergeError:
     """What the system refused, as the error that a user sees."""
-    hint = None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "free some space, or choose another place for the output"
-    elif error.errno == errno.EMFILE:
-        hint = "allow this process more open files: ulimit -n 65536"
     named = None if isinstance(error.filename, int) else error.filename
     return MergeError(
         f"{what} ({error.strerror or error}{more})",
         where=where if where is not None else named,
-        hint=hint,
+        hint=_HINTS.get(error.errno or 0),
     )
 
 
