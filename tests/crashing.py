@@ -191,7 +191,9 @@ class Place:
         run(self.again)
         self.whole = tree(self.output)
         if self._overwrite:
-            self.before = {name: data[: len(data) // 2] + b"old" for name, data in self.whole.items()}
+            self.before = {
+                name: data[: len(data) // 2] + b"old" for name, data in self.whole.items()
+            }
         self.reset()
 
     def reset(self) -> None:
@@ -272,33 +274,49 @@ def _serve() -> None:
             merge_avg.cli.main()
     for line in sys.stdin:
         asked = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            os.chdir(asked["folder"])
-            for fd, name in enumerate((os.devnull, asked["stdout"], asked["stderr"])):
-                opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-                os.dup2(opened, fd)
-                os.close(opened)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-                signal.signal(number, handler)
-            sys.argv = ["merge-avg", *asked["arguments"]]
-            gate = select.poll()
-            gate.register(os.open(asked["gate"], os.O_RDONLY), 0)
-            gate.poll()  # until it is closed
-            for name, value in asked["environment"].items():
-                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-            if asked["largest"]:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"],) * 2)
-            if asked["uid"]:
-                os.setuid(asked["uid"])
-            for fd in asked["closed"]:
-                os.close(fd)
-                setattr(sys, ("stdin", "stdout", "stderr")[fd], None)  # as Python itself
-            _end()
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        ready, gate = os.pipe(), os.pipe()
+        pids = []
+        for number in range(asked["together"]):
+            pids.append(os.fork())
+            if not pids[-1]:
+                _begin(asked, str(number or ""), ready[1], gate)
+                _end()
+        for _ in pids:
+            os.read(ready[0], 1)
+        print(*pids, flush=True)
+        sys.stdin.readline()
+        for fd in (*ready, *gate):
+            os.close(fd)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(*codes, flush=True)
+
+
+def _begin(asked: Mapping[str, Any], number: str, ready: int, gate: tuple[int, int]) -> None:
+    """Makes a forked process what was asked for, and waits until the gate is closed."""
+    os.chdir(asked["folder"])
+    for fd, name in enumerate((os.devnull, asked["stdout"] + number, asked["stderr"] + number)):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(opened, fd)
+        os.close(opened)
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
+    sys.argv = ["merge-avg", *asked["arguments"]]
+    os.close(gate[1])
+    os.write(ready, b".")
+    waiting = select.poll()
+    waiting.register(gate[0], 0)
+    waiting.poll()
+    for name, value in asked["environment"].items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    if asked["largest"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"],) * 2)
+    if asked["uid"]:
+        os.setuid(asked["uid"])
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):  # as Python itself at its start
+        if fd in asked["closed"]:
+            os.close(fd)
+        stream = None if fd in asked["closed"] else open(fd, "w" if fd else "r", closefd=False)  # noqa: PTH123, SIM115
+        setattr(sys, name, stream)
 
 
 def _end() -> NoReturn:
@@ -325,7 +343,6 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        os.mkfifo(folder / "gate")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.crashing", "serve"],
             stdin=subprocess.PIPE,
@@ -334,6 +351,9 @@ class Server:
             text=True,
         )
         self.stdout = self.stderr = ""
+        self.codes: list[int] = []
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
 
     def run(
         self,
@@ -344,33 +364,30 @@ class Server:
     ) -> int:
         """Runs the command in a place; its exit code, below zero for a signal.
 
+        Of several at once, `codes` has all of them.
+
         Args:
             place: where.
             arguments: the command's.
             disturb: is entered with the pid before the run begins, and left when it has ended.
             setting: `stdout` and `stderr`, where they go; `closed`, descriptors that are closed;
                 `environment`, variables to set or (None) to remove; `largest`, how many bytes a
-                file may have; `uid`, who runs it.
+                file may have; `uid`, who runs it; `together`, how many at once.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        names = {name: str(self._folder / name) for name in ("stdout", "stderr", "gate")}
+        names = {name: str(self._folder / name) for name in ("stdout", "stderr")}
         asked = {"folder": str(place.folder), "arguments": list(arguments), **names}
-        asked |= {"environment": {}, "largest": 0, "uid": 0, "closed": []} | setting
+        asked |= {"environment": {}, "largest": 0, "uid": 0, "closed": [], "together": 1} | setting
         print(json.dumps(asked), file=self._process.stdin, flush=True)
-        pid = int(self._process.stdout.readline())
-        gate = os.open(self._folder / "gate", os.O_WRONLY)
-        try:
-            disturbance = disturb(pid)
-            disturbance.__enter__()
-        finally:
-            os.close(gate)
-        code = int(self._process.stdout.readline())
-        disturbance.__exit__(None, None, None)
+        pid, *_ = map(int, self._process.stdout.readline().split())
+        with disturb(pid):
+            print(file=self._process.stdin, flush=True)
+            self.codes = [int(code) for code in self._process.stdout.readline().split()]
         self.stdout, self.stderr = (
             (self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr")
         )
-        return code
+        return self.codes[0]
 
     def plain(self, place: Place) -> Callable[[Sequence[str]], None]:
         """Runs that nothing disturbs."""
@@ -384,8 +401,10 @@ class Server:
     def close(self) -> None:
         """Ends the server."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 @contextlib.contextmanager
@@ -393,9 +412,7 @@ def traced(pid: int, inject: str, log: Path) -> Iterator[None]:
     """Lets strace inject something into a process and its threads; the log says what it did."""
     calls = inject.partition(":")[0]
     command = ["strace", "-f", "-o", str(log), "-e", f"trace={calls}", "-e", f"inject={inject}"]
-    with subprocess.Popen(
-        [*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while "attached" not in (line := process.stderr.readline()):
             assert line, "strace could not attach"
@@ -448,11 +465,13 @@ def recovered(server: Server, place: Place) -> None:
     place.reset()
 
 
-def kill(kinds: Sequence[str], count: int, seed: int, size: int) -> collections.Counter[str]:
+def kill(
+    kinds: Sequence[str], count: int, seed: int, size: int, overwrite: Sequence[bool]
+) -> collections.Counter[str]:
     """Runs that are killed at random moments, as many as asked for."""
     chance = random.Random(seed)  # noqa: S311
     tally: collections.Counter[str] = collections.Counter()
-    with places(kinds, size) as (server, made):
+    with places(kinds, size, overwrite=overwrite) as (server, made):
         took = {}
         for label, place in made:
             started = time.perf_counter()
@@ -536,7 +555,7 @@ def main() -> int:
     kinds = options.kinds.split(",")
     overwrite = {"yes": (True,), "no": (False,), "both": (False, True)}[options.overwrite]
     if options.what == "kill":
-        tally = kill(kinds, options.count, options.seed, options.size)
+        tally = kill(kinds, options.count, options.seed, options.size, overwrite)
     else:
         chosen = {call: CALLS[call] for call in options.calls.split(",")}
         if options.what == "calls":

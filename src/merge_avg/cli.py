@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -400,9 +400,14 @@ def _progress(job: Job, *, quiet: bool) -> Iterator[Callable[[int], None] | None
         console=Console(file=sys.stderr, force_terminal=True),
         transient=True,
     )
-    with bar:
+    with contextlib.suppress(OSError):  # the terminal has gone; the merge goes on
+        bar.start()
+    try:
         task = bar.add_task(f"averaging {len(job.layouts)} checkpoints", total=job.nbytes)
         yield lambda nbytes: bar.advance(task, nbytes)
+    finally:
+        with contextlib.suppress(OSError):
+            bar.stop()
 
 
 def _printable(text: str) -> str:
@@ -412,8 +417,10 @@ def _printable(text: str) -> str:
 
 def _say(text: str) -> None:
     """Prints to stderr; names keep their letters, controls are escaped."""
-    with contextlib.suppress(OSError):  # nobody listens; the merge goes on
+    try:
         print(_printable(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody listens; the merge goes on
+        _drop(sys.stderr)
 
 
 def _print(text: str) -> None:
@@ -421,11 +428,17 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # Python would try again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             what = f"all is done, but stdout cannot be written ({error.strerror})"
             raise MergeError(what) from None
+
+
+def _drop(stream: TextIO) -> None:
+    """Sends the rest to nowhere: Python would try again at its end, and fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _fail(error: MergeError) -> None:

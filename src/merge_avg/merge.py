@@ -148,7 +148,8 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
     try:
         return _run(job, progress)
     except OSError as error:  # of the scratch file, or of a file system that fails
-        raise failure(error, where=error.filename or job.averages[0].output) from None
+        known = isinstance(error.filename, str)
+        raise failure(error, where=None if known else job.averages[0].output) from None
 
 
 def _run(job: Job, progress: Callable[[int], None] | None) -> Result:

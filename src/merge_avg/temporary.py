@@ -24,7 +24,7 @@ from pathlib import Path
 TEMPORARY = ".merge-avg-tmp"
 _OLD = ".old"  # what marks an output that was moved aside to be replaced
 _NAME = re.compile(
-    rf"\.(?P<stem>.+)\.(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}(?P<old>\.old)?{re.escape(TEMPORARY)}",
+    rf"\.(?P<stem>.*)\.(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}(?P<old>\.old)?{re.escape(TEMPORARY)}",
     re.DOTALL,
 )
 _DAY = 86400
@@ -49,7 +49,9 @@ class Temporary:
 
     def __init__(self, output: Path, *, directory: bool) -> None:
         # The longest name that a file may have is 255 bytes on most file systems.
-        stem = os.fsencode(output.name)[:190].decode("utf-8", "ignore")
+        stem = output.name
+        if len(raw := os.fsencode(stem)) > 200:
+            stem = raw[:200].decode("utf-8", "ignore") or "_"
         while True:
             name = f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}"
             self.path = output.with_name(name)
