@@ -116,9 +116,9 @@ def _shards(path: Path, fold: int, size: int) -> Path:
 
 
 def _dcp(path: Path, fold: int, size: int) -> Path:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save({"model": _state(fold, size)}, checkpoint_id=path, no_dist=True)
+    save({"model": _state(fold, size)}, checkpoint_id=path, no_dist=True)
     return path
 
 
@@ -312,11 +312,20 @@ def _begin(asked: Mapping[str, Any], number: str, ready: int, gate: tuple[int, i
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"],) * 2)
     if asked["uid"]:
         os.setuid(asked["uid"])
+    if asked["audit"]:
+        log = os.open(asked["audit"], os.O_WRONLY | os.O_CREAT)
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if event == "open" or event.startswith(("os.", "shutil.")):
+                os.write(log, json.dumps([event, args], default=str).encode() + b"\n")
+
+        sys.addaudithook(hook)
     for fd, name in enumerate(("stdin", "stdout", "stderr")):  # as Python itself at its start
         if fd in asked["closed"]:
             os.close(fd)
-        stream = None if fd in asked["closed"] else open(fd, "w" if fd else "r", closefd=False)  # noqa: PTH123, SIM115
-        setattr(sys, name, stream)
+            setattr(sys, name, None)
+        else:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
 
 
 def _end() -> NoReturn:
@@ -372,13 +381,15 @@ class Server:
             disturb: is entered with the pid before the run begins, and left when it has ended.
             setting: `stdout` and `stderr`, where they go; `closed`, descriptors that are closed;
                 `environment`, variables to set or (None) to remove; `largest`, how many bytes a
-                file may have; `uid`, who runs it; `together`, how many at once.
+                file may have; `uid`, who runs it; `together`, how many at once; `audit`, a log
+                of Python's audit events about files.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         names = {name: str(self._folder / name) for name in ("stdout", "stderr")}
-        asked = {"folder": str(place.folder), "arguments": list(arguments), **names}
-        asked |= {"environment": {}, "largest": 0, "uid": 0, "closed": [], "together": 1} | setting
+        asked: dict[str, Any] = {"folder": str(place.folder), "arguments": list(arguments), **names}
+        asked |= {"environment": {}, "largest": 0, "uid": 0, "closed": [], "together": 1}
+        asked |= {"audit": None} | setting
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         pid, *_ = map(int, self._process.stdout.readline().split())
         with disturb(pid):
@@ -501,7 +512,7 @@ def kill(
 def each_call(
     kinds: Sequence[str], errors: Mapping[str, str], limit: int, overwrite: Sequence[bool]
 ) -> collections.Counter[str]:
-    """Lets the n-th system call of each kind fail or kill, for n = 1, 2, ... until there is none."""
+    """Lets the n-th system call of each kind fail or kill, for n = 1, 2, ... as long as it can."""
     tally: collections.Counter[str] = collections.Counter()
     with places(kinds, 300, overwrite=overwrite) as (server, made):
         log = made[0][1].folder.parent / "log"
@@ -568,7 +579,7 @@ def main() -> int:
         tally = each_call(kinds, failures, options.limit, overwrite)
     for ended, count in sorted(tally.items()):
         print(f"{count:6} {ended}")
-    return any(ended.startswith(BROKEN) for ended in tally)
+    return int(any(ended.startswith(BROKEN) for ended in tally))
 
 
 if __name__ == "__main__":
