@@ -135,7 +135,7 @@ def test_a_directory_that_came_meanwhile_is_not_replaced(tmp_path):
 
 
 def test_checksums_of_places_and_copies(tmp_path):
-    """Whoever closes the file is told the CRC-32 of every place and copy, however it was written."""
+    """Whoever closes the file is told the CRC-32 of every place and copy, in whatever order."""
     told = {}
 
     def close(crcs):

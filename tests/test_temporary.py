@@ -177,14 +177,64 @@ def test_a_taken_name_is_left_alone(tmp_path, monkeypatch):
     assert made.path.name == f".out.pt.{temporary._boot()}-{'1' * 8}{TEMPORARY}"
 
 
+def test_a_lock_has_three_answers(tmp_path):
+    """It could be had, somebody else has it, or there are none."""
+    with (tmp_path / "a").open("w") as ours, (tmp_path / "a").open() as theirs:
+        assert lock(ours.fileno()) is True
+        assert lock(theirs.fileno()) is False
+    fd = os.open(tmp_path, os.O_PATH)
+    assert lock(fd) is None
+    os.close(fd)
+
+
+def test_what_can_be_removed_is_removed(tmp_path, monkeypatch):
+    """One file that stays keeps no other from being removed."""
+    made = make(tmp_path, directory=True)
+    for name in "abc":
+        (made.path / "sub" / name).touch()
+    real, calls = os.unlink, []
+
+    def unlink(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    made.remove()
+    assert len(calls) == 4
+    assert len(list((made.path / "sub").iterdir())) == 1
+
+
+def test_the_usual_permissions(tmp_path):
+    """A temporary has the permissions that files usually get."""
+    before = os.umask(0)
+    try:
+        made = make(tmp_path)
+    finally:
+        os.umask(before)
+    assert made.path.stat().st_mode & 0o777 == 0o666
+    made.close()
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "\udcff" * 255])
 def test_long_and_odd_names(tmp_path, name):
     """A temporary can be made beside any output, however long its name, and is recognised."""
     made = Temporary(tmp_path / name, directory=False)
     path = abandon(made)
     assert path.exists()
+    stem = {"x": "x" * 200, "é": "é" * 100, "\udcff": "_"}[name[0]]
+    assert path.name.startswith(f".{stem}.{temporary._boot()}-")
+    assert len(os.fsencode(made.aside.name)) <= 255
     sweep(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["é" * 100, "\udcff" * 200])
+def test_names_are_cut_only_where_they_are_too_long(tmp_path, name):
+    """A name of 200 bytes is whole in that of its temporary."""
+    made = Temporary(tmp_path / name, directory=False)
+    assert made.path.name.startswith(f".{name}.")
 
 
 def test_a_folder_that_cannot_be_listed_is_left(tmp_path):
