@@ -1,5 +1,8 @@
 """The score that the user's own command prints."""
 
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +27,8 @@ def command(code):
         ("3 of 4 images\\nscore=0.75.", 0.75),
         ("loss 1.5\\nepoch3 v2 done", 1.5),
         ("0.5\\n", 0.5),
+        ("0.5 from checkpoint-500.pt in 1.5s", 0.5),
+        ("inf", float("inf")),
     ],
 )
 def test_the_last_number_counts(tmp_path, printed, value):
@@ -64,6 +69,7 @@ def test_the_path_is_an_argument(tmp_path):
         ("print('nothing here')", None, "no number: nothing here"),
         ("print('[1, 2]')", "a", "no number 'a' in a JSON object"),
         ("print('{}')", "a", "no number 'a' in a JSON object"),
+        ("print('0.5 nan')", None, "printed NaN"),
     ],
 )
 def test_a_failing_or_silent_command(tmp_path, code, key, words):
@@ -88,3 +94,25 @@ def test_commands_that_cannot_be_run(text, error):
     """An empty or broken command is a usage error, one that is not there an error."""
     with pytest.raises(error):
         score(text, Path("a.pt"))
+
+
+def test_an_interruption_ends_the_evaluation(tmp_path):
+    """Ctrl-C leaves no evaluation running behind."""
+    mark = tmp_path / "mark"
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    line = f"""
+import signal, sys, threading, time, os
+from pathlib import Path
+from merge_avg.evaluate import score
+def stop():
+    while not (Path({str(mark)!r}).exists() and Path({str(mark)!r}).read_text()):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=stop).start()
+score({shlex.join([sys.executable, "-c", code, str(mark)])!r}, Path("a.pt"))
+"""
+    program = [sys.executable, "-c", line]
+    done = subprocess.run(program, check=False, timeout=50, capture_output=True)
+    assert b"KeyboardInterrupt" in done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)

@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+from math import nan
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.evaluate import score
@@ -75,7 +77,7 @@ def test_each_trial_reads_two_files(tmp_path):
     merge = Counted()
     greedy(paths, tmp_path / "o.pt", evaluate=lambda _: 1.0, merge=merge, mode="max")
     assert max(map(len, merge.calls[:-2])) == 2
-    assert len(merge.calls) == 7 + 7 + 3  # trials, sums, and the end
+    assert len(merge.calls) == 7 + 6 + 3  # trials, sums, and the end
     assert merge.calls[-1] == paths
 
 
@@ -198,7 +200,92 @@ def test_the_log_of_another_soup_is_refused(tmp_path, what):
     assert log.read_bytes() == before
 
 
+def test_the_last_evaluation_is_remembered_too(tmp_path):
+    """A mean that is evaluated once more, as the sum was rounded, is not so in the next run."""
+    paths = []
+    for number in range(3):  # the sum in float64 forgets the 1, without which the mean is less
+        paths.append(tmp_path / f"c{number}.pt")
+        values = torch.tensor([(3 * 2.0**52, 1.0, 0.5 + 2.0**-53)[number]], dtype=torch.float64)
+        torch.save({"w": values}, paths[-1])
+    told = []
+
+    def run(**options):
+        return greedy(
+            paths,
+            tmp_path / "o.pt",
+            evaluate=lambda path: (told.append(path), 1.0)[1],
+            merge=merge_checkpoints,
+            mode="max",
+            **options,
+        )
+
+    first = run()
+    assert len(told) == 6  # five, and the mean
+    before = (tmp_path / "o.pt").read_bytes()
+    assert run(overwrite=True).score == first.score
+    assert len(told) == 6
+    assert (tmp_path / "o.pt").read_bytes() == before
+
+
+def test_a_log_that_was_read_is_only_added_to(tmp_path):
+    """What stands in the log is not written again: a kill while it is opened loses nothing."""
+    paths = made(tmp_path)
+    options = {"evaluate": weight, "merge": merge_checkpoints, "mode": "min", "overwrite": True}
+    greedy(paths, tmp_path / "o.pt", **options)
+    log = tmp_path / "o.pt.soup.jsonl"
+    before = log.read_bytes(), log.stat().st_mtime_ns
+    greedy(paths, tmp_path / "o.pt", **options)
+    assert (log.read_bytes(), log.stat().st_mtime_ns) == before
+
+
+def test_a_directory_that_an_evaluation_writes_to_stays_the_same_checkpoint(tmp_path):
+    """Results that an evaluation leaves beside the weights do not make the log another's."""
+    paths = []
+    for number in range(3):
+        folder = tmp_path / f"c{number}"
+        folder.mkdir()
+        save_file({"w": torch.full((3,), float(number))}, folder / "model.safetensors")
+        paths.append(folder)
+
+    def evaluate(path):
+        if path in paths:
+            (path / "results.txt").write_text("done")
+        return 1.0
+
+    options = {"evaluate": evaluate, "merge": merge_checkpoints, "mode": "max"}
+    greedy(paths, tmp_path / "o", **options)
+    assert all(
+        trial.remembered
+        for trial in greedy(paths, tmp_path / "o2", log=tmp_path / "o.soup.jsonl", **options).trials
+    )
+
+
 # What is refused
+
+
+def test_a_score_that_is_nan_is_refused(tmp_path):
+    """NaN is neither better nor worse: an error that names the checkpoint, and is not logged."""
+    paths = made(tmp_path)
+    with pytest.raises(MergeError, match="NaN") as caught:
+        greedy(
+            paths, tmp_path / "o.pt", evaluate=lambda _: nan, merge=merge_checkpoints, mode="min"
+        )
+    assert caught.value.where == str(paths[0])
+    assert len((tmp_path / "o.pt.soup.jsonl").read_bytes().splitlines()) == 1
+
+
+def test_the_output_is_none_of_the_checkpoints(tmp_path):
+    """Even with --overwrite, and before anything is evaluated."""
+    paths = made(tmp_path)
+    with pytest.raises(MergeError, match="one of the checkpoints"):
+        greedy(
+            paths,
+            paths[1],
+            evaluate=pytest.fail,
+            merge=merge_checkpoints,
+            mode="min",
+            overwrite=True,
+        )
 
 
 def test_an_output_in_the_way_is_seen_first(tmp_path):

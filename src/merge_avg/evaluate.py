@@ -8,12 +8,18 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from merge_avg.errors import MergeError, UsageError
 
 PLACEHOLDER = "{}"
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
-_TAIL = 2000
+# No part of a word such as epoch3, checkpoint-500.pt or 1.5s; a score that is NaN is one to refuse.
+_NUMBER = re.compile(
+    r"(?<![\w.])(?<!\w[-+])[-+]?"
+    r"(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)(?!\w|\.\w)",
+    re.IGNORECASE,
+)
+_COMMAND, _TAIL = 300, 1400  # how much of them a message shows
 
 
 def score(command: str, checkpoint: Path, key: str | None = None) -> float:
@@ -28,7 +34,7 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
 
     Raises:
         UsageError: the command cannot be split.
-        MergeError: it fails, or prints no score.
+        MergeError: it fails, or prints no score, or NaN.
     """
     try:
         words = shlex.split(command)
@@ -39,25 +45,41 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
     if not any(PLACEHOLDER in word for word in words):
         words.append(PLACEHOLDER)
     arguments = [word.replace(PLACEHOLDER, str(checkpoint)) for word in words]
+    name = command if len(command) <= _COMMAND else command[:_COMMAND] + "..."
     try:
-        # It is the user's command, and no shell sees the path.
-        done = subprocess.run(  # noqa: S603
-            arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+        code, output, errors = _run(arguments)
     except OSError as error:
-        what = f"the evaluation {words[0]!r} cannot be run ({error.strerror})"
-        raise MergeError(what, hint="check --eval") from None
-    output, errors = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
-    if done.returncode:
-        how = f"code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
-        what = f"the evaluation {command!r} failed ({how}): {_end(errors or output)}"
+        what = f"the evaluation {words[0][:_COMMAND]!r} cannot be run ({error.strerror})"
+        raise MergeError(what, where=checkpoint, hint="check --eval") from None
+    if code:
+        how = f"code {code}" if code > 0 else f"signal {-code}"
+        what = f"the evaluation {name!r} failed ({how}): {_end(errors or output)}"
         raise MergeError(what, where=checkpoint, hint="mend it and run again: it goes on from here")
     value = _last_number(output) if key is None else _of_json(output, key)
     if value is None or math.isnan(value):
         found = "no number" if key is None else f"no number {key!r} in a JSON object"
-        what = f"the evaluation {command!r} printed {found}: {_end(output or errors)}"
+        found = found if value is None else "NaN"
+        what = f"the evaluation {name!r} printed {found}: {_end(output or errors)}"
         raise MergeError(what, where=checkpoint, hint="print the score as the last thing on stdout")
     return value
+
+
+def _run(arguments: list[str]) -> tuple[int, str, str]:
+    """The exit status of a command, and its stdout and stderr."""
+    # It is the user's command, and no shell sees the path.
+    with subprocess.Popen(  # noqa: S603
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:  # Ctrl-C as well must leave no evaluation running; it goes on
+            process.kill()
+            process.wait()
+            raise
+    return process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 
 def _last_number(output: str) -> float | None:
@@ -66,7 +88,7 @@ def _last_number(output: str) -> float | None:
 
 
 def _of_json(output: str, key: str) -> float | None:
-    """The entry of the whole output, or of the last line that is a JSON object."""
+    """The entry of the whole output, or of the last line that is a JSON object that has it."""
     for text in (output, *reversed(output.splitlines())):
         try:
             value = json.loads(text)
@@ -75,10 +97,21 @@ def _of_json(output: str, key: str) -> float | None:
         if not isinstance(value, dict):
             continue
         for name in [key] if key in value else key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            if not isinstance(value, dict) or name not in value:
+                break
+            value = value[name]
+        else:
+            return _number(value)
     return None
+
+
+def _number(value: Any) -> float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _end(text: str) -> str:

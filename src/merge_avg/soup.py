@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,9 +17,10 @@ from typing import Any, Protocol, Self
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.layout import Layout
+from merge_avg.output import refuse_output
 from merge_avg.policies import Mode
 from merge_avg.scan import scan
-from merge_avg.temporary import TEMPORARY
+from merge_avg.temporary import TEMPORARY, remove
 from merge_avg.weights import Weight
 
 _BLOCK = 1 << 20
@@ -75,45 +76,50 @@ class Soup:
     trials: tuple[Trial, ...]
 
 
+# The numbers of the members, and whether it was their exact mean, made after the last trial.
+_Evaluated = tuple[tuple[int, ...], bool]
+
+
 @dataclass
 class _Log:
     """Evaluations by what was evaluated, kept in a file from one run to the next."""
 
     path: Path
     header: dict[str, Any]
-    scores: dict[tuple[int, ...], float] = field(default_factory=dict)
+    scores: dict[_Evaluated, float] = field(default_factory=dict)
 
     def open(self) -> None:
-        """Reads what an earlier run left, or begins anew."""
+        """Reads what an earlier run left, or begins anew. Whole lines are never written again."""
         with _readable(self.path):
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        entries = []
-        for number, line in enumerate(lines):
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                if number < len(lines) - 1:  # the last may have been cut by a kill
-                    raise self._strange() from None
-        if not entries:
+            data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # the rest of the last line was cut by a kill
+        if not whole:
+            if not _line(self.header).startswith(data):
+                raise self._strange()
             self._write(self.header, "wb")
             return
-        if entries[0] != self.header:
+        try:
+            header, *entries = map(json.loads, whole.splitlines())
+            for entry in entries:
+                members = tuple(map(int, entry["members"]))
+                self.scores[members, bool(entry.get("exact"))] = float(entry["score"])
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            raise self._strange() from None
+        if header != self.header:
             raise self._strange()
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            for entry in entries[1:]:
-                self.scores[tuple(map(int, entry["members"]))] = float(entry["score"])
-        self._write(self.header, "wb")
-        for members, score in self.scores.items():
-            self._write({"members": members, "score": score})
+        if len(whole) < len(data):
+            with _readable(self.path):
+                os.truncate(self.path, len(whole))
 
-    def add(self, members: tuple[int, ...], score: float) -> None:
+    def add(self, evaluated: _Evaluated, score: float) -> None:
         """Remembers an evaluation for good."""
-        self.scores[members] = score
-        self._write({"members": members, "score": score})
+        members, exact = evaluated
+        self.scores[evaluated] = score
+        self._write({"members": members, "score": score} | ({"exact": True} if exact else {}))
 
     def _write(self, entry: Mapping[str, Any], mode: str = "ab") -> None:
         with _readable(self.path), self.path.open(mode) as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
 
@@ -158,13 +164,16 @@ def greedy(
 
     Raises:
         UsageError: there are fewer than two checkpoints.
-        MergeError: an evaluation fails, or a file cannot be read or written.
+        MergeError: an evaluation fails or is NaN, a file cannot be read or written, or the log is
+            that of another soup.
     """
     if len(checkpoints) < 2:
         raise UsageError("a soup needs two checkpoints at least", hint="name more of them")
-    if os.path.lexists(output) and not overwrite:
-        hint = "choose another output, or replace this one with --overwrite"
-        raise MergeError("the output exists already", where=output, hint=hint)
+    # Only the merge knows whether it writes a directory.
+    refuse_output(output, directory=output.is_dir(), overwrite=overwrite)
+    if any(_same_place(path, output) for path in checkpoints):
+        hint = "choose another output"
+        raise MergeError("the output is one of the checkpoints", where=output, hint=hint)
     known = _Log(
         log or output.with_name(output.name + LOG),
         {"soup": "greedy", "command": command, "mode": mode, "inputs": _identities(checkpoints)},
@@ -174,11 +183,17 @@ def greedy(
     sign = 1 if mode == "max" else -1
     trials: list[Trial] = []
 
-    def scored(members: tuple[int, ...], path: Callable[[], Path]) -> tuple[float, bool]:
-        if members in known.scores:
-            return known.scores[members], True
-        value = evaluate(path())
-        known.add(members, value)
+    def scored(
+        members: tuple[int, ...], path: Callable[[], Path], *, exact: bool = False
+    ) -> tuple[float, bool]:
+        evaluated = (members, exact)
+        if evaluated in known.scores:
+            return known.scores[evaluated], True
+        file = path()
+        value = evaluate(file)
+        if math.isnan(value):  # neither better nor worse than any other
+            raise MergeError("its evaluation is NaN", where=file, hint="mend it and run again")
+        known.add(evaluated, value)
         return value, False
 
     def told(members: tuple[int, ...], score: float, *, kept: bool, remembered: bool) -> None:
@@ -207,7 +222,11 @@ def greedy(
             told(tried, value, kept=kept, remembered=remembered)
         members = tuple(checkpoints[index] for index in soup)
         floor = singles[order[0]]
-        best = kitchen.serve(members, best, floor, evaluate, sign, overwrite=overwrite)
+
+        def exactly(path: Path) -> float:
+            return scored(soup, lambda: path, exact=True)[0]
+
+        best = kitchen.serve(members, best, floor, exactly, sign, overwrite=overwrite)
     scores = dict(zip(checkpoints, singles, strict=True))
     return Soup(output, members, best, scores, tuple(trials))
 
@@ -227,14 +246,18 @@ class _Kitchen:
         self._exact = self._beside("mean")
 
     def _beside(self, what: str) -> Path:
-        name = f".{self._output.stem[:100]}.{what}{TEMPORARY}{self._output.suffix}"
+        stem = os.fsencode(self._output.stem)[:100].decode("utf-8", "ignore")
+        name = f".{stem}.{what}{TEMPORARY}{self._output.suffix}"
         return self._output.with_name(name)
 
-    def _sum(self) -> Path:
-        """The sum of those kept so far: the best itself, or a file in float64."""
-        for count in range(self._summed, len(self._kept)):
-            before = self._order[0] if count == 1 else self._sums[0]
-            one = self._order[self._kept[count]]
+    def _sum(self, count: int) -> Path:
+        """The sum of the first of those kept: the best itself, or a file in float64.
+
+        There is the last sum that was made and the one before it.
+        """
+        for number in range(self._summed, count):
+            before = self._order[0] if number == 1 else self._sums[0]
+            one = self._order[self._kept[number]]
             self._merge(
                 [before, one],
                 self._sums[1],
@@ -244,15 +267,14 @@ class _Kitchen:
                 overwrite=True,
             )
             self._sums.reverse()
-        self._summed = len(self._kept)
-        return self._order[0] if self._summed == 1 else self._sums[0]
+            self._summed = number + 1
+        return self._order[0] if count == 1 else self._sums[self._summed - count]
 
     def tried(self, place: int) -> Path:
         """The soup with one more."""
         if self._summable:
             try:
-                share = Fraction(1, len(self._kept) + 1)
-                self._combined([self._sum(), self._order[place]], share, self._trial)
+                self._combined([*self._kept, place], self._trial)
             except MergeError:  # a copy in float64 cannot be made of every checkpoint
                 self._summable = False
             else:
@@ -282,26 +304,36 @@ class _Kitchen:
         whose score is `floor`, what was tried is written.
         """
         score = best
-        if len(members) > 2 and self._summable:  # of two, the trial was the mean itself
-            share = Fraction(1, len(members))
-            self._combined([self._sum()], share, self._trial)
+        if len(members) > 2 and self._tried_again():  # of two, the trial was the mean itself
             self._merge(members, self._exact, overwrite=True)
             if not _same_weights(self._exact, self._trial):
                 score = evaluate(self._exact)
             if sign * score < sign * floor:
-                self._combined([self._sum()], share, self._output, overwrite=overwrite)
+                self._combined(self._kept, self._output, overwrite=overwrite)
                 return best
         self._merge(members, self._output, overwrite=overwrite)
         return score
 
-    def _combined(
-        self, paths: Sequence[Path], share: Fraction, output: Path, *, overwrite: bool = True
-    ) -> None:
-        """The sum of some files times a share, as a copy of the best checkpoint."""
+    def _tried_again(self) -> bool:
+        """Makes the last trial that was kept, unless it was the mean itself.
+
+        The scores of a resumed run may all be remembered, so what can be summed shows only here.
+        """
+        if not self._summable:
+            return False
+        try:
+            self._combined(self._kept, self._trial)
+        except MergeError:
+            return False
+        return True
+
+    def _combined(self, members: Sequence[int], output: Path, *, overwrite: bool = True) -> None:
+        """The mean of members by way of the sum of all but the last, as a copy of the best."""
+        share = Fraction(1, len(members))
         self._merge(
-            paths,
+            [self._sum(len(members) - 1), self._order[members[-1]]],
             output,
-            weights=[share] * len(paths),
+            weights=[share, share],
             normalize=False,
             dtype="template",
             template=self._order[0],
@@ -313,10 +345,7 @@ class _Kitchen:
 
     def __exit__(self, *_: object) -> None:
         for path in (*self._sums, self._trial, self._exact):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
 
 def _same_weights(one: Path, other: Path) -> bool:
@@ -347,10 +376,26 @@ def _identities(paths: Sequence[Path]) -> list[list[str | int]]:
     """What tells that checkpoints are those of an earlier run."""
     found: list[list[str | int]] = []
     for path in paths:
-        with _readable(path):
-            state = path.stat()
-        found.append([str(path.absolute()), state.st_size, state.st_mtime_ns])
+        # An evaluation may leave its results in a directory: only what holds weights counts.
+        for file in _weights_in(path) if path.is_dir() else [path]:
+            with _readable(file):
+                state = file.stat()
+            found.append([str(file.absolute()), state.st_size, state.st_mtime_ns])
     return found
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    layout = scan(folder)
+    pairs = zip(layout.files, layout.members, strict=True)
+    return [file.path for file, member in pairs if member is not None]
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 @contextlib.contextmanager

@@ -104,17 +104,18 @@ def sweep(folder: Path) -> None:
                 if match["old"] and not os.path.lexists(home):
                     os.rename(path, home)
                 else:
-                    _remove(path)
+                    remove(path)
             finally:
                 os.close(fd)
 
 
 def _undo(path: Path, owner: int) -> None:
     if os.getpid() == owner:  # not a child that was forked meanwhile
-        _remove(path)
+        remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file or a directory, as far as that is possible."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
