@@ -151,6 +151,24 @@ def test_a_sweep_that_comes_between_is_seen(tmp_path, monkeypatch):
     assert made.path not in taken
 
 
+def test_a_directory_that_was_swept_before_it_was_opened(tmp_path, monkeypatch):
+    """It is made again; a directory that is not there to make it in is an error."""
+    real = os.open
+
+    def late(path, *args):
+        monkeypatch.setattr(os, "open", real)
+        path.rmdir()
+        return real(path, *args)
+
+    monkeypatch.setattr(os, "open", late)
+    made = Temporary(tmp_path / "out", directory=True)
+    assert made.path.is_dir()
+    made.close()
+    for directory in (False, True):
+        with pytest.raises(FileNotFoundError):
+            Temporary(tmp_path / "none" / "out", directory=directory)
+
+
 def test_it_goes_with_its_object_and_not_with_a_fork(tmp_path):
     """Whoever forgets it loses it; a child that was forked meanwhile does not remove it."""
     made = make(tmp_path)
@@ -223,7 +241,7 @@ def test_long_and_odd_names(tmp_path, name):
     made = Temporary(tmp_path / name, directory=False)
     path = abandon(made)
     assert path.exists()
-    stem = {"x": "x" * 200, "é": "é" * 100, "\udcff": "_"}[name[0]]
+    stem = {"x": "x" * 197 + "...", "é": "é" * 98 + "...", "\udcff": "..."}[name[0]]
     assert path.name.startswith(f".{stem}.{temporary._boot()}-")
     assert len(os.fsencode(made.aside.name)) <= 255
     sweep(tmp_path)

@@ -51,7 +51,7 @@ class Temporary:
         # The longest name that a file may have is 255 bytes on most file systems.
         stem = output.name
         if len(raw := os.fsencode(stem)) > 200:
-            stem = raw[:200].decode("utf-8", "ignore") or "_"
+            stem = raw[:197].decode("utf-8", "ignore") + "..."
         while True:
             name = f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}"
             self.path = output.with_name(name)
@@ -65,7 +65,11 @@ class Temporary:
             except FileExistsError:  # another's
                 self.remove.detach()
                 continue
-            # A sweep may have had it between the last two lines.
+            except FileNotFoundError:
+                if not output.parent.is_dir():
+                    raise
+                continue  # a sweep has had it already
+            # Or has had it between the last lines.
             if lock(self.fd) is not False and _is(self.path, self.fd):
                 return
             self.close()
