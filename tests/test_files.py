@@ -227,15 +227,52 @@ def test_what_is_read_again_counts_once(tmp_path):
     path.write_bytes(b"0123456789")
     storage = Storage("r", 0, 10, zlib.crc32(b"0123456789"))
     with contextlib.closing(opened(path)) as reader:
-        for again in (False, True, False):
-            reader.read(memoryview(bytearray(10)), storage, 0, again=again)
-        assert reader._sums[storage].missing() == []
+        for options in ({}, {"again": True}, {}):
+            reader.read(memoryview(bytearray(10)), storage, 0, **options)
+            assert reader._sums[storage].missing() == []
         os.truncate(path, 0)  # nothing is left to be read
         with pytest.raises(MergeError, match="changed"):
             reader.finish()
-    with contextlib.closing(opened(tmp_path / "a")) as reader:
-        reader.read(memoryview(bytearray(0)), storage, 0, again=True)
+    path.write_bytes(b"0123456789")
+    parts = Storage("all", 0, 10, parts=(storage,))
+    with contextlib.closing(opened(path)) as reader:
+        reader.read(memoryview(bytearray(10)), parts, 0, again=True)
         assert reader._sums[storage].missing() == [(0, 10)]
+        reader.read(memoryview(bytearray(10)), parts, 0)
+        assert reader._sums[storage].missing() == []
+
+
+def test_the_rest_of_a_file_that_ends_early(tmp_path):
+    """Bytes that only the checksum needs are named by their file too."""
+    path = tmp_path / "a"
+    path.write_bytes(b"0123")
+    with contextlib.closing(opened(path)) as reader:
+        reader.read(memoryview(bytearray(4)), Storage("r", 0, 8, 1), 0)
+        with pytest.raises(MergeError, match=f"^{path}: it ends at byte 4"):
+            reader.finish()
+    for packed in (None, 9):
+        storage = Storage("r", 0, 8, 1, packed=packed, swapped=2)
+        with (
+            contextlib.closing(opened(path)) as reader,
+            pytest.raises(MergeError, match=f"^{path}: it ends at byte 4"),
+        ):
+            reader.read(memoryview(bytearray(4)), storage, 0)
+
+
+def test_files_and_storages_are_opened_once(tmp_path, monkeypatch):
+    """However often it is read, a file is opened once; decoded bytes lie on the output's disk."""
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "a"
+    path.write_bytes(b"0123" * 2)
+    opens, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda *a, **k: opens.append(a[0]) or real(*a, **k))
+    reader = Reader(Layout(path, "?", (File.of(path),), ()), tmp_path / "scratch")
+    plain, turned = Storage("r", 0, 8), Storage("s", 0, 8, swapped=2)
+    with contextlib.closing(reader):
+        for storage in (plain, turned) * 3:
+            reader.read(memoryview(bytearray(4)), storage, 4)
+    assert opens.count(path) == 1
+    assert len([one for one in opens if str(one).startswith(str(tmp_path / "scratch"))]) == 1
 
 
 def test_the_rest_is_read_in_blocks(tmp_path, monkeypatch):
