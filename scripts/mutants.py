@@ -94,7 +94,8 @@ def main() -> int:
             ended = run(tree, module, options.children)
             tally = collections.Counter(ended.values())
             lost = len(ended) - tally["survived"]
-            print(f"{module:10} {lost}/{len(ended)} noticed ({100 * lost / len(ended):.0f} %)")
+            share = f"{lost}/{len(ended)} noticed ({100 * lost / len(ended):.0f} %)"
+            print(f"{module:10} {share}", flush=True)
             for mutant, how in ended.items() if options.show else ():
                 if how == "survived":
                     print(shown(tree, mutant), flush=True)

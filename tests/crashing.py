@@ -351,7 +351,7 @@ class Server:
     """Runs the command in children of one process that has torch imported."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.crashing", "serve"],
             stdin=subprocess.PIPE,
@@ -386,7 +386,7 @@ class Server:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        names = {name: str(self._folder / name) for name in ("stdout", "stderr")}
+        names = {name: str(self.folder / name) for name in ("stdout", "stderr")}
         asked: dict[str, Any] = {"folder": str(place.folder), "arguments": list(arguments), **names}
         asked |= {"environment": {}, "largest": 0, "uid": 0, "closed": [], "together": 1}
         asked |= {"audit": None} | setting
@@ -396,7 +396,7 @@ class Server:
             print(file=self._process.stdin, flush=True)
             self.codes = [int(code) for code in self._process.stdout.readline().split()]
         self.stdout, self.stderr = (
-            (self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr")
+            (self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr")
         )
         return self.codes[0]
 
@@ -446,26 +446,26 @@ def signalled(pid: int, number: int, after: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def places(
-    kinds: Sequence[str], size: int, *, overwrite: Sequence[bool] = (False, True)
-) -> Iterator[tuple[Server, list[tuple[str, Place]]]]:
-    """A server, and a place for each kind of output, with and without an old one."""
+def serving() -> Iterator[Server]:
+    """A server, and a directory for it and for places."""
     with tempfile.TemporaryDirectory(prefix="merge-avg-crash") as name:
-        folder = Path(name)
-        server = Server(folder)
-        made = []
-        for kind in kinds:
-            for old in overwrite:
-                label = f"{kind}{' --overwrite' if old else ''}"
-                inside = folder / label.replace(" ", "")
-                inside.mkdir()
-                place = Place(inside, kind, size, overwrite=old)
-                place.learn(server.plain(place))
-                made.append((label, place))
+        server = Server(Path(name))
         try:
-            yield server, made
+            yield server
         finally:
             server.close()
+
+
+def places(
+    server: Server, kinds: Sequence[str], size: int, overwrite: Sequence[bool] = (False, True)
+) -> Iterator[tuple[str, Place]]:
+    """A place for each kind of output, with and without an old one, and what it is called."""
+    for kind in kinds:
+        for old in overwrite:
+            folder = Path(tempfile.mkdtemp(prefix=kind, dir=server.folder))
+            place = Place(folder, kind, size, overwrite=old)
+            place.learn(server.plain(place))
+            yield f"{kind}{' --overwrite' if old else ''}", place
 
 
 def recovered(server: Server, place: Place) -> None:
@@ -477,75 +477,76 @@ def recovered(server: Server, place: Place) -> None:
 
 
 def kill(
-    kinds: Sequence[str], count: int, seed: int, size: int, overwrite: Sequence[bool]
+    server: Server,
+    kinds: Sequence[str],
+    count: int,
+    seed: int,
+    size: int,
+    overwrite: Sequence[bool],
 ) -> collections.Counter[str]:
     """Runs that are killed at random moments, as many as asked for."""
     chance = random.Random(seed)  # noqa: S311
     tally: collections.Counter[str] = collections.Counter()
-    with places(kinds, size, overwrite=overwrite) as (server, made):
-        took = {}
-        for label, place in made:
-            started = time.perf_counter()
-            server.plain(place)(place.arguments)
-            took[label] = 0.9 * (time.perf_counter() - started)
-            place.reset()
-        for number in range(count):
-            label, place = made[number % len(made)]
-            sent = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-            after = chance.uniform(0, took[label])
-            code = server.run(place, place.arguments, lambda pid: signalled(pid, sent, after))  # noqa: B023
-            if code == -signal.SIGKILL:
-                complete = place.complete()
-            elif code < 0:  # the signal came before the command, or after it
-                complete = place.complete()
-                assert not place.left(), (code, place.left())
-            else:
-                complete = judge(place, code, server.stderr)
-                assert not place.left(), (code, place.left())
-            ended = "in time" if not code else "complete" if complete else "left as it was"
-            tally[f"{sent.name}: {ended}"] += 1
-            tally["temporaries left by SIGKILL"] += len(place.left())
-            recovered(server, place)
+    made = []
+    for _, place in places(server, kinds, size, overwrite):
+        started = time.perf_counter()
+        server.plain(place)(place.arguments)
+        made.append((place, 0.9 * (time.perf_counter() - started)))
+        place.reset()
+    for number in range(count):
+        place, took = made[number % len(made)]
+        sent = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        after = chance.uniform(0, took)
+        code = server.run(place, place.arguments, lambda pid: signalled(pid, sent, after))  # noqa: B023
+        # Below zero by SIGKILL, or by a signal that came before the command, or after it.
+        complete = place.complete() if code < 0 else judge(place, code, server.stderr)
+        assert code == -signal.SIGKILL or not place.left(), (code, place.left())
+        ended = "in time" if not code else "complete" if complete else "left as it was"
+        tally[f"{sent.name}: {ended}"] += 1
+        tally["temporaries left by SIGKILL, removed by the next run"] += len(place.left())
+        recovered(server, place)
     return tally
 
 
 def each_call(
-    kinds: Sequence[str], errors: Mapping[str, str], limit: int, overwrite: Sequence[bool]
+    server: Server,
+    kinds: Sequence[str],
+    errors: Mapping[str, str],
+    limit: int,
+    overwrite: Sequence[bool],
 ) -> collections.Counter[str]:
     """Lets the n-th system call of each kind fail or kill, for n = 1, 2, ... as long as it can."""
     tally: collections.Counter[str] = collections.Counter()
-    with places(kinds, 300, overwrite=overwrite) as (server, made):
-        log = made[0][1].folder.parent / "log"
-        for label, place in made:
-            for call, failures in errors.items():
-                for failure in failures.split():
-                    for number in range(1, limit + 1):
-                        inject = f"{call}:{failure}:when={number}"
-                        code = server.run(
-                            place,
-                            place.arguments,
-                            lambda pid: traced(pid, inject, log),  # noqa: B023
-                        )
-                        text = log.read_text(errors="replace")
-                        if "INJECTED" not in text and code >= 0:
-                            place.reset()
+    for label, place in places(server, kinds, 300, overwrite):
+        for call, failures in errors.items():
+            for failure in failures.split():
+                for number in range(1, limit + 1):
+                    inject = f"{call}:{failure}:when={number}"
+                    try:
+                        ended = _injected(server, place, inject)
+                        if not ended:
                             break
-                        try:
-                            if code == -signal.SIGKILL:
-                                ended = "complete" if place.complete() else "left as it was"
-                            else:
-                                complete = judge(place, code, server.stderr)
-                                ended = f"exit code {code}, " + (
-                                    "complete" if complete else "left as it was"
-                                )
-                            tally[ended] += 1
-                            if place.left():
-                                tally[f"temporaries left at {call}, removed by the next run"] += 1
-                            recovered(server, place)
-                        except AssertionError as error:
-                            tally[f"{BROKEN}: {label}, {inject}: {error}"] += 1
-                            place.clean()
+                        tally[ended] += 1
+                        if place.left():
+                            tally[f"temporaries left at {call}, removed by the next run"] += 1
+                        recovered(server, place)
+                    except AssertionError as error:
+                        tally[f"{BROKEN}: {label}, {inject}: {error}"] += 1
+                        place.clean()
     return tally
+
+
+def _injected(server: Server, place: Place, inject: str) -> str:
+    """How a run ended into which strace injected something; empty where there was no such call."""
+    log = server.folder / "log"
+    code = server.run(place, place.arguments, lambda pid: traced(pid, inject, log))
+    if code >= 0 and "INJECTED" not in log.read_text(errors="replace"):
+        place.reset()
+        return ""
+    if code == -signal.SIGKILL:
+        return "killed, complete" if place.complete() else "killed, left as it was"
+    complete = judge(place, code, server.stderr)
+    return f"exit code {code}, {'complete' if complete else 'left as it was'}"
 
 
 def main() -> int:
@@ -565,18 +566,18 @@ def main() -> int:
         return 0
     kinds = options.kinds.split(",")
     overwrite = {"yes": (True,), "no": (False,), "both": (False, True)}[options.overwrite]
-    if options.what == "kill":
-        tally = kill(kinds, options.count, options.seed, options.size, overwrite)
+    chosen = {call: CALLS[call] for call in options.calls.split(",")}
+    if options.what == "calls":
+        failures = dict.fromkeys(chosen, "signal=KILL")
     else:
-        chosen = {call: CALLS[call] for call in options.calls.split(",")}
-        if options.what == "calls":
-            failures = dict.fromkeys(chosen, "signal=KILL")
+        failures = {
+            call: " ".join(f"error={one}" for one in text.split()) for call, text in chosen.items()
+        }
+    with serving() as server:
+        if options.what == "kill":
+            tally = kill(server, kinds, options.count, options.seed, options.size, overwrite)
         else:
-            failures = {
-                call: " ".join(f"error={one}" for one in text.split())
-                for call, text in chosen.items()
-            }
-        tally = each_call(kinds, failures, options.limit, overwrite)
+            tally = each_call(server, kinds, failures, options.limit, overwrite)
     for ended, count in sorted(tally.items()):
         print(f"{count:6} {ended}")
     return int(any(ended.startswith(BROKEN) for ended in tally))

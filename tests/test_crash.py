@@ -198,13 +198,22 @@ def test_directories_that_cannot_be_exchanged(runner, tmp_path, monkeypatch):
 # Runs that are killed for real.
 
 
+@pytest.fixture(scope="module")
+def server():
+    with crashing.serving() as server:
+        yield server
+
+
 @pytest.mark.parametrize(
-    ("kinds", "count", "size"),
-    [("zip shards", 8, 100_000), pytest.param(" ".join(KINDS), 140, 3_000_000, marks=large)],
+    ("kinds", "count", "size", "overwrite"),
+    [
+        ("zip shards", 6, 100_000, (True,)),
+        pytest.param(" ".join(KINDS), 140, 3_000_000, (False, True), marks=large),
+    ],
 )
-def test_killed_runs(kinds, count, size):
+def test_killed_runs(server, kinds, count, size, overwrite):
     """After a signal at any moment the output is old or complete; the next run leaves no trace."""
-    tally = crashing.kill(kinds.split(), count, count, size, (False, True))
+    tally = crashing.kill(server, kinds.split(), count, count, size, overwrite)
     assert sum(n for ended, n in tally.items() if ended.startswith("SIG")) == count
 
 
@@ -220,48 +229,39 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs 
         pytest.param("zip shards", dict.fromkeys(crashing.CALLS, "error=EIO"), 3, marks=large),
     ],
 )
-def test_system_calls_that_kill_or_fail(kinds, what, limit):
+def test_system_calls_that_kill_or_fail(server, kinds, what, limit):
     """The same at each system call, as strace makes it fail."""
-    tally = crashing.each_call(kinds.split(), what, limit, (True,))
+    tally = crashing.each_call(server, kinds.split(), what, limit, (True,))
     assert not [ended for ended in tally if ended.startswith(crashing.BROKEN)]
     assert sum(tally.values()) >= 3
 
 
-@pytest.fixture(scope="module")
-def served():
-    with crashing.places(["zip"], 300, overwrite=(True,)) as (server, [(_, place)]):
-        yield server, place
-
-
 @pytest.fixture
-def server(served):
-    yield served
-    served[1].clean()
+def place(server):
+    ((_, place),) = crashing.places(server, ["zip"], 300, (True,))
+    return place
 
 
-def test_two_runs_into_one_place(tmp_path):
+def test_two_runs_into_one_place(server):
     """Of runs into one output at once all may replace it, but only one may create it."""
-    with crashing.places(["zip", "shards"], 300_000) as (server, made):
-        for label, place in made:
-            server.run(place, place.arguments, together=4)
-            assert place.complete()
-            assert not place.left()
-            expected = [0, 0, 0, 0] if "--overwrite" in label else [0, 1, 1, 1]
-            assert sorted(server.codes) == expected
+    for label, place in crashing.places(server, ["zip", "shards"], 300_000):
+        server.run(place, place.arguments, together=4)
+        assert place.complete()
+        assert not place.left()
+        expected = [0, 0, 0, 0] if "--overwrite" in label else [0, 1, 1, 1]
+        assert sorted(server.codes) == expected
 
 
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
-def test_closed_streams(server, closed):
+def test_closed_streams(server, place, closed):
     """Without stdin, stdout or stderr the merge is done; no file of it becomes one of them."""
-    server, place = server
     code = server.run(place, place.arguments, closed=closed)
     assert judge(place, code, server.stderr)
     assert server.stdout == ("" if 1 in closed else "out.pt\n")
 
 
-def test_streams_that_cannot_be_written(server):
+def test_streams_that_cannot_be_written(server, place):
     """A full stderr is no failure; a full stdout is, after all is done."""
-    server, place = server
     assert server.run(place, place.arguments, stderr="/dev/full") == 0
     assert place.complete()
     assert server.run(place, place.again, stdout="/dev/full") == 1
@@ -269,9 +269,8 @@ def test_streams_that_cannot_be_written(server):
     assert "all is done, but stdout cannot be written" in server.stderr
 
 
-def test_readers_that_leave(server):
+def test_readers_that_leave(server, place):
     """`2>&1 | head -1` ends neither the merge nor with a traceback."""
-    server, place = server
     reader, writer = os.pipe()
     end = f"/proc/{os.getpid()}/fd/{writer}"
 
@@ -287,9 +286,8 @@ def test_readers_that_leave(server):
 
 @pytest.mark.parametrize("term", ["dumb", "xterm"])
 @pytest.mark.parametrize("hangs_up", [False, True])
-def test_terminals(server, hangs_up, term):
+def test_terminals(server, place, hangs_up, term):
     """A narrow terminal, and one that goes away, without HOME or a locale: the merge is done."""
-    server, place = server
     reader, writer = pty.openpty()
 
     def disturb(_):
@@ -312,9 +310,8 @@ def test_terminals(server, hangs_up, term):
         assert "Traceback" not in shown
 
 
-def test_files_that_may_not_be_so_large(server):
+def test_files_that_may_not_be_so_large(server, place):
     """A limit of the file size shows before anything is read, as one message with a way out."""
-    server, place = server
     code = server.run(place, place.arguments, largest=500, stderr=os.devnull)
     assert code == 1
     assert not place.complete()
@@ -325,9 +322,8 @@ def test_files_that_may_not_be_so_large(server):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_a_directory_that_may_not_be_written_to(server):
+def test_a_directory_that_may_not_be_written_to(server, place):
     """Another user's directory is one message."""
-    server, place = server
     for folder in (place.folder, place.folder.parent):
         folder.chmod(0o755)
     code = server.run(place, place.arguments, uid=65534)
@@ -335,9 +331,8 @@ def test_a_directory_that_may_not_be_written_to(server):
     assert "Permission denied" in server.stderr
 
 
-def test_names_that_are_no_text(server, tmp_path):
+def test_names_that_are_no_text(server, place, tmp_path):
     """Names that are not UTF-8 are read, written, reported, and shown escaped."""
-    server, place = server
     name, out = os.fsdecode(b"in\xff.pt"), os.fsdecode(b"out\xfe.pt")
     shutil.copy(place.folder / "in0.pt", place.folder / name)
     arguments = [name, "in1.pt", "in2.pt", "-o", out, "--json"]
@@ -350,26 +345,19 @@ def test_names_that_are_no_text(server, tmp_path):
     assert torch.equal(merged["n"], torch.tensor(3))
 
 
-def test_a_soup_that_was_killed_leaves_nothing_for_long(tmp_path):
+def test_a_soup_that_was_killed_leaves_nothing_for_long(server, place):
     """What a killed soup left beside its output goes with the next run of it."""
-    for fold in range(3):
-        torch.save({"w": torch.full((4,), float(fold))}, tmp_path / f"{fold}.pt")
-    evaluate = tmp_path / "evaluate.py"
-    evaluate.write_text("import os, sys\nprint(1 / len(sys.argv))\n")
-    kill = tmp_path / "kill.py"
-    kill.write_text(
-        "import os, signal, sys\nif 'trial' in sys.argv[1]: os.kill(os.getppid(), signal.SIGKILL)\n"
-        "print(1)\n"
-    )
-    names = {path.name for path in tmp_path.iterdir()}
-    for script, code in ((kill, -signal.SIGKILL), (evaluate, 0)):
-        command = [*"0.pt 1.pt 2.pt -o soup.pt --soup greedy --mode max --eval".split()]
-        command = [sys.executable, "-m", "merge_avg", *command, f"{sys.executable} {script} {{}}"]
-        done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
-        assert done.returncode == code, done.stderr
-        left = {path.name for path in tmp_path.iterdir()} - names - {"soup.pt.soup.jsonl"}
-        assert any("merge-avg-tmp" in name for name in left) == bool(code)
-        (tmp_path / "soup.pt.soup.jsonl").unlink()
+    kill, evaluate = server.folder / "kill.sh", server.folder / "evaluate.sh"
+    kill.write_text("case $1 in *trial*) kill -9 $PPID; esac; echo 1")
+    evaluate.write_text("echo 1")
+    arguments = [*place.again, "--soup", "greedy", "--mode", "max", "--eval"]
+    for script, expected in ((kill, -signal.SIGKILL), (evaluate, 0)):
+        code = server.run(place, [*arguments, f"sh {script} {{}}"])
+        assert code == expected, server.stderr
+        (place.folder / "out.pt.soup.jsonl").unlink()
+        left = [path.name for path in place.folder.glob(".*")]
+        assert bool(left) == bool(code)
+        assert all("merge-avg-tmp" in name for name in left)
 
 
 # Inputs that do not hold still, disks that are full.
@@ -491,9 +479,8 @@ def test_a_disk_that_is_full(tmp_path):
     assert (tmp_path / "left").read_text() == "out.pt\n"
 
 
-def test_inputs_are_only_ever_opened_for_reading(server, tmp_path):
+def test_inputs_are_only_ever_opened_for_reading(server, place, tmp_path):
     """No call that opens an input asks to write to it, and none removes or renames one."""
-    server, place = server
     code = server.run(place, place.arguments, audit=str(tmp_path / "log"))
     assert judge(place, code, server.stderr)
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
