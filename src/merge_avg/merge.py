@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -279,6 +281,10 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     copies = iter(job.draft.copies)
     lock, stop = threading.Lock(), threading.Event()
 
+    # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on
+    # which a worker would hang.
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
     def loop() -> None:
         with contextlib.closing(make_worker()) as worker:
             while not stop.is_set():
@@ -292,10 +298,33 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
                 else:
                     return
 
+    def run() -> None:
+        try:
+            loop()
+        except BaseException as error:  # noqa: BLE001 - it is raised by who waits
+            ended.put(error)
+        else:
+            ended.put(None)
+
     with ThreadPoolExecutor(job.budget.threads, thread_name_prefix="merge-avg") as pool:
         try:
-            running = [pool.submit(loop) for _ in range(job.budget.threads)]
-            for future in wait(running, return_when=FIRST_EXCEPTION).done:
-                future.result()
+            with _signals_held():
+                for _ in range(job.budget.threads):
+                    pool.submit(run)
+            for _ in range(job.budget.threads):
+                if (error := ended.get()) is not None:
+                    raise error
         finally:
             stop.set()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets signals wait while threads begin: an exception in between would leave locks behind."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
