@@ -5,7 +5,7 @@ of its own, runs `merge_avg.cli.main`, and is killed for real. `strace` makes th
 of a kind fail in it, or kills it there. `Run.check` holds what is promised against what is found.
 
     python scripts/crash.py kill --count 300      SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments
-    python scripts/crash.py calls                 SIGKILL at each system call (needs strace)
+    python scripts/crash.py calls --signal TERM   a signal at each system call (needs strace)
     python scripts/crash.py inject                each system call fails (needs strace)
 """
 
@@ -544,10 +544,11 @@ def _injected(server: Server, place: Place, inject: str) -> str:
     """How a run ended into which strace injected something; empty where there was no such call."""
     log = server.folder / "log"
     code = server.run(place, place.arguments, lambda pid: traced(pid, inject, log))
-    if code >= 0 and "INJECTED" not in log.read_text(errors="replace"):
+    text = log.read_text(errors="replace")
+    if code >= 0 and "INJECTED" not in text and "--- SIG" not in text:
         place.reset()
         return ""
-    if code == -signal.SIGKILL:
+    if code < 0:
         return "killed, complete" if place.complete() else "killed, left as it was"
     complete = judge(place, code, server.stderr)
     return f"exit code {code}, {'complete' if complete else 'left as it was'}"
@@ -561,6 +562,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of outputs")
     parser.add_argument("--calls", default=",".join(CALLS), help="to inject at")
+    parser.add_argument("--signal", default="KILL", help="to send, for calls")
     parser.add_argument("--limit", type=int, default=10_000, help="calls of a kind")
     parser.add_argument("--size", type=int, default=3_000_000, help="elements, for kill")
     parser.add_argument("--overwrite", choices=["yes", "no", "both"], default="both")
@@ -572,7 +574,7 @@ def main() -> int:
     overwrite = {"yes": (True,), "no": (False,), "both": (False, True)}[options.overwrite]
     chosen = {call: CALLS[call] for call in options.calls.split(",")}
     if options.what == "calls":
-        failures = dict.fromkeys(chosen, "signal=KILL")
+        failures = dict.fromkeys([*chosen, "futex"], f"signal={options.signal}")
     else:
         failures = {
             call: " ".join(f"error={one}" for one in text.split()) for call, text in chosen.items()

@@ -138,3 +138,22 @@ def test_interruption_leaves_nothing(tmp_path, number, code):
     running.communicate(timeout=60)
     assert running.returncode == code
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
+    """Where Python swallows the exception of a handler, it comes again; nothing is printed of it."""
+    code = (
+        "import signal, sys, weakref\nfrom merge_avg import cli, prepare\n"
+        "class Thing: pass\n"
+        "def bad(*args):\n"
+        "    thing = Thing()\n"
+        "    ref = weakref.ref(thing, lambda _: signal.raise_signal(15))\n"
+        "    del thing\n"  # the callback's exception is written off
+        "    print('went on', flush=True)\n"
+        "    while True: pass\n"
+        "prepare.prepare = bad\ncli.main()\n"
+    )
+    command = [sys.executable, "-c", code, *folds, "-o", "out.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "went on\n")
+    assert done.stderr == "stopped; each output is as it was, or complete\n"

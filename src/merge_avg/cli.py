@@ -452,29 +452,40 @@ class _Stopped(SystemExit):
     """A signal asked for the end."""
 
 
-def _stop(signum: int, _: FrameType | None) -> None:
-    handled = sys.exception()
-    while handled is not None:
-        if isinstance(handled, _Stopped):  # the first is being cleaned up after
-            return
-        handled = handled.__context__
-    raise _Stopped(128 + signum)
-
-
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Lets signals end the command in good order; what was ignored (nohup) stays so."""
+    code = 0
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        nonlocal code
+        code = code or 128 + signum
+        # Where Python calls back from C an exception is lost: so again, until it is on its way.
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        handled = sys.exception()
+        while handled is not None:
+            if isinstance(handled, _Stopped):
+                return
+            handled = handled.__context__
+        raise _Stopped(code)
+
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, _Stopped):
+            hook(what)
+
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    before = {one: signal.getsignal(one) for one in numbers}
-    caught = [one for one in numbers if before[one] is not signal.SIG_IGN]
-    for one in caught:
-        signal.signal(one, _stop)
+    caught = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop) for one in (signal.SIGALRM, *caught)}
+    for one in before:
         atexit.register(signal.signal, one, signal.SIG_IGN)  # while Python ends
+    hook, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield
     finally:
-        for one in caught:
-            signal.signal(one, before[one])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for one, handler in before.items():
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
 
 def _streams() -> None:
