@@ -141,7 +141,7 @@ def test_interruption_leaves_nothing(tmp_path, number, code):
 
 
 def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
-    """Where Python swallows the exception of a handler, it comes again; nothing is printed of it."""
+    """Where Python swallows what a handler raises it comes again; nothing is printed of it."""
     code = (
         "import signal, sys, weakref\nfrom merge_avg import cli, prepare\n"
         "class Thing: pass\n"
@@ -154,6 +154,6 @@ def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
         "prepare.prepare = bad\ncli.main()\n"
     )
     command = [sys.executable, "-c", code, *folds, "-o", "out.pt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "went on\n")
     assert done.stderr == "stopped; each output is as it was, or complete\n"

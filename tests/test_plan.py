@@ -11,7 +11,15 @@ from merge_avg.align import Aligned
 from merge_avg.dtypes import BY_NAME
 from merge_avg.errors import MergeError
 from merge_avg.layout import File, Layout, Storage, TensorInfo, row_major
-from merge_avg.plan import Plan, Source, aligned_to_page, make_plan, tiled, windows
+from merge_avg.plan import (
+    Plan,
+    Source,
+    _refuse_quantised,
+    aligned_to_page,
+    make_plan,
+    tiled,
+    windows,
+)
 from merge_avg.roles import Name
 
 F32 = BY_NAME["float32"]
@@ -324,6 +332,9 @@ def test_what_has_no_elements_is_no_unit():
         ("l.bias", "l.scales", "int8", (2,), False),
         ("l.weight", "l.scaled", "int8", (2,), False),
         ("weight", "scales", "int8", (2,), False),
+        ("a.b.l.weight", "a.b.l.scales", "uint8", (2,), True),
+        ("l.qweight", "l.scales", "int64", (2,), False),
+        ("l.weight", "l.scales", "float16", (2,), False),
     ],
 )
 def test_what_counts_as_quantised_codes(key, stem, dtype, shape, refused):
@@ -333,11 +344,15 @@ def test_what_counts_as_quantised_codes(key, stem, dtype, shape, refused):
         key: info(key, Storage("c", 0, 8), 0, shape, dtype=found),
         stem: info(stem, Storage("s", 0, 8), 0, (2,)),
     }
+    # A name that only another checkpoint has ends no search.
+    layouts, aligned = rows_of(one, one)
+    aligned = replace(aligned, rows={Name((), "absent"): (None, None), **aligned.rows})
     if not refused:
         planned(one, one)
         return
-    with pytest.raises(MergeError, match=rf"^f0.pt: tensor '{key}' holds quantised codes"):
-        planned(one, one)
+    for plan in (lambda: planned(one, one), lambda: _refuse_quantised(layouts[0], aligned.rows)):
+        with pytest.raises(MergeError, match=rf"^f0.pt: tensor '{key}' holds quantised codes"):
+            plan()
 
 
 @pytest.mark.parametrize(
@@ -406,3 +421,19 @@ def test_ties_are_checked_wherever_they_are_not():
     assert not planned(other, shifted).stagings
     lacking = make_plan(*rows_of(apart, tied, {"x": apart["x"]}))
     assert [s.checkpoint for s in lacking.stagings] == [0]
+
+
+def test_what_comes_behind_a_checkpoint_that_lacks_it_is_checked():
+    """A tensor that one checkpoint lacks is compared, and its ties looked for, in the others."""
+    good = info("w", Storage("s", 0, 8), 0, (2,))
+    with pytest.raises(MergeError, match=r"tensor 'w' has the shape \[3\]"):
+        make_plan(*rows_of({"w": good}, {}, {"w": replace(good, shape=(3,))}))
+    a, b = Storage("a", 0, 80), Storage("b", 80, 80)
+    apart = {key: info(key, one, 2, (2, 3), (1, 2)) for key, one in (("x", a), ("y", b))}
+    tied = {key: info(key, a, 2, (2, 3), (1, 2)) for key in "xy"}
+    first = {"e": info("e", a, 0, (0,)), **apart}
+    (staging,) = make_plan(*rows_of(first, {"e": first["e"], **tied})).stagings
+    assert [(view.start, view.stride, part) for _, part, view in staging.pairs] == [
+        (0, (3, 1), apart["x"]),
+        (0, (3, 1), apart["y"]),
+    ]

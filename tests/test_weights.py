@@ -55,6 +55,7 @@ def test_weights_that_are_not_normalized(values, integers, divisor):
     """Linear combinations keep their sum: the divisor is only what makes them whole numbers."""
     weights = Weights.of(values, normalize=False)
     assert (weights.integers, weights.divisor, weights.total) == (integers, divisor, divisor)
+    assert isinstance(weights.divisor, int)
     assert weights.subset([0]) == Weights((integers[0],), divisor)
     assert weights.subset([1]) == (Weights((integers[1],), divisor) if integers[1] else None)
 
