@@ -310,10 +310,8 @@ def _begin(asked: Mapping[str, Any], number: str, ready: int, gate: tuple[int, i
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     if asked["largest"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"],) * 2)
-    if asked["memory"] is not None:
-        with open("/proc/self/statm") as file:  # noqa: PTH123
-            pages = int(file.read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + asked["memory"],) * 2)
+    if asked["processes"] is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (asked["processes"],) * 2)
     if asked["uid"]:
         os.setuid(asked["uid"])
     if asked["audit"]:
@@ -386,14 +384,14 @@ class Server:
             setting: `stdout` and `stderr`, where they go; `closed`, descriptors that are closed;
                 `environment`, variables to set or (None) to remove; `largest`, how many bytes a
                 file may have; `uid`, who runs it; `together`, how many at once; `audit`, a log
-                of Python's audit events about files; `memory`, how much more it may get.
+                of Python's audit events about files; `processes`, how many (and threads) its user may have.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         names = {name: str(self.folder / name) for name in ("stdout", "stderr")}
         asked: dict[str, Any] = {"folder": str(place.folder), "arguments": list(arguments), **names}
         asked |= {"environment": {}, "largest": 0, "uid": 0, "closed": [], "together": 1}
-        asked |= {"audit": None, "memory": None} | setting
+        asked |= {"audit": None, "processes": None} | setting
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         pid, *_ = map(int, self._process.stdout.readline().split())
         with disturb(pid):

@@ -331,6 +331,17 @@ def test_a_directory_that_may_not_be_written_to(server, place):
     assert "Permission denied" in server.stderr
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_threads_that_cannot_begin(server, place):
+    """A user who may have no more threads gets one message."""
+    for folder in (place.folder, place.folder.parent):
+        folder.chmod(0o777)
+    code = server.run(place, place.arguments, uid=65534, processes=1)
+    assert not judge(place, code, server.stderr)
+    assert "not enough memory" in server.stderr
+    assert "--threads" in server.stderr
+
+
 def test_names_that_are_no_text(server, place, tmp_path):
     """Names that are not UTF-8 are read, written, reported, and shown escaped."""
     name, out = os.fsdecode(b"in\xff.pt"), os.fsdecode(b"out\xfe.pt")

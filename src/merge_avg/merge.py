@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -152,6 +153,11 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
     except OSError as error:  # of the scratch file, or of a file system that fails
         known = isinstance(error.filename, str)
         raise failure(error, where=None if known else job.averages[0].output) from None
+    except (MemoryError, RuntimeError) as error:  # torch and threads say it by the latter
+        if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
+            raise
+        hint = "lower --max-memory and --threads, or allow this process more"
+        raise MergeError("there is not enough memory for it", hint=hint) from None
 
 
 def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
