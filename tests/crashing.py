@@ -384,7 +384,8 @@ class Server:
             setting: `stdout` and `stderr`, where they go; `closed`, descriptors that are closed;
                 `environment`, variables to set or (None) to remove; `largest`, how many bytes a
                 file may have; `uid`, who runs it; `together`, how many at once; `audit`, a log
-                of Python's audit events about files; `processes`, how many (and threads) its user may have.
+                of Python's audit events about files; `processes`, how many (and threads) its user
+                may have.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
