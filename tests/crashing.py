@@ -550,6 +550,7 @@ def _injected(server: Server, place: Place, inject: str) -> str:
     if code < 0:
         return "killed, complete" if place.complete() else "killed, left as it was"
     complete = judge(place, code, server.stderr)
+    assert "signal=" not in inject or not place.left(), place.left()
     return f"exit code {code}, {'complete' if complete else 'left as it was'}"
 
 

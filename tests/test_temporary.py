@@ -184,6 +184,24 @@ def test_it_goes_with_its_object_and_not_with_a_fork(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_of_the_removal_leaves_nothing(tmp_path, monkeypatch):
+    """A signal that comes while a temporary is removed does not keep it."""
+    made = make(tmp_path)
+    real, calls = os.unlink, []
+
+    def unlink(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        made.remove()
+    made.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_taken_name_is_left_alone(tmp_path, monkeypatch):
     """What somebody else has under the same name is not removed."""
     names = iter(["0" * 8, "1" * 8])

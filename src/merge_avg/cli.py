@@ -503,9 +503,9 @@ def _streams() -> None:
 
 def main() -> None:
     """The console script."""
-    _streams()
     with _signals():
         try:
+            _streams()
             app(prog_name="merge-avg")
         except UsageError as error:
             _fail(error)

@@ -114,8 +114,13 @@ def sweep(folder: Path) -> None:
 
 
 def _undo(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not a child that was forked meanwhile
+    if os.getpid() != owner:  # a child that was forked meanwhile
+        return
+    try:
         remove(path)
+    except BaseException:  # a signal that came just now, and does not come twice
+        remove(path)
+        raise
 
 
 def remove(path: Path) -> None:
