@@ -319,8 +319,12 @@ def test_an_old_directory_that_cannot_be_removed_is_no_failure(tmp_path, monkeyp
     """The result is in its place; what is left of the old one goes with the next run."""
     made(tmp_path / "out")
     monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
     with monkeypatch.context() as patch:
-        failing(patch, "unlink", 1, errno.EIO)
+        patch.setattr(os, "unlink", refuse)
         write_directory(tmp_path / "out", overwrite=True)
     assert len(list(tmp_path.iterdir())) == 2
     write_directory(tmp_path / "out", overwrite=True)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from merge_avg import temporary
-from merge_avg.temporary import TEMPORARY, Temporary, lock, sweep
+from merge_avg.temporary import TEMPORARY, Temporary, lock, remove, sweep
 
 
 def make(folder, *, directory=False):
@@ -231,15 +231,36 @@ def test_what_can_be_removed_is_removed(tmp_path, monkeypatch):
     real, calls = os.unlink, []
 
     def unlink(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 1:
+        calls.append(args[0])
+        if args[0] == stays:
             raise OSError(errno.EIO, "Input/output error")
         real(*args, **kwargs)
 
     monkeypatch.setattr(os, "unlink", unlink)
+    stays = "b"
     made.remove()
-    assert len(calls) == 4
-    assert len(list((made.path / "sub").iterdir())) == 1
+    assert set(calls) == {"a", "b", "c", "file"}
+    assert [path.name for path in (made.path / "sub").iterdir()] == ["b"]
+    stays = ""
+    remove(made.path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_once_is_tried_again(tmp_path, monkeypatch):
+    """A removal that failed half-way is done again."""
+    made = make(tmp_path, directory=True)
+    real, calls = os.rmdir, []
+
+    def rmdir(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    made.remove()
+    assert len(calls) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_usual_permissions(tmp_path):

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from zlib_ng import zlib_ng
 from merge_avg.errors import MergeError, failure
 from merge_avg.files import Checksum, reserve, write_fully
 from merge_avg.skeleton import Skeleton
-from merge_avg.temporary import Temporary, lock, sweep
+from merge_avg.temporary import Temporary, lock, remove, sweep
 
 _AT_FDCWD = -100
 
@@ -165,7 +164,7 @@ class Output:
                 if not os.path.lexists(self.path):
                     os.rename(aside, self.path)
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
         finally:
             os.close(old)
 

@@ -125,11 +125,14 @@ def _undo(path: Path, owner: int) -> None:
 
 def remove(path: Path) -> None:
     """Removes a file or a directory, as far as that is possible."""
-    with contextlib.suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+    for _ in range(2):  # a signal within the first may end as an OSError of shutil's
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        if not os.path.lexists(path):
+            return
 
 
 def lock(fd: int) -> bool | None:
