@@ -1,5 +1,6 @@
 """merge_avg.cli: what a shell, a CI job and a person see."""
 
+import contextlib
 import json
 import os
 import pty
@@ -90,12 +91,17 @@ def test_a_terminal_gets_a_bar(folds, tmp_path):
     reader, writer = pty.openpty()
     command = [*COMMAND, *folds, "-o", "out.pt"]
     environment = os.environ | {"TERM": "xterm"}
-    subprocess.run(
-        command, cwd=tmp_path, stderr=writer, stdout=subprocess.DEVNULL, check=True, env=environment
-    )
-    shown = os.read(reader, 1 << 16).decode()
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=writer, stdout=subprocess.DEVNULL, env=environment
+    ) as running:
+        os.close(writer)
+        drawn = b""
+        with contextlib.suppress(OSError):  # Linux ends what it has to say with an error
+            while part := os.read(reader, 1 << 16):
+                drawn += part
     os.close(reader)
-    os.close(writer)
+    assert running.returncode == 0
+    shown = drawn.decode()
     assert "━" in shown
     assert "averaged 3 checkpoints" in shown
 
@@ -132,3 +138,23 @@ def test_interruption_leaves_nothing(tmp_path, number, code):
     running.communicate(timeout=60)
     assert running.returncode == code
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
+    """Where Python swallows what a handler raises it comes again; nothing is printed of it."""
+    code = (
+        "import signal, sys, time, weakref\nfrom merge_avg import cli, prepare\n"
+        "class Thing: pass\n"
+        "def bad(*args):\n"
+        "    thing = Thing()\n"
+        "    ref = weakref.ref(thing, lambda _: signal.raise_signal(15))\n"
+        "    del thing\n"  # the callback's exception is written off
+        "    print('went on', flush=True)\n"
+        "    end = time.monotonic() + 30\n"
+        "    while time.monotonic() < end: pass\n"
+        "prepare.prepare = bad\ncli.main()\n"
+    )
+    command = [sys.executable, "-c", code, *folds, "-o", "out.pt"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "went on\n")
+    assert done.stderr == "stopped; each output is as it was, or complete\n"

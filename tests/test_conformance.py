@@ -1,6 +1,8 @@
 """Cases that averaging tools have got wrong, each through the command."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_avg.cli import main
+from tests import crashing
 
 FORMATS = ["pt", "safetensors"]
 
@@ -309,14 +312,59 @@ def test_b1_renamed_files(case):
     assert load(out)["w"].item() == 2.0
 
 
+def save_as(kind, value, path):
+    """Saves a state dict with one tensor as any of the formats; returns the path."""
+    if kind == "legacy":
+        torch.save(value, path, _use_new_zipfile_serialization=False)
+    elif kind == "dcp":
+        from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
+
+        save_dcp({"model": value}, checkpoint_id=path, no_dist=True)
+    elif kind == "directory":
+        path.mkdir(parents=True)
+        save_file(value, path / "model.safetensors", {"format": "pt"})
+    else:
+        path = path.with_suffix(f".{kind}")
+        save(value, path)
+    return path
+
+
+def load_as(kind, path):
+    if kind == "dcp":
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        dcp_to_torch_save(path, path.with_suffix(".loaded"))
+        return torch.load(path.with_suffix(".loaded"))["model"]
+    if kind == "directory":
+        return load_file(path / "model.safetensors")
+    return load(path)
+
+
+KINDS = [*FORMATS, "legacy", "directory", "dcp"]
+no_group = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore::UserWarning")
+
+
 @pytest.mark.large
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_b2_more_than_two_gib_in_one_tensor(case, suffix):
-    """B2: a tensor of 2 GiB + 1 MiB is exact to its last byte."""
+@no_group
+@pytest.mark.parametrize("kind", KINDS)
+def test_b2_more_than_two_gib_in_one_tensor(case, kind):
+    """B2: a tensor of 2 GiB + 1 MiB is exact to its last byte, in any format."""
     size = (1 << 31) + (1 << 20)
-    states = [{"w": torch.full((size // 2,), v, dtype=torch.bfloat16)} for v in (1.0, 3.0)]
-    merged = case.merge(states, suffix=suffix)
-    assert bool((merged["w"] == 2.0).all())
+    paths = []
+    for number, value in enumerate((1.0, 3.0)):
+        state = {"w": torch.full((size // 2,), value, dtype=torch.bfloat16)}
+        state["w"][-1] = 7 * value
+        paths.append(save_as(kind, state, case.directory / f"in{number}"))
+        del state
+    out = case.directory / ("out.pt" if kind == "legacy" else f"out{paths[0].suffix}")
+    code, _, err = case.run(*paths, "-o", out)
+    assert code == 0, err
+    for path in paths:  # room for what torch unpacks
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    merged = load_as(kind, out)["w"]
+    assert merged.nbytes == size
+    assert merged[-1] == 14.0
+    assert bool((merged[:-1] == 2.0).all())
 
 
 @pytest.mark.parametrize("how", ["same", "symlink", "hardlink", "relative"])
@@ -341,6 +389,75 @@ def test_b3_the_output_is_an_input(case, suffix, how, monkeypatch):
     assert code == 1
     assert "input" in err
     assert path.read_bytes() == before
+
+
+@no_group
+@pytest.mark.parametrize("kind", ["directory", "dcp"])
+@pytest.mark.parametrize(
+    "how", ["same", "symlink", "relative", "inside", "around", "part", "hardlink", "file"]
+)
+def test_b3_the_output_is_an_input_directory(case, kind, how, monkeypatch):
+    """B3: the same for directories: what they hold, what holds them, and links to their files."""
+    paths = [save_as(kind, {"w": full(1.0)}, case.directory / name) for name in ("run/a", "b")]
+    (part,) = [one for one in paths[0].iterdir() if one.suffix in (".safetensors", ".distcp")]
+    out = case.directory / "out.safetensors"
+    if how == "symlink":
+        out = case.directory / "link"
+        out.symlink_to(paths[0])
+    elif how == "relative":
+        monkeypatch.chdir(paths[0] / "..")
+        out = "../run/./a"
+    elif how == "hardlink":
+        os.link(part, out)
+    elif how == "file":
+        out.symlink_to(part)
+    else:
+        out = {"same": paths[0], "inside": paths[0] / "x", "around": paths[0].parent}.get(how, part)
+    before = crashing.tree(case.directory)
+    code, _, err = case.run(*paths, "-o", out, "--overwrite")
+    assert code == 1, err
+    assert "input" in err
+    assert crashing.tree(case.directory) == before
+
+
+@no_group
+@pytest.mark.parametrize("kind", list(crashing.KINDS))
+def test_b16_no_space_half_way(case, kind, monkeypatch):
+    """B16: where the disk is full in the middle of the write, the old output is untouched."""
+    place = crashing.Place(case.directory, kind, 40, overwrite=True)
+    monkeypatch.chdir(case.directory)
+
+    def plain(arguments):
+        assert case.run(*arguments)[0] == 0
+
+    real, written = os.pwrite, []
+
+    def count(fd, data, at):
+        written.append(len(data))
+        return real(fd, data, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", count)
+        place.learn(plain)
+    half = sum(written) // 2
+
+    def full(fd, data, at):
+        nonlocal half
+        half -= len(data)
+        if half < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, at)
+
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)  # or it would have shown before
+    code, out, err = case.run(*place.arguments)
+    assert (code, out) == (1, "")
+    assert "No space left on device" in err
+    assert not crashing.judge(place, code, err)
+    assert not place.left()
 
 
 def test_b4_views_become_safetensors(case):

@@ -1,10 +1,12 @@
 """The command. It parses options, shows progress, and turns errors into exit codes.
 
-Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 129 hung up, 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -14,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from merge_avg import __version__, sizes
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, UsageError, failure
 from merge_avg.policies import IntPolicy, Missing, Mode, Recipe, ResultDtype
 
 if TYPE_CHECKING:
@@ -398,9 +400,14 @@ def _progress(job: Job, *, quiet: bool) -> Iterator[Callable[[int], None] | None
         console=Console(file=sys.stderr, force_terminal=True),
         transient=True,
     )
-    with bar:
+    with contextlib.suppress(OSError):  # the terminal has gone; the merge goes on
+        bar.start()
+    try:
         task = bar.add_task(f"averaging {len(job.layouts)} checkpoints", total=job.nbytes)
         yield lambda nbytes: bar.advance(task, nbytes)
+    finally:
+        with contextlib.suppress(OSError):
+            bar.stop()
 
 
 def _printable(text: str) -> str:
@@ -410,15 +417,28 @@ def _printable(text: str) -> str:
 
 def _say(text: str) -> None:
     """Prints to stderr; names keep their letters, controls are escaped."""
-    print(_printable(text), file=sys.stderr, flush=True)
+    try:
+        print(_printable(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody listens; the merge goes on
+        _drop(sys.stderr)
 
 
 def _print(text: str) -> None:
     """Prints the result. A reader that has gone away is no failure of the merge."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _drop(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            what = f"all is done, but stdout cannot be written ({error.strerror})"
+            raise MergeError(what) from None
+
+
+def _drop(stream: TextIO) -> None:
+    """Sends the rest to nowhere: Python would try again at its end, and fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _fail(error: MergeError) -> None:
@@ -428,23 +448,77 @@ def _fail(error: MergeError) -> None:
         _say(f"hint: {error.hint}".replace("\n", "\\n"))
 
 
-def _terminate(signum: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
+class _Stopped(SystemExit):
+    """A signal asked for the end."""
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Lets signals end the command in good order; what was ignored (nohup) stays so."""
+    code = 0
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        nonlocal code
+        code = code or 128 + signum
+        # Where Python calls back from C an exception is lost: so again, until it is on its way.
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        handled = sys.exception()
+        while handled is not None:
+            if isinstance(handled, _Stopped):
+                return
+            handled = handled.__context__
+        raise _Stopped(code)
+
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, _Stopped):
+            hook(what)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    caught = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop) for one in (signal.SIGALRM, *caught)}
+    for one in before:
+        atexit.register(signal.signal, one, signal.SIG_IGN)  # while Python ends
+    hook, sys.unraisablehook = sys.unraisablehook, lost
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for one, handler in before.items():
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+
+
+def _streams() -> None:
+    """Opens the standard streams that are closed: a file of the merge would get their place."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app(prog_name="merge-avg")
-    except UsageError as error:
-        _fail(error)
-        sys.exit(2)
-    except MergeError as error:
-        _fail(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was written")
-        sys.exit(130)
+    with _signals():
+        try:
+            _streams()
+            app(prog_name="merge-avg")
+        except UsageError as error:
+            _fail(error)
+            sys.exit(2)
+        except MergeError as error:
+            _fail(error)
+            sys.exit(1)
+        except OSError as error:
+            _fail(failure(error))
+            sys.exit(1)
+        except MemoryError:
+            _fail(MergeError("there is not enough memory", hint="lower --max-memory or --threads"))
+            sys.exit(1)
+        except _Stopped as stop:
+            _say("stopped; each output is as it was, or complete")
+            sys.exit(stop.code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -25,6 +26,30 @@ class MergeError(ValueError):
 
 class UsageError(MergeError):
     """Options that contradict themselves or the number of inputs, whatever the files hold."""
+
+
+_SPACE = "free some space, or choose another place for the output"
+_HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EMFILE: "allow this process more open files: ulimit -n 65536",
+    errno.EFBIG: "allow larger files (ulimit -f), or write several with --max-shard-size",
+}
+
+
+def failure(
+    error: OSError,
+    what: str = "cannot be read or written",
+    where: str | os.PathLike[str] | None = None,
+    more: str = "",
+) -> MergeError:
+    """What the system refused, as the error that a user sees."""
+    named = None if isinstance(error.filename, int) else error.filename
+    return MergeError(
+        f"{what} ({error.strerror or error}{more})",
+        where=where if where is not None else named,
+        hint=_HINTS.get(error.errno or 0),
+    )
 
 
 def named(names: list[str], limit: int = 1) -> str:

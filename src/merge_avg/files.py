@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import bisect
+import contextlib
 import errno
 import itertools
 import os
@@ -17,7 +18,7 @@ from typing import BinaryIO
 
 from zlib_ng import zlib_ng
 
-from merge_avg.errors import MergeError
+from merge_avg.errors import MergeError, failure
 from merge_avg.layout import File, Layout, Storage
 
 _LARGEST_READ = 0x7FFFF000  # what Linux moves in one call
@@ -113,7 +114,8 @@ class Reader:
     def close(self) -> None:
         """Closes the files."""
         for fd in self._fds.values():
-            os.close(fd)
+            with contextlib.suppress(OSError):  # nothing was written
+                os.close(fd)
         self._fds.clear()
         if self._spool is not None:
             self._spool.close()
@@ -128,11 +130,7 @@ class Reader:
                 try:
                     fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
-                    hint = None
-                    if error.errno == errno.EMFILE:
-                        hint = "allow this process more open files: ulimit -n 65536"
-                    what = f"cannot be opened ({error.strerror})"
-                    raise MergeError(what, where=file.path, hint=hint) from None
+                    raise failure(error, "cannot be opened", file.path) from None
                 self._fds[number] = fd
                 _same(file, os.fstat(fd))
             return self._fds[number]
@@ -234,7 +232,7 @@ def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
         try:
             count = os.preadv(fd, [part], offset + at)
         except OSError as error:
-            raise MergeError(f"cannot be read ({error.strerror})", where=path) from None
+            raise failure(error, "cannot be read", path) from None
         if not count:
             what = f"it ends at byte {offset + at:,}, in the middle of the weights"
             raise MergeError(what, where=path, hint="fetch or save the file again")
@@ -248,7 +246,25 @@ def write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
         try:
             at += os.pwrite(fd, data[at : at + _LARGEST_READ], offset + at)
         except OSError as error:
-            raise MergeError(f"cannot be written ({error.strerror})", where=path) from None
+            raise failure(error, "cannot be written", path) from None
+
+
+def reserve(fd: int, nbytes: int, start: int = 0) -> None:
+    """Claims a file's space from `start` on, so that a full disk is an error now and not later.
+
+    Raises:
+        OSError: there is not so much space, or no file can be so large.
+    """
+    if not nbytes:
+        return
+    try:
+        os.posix_fallocate(fd, start, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, start + nbytes)
+    except OverflowError:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from None
 
 
 class Checksum:

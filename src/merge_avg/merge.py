@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 from merge_avg.agreement import Agreement, Comparison
-from merge_avg.errors import MergeError
+from merge_avg.errors import MergeError, failure
 from merge_avg.files import Reader
 from merge_avg.output import Output
 from merge_avg.plan import aligned_to_page, windows
@@ -145,6 +148,19 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
     Raises:
         MergeError: nothing at the output's path was created or changed.
     """
+    try:
+        return _run(job, progress)
+    except OSError as error:  # of the scratch file, or of a file system that fails
+        known = isinstance(error.filename, str)
+        raise failure(error, where=None if known else job.averages[0].output) from None
+    except (MemoryError, RuntimeError) as error:  # torch and threads say it by the latter
+        if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
+            raise
+        hint = "lower --max-memory and --threads, or allow this process more"
+        raise MergeError("there is not enough memory for it", hint=hint) from None
+
+
+def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
     started = time.perf_counter()
     device = find_device(job.options.device)
     if device.type == "cuda":
@@ -185,7 +201,9 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         agreement = comparison.result()
         _refuse_strangers(job, agreement)
         for out in outs:
-            out.commit()
+            out.complete()
+        for out in outs:
+            out.publish()
     return Result(
         job,
         ledger.nbytes,
@@ -269,6 +287,10 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     copies = iter(job.draft.copies)
     lock, stop = threading.Lock(), threading.Event()
 
+    # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on
+    # which a worker would hang.
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
     def loop() -> None:
         with contextlib.closing(make_worker()) as worker:
             while not stop.is_set():
@@ -282,10 +304,33 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
                 else:
                     return
 
+    def run() -> None:
+        try:
+            loop()
+        except BaseException as error:  # noqa: BLE001 - it is raised by who waits
+            ended.put(error)
+        else:
+            ended.put(None)
+
     with ThreadPoolExecutor(job.budget.threads, thread_name_prefix="merge-avg") as pool:
         try:
-            running = [pool.submit(loop) for _ in range(job.budget.threads)]
-            for future in wait(running, return_when=FIRST_EXCEPTION).done:
-                future.result()
+            with _signals_held():
+                for _ in range(job.budget.threads):
+                    pool.submit(run)
+            for _ in range(job.budget.threads):
+                if (error := ended.get()) is not None:
+                    raise error
         finally:
             stop.set()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets signals wait while threads begin: an exception in between would leave locks behind."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

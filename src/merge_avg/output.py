@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Self
 
 from zlib_ng import zlib_ng
 
-from merge_avg.errors import MergeError
-from merge_avg.files import Checksum, write_fully
+from merge_avg.errors import MergeError, failure
+from merge_avg.files import Checksum, reserve, write_fully
 from merge_avg.skeleton import Skeleton
+from merge_avg.temporary import Temporary, lock, remove, sweep
 
-TEMPORARY = ".merge-avg-tmp"
 _AT_FDCWD = -100
 
 
@@ -57,34 +55,34 @@ class Output:
     """
 
     def __init__(self, path: Path, files: Mapping[str, Skeleton], *, overwrite: bool) -> None:
-        self.path = path.resolve() if path.is_symlink() else path
+        self.path = Path(os.path.realpath(path)) if path.is_symlink() else path
         self._overwrite = overwrite
         self._directory = set(files) != {"."}
-        # The longest name that a file may have is 255 bytes on most file systems.
-        stem = os.fsencode(self.path.name)[:200].decode("utf-8", "ignore")
-        name = f".{stem}.{secrets.token_hex(4)}{TEMPORARY}"
-        self._temporary = self.path.with_name(name)
         self._files: list[_File] = []
+        sweep(self.path.parent)
+        with _explained(self.path):
+            self._temporary = Temporary(self.path, directory=self._directory)
         try:
-            if self._directory:
-                with _explained(self.path):
-                    self._temporary.mkdir()
             for relative, skeleton in files.items():
-                with _explained(self.path):
-                    place = self._temporary / relative if self._directory else self._temporary
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                self._files.append(_File(self.path, place, skeleton))
+                fd = self._opened(relative) if self._directory else self._temporary.fd
+                self._files.append(_File(self.path, fd, skeleton))
             self._reserve()
         except BaseException:  # Ctrl-C as well must leave nothing behind; it goes on from here
             self._discard()
             raise
 
+    def _opened(self, relative: str) -> int:
+        place = self._temporary.path / relative
+        with _explained(self.path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(place, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+
     def _reserve(self) -> None:
         """Claims the space, so that a full disk shows before anything is read."""
         nbytes = sum(file.skeleton.nbytes for file in self._files)
-        with _explained(self.path, f"{nbytes:,} bytes are needed"):
+        with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
             for file in self._files:
-                file.reserve()
+                reserve(file.fd, file.skeleton.nbytes)
         for file in self._files:
             for offset, data in file.skeleton.literals:
                 file.write(memoryview(data), offset)
@@ -102,37 +100,48 @@ class Output:
 
     def commit(self) -> None:
         """Completes the files, forces them to the disk and gives the result its name."""
+        self.complete()
+        self.publish()
+
+    def complete(self) -> None:
+        """Completes the files and forces them to the disk."""
         for file in self._files:
             file.close_skeleton()
         with _explained(self.path):
             for file in self._files:
                 os.fsync(file.fd)
             if self._directory:
-                for folder, _, _ in os.walk(self._temporary):
+                for folder, _, _ in os.walk(self._temporary.path):
                     _sync_directory(Path(folder))
+
+    def publish(self) -> None:
+        """Gives the complete result its name, for good."""
+        with _explained(self.path):
+            if self._directory:
                 self._publish_directory()
             else:
                 self._publish()
+        with _explained(self.path, "it is complete, but may not outlast a power failure"):
             _sync_directory(self.path.parent)
 
     def _publish(self) -> None:
+        temporary = self._temporary.path
         if self._overwrite:
-            os.replace(self._temporary, self.path)
+            os.replace(temporary, self.path)
             return
         # Unlike a rename, a link never replaces what came to be there in the meantime.
         try:
-            os.link(self._temporary, self.path)
+            os.link(temporary, self.path)
         except FileExistsError:
             raise _exists(self.path, "the output came into being while it was made") from None
         except OSError:  # a file system without hard links
             refuse_output(self.path, directory=False, overwrite=False)
-            os.rename(self._temporary, self.path)
-        else:
-            os.unlink(self._temporary)
+            os.rename(temporary, self.path)
 
     def _publish_directory(self) -> None:
+        temporary = self._temporary.path
         try:  # replaces an empty directory, and no other
-            os.rename(self._temporary, self.path)
+            os.rename(temporary, self.path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
@@ -140,21 +149,32 @@ class Output:
             return
         if not self._overwrite:
             raise _exists(self.path, "the output came into being while it was made")
-        if not _exchanged(self._temporary, self.path):
-            aside = self._temporary.with_suffix(f".old{TEMPORARY}")
-            os.rename(self.path, aside)
-            os.rename(self._temporary, self.path)
-            shutil.rmtree(aside)
+        if not _exchanged(temporary, self.path):
+            self._swap(temporary, self._temporary.aside)
+
+    def _swap(self, temporary: Path, aside: Path) -> None:
+        """Replaces a directory in two steps; the next run undoes the first where it stays alone."""
+        old = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lock(old)
+            try:
+                os.rename(self.path, aside)
+                os.rename(temporary, self.path)
+            except BaseException:
+                if not os.path.lexists(self.path):
+                    os.rename(aside, self.path)
+                raise
+            remove(aside)
+        finally:
+            os.close(old)
 
     def _discard(self) -> None:
-        for file in self._files:
-            file.close()
-        self._files.clear()
         if self._directory:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+            for file in self._files:
+                file.close()
+        self._files.clear()
+        self._temporary.remove()
+        self._temporary.close()
 
     def __enter__(self) -> Self:
         return self
@@ -171,28 +191,14 @@ class Output:
 class _File:
     """One file of the result."""
 
-    def __init__(self, path: Path, place: Path, skeleton: Skeleton) -> None:
+    def __init__(self, path: Path, fd: int, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
+        self.fd = fd
         self._path = path  # what messages call it
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        with _explained(path):
-            self.fd = os.open(place, flags, 0o666)
         self._lock = threading.Lock()
         self._sums: dict[str, Checksum] = {}
         self._places = dict(skeleton.places)
         self._places |= {storage.name: place for storage, place in skeleton.copies}
-
-    def reserve(self) -> None:
-        if not self.skeleton.nbytes:
-            return
-        try:
-            os.posix_fallocate(self.fd, 0, self.skeleton.nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-            os.ftruncate(self.fd, self.skeleton.nbytes)
-        except OverflowError:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from None
 
     def fill(self, name: str, at: int, data: memoryview) -> None:
         place = self._places[name]
@@ -213,7 +219,8 @@ class _File:
             self.write(memoryview(data), offset)
 
     def close(self) -> None:
-        os.close(self.fd)
+        with contextlib.suppress(OSError):  # what was written has been forced to the disk before
+            os.close(self.fd)
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -225,21 +232,23 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, more: str = "") -> Iterator[None]:
+def _explained(path: Path, what: str = "cannot be written", more: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        hint = None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space, or choose another place for the output"
-        what = f"cannot be written ({reason}{'; ' + more if more else ''})"
-        raise MergeError(what, where=path, hint=hint) from None
+        raise failure(error, what, path, more) from None
 
 
 def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    """Forces names to the disk, where a directory may be opened and forced at all."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
         os.close(fd)

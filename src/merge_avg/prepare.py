@@ -15,7 +15,7 @@ from merge_avg.align import Chosen, align
 from merge_avg.budget import Budget, plan_budget
 from merge_avg.draft import Draft, make_draft
 from merge_avg.dtypes import CONVERTIBLE, TEMPLATE
-from merge_avg.errors import MergeError, UsageError, named
+from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats.directory import shard_of
 from merge_avg.layout import Layout
 from merge_avg.output import refuse_output
@@ -125,7 +125,7 @@ def prepare(
         with _without_collector():
             return _prepared(inputs, ordered, options)
     except OSError as error:  # a name too long, a directory that may not be looked into
-        raise MergeError(error.strerror or str(error), where=error.filename) from None
+        raise failure(error) from None
 
 
 @contextlib.contextmanager

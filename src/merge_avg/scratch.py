@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_avg.buffer import Buffer
 from merge_avg.errors import MergeError
-from merge_avg.files import Reader, read_fully
+from merge_avg.files import Reader, read_fully, reserve
 from merge_avg.layout import TensorInfo
 from merge_avg.plan import Staging, aligned_to_page
 
@@ -43,8 +43,9 @@ class Scratch:
     def map(self, offset: int, nbytes: int) -> Tensor:
         """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB."""
         if offset + nbytes > self._size:
+            # Writing to a mapped hole ends the process (SIGBUS) when the disk is full.
+            reserve(self._file.fileno(), offset + nbytes - self._size, self._size)
             self._size = offset + nbytes
-            self._file.truncate(self._size)
         return torch.frombuffer(
             mmap.mmap(self._file.fileno(), nbytes, offset=offset), dtype=torch.uint8
         )

@@ -19,9 +19,9 @@ from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.facts import STATE, Facts, facts, named_facts
 from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
 from merge_avg.metrics_log import Log, read_log
-from merge_avg.output import TEMPORARY
 from merge_avg.policies import Mode
 from merge_avg.scan import scan
+from merge_avg.temporary import TEMPORARY
 
 Bounds = tuple[int | None, int | None, int | None]
 

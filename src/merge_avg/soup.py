@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,9 +17,10 @@ from typing import Any, Protocol, Self
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.layout import Layout
-from merge_avg.output import TEMPORARY, refuse_output
+from merge_avg.output import refuse_output
 from merge_avg.policies import Mode
 from merge_avg.scan import scan
+from merge_avg.temporary import TEMPORARY, remove
 from merge_avg.weights import Weight
 
 _BLOCK = 1 << 20
@@ -345,10 +345,7 @@ class _Kitchen:
 
     def __exit__(self, *_: object) -> None:
         for path in (*self._sums, self._trial, self._exact):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
 
 def _same_weights(one: Path, other: Path) -> bool:

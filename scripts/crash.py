@@ -1,0 +1,18 @@
+"""Kills real runs of the command, and lets their system calls fail: tests/crashing.py says how.
+
+python scripts/crash.py kill --count 300      SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments
+python scripts/crash.py calls                 SIGKILL at each system call (needs strace)
+python scripts/crash.py inject                each system call fails (needs strace)
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if __name__ == "__main__":
+    command = [sys.executable, "-W", "ignore", "-m", "tests.crashing", *sys.argv[1:]]
+    sys.exit(subprocess.run(command, cwd=ROOT, check=False).returncode)

@@ -1,0 +1,167 @@
+"""Temporary files and directories beside an output: locked while their run lives, else swept away.
+
+A name is .OUTPUT.BOOT-RANDOM.merge-avg-tmp. Whoever makes one holds a `flock` on it, which the
+system drops with the process, however that ends. So a lock that can be had marks what a dead run
+left. Some file systems keep such locks to one machine, though: what another boot of a machine made
+is taken for dead only when nothing has written to it for a day.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import re
+import secrets
+import shutil
+import time
+import weakref
+import zlib
+from pathlib import Path
+
+TEMPORARY = ".merge-avg-tmp"
+_OLD = ".old"  # what marks an output that was moved aside to be replaced
+_NAME = re.compile(
+    rf"\.(?P<stem>.*)\.(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}(?P<old>\.old)?{re.escape(TEMPORARY)}",
+    re.DOTALL,
+)
+_DAY = 86400
+
+
+class Temporary:
+    """A new file, or a directory, in the place of an output; removed when it is not needed.
+
+    It goes with the object, and at the latest with the interpreter.
+
+    Args:
+        output: what it will be renamed to.
+        directory: whether it is one.
+
+    Attributes:
+        path: its name.
+        fd: an open descriptor that holds the lock; writable where it is a file.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, output: Path, *, directory: bool) -> None:
+        # The longest name that a file may have is 255 bytes on most file systems.
+        stem = output.name
+        if len(raw := os.fsencode(stem)) > 200:
+            stem = raw[:197].decode("utf-8", "ignore") + "..."
+        while True:
+            name = f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}"
+            self.path = output.with_name(name)
+            # Before it exists, so that no signal finds a moment in which nobody would remove it.
+            self.remove = weakref.finalize(self, _undo, self.path, os.getpid())
+            flags = os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            try:
+                if directory:
+                    self.path.mkdir()
+                self.fd = os.open(self.path, flags | os.O_CLOEXEC, 0o666)
+            except FileExistsError:  # another's
+                self.remove.detach()
+                continue
+            except FileNotFoundError:
+                if not output.parent.is_dir():
+                    raise
+                continue  # a sweep has had it already
+            # Or has had it between the last lines.
+            if lock(self.fd) is not False and _is(self.path, self.fd):
+                return
+            self.close()
+            self.remove()
+
+    @property
+    def aside(self) -> Path:
+        """A name for what it replaces, where the two cannot be exchanged."""
+        return self.path.with_suffix(_OLD + TEMPORARY)
+
+    def close(self) -> None:
+        """Drops the lock."""
+        with contextlib.suppress(OSError):  # what was written has been forced to the disk before
+            os.close(self.fd)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what dead runs left in a directory, as far as that is possible.
+
+    What was moved aside to be replaced gets its name back where that is free.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [match for entry in entries if (match := _NAME.fullmatch(entry.name))]
+    except OSError:  # it may be written to, and not listed
+        return
+    for match in found:
+        path = folder / match[0]
+        with contextlib.suppress(OSError):
+            kind = os.O_RDONLY if path.is_dir() else os.O_RDWR  # NFS locks only what is writable
+            fd = os.open(path, kind | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if not lock(fd) or (match["boot"] != _boot() and _touched(path)):
+                    continue
+                home = folder / match["stem"]
+                if match["old"] and not os.path.lexists(home):
+                    os.rename(path, home)
+                else:
+                    remove(path)
+            finally:
+                os.close(fd)
+
+
+def _undo(path: Path, owner: int) -> None:
+    if os.getpid() != owner:  # a child that was forked meanwhile
+        return
+    try:
+        remove(path)
+    except BaseException:  # a signal that came just now, and does not come twice
+        remove(path)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, as far as that is possible."""
+    for _ in range(2):  # a signal within the first may end as an OSError of shutil's
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        if not os.path.lexists(path):
+            return
+
+
+def lock(fd: int) -> bool | None:
+    """Marks what a descriptor is of as in use; False where it is, None where there are no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno == errno.EWOULDBLOCK else None
+    return True
+
+
+def _is(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _touched(path: Path) -> bool:
+    """Whether anything was written to it within a day."""
+    newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+    return time.time() - newest < _DAY
+
+
+@functools.cache
+def _boot() -> str:
+    """This start of this machine, containers included."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        text = os.uname().nodename.encode()
+    return f"{zlib.crc32(text):08x}"
