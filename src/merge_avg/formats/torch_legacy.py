@@ -47,7 +47,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     for key in keys:
         if key not in objects.storages:
             raise MergeError(f"it lists the storage {key!r}, which nothing uses", where=path)
-        nbytes, dtype = objects.storages[key]
+        nbytes, dtype = objects.storages[key].storage.nbytes, objects.storages[key].dtype
         itemsize = dtype.itemsize if dtype else 1
         file.seek(at)
         count = int.from_bytes(file.read(_COUNT), "little")
