@@ -249,7 +249,7 @@ SHARD = "model-0000{}-of-00003.safetensors"
         (lambda p: rewrite_index(p, lambda m: m.update({"x": "../../x"})), "which is outside"),
         (lambda p: rewrite_index(p, lambda m: m.update({"x": "/etc/passwd"})), "which is outside"),
         (lambda p: (p / "model.safetensors.index.json").write_text("{"), "index is damaged"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "without a weight_map"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "without a weight_map"),
         (lambda p: (p / "link.json").symlink_to("nowhere"), "link to nothing"),
         (lambda p: [x.unlink() for x in p.iterdir()], "without a checkpoint"),
     ],

@@ -7,7 +7,6 @@ sub-folder, is one of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_avg.errors import MergeError, named
-from merge_avg.formats import dcp
+from merge_avg.formats import dcp, json_text
 from merge_avg.formats.inert import DangerousPickleError
 from merge_avg.formats.registry import scan_file
 from merge_avg.layout import (
@@ -290,13 +289,13 @@ def read_index(file: File) -> dict[str, Any]:
     try:
         if file.nbytes > _LARGEST_INDEX:
             raise ValueError("it is absurdly large")
-        index: dict[str, Any] = json.loads(file.path.read_text("utf-8"))
+        index = json_text.table(file.path.read_bytes())
         match index:
             case {"weight_map": dict() as table} if all(
                 isinstance(value, str) for value in table.values()
             ):
                 return index
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MergeError(f"the index is damaged ({error})", where=file.path) from None
     raise MergeError("an index without a weight_map", where=file.path)
 
