@@ -303,7 +303,7 @@ def merge(
         for line in lines(report):
             _say(line)
     if as_json:
-        _print(json.dumps(report, ensure_ascii=True, indent=2))
+        _print(_json(report))
     elif not dry_run:
         _print("\n".join(_printable(str(average.output)) for average in job.averages))
     if result is not None:
@@ -316,7 +316,7 @@ def _inspect(checkpoints: Sequence[Path], key: str | None, *, as_json: bool) -> 
 
     found = [contents(path, key) for path in checkpoints]
     if as_json:
-        _print(json.dumps(found, ensure_ascii=True, indent=2))
+        _print(_json(found))
     else:
         _print("\n".join(_printable(line) for f in found for line in lines(f)))
 
@@ -362,7 +362,7 @@ def _soup(
         )
     if not quiet:
         _say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
-    _print(json.dumps(described(soup), indent=2) if as_json else _printable(str(soup.output)))
+    _print(_json(described(soup)) if as_json else _printable(str(soup.output)))
 
 
 def _summarise(report: Report) -> None:
@@ -410,6 +410,10 @@ def _printable(text: str) -> str:
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     # GitHub's runner takes "::" at the start of a line, and "##[" anywhere, for commands to it.
     return re.sub(r"^( *):(?=:)|#(?=#\[)", lambda m: m[0][:-1] + f"\\x{ord(m[0][-1]):02x}", shown)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=True, indent=2).replace("##[", "#\\u0023[")
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,9 @@ themselves are never mapped: they might shrink under the mapping.
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +43,21 @@ class Scratch:
         self._file.close()
 
     def map(self, offset: int, nbytes: int) -> Tensor:
-        """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB."""
+        """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB.
+
+        Raises:
+            MergeError: there is no room; a hole that cannot be filled would kill the process.
+        """
         if offset + nbytes > self._size:
+            try:
+                os.posix_fallocate(self._file.fileno(), self._size, offset + nbytes - self._size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    what = f"no room for strided copies ({error.strerror})"
+                    hint = f"{offset + nbytes:,} bytes are needed there for a while"
+                    raise MergeError(what, where=self._path, hint=hint) from None
+                self._file.truncate(offset + nbytes)
             self._size = offset + nbytes
-            self._file.truncate(self._size)
         return torch.frombuffer(
             mmap.mmap(self._file.fileno(), nbytes, offset=offset), dtype=torch.uint8
         )

@@ -118,6 +118,18 @@ def is_one(path: Path) -> bool:
     return of_a_run(path.name) or any(_OF_ONE.fullmatch(one.name) for one in path.iterdir())
 
 
+def leads_out(root: Path, path: Path) -> bool:
+    """Whether a file of a directory is a link to somewhere else.
+
+    In the cache of Hugging Face's hub a snapshot consists of links to the blobs beside it.
+    """
+    if not path.is_symlink():
+        return False
+    home = root.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    return not path.resolve().is_relative_to(home)
+
+
 def relative(layout: Layout, number: int) -> str:
     """The path of a directory's file below it, with slashes."""
     return layout.files[number].path.relative_to(layout.path).as_posix()
@@ -141,11 +153,7 @@ def _walk(root: Path) -> _Tree:
                 raise MergeError(what, where=file, hint="fetch the checkpoint again")
             tree.files[file.relative_to(root).as_posix()] = File.of(file)
     tree.files = dict(sorted(tree.files.items(), key=lambda item: item[0].split("/")))
-    outside = [
-        name
-        for name, file in tree.files.items()
-        if file.path.is_symlink() and not file.path.resolve().is_relative_to(root.resolve())
-    ]
+    outside = [name for name, file in tree.files.items() if leads_out(root, file.path)]
     if outside:
         tree.notes.append(f"{root}: {named(outside)} links to a file outside of it")
     if nested:

@@ -35,27 +35,27 @@ class DangerousPickleError(PickleError):
 class Allowance:
     """What the objects of a pickle may take: bytes, by an estimate that is rather too high.
 
-    Each pickle may take 180 MB, and a long one more, in proportion to the bytes that were read of
+    It grows with the bytes that were read of the pickle: quickly up to 180 MB, then as tensors need
     it. What costs only time is spent in bytes too, about one for each 10 ns.
 
     Attributes:
-        per_byte: what each byte of the pickle allows; a compressed one earns by its packed bytes.
+        density: what each byte of the pickle counts for; less where it was compressed.
+        read: the bytes of the pickle that were read.
     """
 
-    per_byte: float = 24.0
+    density: float = 1.0
     used: int = 0
-    limit: int = 180_000_000
+    limit: int = 1_000_000
+    read: int = 0
 
     def spend(self, nbytes: int) -> None:
         """Raises PickleError where that is too much."""
         self.used += nbytes
         if self.used > self.limit:
+            read = int(self.density * self.read)
+            self.limit = max(self.limit, min(1_000_000 + 200 * read, 180_000_000), 24 * read)
+        if self.used > self.limit:
             raise PickleError("the objects of its pickle would take more memory than they should")
-
-    def earn(self, at: int) -> None:
-        """The same, once `at` bytes of the pickle were read."""
-        self.limit = max(self.limit, int(self.per_byte * at))
-        self.spend(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,7 @@ _LARGEST_KEY = 1000  # values in a tuple that is a key
 _MOST_CRAFTED = 10_000  # keys whose hashes whoever wrote the pickle can choose
 _SLOT = 10  # bytes that a place in a list takes, such as the stack or the memo
 _STEP = 1000  # places that are spent at once when the stack grows
+_DEEPEST_STACK = 4_000_000
 _MOST_MARKS = 100_000
 _ENTRY = 100  # an entry of a dict, while it grows
 _MEMBER = 128  # the same of a set
@@ -193,7 +194,6 @@ class _Machine:
         self.persistent = persistent
         self.call = call
         self.allowance = allowance
-        self.spend = allowance.spend
         self.crafted = 0
 
     def run(self) -> Loaded:
@@ -211,10 +211,10 @@ class _Machine:
             self.at = at + 1
             allowance.used += costs[opcode]
             if allowance.used > allowance.limit:
-                allowance.earn(at - self.start)
+                allowance.read = at - self.start
+                allowance.spend(0)
             if len(stack) > deepest:
-                allowance.used += _SLOT * _STEP
-                deepest += _STEP
+                deepest = self.deeper(deepest)
             # The commonest opcodes of a state dict, here for speed: BINPUT, BININT1, LONG_BINPUT.
             if opcode == 0x71 and stack:
                 self.put(data[at + 1])
@@ -231,13 +231,23 @@ class _Machine:
             if opcode == 0x2E:  # STOP
                 value = self.pop()
                 nbytes = self.at - self.start
-                allowance.earn(nbytes)
+                allowance.read = nbytes
                 frames = tuple(frame - self.start for frame in self.frames)
                 return Loaded(value, frames, nbytes)
             handler = table[opcode]
             if handler is None:
                 raise ValueError(f"opcode 0x{opcode:02x}")
             handler(self)
+
+    def spend(self, nbytes: int) -> None:
+        self.allowance.read = max(self.allowance.read, self.at - self.start)
+        self.allowance.spend(nbytes)
+
+    def deeper(self, deepest: int) -> int:
+        if deepest == _DEEPEST_STACK:
+            raise ValueError("a stack of absurd depth")
+        self.spend(_SLOT * _STEP)
+        return deepest + _STEP
 
     # Reading
 
@@ -318,7 +328,7 @@ class _Machine:
         elif 0 <= index < count:
             self.memo[index] = value
         else:
-            self.spend(_ENTRY)
+            self.spend(2 * _ENTRY)
             self.far[index] = value
 
     def memoize(self) -> None:
@@ -374,6 +384,7 @@ class _Machine:
         if isinstance(function, Global):
             if not isinstance(args, tuple):
                 raise TypeError("arguments are no tuple")
+            self.allowance.read = self.at - self.start
             known = self.call(function, args)
             if known is not None:
                 self.push(known)

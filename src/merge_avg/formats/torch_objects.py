@@ -46,7 +46,7 @@ _MOST_CHILDREN = 10_000
 _MOST_VISITS = 200_000  # in the search for scalars
 _LONGEST_TEXT = 200
 _NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of dtypes of its scalars
-_VISIT = 8  # what one step through the tree spends
+_VISIT = 20  # what one step through the tree spends
 _LARGEST = 1 << 63  # what a number in a pickle of torch is less than
 _NOWHERE = Storage("", 0, 0)
 _UNKNOWN = DType("unknown", 1, "code")
@@ -170,7 +170,7 @@ class _Reader:
                 raise PickleError(f"storage {key!r} is of the unknown class {cls}")
         nbytes = numel * (dtype.itemsize if dtype else 1)
         stored = self.storages.get(key)
-        self.allowance.spend(400 if stored is None else 200)
+        self.allowance.used += 400 if stored is None else 200
         if stored is None:
             stored = self.storages[key] = Stored(dtype, Storage(key, 0, nbytes))
         elif stored.storage.nbytes != nbytes:
@@ -188,7 +188,7 @@ class _Reader:
         )
 
     def call(self, function: Global, args: tuple[Value, ...]) -> Value | None:
-        self.allowance.spend(120 if function == _ORDERED_DICT else 200)
+        self.allowance.used += 120 if function == _ORDERED_DICT else 200
         if function == _ORDERED_DICT:
             return table(args[0], self.allowance) if args else InertDict()
         if function == _DEFAULT_DICT:
@@ -251,24 +251,24 @@ def _is_number(value: Value) -> bool:
 
 
 @lru_cache(maxsize=1)
-def read_objects(data: bytes, per_byte: float = Allowance().per_byte) -> Objects:
+def read_objects(data: bytes, density: float = 1.0) -> Objects:
     """Reads torch's pickle without running it.
 
     Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
 
     Args:
         data: the pickle.
-        per_byte: what its objects may take for each byte of it, see `Allowance`.
+        density: what each byte of it counts for, see `Allowance`.
 
     Raises:
         MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
     """
-    return objects_at(data, 0, per_byte)
+    return objects_at(data, 0, density)
 
 
-def objects_at(data: bytes, start: int, per_byte: float = Allowance().per_byte) -> Objects:
+def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
     """The same for a pickle that begins at byte `start`, without remembering it."""
-    allowance = Allowance(per_byte)
+    allowance = Allowance(density)
     reader = _Reader(allowance)
     loaded = load(data, start, persistent=reader.persistent, call=reader.call, allowance=allowance)
     infos = []

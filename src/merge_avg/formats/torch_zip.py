@@ -14,7 +14,6 @@ from typing import BinaryIO
 
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError
-from merge_avg.formats.inert import Allowance
 from merge_avg.formats.torch_objects import read_objects, refuse_root
 from merge_avg.formats.zip_records import DEFLATED, STORED, Record
 from merge_avg.formats.zip_records import records as records_of
@@ -83,7 +82,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         return record
 
     try:
-        objects = read_objects(pickle, _per_byte(records[pickle_name]))
+        objects = read_objects(pickle, _density(records[pickle_name]))
         tensors = objects.placed(find)
     except MergeError as error:
         raise type(error)(error.what, where=path, hint=error.hint) from None
@@ -191,10 +190,9 @@ def _storage(record: Record, number: int, within: Within) -> Storage:
     return Storage(whole, where, nbytes, record.crc, number, packed if deflated else None)
 
 
-def _per_byte(pickle: Storage) -> float:
-    """What each byte of a pickle allows: one that was packed, as much as it took in the file."""
-    density = 1.0 if pickle.packed is None else pickle.packed / max(pickle.nbytes, 1)
-    return Allowance().per_byte * density
+def _density(pickle: Storage) -> float:
+    """What each byte of a pickle counts for: where it was packed, what it took in the file."""
+    return 1.0 if pickle.packed is None else pickle.packed / max(pickle.nbytes, 1)
 
 
 def _bytes(file: BinaryIO, record: Storage, path: Path, base: int, largest: int) -> bytes:
