@@ -45,7 +45,7 @@ class Allowance:
 
     density: float = 1.0
     used: int = 0
-    limit: int = 1_000_000
+    limit: int = 300_000
     read: int = 0
 
     def spend(self, nbytes: int) -> None:
@@ -53,7 +53,7 @@ class Allowance:
         self.used += nbytes
         if self.used > self.limit:
             read = int(self.density * self.read)
-            self.limit = max(self.limit, min(1_000_000 + 200 * read, 180_000_000), 24 * read)
+            self.limit = max(self.limit, min(300_000 + 200 * read, 180_000_000), 24 * read)
         if self.used > self.limit:
             raise PickleError("the objects of its pickle would take more memory than they should")
 
