@@ -38,7 +38,7 @@ DTYPES = [
     torch.bool,
 ]
 SAFE = [dtype for dtype in DTYPES if dtype != torch.complex128]
-NAMES = st.text(st.characters(blacklist_categories=("Cs",)), min_size=0, max_size=8)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=0, max_size=8)
 PLAIN = st.none() | st.booleans() | st.integers(-(2**40), 2**70) | st.floats() | st.text(max_size=5)
 
 
