@@ -143,7 +143,7 @@ def _target(name: str, folder: Path) -> tuple[Callable[[bytes], object], set[str
         return read
 
     # A mutated archive would seldom have the right checksums, or its directory where it says.
-    torch_zip.zlib = SimpleNamespace(  # type: ignore[assignment]
+    vars(torch_zip)["zlib"] = SimpleNamespace(
         decompressobj=zlib.decompressobj, error=zlib.error, crc32=lambda _: _Equal()
     )
 
