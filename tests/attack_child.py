@@ -5,6 +5,7 @@ Paths come on stdin, one a line, and a JSON object for each goes to stdout.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import resource
@@ -27,15 +28,43 @@ SECONDS = 20  # of processor time
 def read(path: str) -> dict[str, object]:
     """What reading does, in this process."""
     found: dict[str, object] = {"outcome": "right"}
+    watch = Watch(path)
     try:
-        found["text"] = sum(map(len, lines(contents(path))))
+        with watch:
+            found["text"] = sum(map(len, lines(contents(path))))
     except MergeError as error:
         found = {"outcome": "refused", "message": f"{error} {error.hint}"}
     except Exception:  # noqa: BLE001 - which would be the finding
         found["outcome"] = traceback.format_exc(limit=-6)
-    found |= command(path)
+    found |= command(path) | {"events": watch.seen}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return found | {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss << 10}
+
+
+class Watch:
+    """What Python's audit hooks tell of code, processes, the network and other files."""
+
+    _REACHING = (
+        "import exec compile code. marshal. pickle. ctypes. subprocess. socket. urllib. shutil. "
+        "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.remove os.rename os.rmdir "
+        "os.spawn os.startfile os.symlink os.system os.truncate"
+    ).split()
+
+    def __init__(self, path: str) -> None:
+        self.seen: list[str] = []
+        self._path, self._armed = path, False
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        outside = event == "open" and not str(arguments[0]).startswith(self._path)
+        if self._armed and (outside or event.startswith(tuple(self._REACHING))):
+            self.seen.append(f"{event} {arguments!r}")
+
+    def __enter__(self) -> None:
+        self._armed = True
+
+    def __exit__(self, *_: object) -> None:
+        self._armed = False
 
 
 def command(path: str) -> dict[str, object]:
@@ -82,5 +111,7 @@ def apart(path: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    for codec in ("cp437", "latin1", "raw_unicode_escape"):  # which are modules, imported once
+        codecs.lookup(codec)
     for line in sys.stdin:
         print(json.dumps(apart(line.rstrip("\n"))), flush=True)  # noqa: T201

@@ -71,6 +71,7 @@ def child():
 def check(found):
     """That it ended in a result or one error, without a trace of anything else."""
     assert found["outcome"] in ("right", "refused"), found["outcome"]
+    assert found["events"] == []
     assert found["code"] in (0, 1), found["code"]
     assert "Traceback" not in found["stderr"]
     assert "more memory than this process" not in found.get("message", "")

@@ -177,7 +177,7 @@ def test_archives_of_other_programs_are_read(tmp_path, tool):
         records = {name: file.read(name) for name in file.namelist()}
     buffer = io.BytesIO()
     if tool == "streamed":
-        buffer.seekable = lambda: False  # type: ignore[method-assign]
+        buffer.seekable = lambda: False
     with zipfile.ZipFile(buffer, "w") as file:
         file.comment = b"packed by hand" if tool == "zip" else b""
         for name, data in records.items():
