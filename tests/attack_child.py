@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -113,5 +114,7 @@ def apart(path: str) -> dict[str, object]:
 if __name__ == "__main__":
     for codec in ("cp437", "latin1", "raw_unicode_escape"):  # which are modules, imported once
         codecs.lookup(codec)
+    with tempfile.TemporaryDirectory() as folder:  # what the command imports, imported once
+        command(f"{folder}/none.pt")
     for line in sys.stdin:
         print(json.dumps(apart(line.rstrip("\n"))), flush=True)  # noqa: T201
