@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 _LARGEST = 180_000_000  # bytes that the values of any text may take
-_PER_BYTE = 20  # what a longer text may take for each of its own bytes
+_PER_BYTE = 20  # what a longer text of ASCII may take for each of its own bytes
 # What each of these characters can make at most: a table, a list, and another value.
 _COSTS = {b"{": 350, b"[": 100, b",": 70, b":": 70}
 
@@ -24,9 +24,12 @@ def table(raw: bytes) -> dict[str, Any]:
             raise ValueError("a key appears twice")
         return found
 
-    # Where a single character is outside of Latin-1, all others take two or four bytes.
     costs = sum(raw.count(mark) * nbytes for mark, nbytes in _COSTS.items())
-    if costs + 4 * len(raw) > max(_LARGEST, _PER_BYTE * len(raw)):
+    # Where a single character is outside of Latin-1, all others take two or four bytes, and the
+    # texts are there twice: in the whole, and as values.
+    plain = raw.isascii()
+    costs += (2 if plain else 8) * len(raw)
+    if costs > max(_LARGEST, _PER_BYTE * len(raw) if plain else 0):
         raise ValueError("its values would take more memory than they should")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
