@@ -360,6 +360,13 @@ def zeros(nbytes: int) -> bytes:
 
 
 _truth = archive(PICKLE, DATA, MORE)
+_inner = archive(MORE)[: 30 + len(MORE["name"]) + len(MORE["data"])]
+
+
+def _after(*records: dict[str, Any]) -> int:
+    return sum(30 + len(one["name"]) + len(one["data"]) for one in records)
+
+
 ARCHIVES: dict[str, tuple[Bytes, str]] = {
     "local_name": (
         archive(record("a/data.pkl", state(), local_name=b"b/data.pkl"), DATA),
@@ -373,11 +380,11 @@ ARCHIVES: dict[str, tuple[Bytes, str]] = {
     "local_missing": (archive(PICKLE, DATA | {"offset": 7}), "has a record without a header"),
     "offset_far": (archive(PICKLE, DATA | {"offset": 0xFFFFFFF0}), "has a record behind its end"),
     "overlap": (
-        archive(PICKLE, record("a/data/0", DATA["data"] + archive(MORE)[:40]), MORE | {"offset": 99}),
+        archive(PICKLE, DATA, record("a/outer", _inner), MORE | {"offset": _after(PICKLE, DATA) + 37}),
         "has a record within a record",
     ),
     "same_bytes": (
-        archive(PICKLE, DATA, DATA | {"name": b"a/data/1", "offset": 31 + len(PICKLE["data"]) + 9}),
+        archive(PICKLE, DATA, DATA | {"name": b"a/data/1", "offset": _after(PICKLE)}),
         "has two records of the same bytes",
     ),
     "twice": (archive(PICKLE, PICKLE, DATA), "has two pickles"),
