@@ -228,8 +228,8 @@ def run(name: str, runs: int, seconds: int, corpus: Path) -> int:
             check=False,
         )
         finds = sorted(Path(folder).iterdir())
-        FINDS.mkdir(exist_ok=True)
         for find in finds:
+            FINDS.mkdir(exist_ok=True)
             digest = hashlib.sha256(find.read_bytes()).hexdigest()[:8]
             shutil.copy(find, FINDS / f"{name}-{digest}")
             print(f"{name}: found {FINDS / f'{name}-{digest}'}")
