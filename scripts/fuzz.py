@@ -177,14 +177,13 @@ def _target(name: str, folder: Path) -> tuple[Callable[[bytes], object], set[str
     return readers[name], {str(metadata), str(chunks)}
 
 
-def fuzz(name: str, arguments: list[str]) -> None:
-    """Runs libFuzzer in this process, which it ends."""
+def fuzz(name: str, folder: Path, arguments: list[str]) -> None:
+    """Runs libFuzzer in this process, which it ends; inputs that are files go to `folder`."""
     import atheris  # noqa: PLC0415
 
     with atheris.instrument_imports(include=["merge_avg"]):
         from merge_avg.errors import MergeError  # noqa: PLC0415
 
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_memory()))
         read, allowed = _target(name, folder)
     fence = Fence(allowed)
     # What Python and atheris would import when they first need it.
@@ -216,18 +215,20 @@ def run(name: str, runs: int, seconds: int, corpus: Path) -> int:
     for data in seeds(name):
         if len(data) <= LARGEST:
             (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_memory()) as folder:
+        inputs = Path(folder) / "inputs"
+        inputs.mkdir()
         arguments = [f"-runs={runs}", f"-max_total_time={seconds}", f"-rss_limit_mb={_MEMORY}"]
         arguments += ["-timeout=10", f"-max_len={LARGEST}", f"-artifact_prefix={folder}/"]
         arguments += ["-print_final_stats=1", "-verbosity=1", "-close_fd_mask=0", str(corpus)]
         done = subprocess.run(
-            [sys.executable, __file__, name, "--in-process", *arguments],
+            [sys.executable, __file__, name, "--in-process", str(inputs), *arguments],
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             check=False,
         )
-        finds = sorted(Path(folder).iterdir())
+        finds = sorted(path for path in Path(folder).iterdir() if path.is_file())
         for find in finds:
             FINDS.mkdir(exist_ok=True)
             digest = hashlib.sha256(find.read_bytes()).hexdigest()[:8]
@@ -245,7 +246,7 @@ def run(name: str, runs: int, seconds: int, corpus: Path) -> int:
 def main() -> None:
     """Parses the arguments."""
     if "--in-process" in sys.argv:
-        fuzz(sys.argv[1], sys.argv[3:])
+        fuzz(sys.argv[1], Path(sys.argv[3]), sys.argv[4:])
         return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("target", choices=(*TARGETS, "all"))
