@@ -1,14 +1,21 @@
 """Cases that averaging tools have got wrong, each through the command."""
 
+import argparse
 import errno
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import types
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -557,6 +564,109 @@ def test_b15_directories_and_wrong_suffixes(case):
     assert case.run(wrong, wrong, "-o", case.directory / "out.pt")[0] == 0
 
 
+def shards(folder, state, cuts, suffix, *, index=True):
+    """Shards as transformers names them, each from one cut to the next."""
+    folder.mkdir()
+    base = "model" if suffix == "safetensors" else "pytorch_model"
+    suffix = "safetensors" if suffix == "safetensors" else "bin"
+    keys, table = list(state), {}
+    edges = [0, *cuts, len(keys)]
+    for number in range(1, len(edges)):
+        path = folder / f"{base}-{number:05}-of-{len(edges) - 1:05}.{suffix}"
+        part = {key: state[key] for key in keys[edges[number - 1] : edges[number]]}
+        save(part, path)
+        table |= dict.fromkeys(part, path.name)
+    if index:
+        text = json.dumps({"metadata": {}, "weight_map": table})
+        (folder / f"{base}.{suffix}.index.json").write_text(text)
+    return folder
+
+
+def distributed(folder, state):
+    """A directory of torch.distributed.checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": state}, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def legacy(path, state):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.5, 0.97])
+def test_b15_truncated_legacy_files(case, part):
+    """B15: a file of the old format that was cut short anywhere is refused with the remedy."""
+    path = legacy(case.directory / "a.pt", {"w": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    case.refused_files([path], says=[str(path)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<html>", None],
+    ids=["empty", "lfs", "html", "half"],
+)
+@pytest.mark.parametrize("kind", [*FORMATS, "dcp", "metadata"])
+def test_b15_parts_of_directories(case, kind, content):
+    """B15: a shard, or a file of chunks, that was not fetched or is cut short is named."""
+    folder, state = case.directory / "a", {"a": torch.ones(500), "b": torch.ones(500)}
+    if kind in FORMATS:
+        shards(folder, state, [1], kind)
+        path = next(folder.glob("*-00002-of-00002*"))
+    else:
+        distributed(folder, state)
+        path = folder / (".metadata" if kind == "metadata" else "__0_0.distcp")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+    case.refused_files([folder], says=[path.name if kind != "metadata" else str(folder)])
+
+
+def test_b15_what_the_bytes_say_counts(case):
+    """B15: safetensors named .pt, a zip named .safetensors, a legacy file named .bin: all read."""
+    paths = [case.directory / name for name in ("a.pt", "b.safetensors", "c.bin")]
+    save_file({"w": full(1.0)}, paths[0])
+    torch.save({"w": full(2.0)}, paths[1])
+    legacy(paths[2], {"w": full(6.0)})
+    out = case.directory / "out.pt"
+    assert case.run(*paths, "-o", out)[0] == 0
+    assert load(out)["w"].item() == 3.0
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("index", [True, False])
+def test_b17_shards_that_differ(case, suffix, index):
+    """B17: shards cut elsewhere, one file and a distributed checkpoint average, indexed or not."""
+    states = [{key: full(value * n) for n, key in enumerate("abcd")} for value in (1, 2, 3, 6)]
+    paths = [
+        shards(case.directory / "x", states[0], [1, 3], suffix, index=index),
+        shards(case.directory / "y", states[1], [2], suffix, index=index),
+        distributed(case.directory / "z", states[2]),
+        case.directory / f"one.{suffix}",
+    ]
+    save(states[3], paths[3])
+    for out in (case.directory / "out", case.directory / f"out.{suffix}"):
+        code, _, err = case.run(*paths, "-o", out)
+        assert code == 0, err
+    merged = load(case.directory / f"out.{suffix}")
+    assert [merged[key].item() for key in "abcd"] == [0.0, 3.0, 6.0, 9.0]
+    again = case.directory / f"again.{suffix}"
+    assert case.run(case.directory / "out", "-o", again)[0] == 0
+    assert all(torch.equal(load(again)[key], merged[key]) for key in "abcd")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("index", [True, False])
+def test_b17_a_key_in_two_shards(case, suffix, index):
+    """B17: a tensor that two shards hold is an error that names it and both."""
+    folder = shards(
+        case.directory / "x", {"a": full(1.0), "b": full(2.0)}, [1], suffix, index=index
+    )
+    second = next(folder.glob("*-00002-of-00002*"))
+    save({"a": full(9.0), "b": full(2.0)}, second)
+    case.refused_files([folder], says=["'a'", "-00001-of-00002", "-00002-of-00002"])
+
+
 def test_b18_transformers_finds_its_format(case):
     """B18: safetensors outputs say format pt, and keep the template's other metadata."""
     for i in range(2):
@@ -591,6 +701,78 @@ def test_b19_hostile_pickles(case, function, name, protocol):
     torch.save({"w": full(1.0), "x": Hostile(function, code)}, path, pickle_protocol=protocol)
     case.refused_files([path], says=[name, str(path)])
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", ["shard", "optimizer", "metadata"])
+def test_b19_hostile_parts_of_directories(case, kind, zipped):
+    """B19: the same for a file anywhere in a directory, weights or not."""
+    mark = case.directory / "mark"
+    hostile = {"x": Hostile(os.system, f"touch {mark}")}
+    if kind == "metadata":
+        folder = distributed(case.directory / "a", {"w": full(1.0)})
+        (folder / ".metadata").write_bytes(pickle.dumps(hostile, 4 if zipped else 2))
+    else:
+        folder = shards(case.directory / "a", {"w": full(1.0), "v": full(1.0)}, [1], "pt")
+        name = "optimizer.pt" if kind == "optimizer" else "pytorch_model-00002-of-00002.bin"
+        value = {"v": full(1.0), **hostile}
+        torch.save(value, folder / name, _use_new_zipfile_serialization=zipped)
+    case.refused_files([folder], says=["system"])
+    assert not mark.exists()
+
+
+class Marked(torch.Tensor):
+    """A subclass of tensors, which torch.save rebuilds by _rebuild_from_type_v2."""
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """A class of a module that is there only while files are written and loaded again."""
+    module = types.ModuleType("omegaconf")
+    cls = type("DictConfig", (), {"__module__": "omegaconf"})
+    module.DictConfig = cls
+    monkeypatch.setitem(sys.modules, "omegaconf", module)
+    return cls
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_b19_what_pickles_hold(case, config, monkeypatch, zipped):
+    """B19: Parameters, subclasses, settings, numpy scalars and whole modules are averaged unrun."""
+    paths, models = [], []
+    for value in (1.0, 3.0):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        settings = config()
+        settings.lr = value
+        state = {
+            "model": {
+                "parameter": torch.nn.Parameter(full(value)),
+                "subclass": full(value).as_subclass(Marked),
+                **({"v3": full(value).to(torch.float8_e5m2)} if zipped else {}),
+            },
+            "module": model,
+            "args": argparse.Namespace(lr=value),
+            "cfg": settings,
+            "best": np.float64(value),
+            "rng_state": np.random.RandomState(0).get_state(),
+        }
+        models.append(model)
+        paths.append(case.directory / f"{value}.pt")
+        torch.save(state, paths[-1], _use_new_zipfile_serialization=zipped)
+    out = case.directory / "out.pt"
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "omegaconf")
+        code, _, err = case.run(*paths, "-o", out)
+        assert code == 0, err
+        assert "omegaconf" not in sys.modules
+    merged = torch.load(out, weights_only=False)
+    assert all(tensor.item() == 2.0 for tensor in merged["model"].values())
+    assert type(merged["model"]["parameter"]) is torch.nn.Parameter
+    assert type(merged["model"]["subclass"]) is Marked
+    mean = (models[0][0].weight.double() + models[1][0].weight.double()) / 2
+    assert torch.equal(merged["module"][0].weight, mean.float())
+    assert (merged["args"].lr, merged["cfg"].lr, merged["best"]) == (1.0, 1.0, 1.0)
+    assert type(merged["best"]) is np.float64
 
 
 def test_b19_hostile_opcodes(case):

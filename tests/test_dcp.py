@@ -1,5 +1,6 @@
 """merge_avg.formats.dcp: directories of torch.distributed.checkpoint, read without running them."""
 
+import itertools
 import os
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from merge_avg.errors import MergeError
+from merge_avg.formats.dcp import _tile
 from merge_avg.merge import merge_checkpoints
 from merge_avg.scan import scan
 
@@ -277,3 +279,31 @@ def test_names_that_the_writer_flattened(tmp_path):
     merged = loaded(tmp_path / "out")
     assert merged["w"].tolist() == [0.5] * 3
     assert merged["optimizer.state.exp_avg.w"].tolist() == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("boxes", "fits"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (1, 3))], True),
+        ([((0, 0), (2, 3)), ((1, 0), (1, 3))], False),  # overlap, and a hole
+        ([((0, 0), (2, 2)), ((0, 2), (2, 1)), ((2, 0), (1, 3))], True),
+        ([((0, 0), (2, 2)), ((1, 1), (2, 2)), ((0, 2), (1, 1))], False),
+        ([((0, 0), (3, 3))], True),
+        ([((0, 0), (3, 3)), ((0, 0), (1, 1))], False),
+        ([((0, 0), (3, 4))], False),  # reaches outside
+        ([], False),
+    ],
+)
+def test_boxes_that_tile(boxes, fits):
+    """Boxes that overlap, leave a hole or reach outside are told from those that tile."""
+    assert _tile(boxes, (3, 3)) == fits
+
+
+def test_any_way_of_cutting_is_a_tiling():
+    """A thousand boxes of a grid tile it, and do not if one lacks or is there twice."""
+    edges = [range(10)] * 3
+    boxes = [((a, 2 * b, 3 * c), (1, 2, 3)) for a, b, c in itertools.product(*edges)]
+    assert _tile(boxes, (10, 20, 30))
+    assert not _tile(boxes[1:], (10, 20, 30))
+    assert not _tile([*boxes, boxes[0]], (10, 20, 30))
+    assert not _tile([*boxes[1:], boxes[1]], (10, 20, 30))

@@ -249,7 +249,7 @@ SHARD = "model-0000{}-of-00003.safetensors"
         (lambda p: rewrite_index(p, lambda m: m.update({"x": "../../x"})), "which is outside"),
         (lambda p: rewrite_index(p, lambda m: m.update({"x": "/etc/passwd"})), "which is outside"),
         (lambda p: (p / "model.safetensors.index.json").write_text("{"), "index is damaged"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "without a weight_map"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "without a weight_map"),
         (lambda p: (p / "link.json").symlink_to("nowhere"), "link to nothing"),
         (lambda p: [x.unlink() for x in p.iterdir()], "without a checkpoint"),
     ],
@@ -296,18 +296,37 @@ def test_zero_3_is_refused_with_the_converter(tmp_path):
     assert "zero_to_fp32.py" in str(caught.value.hint)
 
 
-def test_links_are_followed_with_a_word(tmp_path):
-    """Files may be links, as in the Hugging Face cache; those that lead outside are mentioned."""
-    save_shards(tmp_path / "blobs", weights(0), [2])
-    (tmp_path / "a").mkdir()
-    for file in (tmp_path / "blobs").iterdir():
-        (tmp_path / "a" / file.name).symlink_to(f"../blobs/{file.name}")
-    (tmp_path / "a" / "deep").symlink_to("../blobs", target_is_directory=True)
-    notes = merge_checkpoints([tmp_path / "a"], tmp_path / "out").job.notes
-    assert any("links to a file outside" in note for note in notes)
+def linked(path, blobs, state):
+    """A snapshot of a hub's cache: links to files elsewhere."""
+    save_shards(blobs, state, [2])
+    path.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (path / file.name).symlink_to(os.path.relpath(file, path))
+    return path
+
+
+def test_the_links_of_a_hub_cache_are_followed(tmp_path):
+    """Files of a snapshot are links to the blobs beside it; links to directories are left out."""
+    path = linked(tmp_path / "m" / "snapshots" / "1a2b", tmp_path / "m" / "blobs", weights(0))
+    (path / "deep").symlink_to("../../blobs", target_is_directory=True)
+    notes = merge_checkpoints([path], tmp_path / "out").job.notes
+    assert not any("outside" in note for note in notes)
     assert any("deep is a link to a directory and is left out" in note for note in notes)
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
     assert same(load(tmp_path / "out"), weights(0))
+
+
+def test_links_that_lead_out_are_told_or_refused(tmp_path):
+    """Weights that lie elsewhere are read with a word; no other file from elsewhere is copied."""
+    path = linked(tmp_path / "a", tmp_path / "elsewhere", weights(0))
+    notes = merge_checkpoints([path], tmp_path / "out.pt").job.notes
+    assert any("links to a file outside" in note for note in notes)
+    with pytest.raises(
+        MergeError, match="outside of the checkpoint, and would be copied"
+    ) as caught:
+        merge_checkpoints([path], tmp_path / "out")
+    assert str(tmp_path / "elsewhere") in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_output_is_kept_apart_from_the_inputs(tmp_path):

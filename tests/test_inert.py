@@ -153,3 +153,33 @@ def test_keys_of_absurd_depth_or_size_are_refused(nesting, use):
     end = use if use != b"0." else b"\x91."
     with pytest.raises(PickleError, match="absurd size"):
         load(start + b")" + nesting + end, persistent=lambda _: None, call=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (rb"'a\nb\x41\101\\\''", "a\nbAA\\'"),
+        (rb'"\t\q\"\0"', '\t\\q"\0'),
+        (b"'a\\\nb'", None),
+    ],
+)
+def test_quoted_texts(raw, text):
+    """The escapes of protocol 0 are Python's; unknown ones stay, without a warning."""
+    if text is None:  # the line ends within the quotes
+        with pytest.raises(PickleError, match="without quotes"):
+            read(b"S" + raw + b"\n.")
+    else:
+        assert read(b"S" + raw + b"\n.") == text
+
+
+def test_long_values_are_passed_over():
+    """A text or bytes of megabytes is left out, and what follows is read."""
+    long, nbytes = "x" * (2 << 20), 2 << 20
+    value = read(pickle.dumps([long, long.encode(), bytearray(long.encode()), 7], 5))
+    assert [getattr(one, "nbytes", one) for one in value] == [nbytes, nbytes, nbytes, 7]
+
+
+def test_memo_entries_may_come_in_any_order():
+    """Entries beside the row of indices are found, replaced and counted as pickle does."""
+    data = b"](K\1r\5\0\0\0K\2q\0K\3q\1K\4q\0h\0h\1j\5\0\0\0e."
+    assert read(data) == pickle.loads(data) == [1, 2, 3, 4, 4, 3, 1]

@@ -280,7 +280,7 @@ def test_names_that_safetensors_cannot_hold(tmp_path, name):
 def test_absurd_sizes_and_names_are_one_error(tmp_path):
     """A tensor of exabytes, a name of 300 bytes and a pipe are errors, not tracebacks."""
     torch.save({"w": torch.zeros(1).as_strided((2**31, 2**31), (0, 0))}, tmp_path / "a.pt")
-    with pytest.raises(MergeError, match="cannot be written"):
+    with pytest.raises(MergeError, match="elements, but a storage of 1"):
         merge_checkpoints([tmp_path / "a.pt"], tmp_path / "out.safetensors")
     torch.save({"w": torch.ones(2)}, tmp_path / "b.pt")
     for output, options in (("x" * 300, {}), ("y.pt", {"template": "x" * 300})):

@@ -10,7 +10,7 @@ from merge_avg.merge import merge_checkpoints
 from merge_avg.scan import scan
 
 DATA = Path(__file__).parent / "data"
-SAMPLES = sorted(path.name for path in DATA.iterdir())
+SAMPLES = sorted(path.parent.name for path in DATA.glob("*/about.json"))
 DIRECTORIES = [name for name in SAMPLES if (DATA / name / "0" / "checkpoint").is_dir()]
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_avg.errors import MergeError
+from merge_avg.files import Reader
 from merge_avg.merge import merge_checkpoints
 from merge_avg.scan import scan
 
@@ -154,6 +155,37 @@ def test_repacked_deflated_and_big_endian_archives_are_averaged(tmp_path, method
     assert torch.equal(merged["model"]["w"], torch.arange(70000.0) + 1)
     assert torch.equal(merged["model"]["v"], torch.ones(3, 2))
     assert merged["optimizer"].tolist() == [0, 7]
+
+
+def test_a_record_that_cannot_be_unpacked_is_named(tmp_path):
+    """Where there is no room to unpack a record, one error says so, and how much is needed."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(2000)}, path)
+    repacked(path, zipfile.ZIP_DEFLATED)
+    reader = Reader(scan(path), tmp_path / "none")
+    storage = scan(path).tensors[0].storage
+    with pytest.raises(MergeError, match=r"'a/data/0' cannot be unpacked \(No such") as caught:
+        reader.read(memoryview(bytearray(4)), storage, 0)
+    assert "8,000 bytes are needed" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("tool", ["zip", "zip64", "streamed"])
+def test_archives_of_other_programs_are_read(tmp_path, tool):
+    """Zip files as Python writes them: with comments, in zip64, and with sizes behind the data."""
+    torch.save({"w": torch.arange(5.0)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as file:
+        records = {name: file.read(name) for name in file.namelist()}
+    buffer = io.BytesIO()
+    if tool == "streamed":
+        buffer.seekable = lambda: False
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.comment = b"packed by hand" if tool == "zip" else b""
+        for name, data in records.items():
+            with file.open(name, "w", force_zip64=tool == "zip64") as record:
+                record.write(data)
+    (tmp_path / "b.pt").write_bytes(buffer.getvalue())
+    merge_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt")["w"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_other_compressions_are_refused(tmp_path):

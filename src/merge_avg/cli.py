@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -301,11 +302,12 @@ def merge(
             result = run(job, advance)
     report = describe(job, result, __version__, choice)
     if not quiet:
-        _say("\n".join(lines(report)))
+        for line in lines(report):
+            _say(line)
     if as_json:
-        _print(json.dumps(report, ensure_ascii=True, indent=2))
+        _print(_json(report))
     elif not dry_run:
-        _print(_printable("\n".join(str(average.output) for average in job.averages)))
+        _print("\n".join(_printable(str(average.output)) for average in job.averages))
     if result is not None:
         _summarise(report)
 
@@ -316,9 +318,9 @@ def _inspect(checkpoints: Sequence[Path], key: str | None, *, as_json: bool) -> 
 
     found = [contents(path, key) for path in checkpoints]
     if as_json:
-        _print(json.dumps(found, ensure_ascii=True, indent=2))
+        _print(_json(found))
     else:
-        _print("\n".join(_printable(line).replace("\n", "\\n") for f in found for line in lines(f)))
+        _print("\n".join(_printable(line) for f in found for line in lines(f)))
 
 
 def _soup(
@@ -362,7 +364,7 @@ def _soup(
         )
     if not quiet:
         _say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
-    _print(json.dumps(described(soup), indent=2) if as_json else _printable(str(soup.output)))
+    _print(_json(described(soup)) if as_json else _printable(str(soup.output)))
 
 
 def _summarise(report: Report) -> None:
@@ -411,8 +413,14 @@ def _progress(job: Job, *, quiet: bool) -> Iterator[Callable[[int], None] | None
 
 
 def _printable(text: str) -> str:
-    """Text of a file or its name, without what would steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    """A line with names of a file in it, without what would steer a terminal or a CI runner."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    # GitHub's runner takes "::" at the start of a line, and "##[" anywhere, for commands to it.
+    return re.sub(r"^( *):(?=:)|#(?=#\[)", lambda m: m[0][:-1] + f"\\x{ord(m[0][-1]):02x}", shown)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=True, indent=2).replace("##[", "#\\u0023[")
 
 
 def _say(text: str) -> None:
@@ -443,9 +451,9 @@ def _drop(stream: TextIO) -> None:
 
 def _fail(error: MergeError) -> None:
     where = "" if error.where is None else f"{error.where}: "
-    _say(f"error: {where}{error.what}".replace("\n", "\\n"))
+    _say(f"error: {where}{error.what}")
     if error.hint:
-        _say(f"hint: {error.hint}".replace("\n", "\\n"))
+        _say(f"hint: {error.hint}")
 
 
 class _Stopped(SystemExit):

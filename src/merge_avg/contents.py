@@ -13,6 +13,7 @@ from merge_avg.roles import assign
 from merge_avg.scan import scan
 
 Contents = dict[str, Any]
+_WIDEST = 100  # characters that a column is padded to: one long name would widen every line
 
 
 def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
@@ -84,7 +85,7 @@ def lines(found: Contents) -> Iterator[str]:
         )
         for one in found["tensors"]
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield f"  {'  '.join(cells)}".rstrip()

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats import dcp, safetensors, torch_zip_write
-from merge_avg.formats.directory import INDEX, is_index, read_index, relative, unsharded
+from merge_avg.formats.directory import INDEX, is_index, leads_out, read_index, relative, unsharded
 from merge_avg.formats.registry import rebuilt
 from merge_avg.formats.torch_pickle import FreshTensor
 from merge_avg.layout import MARK_FILE, Layout, Storage, TensorInfo, dotted, row_major
@@ -190,8 +190,17 @@ def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
 
 
 def _copy(template: Layout, number: int) -> Skeleton:
-    """A file of the template, byte for byte."""
-    nbytes = template.files[number].nbytes
+    """A file of the template, byte for byte.
+
+    Raises:
+        MergeError: it is no checkpoint, and a link out of the directory: whoever made that could
+            have any file of this machine copied.
+    """
+    nbytes, path = template.files[number].nbytes, template.files[number].path
+    if template.members and template.members[number] is None and leads_out(template.path, path):
+        what = f"it is a link to {path.resolve()}, outside of the checkpoint, and would be copied"
+        hint = "put the file itself there if it belongs to the checkpoint, or remove the link"
+        raise MergeError(what, where=path, hint=hint)
     whole = Storage("the file", 0, nbytes, file=number)
     return Skeleton(nbytes, (), {}, ((whole, Place(0, nbytes)),))
 

@@ -5,7 +5,6 @@ What is inside counts first, then the name. Numbers are read as numbers: step 10
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -14,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merge_avg.formats import json_text
 from merge_avg.layout import MARK, Layout, Scalar, TreePath
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
 _LARGEST_STATE = 100_000_000
+_LONGEST_NAME = 200  # of a metric
 _STEPS = ("global_step", "num_updates", "step", "iteration", "iter", "n_updates")
 _EPOCHS = ("epoch", "current_epoch")
 # Where fairseq keeps them.
@@ -122,6 +123,8 @@ def _inside(scalars: Mapping[TreePath, Scalar]) -> Facts:
         if isinstance(value, str):
             continue
         table = len(path) == 2 and str(path[0]).lower() in _TABLES
+        if len(name) > _LONGEST_NAME:
+            continue
         if table or (len(path) == 1 and _METRIC.fullmatch(name)):
             metrics[name] = float(value)
     for path, value in scalars.items():  # Lightning's ModelCheckpoint: its monitor and score
@@ -172,11 +175,9 @@ def _trainer_state(folder: Path) -> Facts:
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_STATE:
             return Facts()
-        state = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = json_text.table(path.read_bytes())
+    except (OSError, ValueError):
         return Facts()  # it decides nothing: the name or a log may
-    if not isinstance(state, dict):
-        return Facts()
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
     for row in log_rows(state):

@@ -146,17 +146,22 @@ class Reader:
         with self._lock:
             if storage in self._decoded:
                 return self._decoded[storage]
-            spool = self._spooled()
             path = self._files[storage.file].path
-            start = spool.seek(0, os.SEEK_END)
             crc = nbytes = 0
-            for block in _inflated(fd, storage, path):
-                crc = zlib_ng.crc32(block, crc)
-                nbytes += len(block)
-                if nbytes > storage.nbytes:  # more than the archive says: stop before it fills up
-                    raise _damaged(storage, path)
-                spool.write(_little(block, storage.swapped))
-            spool.flush()
+            try:
+                spool = self._spooled()
+                start = spool.seek(0, os.SEEK_END)
+                for block in _inflated(fd, storage, path):
+                    crc = zlib_ng.crc32(block, crc)
+                    nbytes += len(block)
+                    if nbytes > storage.nbytes:  # more than the archive says
+                        raise _damaged(storage, path)
+                    spool.write(_little(block, storage.swapped))
+                spool.flush()
+            except OSError as error:
+                what = f"record {storage.name!r} cannot be unpacked ({error.strerror})"
+                hint = f"{storage.nbytes:,} bytes are needed in {self._scratch}"
+                raise MergeError(what, where=path, hint=hint) from None
             if nbytes != storage.nbytes or storage.crc not in (None, crc):
                 raise _damaged(storage, path)
             self._decoded[storage] = start
@@ -196,6 +201,8 @@ def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
                 held += inflater.decompress(pending, _BLOCK)
             except zlib.error:
                 raise _damaged(storage, path) from None
+            if inflater.eof and (inflater.unused_data or at + len(part) < packed):
+                raise _damaged(storage, path)  # bytes that no program would read
             pending = inflater.unconsumed_tail
             whole = len(held) // 16 * 16  # words are never cut
             yield held[:whole]

@@ -138,6 +138,30 @@ def _geometry(shape: Iterable[int], stride: Iterable[int]) -> tuple[tuple[int, i
     return tuple((extent, step) for extent, step in pairs if extent != 1)
 
 
+_LARGEST = 1 << 63
+_MOST_DIMENSIONS = 64
+_MOST_REPEATED = 1 << 30  # elements of a tensor that has far more than its storage
+
+
+def impossible(shape: object, stride: object, start: object, held: int) -> str | None:
+    """What is wrong with a claimed geometry over a storage of `held` elements, if something is.
+
+    Torch's numbers have 64 bits. A view may repeat elements, as `expand` does, but not without
+    end: a file of a few bytes could ask for days of work.
+    """
+    if not isinstance(shape, list | tuple) or not isinstance(stride, list | tuple):
+        return "no shape or no strides"
+    if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions with {len(stride)} strides"
+    if any(type(n) is not int or not 0 <= n < _LARGEST for n in (start, *shape, *stride)):
+        return "impossible strides"
+    if math.prod(max(extent, 1) for extent in shape) >= _LARGEST:
+        return "more elements than can be counted"
+    if math.prod(shape) > max(_MOST_REPEATED, 16 * held):
+        return f"{math.prod(shape):,} elements, but a storage of {held:,}"
+    return None
+
+
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor of this shape, in elements."""
     strides = []

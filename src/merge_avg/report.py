@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 _KNOWN = ("step", "epoch", "metric")
+_WIDEST = 100  # characters that a column is padded to
 
 
 def describe(job: Job, result: Result | None, version: str, choice: Choice | None = None) -> Report:
@@ -154,7 +155,7 @@ def _bars(agreement: Mapping[str, Any] | None) -> Iterator[str]:
     each = agreement["each"]
     if len(each) > 16 or max(one["mean"] for one in each) - min(one["mean"] for one in each) < 0.05:
         return
-    width = max(len(one["path"]) for one in each)
+    width = min(max(len(one["path"]) for one in each), _WIDEST)
     for one in each:
         bar = "#" * round(20 * max(one["mean"], 0.0))
         yield f"    {one['path'].ljust(width)} {one['mean']:6.3f} {bar}"
@@ -172,7 +173,7 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         for one in candidates
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width]
         yield "  " + " ".join(cells).rstrip()

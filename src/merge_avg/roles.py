@@ -34,6 +34,7 @@ KEPT = (
 MASTERS = r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups"
 _KEPT = re.compile("|".join(f"(?:{pattern})" for _, pattern in KEPT), re.IGNORECASE)
 _MASTERS = re.compile(MASTERS)
+_LONGEST = 200  # of a name that means something: matching takes the square of its length
 _RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
 
 
@@ -105,7 +106,7 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
 
 def is_kept(key: Key) -> bool:
     """Whether what lies below a key of a container, or in a file of that name, is no weight."""
-    return isinstance(key, str) and bool(_KEPT.fullmatch(key))
+    return isinstance(key, str) and len(key) <= _LONGEST and bool(_KEPT.fullmatch(key))
 
 
 def _is_weight(path: TreePath) -> bool:
@@ -118,14 +119,15 @@ def _is_weight(path: TreePath) -> bool:
     pairs = itertools.pairwise(containers)
     if any(a == "state" and isinstance(b, int) for a, b in pairs):
         return False
-    return not (isinstance(path[-1], str) and _RANDOM.fullmatch(path[-1]))
+    last = path[-1]
+    return not (isinstance(last, str) and len(last) <= _LONGEST and _RANDOM.fullmatch(last))
 
 
 def _is_stray(info: TensorInfo, groups: set[TreePath]) -> bool:
     """Whether a tensor is a single value beside state dicts, as {"model": {...}, "loss": ...}."""
     here = info.path[:-1]
     beside = any(len(group) > len(here) and group[: len(here)] == here for group in groups)
-    return beside and (not info.shape or bool(_KEPT.fullmatch(str(info.path[-1]))))
+    return beside and (not info.shape or is_kept(str(info.path[-1])))
 
 
 def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:

@@ -22,8 +22,11 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         if path.is_dir():
             return scan_directory(path)
         stamp = File.of(path)
+        layout = scan_file(stamp)
     except OSError as error:
         raise MergeError(error.strerror or str(error), where=path) from None
-    layout = scan_file(stamp)
+    except MemoryError:
+        what = "reading what it holds takes more memory than this process may have"
+        raise MergeError(what, where=path) from None
     assert layout is not None  # noqa: S101 - a strict scan returns or raises
     return layout

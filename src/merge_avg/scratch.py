@@ -41,10 +41,19 @@ class Scratch:
         self._file.close()
 
     def map(self, offset: int, nbytes: int) -> Tensor:
-        """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB."""
+        """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB.
+
+        Raises:
+            MergeError: there is no room; a hole that cannot be filled would kill the process.
+        """
         if offset + nbytes > self._size:
             # Writing to a mapped hole ends the process (SIGBUS) when the disk is full.
-            reserve(self._file.fileno(), offset + nbytes - self._size, self._size)
+            try:
+                reserve(self._file.fileno(), offset + nbytes - self._size, self._size)
+            except OSError as error:
+                what = f"no room for strided copies ({error.strerror})"
+                hint = f"{offset + nbytes:,} bytes are needed there for a while"
+                raise MergeError(what, where=self._path, hint=hint) from None
             self._size = offset + nbytes
         return torch.frombuffer(
             mmap.mmap(self._file.fileno(), nbytes, offset=offset), dtype=torch.uint8

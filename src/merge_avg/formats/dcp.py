@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +19,27 @@ from typing import BinaryIO
 from merge_avg.dtypes import BY_NAME, DType
 from merge_avg.errors import MergeError
 from merge_avg.formats import torch_zip, torch_zip_write
-from merge_avg.formats.inert import Global, Instance, PickleError, Value, load
-from merge_avg.layout import Archive, File, Layout, Storage, TensorInfo, TreePath, row_major
+from merge_avg.formats.inert import Allowance, Global, Instance, PickleError, Value, load, shown
+from merge_avg.layout import (
+    Archive,
+    File,
+    Layout,
+    Storage,
+    TensorInfo,
+    TreePath,
+    impossible,
+    row_major,
+)
 from merge_avg.roles import is_kept
 from merge_avg.skeleton import Literal, Place, Skeleton
 
 NAME = "torch-dcp"
 METADATA = ".metadata"
-_LARGEST = 1 << 30
-_MODULE = "torch.distributed.checkpoint"
+_LARGEST = 1 << 27
+_LONGEST_PATH = 200
+_METADATA = Global("torch.distributed.checkpoint.metadata", "Metadata")
+_TORCH_SIZE = Global("torch", "Size")
+_MOST_CUT = 6  # dimensions that a tensor is cut along
 
 
 class _Section(io.RawIOBase):
@@ -145,8 +158,9 @@ class _Metadata:
     """What `.metadata` says, checked."""
 
     def __init__(self, data: bytes) -> None:
-        root = load(data, persistent=_nothing, call=_call).value
-        if not isinstance(root, Instance) or str(root.function) != f"{_MODULE}.metadata.Metadata":
+        self._allowance = Allowance()
+        root = load(data, persistent=_nothing, call=_call, allowance=self._allowance).value
+        if not isinstance(root, Instance) or root.function != _METADATA:
             raise PickleError("it is no metadata of torch.distributed.checkpoint")
         state = _table(root.state)
         self._stored = _table(state.get("storage_data"))
@@ -162,7 +176,7 @@ class _Metadata:
     def _add(self, fqn: Value, entry: Value) -> None:
         if not isinstance(fqn, str) or not isinstance(entry, Instance):
             raise PickleError("it describes an entry in an unknown way")
-        kind = str(entry.function).rpartition(".")[2]
+        kind = entry.function.name if isinstance(entry.function, Global) else ""
         if kind == "BytesStorageMetadata":
             self._objects.append(fqn)
             return
@@ -179,12 +193,14 @@ class _Metadata:
             raise PickleError(f"it describes {fqn!r} in an unknown way")
         known = BY_NAME.get(dtype.name)
         if known is None:
-            raise PickleError(f"tensor {fqn!r} is of the unknown dtype {dtype}")
+            raise PickleError(f"tensor {fqn!r} is of the unknown dtype {shown(dtype)}")
+        chunks = _instances(state.get("chunks"))
+        self._allowance.spend(200 * len(chunks) + 500)
         self.sizes[fqn] = _size(state.get("size"))
         self.dtypes[fqn] = known
         self._offsets[fqn] = [
             (_size(_table(chunk.state).get("offsets")), _size(_table(chunk.state).get("sizes")))
-            for chunk in _instances(state.get("chunks"))
+            for chunk in chunks
         ]
 
     def by_file(self) -> dict[str, list[_Chunk]]:
@@ -218,7 +234,7 @@ class _Metadata:
 
     def _path(self, fqn: str) -> TreePath:
         match self._paths.get(fqn):
-            case tuple() as path if len(path) > 1 and all(isinstance(k, str | int) for k in path):
+            case tuple() as path if 1 < len(path) < _LONGEST_PATH and all(map(_is_key, path)):
                 return path
         # Some writers flatten the names themselves: optimizer.state.exp_avg.WEIGHT.
         head, _, rest = fqn.partition(".")
@@ -256,22 +272,37 @@ class _Metadata:
         return TensorInfo(path, dtype, shape, strides, 0, replace(whole, tiles=tuple(chunks)))
 
 
+_Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins, and its extents
+
+
 def _check_cover(
     fqn: str, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], TensorInfo]]
 ) -> None:
-    """Raises PickleError where the chunks do not cover the tensor, each element once."""
+    """Raises PickleError where the chunks do not cover the tensor, each element once.
+
+    A box is known by its corners, each with a sign: the mixed differences of the function that is 1
+    inside. Boxes cover another exactly if their corners add up to those of the other.
+    """
     boxes = [(offset, info.shape) for offset, info in chunks if info.numel]
-    inside = all(
-        len(offset) == len(shape)
-        and all(a + b <= c for a, b, c in zip(offset, size, shape, strict=True))
-        for offset, size in boxes
-    )
-    apart = all(
-        any(a + b <= c or c + d <= a for a, b, c, d in zip(*one, *two, strict=True))
-        for one, two in itertools.combinations(boxes, 2)
-    )
-    if not chunks or not inside or not apart or sum(i.numel for _, i in chunks) != math.prod(shape):
+    if (
+        not chunks
+        or any(not len(o) == len(s) == len(shape) for o, s in boxes)
+        or not _tile(boxes, shape)
+    ):
         raise PickleError(f"the chunks of {fqn!r} do not make up the tensor")
+
+
+def _tile(boxes: Sequence[_Box], shape: tuple[int, ...]) -> bool:
+    cut = [d for d in range(len(shape)) if any((o[d], s[d]) != (0, shape[d]) for o, s in boxes)]
+    if not all(shape) or len(cut) > _MOST_CUT:
+        return not all(shape) and not boxes
+    corners: Counter[tuple[int, ...]] = Counter()
+    whole: _Box = ((0,) * len(shape), shape)
+    for sign, (offset, size) in [(-1, whole), *((1, box) for box in boxes)]:
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(offset[d] + end * size[d] for d, end in zip(cut, ends, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())
 
 
 def _nothing(_: Value) -> Value:
@@ -279,17 +310,22 @@ def _nothing(_: Value) -> Value:
 
 
 def _call(function: Global, args: tuple[Value, ...]) -> Value | None:
-    if str(function) == "torch.Size":
+    if function == _TORCH_SIZE:
         return _size(args[0] if args else ())
     return None
 
 
 def _size(value: Value) -> tuple[int, ...]:
-    if isinstance(value, Instance) and str(value.function) == "torch.Size" and value.args:
-        value = value.args[0]
-    if not isinstance(value, tuple | list) or any(type(n) is not int or n < 0 for n in value):
+    match value:
+        case Instance(function=Global("torch", "Size"), args=(value, *_)):
+            pass
+    if impossible(value, value, 0, 1 << 63):
         raise PickleError("a shape in it is damaged")
     return tuple(value)
+
+
+def _is_key(key: Value) -> bool:
+    return isinstance(key, str) or (isinstance(key, int) and key.bit_length() <= 64)
 
 
 def _instances(value: Value) -> list[Instance]:

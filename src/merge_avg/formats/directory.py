@@ -7,7 +7,6 @@ sub-folder, is one of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_avg.errors import MergeError, named
-from merge_avg.formats import dcp
+from merge_avg.formats import dcp, json_text
 from merge_avg.formats.inert import DangerousPickleError
 from merge_avg.formats.registry import scan_file
 from merge_avg.layout import (
@@ -119,6 +118,18 @@ def is_one(path: Path) -> bool:
     return of_a_run(path.name) or any(_OF_ONE.fullmatch(one.name) for one in path.iterdir())
 
 
+def leads_out(root: Path, path: Path) -> bool:
+    """Whether a file of a directory is a link to somewhere else.
+
+    In the cache of Hugging Face's hub a snapshot consists of links to the blobs beside it.
+    """
+    if not path.is_symlink():
+        return False
+    home = root.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    return not path.resolve().is_relative_to(home)
+
+
 def relative(layout: Layout, number: int) -> str:
     """The path of a directory's file below it, with slashes."""
     return layout.files[number].path.relative_to(layout.path).as_posix()
@@ -142,11 +153,7 @@ def _walk(root: Path) -> _Tree:
                 raise MergeError(what, where=file, hint="fetch the checkpoint again")
             tree.files[file.relative_to(root).as_posix()] = File.of(file)
     tree.files = dict(sorted(tree.files.items(), key=lambda item: item[0].split("/")))
-    outside = [
-        name
-        for name, file in tree.files.items()
-        if file.path.is_symlink() and not file.path.resolve().is_relative_to(root.resolve())
-    ]
+    outside = [name for name, file in tree.files.items() if leads_out(root, file.path)]
     if outside:
         tree.notes.append(f"{root}: {named(outside)} links to a file outside of it")
     if nested:
@@ -290,13 +297,13 @@ def read_index(file: File) -> dict[str, Any]:
     try:
         if file.nbytes > _LARGEST_INDEX:
             raise ValueError("it is absurdly large")
-        index: dict[str, Any] = json.loads(file.path.read_text("utf-8"))
+        index = json_text.table(file.path.read_bytes())
         match index:
             case {"weight_map": dict() as table} if all(
                 isinstance(value, str) for value in table.values()
             ):
                 return index
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MergeError(f"the index is damaged ({error})", where=file.path) from None
     raise MergeError("an index without a weight_map", where=file.path)
 

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from merge_avg.dtypes import BY_SAFETENSORS, DType
 from merge_avg.errors import MergeError
-from merge_avg.layout import MARK, File, Layout, Storage, TensorInfo, row_major
+from merge_avg.formats import json_text
+from merge_avg.layout import MARK, File, Layout, Storage, TensorInfo, impossible, row_major
 from merge_avg.skeleton import Place, Skeleton
 
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -64,31 +65,25 @@ def _cut_short(path: Path, expected: int, found: int) -> MergeError:
 
 
 def _header(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key appears twice")
-        return table
-
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        if not isinstance(header, dict):
-            raise ValueError("it is no table")
-    except (ValueError, RecursionError) as error:
+        header = json_text.table(raw)
+    except ValueError as error:
         raise MergeError(f"the safetensors header is damaged ({error})", where=path) from None
     return header
 
 
 def _tensor(path: Path, name: str, entry: Any, base: int, number: int) -> TensorInfo:
     match entry:
-        case {"dtype": str() as code, "shape": [*shape], "data_offsets": [int() as a, int() as b]}:
+        case {"dtype": str() as code, "shape": list() as shape, "data_offsets": [a, b]} if (
+            type(a) is type(b) is int
+        ):
             pass
         case _:
             raise MergeError(f"tensor {name!r} is described in an unknown way", where=path)
     dtype = BY_SAFETENSORS.get(code)
     if dtype is None:
-        raise MergeError(f"tensor {name!r} is of the unknown dtype {code}", where=path)
-    if any(type(extent) is not int or extent < 0 for extent in shape) or not 0 <= a <= b:
+        raise MergeError(f"tensor {name!r} is of the unknown dtype {code!r}", where=path)
+    if impossible(shape, shape, 0, b - a) or not 0 <= a <= b < 1 << 63:
         raise MergeError(f"tensor {name!r} has an impossible shape or range", where=path)
     size = math.prod(shape) * dtype.itemsize
     if dtype.name.startswith("float4"):

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from merge_avg.dtypes import BY_STORAGE, DType
 from merge_avg.errors import MergeError
-from merge_avg.formats.inert import Global, Loaded, Value, load
-from merge_avg.formats.torch_objects import Objects, read_objects, refuse_root
+from merge_avg.formats.inert import CutShortError, Global, Loaded, Value, load
+from merge_avg.formats.torch_objects import Objects, objects_at, refuse_root
 from merge_avg.formats.torch_pickle import with_classes
 from merge_avg.layout import Archive, File, Layout, Storage
 from merge_avg.skeleton import Literal, Place, Skeleton
@@ -21,7 +21,7 @@ from merge_avg.skeleton import Literal, Place, Skeleton
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _FIRST_READ = 1 << 20
-_LARGEST = 1 << 30
+_LARGEST = 1 << 27  # of all pickles together
 _COUNT = 8
 
 
@@ -45,9 +45,10 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     found: dict[str, Storage] = {}
     at = end
     for key in keys:
-        if key not in objects.storages:
-            raise MergeError(f"it lists the storage {key!r}, which nothing uses", where=path)
-        nbytes, dtype = objects.storages[key]
+        if key not in objects.storages or key in found:
+            what = "twice" if key in found else "which nothing uses"
+            raise MergeError(f"it lists the storage {key!r}, {what}", where=path)
+        nbytes, dtype = objects.storages[key].storage.nbytes, objects.storages[key].dtype
         itemsize = dtype.itemsize if dtype else 1
         file.seek(at)
         count = int.from_bytes(file.read(_COUNT), "little")
@@ -92,33 +93,36 @@ def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str
         data = file.read(min(size, nbytes))
         try:
             return _parsed(data)
-        except MergeError:
-            if len(data) >= min(nbytes, _LARGEST):
+        except CutShortError:
+            if len(data) == nbytes:
                 raise
-        size *= 8
+        if size == _LARGEST:
+            raise MergeError("its pickle is absurdly large")
+        size = min(8 * size, _LARGEST)
+        del data  # before more is read
 
 
 def _parsed(data: bytes) -> tuple[bytes, int, Objects, list[str], int]:
     at = 0
     for expected in (_MAGIC, _VERSION, None):
-        loaded = _plain(data[at : at + 4096])
+        loaded = _plain(data, at)
         if expected is not None and loaded.value != expected:
             raise MergeError("it starts like a legacy checkpoint, but is none")
         at += loaded.nbytes
-    objects = read_objects(data[at:])
+    objects = objects_at(data, at)
     end = at + objects.nbytes
-    keys = _plain(data[end:])
-    if not isinstance(keys.value, list):
+    keys = _plain(data, end)
+    end += keys.nbytes
+    if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):
         raise MergeError("the list of its storages is damaged")
-    names = [str(key) for key in keys.value]
-    return data, at, objects, names, end + keys.nbytes
+    return data[:end], at, objects, keys.value, end
 
 
-def _plain(data: bytes) -> Loaded:
+def _plain(data: bytes, start: int) -> Loaded:
     def call(_: Global, __: tuple[Value, ...]) -> None:
         raise MergeError("it starts like a legacy checkpoint, but is none")
 
-    return load(data, persistent=lambda _: None, call=call)
+    return load(data, start, persistent=lambda _: None, call=call)
 
 
 def rebuilt(

@@ -14,8 +14,27 @@ from pathlib import Path
 
 from merge_avg.dtypes import BY_NAME, BY_STORAGE, DType
 from merge_avg.errors import MergeError
-from merge_avg.formats.inert import Global, InertDict, Instance, PickleError, Value, load
-from merge_avg.layout import ATTRIBUTES, ClassSpan, Scalar, Storage, TensorInfo, TreePath, dotted
+from merge_avg.formats.inert import (
+    Allowance,
+    Global,
+    InertDict,
+    Instance,
+    PickleError,
+    Value,
+    load,
+    shown,
+    table,
+)
+from merge_avg.layout import (
+    ATTRIBUTES,
+    ClassSpan,
+    Scalar,
+    Storage,
+    TensorInfo,
+    TreePath,
+    dotted,
+    impossible,
+)
 
 # Returns the storage of a key that holds so many bytes of a dtype, or raises MergeError.
 Find = Callable[[str, int, DType | None], Storage]
@@ -24,9 +43,11 @@ _DEEPEST = 200
 _DEEPEST_SCALAR = 6
 _MOST_SCALARS = 1000
 _MOST_CHILDREN = 10_000
+_MOST_VISITS = 200_000  # in the search for scalars
 _LONGEST_TEXT = 200
 _NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of dtypes of its scalars
-_MOST_MODULES = 1_000_000
+_VISIT = 20  # what one step through the tree spends
+_LARGEST = 1 << 63  # what a number in a pickle of torch is less than
 _NOWHERE = Storage("", 0, 0)
 _UNKNOWN = DType("unknown", 1, "code")
 
@@ -59,12 +80,12 @@ _WRAPPED = (
 
 
 def _subclass(args: tuple[Value, ...]) -> str:
-    name = str(args[0])
+    name = shown(args[0])
     return next((what for start, what in _WRAPPED if name.startswith(start)), f"a {name}")
 
 
 @dataclass(eq=False, slots=True)
-class _Stored:
+class Stored:
     """A storage as a pickle names it; no dtype for an untyped one, whose size is in bytes.
 
     Its first element is number `start` of the record: not 0 for a view in an old legacy file.
@@ -88,7 +109,7 @@ class Objects:
 
     Attributes:
         tensors: by their path; the names of their storages are the pickle's keys.
-        storages: bytes and dtype (None for an untyped one) of each storage, by key.
+        storages: by key; where their bytes lie is not known yet.
         others: top-level keys without tensors.
         kind: what the root is: "a dict", "a list", "a tensor", or "an object of CLASS".
         classes: where it names the class of a storage.
@@ -98,7 +119,7 @@ class Objects:
     """
 
     tensors: tuple[TensorInfo, ...]
-    storages: Mapping[str, tuple[int, DType | None]]
+    storages: Mapping[str, Stored]
     others: tuple[str, ...]
     kind: str
     classes: tuple[ClassSpan, ...]
@@ -108,7 +129,10 @@ class Objects:
 
     def placed(self, find: Find) -> tuple[TensorInfo, ...]:
         """The tensors over the storages of a file."""
-        found = {key: find(key, *about) for key, about in self.storages.items()}
+        found = {
+            key: find(key, stored.storage.nbytes, stored.dtype)
+            for key, stored in self.storages.items()
+        }
         return tuple(
             TensorInfo(
                 info.path,
@@ -125,9 +149,10 @@ class Objects:
 
 @dataclass
 class _Reader:
-    storages: dict[str, tuple[int, DType | None]] = field(default_factory=dict)
-    held: dict[str, Storage] = field(default_factory=dict)
+    allowance: Allowance
+    storages: dict[str, Stored] = field(default_factory=dict)
     classes: list[ClassSpan] = field(default_factory=list)
+    names: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def persistent(self, pid: Value) -> Value:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
@@ -135,28 +160,37 @@ class _Reader:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise PickleError("the pickle refers to something that is no storage")
         cls, key, numel = pid[1], pid[2], pid[4]
-        if not isinstance(cls, Global) or not isinstance(numel, int) or numel < 0:
+        if not isinstance(cls, Global) or not _is_number(numel) or not isinstance(key, str | int):
             raise PickleError("the pickle describes a storage in an unknown way")
+        key = shown(key)
         dtype = None
         if cls.name != "UntypedStorage":
             dtype = BY_STORAGE.get(cls.name)
             if dtype is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
                 raise PickleError(f"storage {key!r} is of the unknown class {cls}")
-        key = str(key)
         nbytes = numel * (dtype.itemsize if dtype else 1)
-        if self.storages.setdefault(key, (nbytes, dtype))[0] != nbytes:
+        stored = self.storages.get(key)
+        self.allowance.used += 400 if stored is None else 200
+        if stored is None:
+            stored = self.storages[key] = Stored(dtype, Storage(key, 0, nbytes))
+        elif stored.storage.nbytes != nbytes:
             raise PickleError(f"the pickle gives storage {key!r} two sizes")
-        storage = self.held.setdefault(key, Storage(key, 0, nbytes))
-        self.classes.append(ClassSpan(cls.start, cls.stop, f"{cls.module}\n{cls.name}", key))
+        name = self.names.setdefault((cls.module, cls.name), f"{cls.module}\n{cls.name}")
+        self.classes.append(ClassSpan(cls.start, cls.stop, name, key))
         start = 0
         match pid[5:]:
-            case ((_, int() as first, int()),):
+            case ((_, first, _),) if _is_number(first):
                 start = first
-        return _Stored(dtype, storage, start)
+            case ((_, _, _),):
+                raise PickleError(f"storage {key!r} is a view of another in an unknown way")
+        return (
+            stored if (stored.dtype, start) == (dtype, 0) else Stored(dtype, stored.storage, start)
+        )
 
     def call(self, function: Global, args: tuple[Value, ...]) -> Value | None:
+        self.allowance.used += 120 if function == _ORDERED_DICT else 200
         if function == _ORDERED_DICT:
-            return InertDict(*args[:1])
+            return table(args[0], self.allowance) if args else InertDict()
         if function == _DEFAULT_DICT:
             return InertDict()
         if function == _LOAD_FROM_BYTES:
@@ -189,17 +223,19 @@ def _strange(what: str) -> _Tensor:
 def _tensor(
     stored: Value, start: Value, shape: Value, stride: Value, dtype: Value, metadata: Value
 ) -> _Tensor:
-    if not isinstance(stored, _Stored):
+    if not isinstance(stored, Stored):
         raise PickleError("a tensor is rebuilt from something that is no storage")
     element = stored.dtype
     if dtype is not None:
         element = BY_NAME.get(dtype.name) if isinstance(dtype, Global) else None
     if element is None:
-        raise PickleError(f"storage {stored.storage.name!r} holds the unknown dtype {dtype}")
-    numbers = (start, *shape, *stride)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
-        raise PickleError(f"a tensor on storage {stored.storage.name!r} has impossible strides")
-    start += stored.start
+        what = f"storage {stored.storage.name!r} holds the unknown dtype {shown(dtype)}"
+        raise PickleError(what)
+    start = start + stored.start if _is_number(start) else start
+    held = stored.storage.nbytes // element.itemsize
+    trouble = impossible(shape, stride, start, held)
+    if trouble:
+        raise PickleError(f"a tensor on storage {stored.storage.name!r} has {trouble}")
     bits = metadata if isinstance(metadata, dict) else {}
     flipped = [bit for bit in ("conj", "neg") if bits.get(bit)]
     trouble = f"a lazy view (its {flipped[0]} bit is set)" if flipped else None
@@ -210,20 +246,35 @@ def _tensor(
     )
 
 
+def _is_number(value: Value) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
 @lru_cache(maxsize=1)
-def read_objects(data: bytes) -> Objects:
+def read_objects(data: bytes, density: float = 1.0) -> Objects:
     """Reads torch's pickle without running it.
 
     Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
 
+    Args:
+        data: the pickle.
+        density: what each byte of it counts for, see `Allowance`.
+
     Raises:
         MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
     """
-    reader = _Reader()
-    loaded = load(data, persistent=reader.persistent, call=reader.call)
+    return objects_at(data, 0, density)
+
+
+def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
+    """The same for a pickle that begins at byte `start`, without remembering it."""
+    allowance = Allowance(density)
+    reader = _Reader(allowance)
+    loaded = load(data, start, persistent=reader.persistent, call=reader.call, allowance=allowance)
     infos = []
-    for path, tensor in _walk(loaded.value, budget=1_000_000 + len(data)):
+    for path, tensor in _walk(loaded.value, allowance):
         info = tensor.info
+        allowance.spend(150 + 8 * len(path))
         info = TensorInfo(
             path, info.dtype, info.shape, info.stride, info.start, info.storage, info.trouble
         )
@@ -236,7 +287,8 @@ def read_objects(data: bytes) -> Objects:
     with_tensors = {info.path[0] for info in infos if info.path}
     others: tuple[str, ...] = ()
     if isinstance(root, dict):
-        others = tuple(str(key) for key in root if _key(key) not in with_tensors)
+        keys = (key for key in map(_key, root) if key not in with_tensors)
+        others = tuple(_spent(str(key), allowance) for key in keys)
     return Objects(
         tuple(infos),
         reader.storages,
@@ -258,31 +310,29 @@ def _kind(root: Value) -> str:
         case list() | tuple():
             return "a list"
         case Instance():
-            return f"an object of {root.function}"
+            return f"an object of {shown(root.function)}"
     return f"a {type(root).__name__}"
 
 
-def _walk(root: Value, budget: int) -> Iterator[tuple[TreePath, _Tensor]]:
+def _walk(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, _Tensor]]:
     """Every tensor below `root` with its path, in order; objects count with their state."""
     if isinstance(root, _Tensor):
         yield (), root
         return
     above: set[int] = {id(root)}
     levels: list[tuple[TreePath, int, Iterator[tuple[str | int, Value]]]]
-    levels = [((), id(root), _children(root))]
+    levels = [((), id(root), _children(root, allowance))]
     while levels:
         path, owner, children = levels[-1]
         for key, child in children:
-            budget -= 1
-            if budget < 0:
-                raise PickleError("its objects refer to each other too often to be a checkpoint")
+            allowance.spend(_VISIT)
             if isinstance(child, _Tensor):
                 yield (*path, key), child
             elif isinstance(child, dict | list | tuple | Instance) and id(child) not in above:
                 if len(levels) == _DEEPEST:
                     raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
                 above.add(id(child))
-                levels.append(((*path, key), id(child), _children(child)))
+                levels.append(((*path, key), id(child), _children(child, allowance)))
                 break
         else:
             levels.pop()
@@ -292,21 +342,23 @@ def _walk(root: Value, budget: int) -> Iterator[tuple[TreePath, _Tensor]]:
 def _scalars(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
     """Numbers and short texts that lie near the root, the nearest first."""
     level: list[tuple[TreePath, Value]] = [((), root)]
-    left = _MOST_SCALARS
+    left, visits = _MOST_SCALARS, _MOST_VISITS
     for _ in range(_DEEPEST_SCALAR):
         below: list[tuple[TreePath, Value]] = []
         for path, value in level:
-            for key, child in itertools.islice(_children(value), _MOST_CHILDREN):
+            children = _children(value, Allowance(limit=_MOST_VISITS * _VISIT))
+            for key, child in itertools.islice(children, _MOST_CHILDREN):
+                visits -= 1
                 plain = _plain(child)
                 if plain is not None:
                     yield (*path, key), plain
                     left -= 1
-                    if not left:
-                        return
                 elif len(below) < _MOST_SCALARS and isinstance(
                     child, dict | list | tuple | Instance
                 ):
                     below.append(((*path, key), child))
+                if not left or not visits:
+                    return
         level = below
 
 
@@ -343,22 +395,41 @@ def _encoded(value: Value) -> bytes:
 
 
 def _key(key: Value) -> str | int:
-    return key if isinstance(key, str | int) else str(key)
+    small = isinstance(key, int) and key.bit_length() <= 64
+    return key if small or isinstance(key, str) else shown(key)
 
 
-def _children(value: Value) -> Iterator[tuple[str | int, Value]]:
-    if isinstance(value, dict):
-        yield from ((_key(key), child) for key, child in value.items())
-    elif isinstance(value, Instance):
-        if _is_module(value):
-            yield from _module(value)
-            return
-        for part in (value.state, value.args, value.items):
-            if isinstance(part, dict | list | tuple | Instance):
-                yield from _children(part)
-        yield from ((_key(key), child) for key, child in value.pairs)
-    elif isinstance(value, list | tuple):
-        yield from enumerate(value)
+def _children(value: Value, allowance: Allowance) -> Iterator[tuple[str | int, Value]]:
+    """What lies in a container; what lies in an object's state and arguments lies in the object."""
+    opened: set[int] = set()
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        allowance.spend(_VISIT)
+        if isinstance(one, dict):
+            yield from ((_key(key), child) for key, child in one.items())
+        elif isinstance(one, Instance) and _is_module(one):
+            yield from _module(one, allowance)
+        elif isinstance(one, Instance):
+            if id(one) in opened:
+                continue
+            allowance.spend(_OPENED)
+            opened.add(id(one))
+            pending += (_Pairs(one.pairs), one.items, one.args, one.state)
+        elif isinstance(one, list | tuple):
+            yield from enumerate(one)
+        elif isinstance(one, _Pairs):
+            yield from ((_key(key), child) for key, child in one.pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What a pickle sets on an object that may be a kind of dict."""
+
+    pairs: list[tuple[Value, Value]]
+
+
+_OPENED = 300  # what looking into an object spends
 
 
 def _is_module(value: Value) -> bool:
@@ -372,35 +443,47 @@ def _is_module(value: Value) -> bool:
 _MODULE = ("_parameters", "_buffers", "_modules")
 
 
-def _module(root: Instance) -> Iterator[tuple[str, Value]]:
+def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]:
     """A pickled nn.Module's tensors by the names that its state dict has, then what else it holds.
 
     Source: torch/nn/modules/module.py, state_dict.
     """
     rest: dict[str, Value] = {}
     stack: list[tuple[str, Instance, frozenset[int]]] = [("", root, frozenset())]
-    seen = 0
     while stack:
         prefix, module, above = stack.pop()
-        seen += 1
-        if id(module) in above or seen > _MOST_MODULES:
-            raise PickleError("its modules are parts of themselves, or too many")
+        if id(module) in above or len(above) == _DEEPEST:
+            what = f"its modules are parts of themselves, or nested more than {_DEEPEST} deep"
+            raise PickleError(what)
         state = module.state
         unsaved = state.get("_non_persistent_buffers_set")
         unsaved = unsaved if isinstance(unsaved, set) else set()
+        inside = above | {id(module)}
+        # The names, which begin with those of all the modules above, take the most.
+        entries = sum(len(state[kind]) for kind in _MODULE) + len(state)
+        allowance.spend((_OPENED + len(prefix)) * entries + 100 * len(inside))
         for kind in ("_parameters", "_buffers"):
             for key, child in state[kind].items():
+                name = f"{prefix}{_spent(str(_key(key)), allowance)}"
                 if kind == "_buffers" and key in unsaved:
-                    rest[f"{prefix}{key}"] = child
+                    rest[name] = child
                 else:
-                    yield f"{prefix}{key}", child
+                    yield name, child
         for key, child in state.items():
             if key not in _MODULE and isinstance(child, _Tensor | dict | list | tuple | Instance):
-                rest[f"{prefix}{key}"] = child
-        children = [(f"{prefix}{key}.", child) for key, child in state["_modules"].items()]
-        inside = above | {id(module)}
-        stack += reversed([(name, child, inside) for name, child in children if _is_module(child)])
+                rest[f"{prefix}{_spent(str(_key(key)), allowance)}"] = child
+        children = [
+            (f"{prefix}{_spent(str(_key(key)), allowance)}.", child)
+            for key, child in state["_modules"].items()
+            if _is_module(child)
+        ]
+        stack += reversed([(name, child, inside) for name, child in children])
     yield ATTRIBUTES, rest
+
+
+def _spent(text: str, allowance: Allowance) -> str:
+    allowance.spend(100 + 4 * len(text))
+    return text
 
 
 def refuse_root(objects: Objects, path: Path) -> None:

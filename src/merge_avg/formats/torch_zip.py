@@ -7,8 +7,6 @@ torch/csrc/jit/serialization/docs/serialization.md.
 
 from __future__ import annotations
 
-import struct
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,21 +15,17 @@ from typing import BinaryIO
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError
 from merge_avg.formats.torch_objects import read_objects, refuse_root
+from merge_avg.formats.zip_records import DEFLATED, STORED, Record
+from merge_avg.formats.zip_records import records as records_of
 from merge_avg.layout import LARGEST_MARK, MARK, MARK_FILE, Archive, File, Layout, Storage
 
 MAGIC = b"PK\x03\x04"
-# What zipfile raises on damaged archives; NotImplementedError for a version it has not heard of.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    ValueError,
-    OverflowError,
-    struct.error,
-    EOFError,
-)
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
-_LARGEST_PICKLE = 1 << 30
-_ORDERS = {b"": 0, b"little": 0, b"big": 1}
+_LARGEST_PICKLE = 1 << 27
+_LARGEST_UNPACKED = 1 << 26
+_LARGEST_ORDER = 16
+# Deflate packs at most 1,032 bytes into one, and weights hardly at all: what unpacks to many times
+# the file is an attack on the disk.
+_MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
 
 
 def looks_like(head: bytes) -> bool:
@@ -68,12 +62,9 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         records = {name: replace(record, crc=None) for name, record in records.items()}
     pickle_name = f"{root}data.pkl"
     base = within.offset if within else 0
-    pickle = _bytes(file, records[pickle_name], path, base)
-    order_name = f"{root}byteorder"
-    order = _bytes(file, records[order_name], path, base) if order_name in records else b""
+    pickle = _bytes(file, records[pickle_name], path, base, _LARGEST_PICKLE)
+    big = _is_big_endian(file, records.get(f"{root}byteorder"), path, base)
     prefix = within.name if within else ""
-    if order not in _ORDERS:
-        raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
 
     def find(key: str, size: int, dtype: DType | None) -> Storage:
         name = f"{root}data/{key}"
@@ -83,7 +74,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         if record.nbytes != size:
             found = f"{record.nbytes:,} bytes long, expected {size:,}"
             raise MergeError(f"record {record.name!r} is {found}")
-        if _ORDERS[order] and record.swapped == 1:
+        if big and record.swapped == 1:
             if dtype is None:
                 what = f"record {record.name!r} is in big-endian byte order and has no dtype"
                 raise MergeError(what, hint="load it with torch.load and save it again")
@@ -91,7 +82,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         return record
 
     try:
-        objects = read_objects(pickle)
+        objects = read_objects(pickle, _density(records[pickle_name]))
         tensors = objects.placed(find)
     except MergeError as error:
         raise type(error)(error.what, where=path, hint=error.hint) from None
@@ -109,7 +100,9 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
     mark = records.get(f"{root}{MARK_FILE}") if within is None else None
     metadata: tuple[tuple[str, str], ...] = ()
     if mark is not None and mark.nbytes <= LARGEST_MARK:
-        metadata = ((MARK, _bytes(file, mark, path, base).decode("utf-8", "replace")),)
+        metadata = (
+            (MARK, _bytes(file, mark, path, base, LARGEST_MARK).decode("utf-8", "replace")),
+        )
     notes = []
     if unchecked:
         notes.append(f"{path} records no checksums, so damage would not show")
@@ -128,19 +121,22 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
 
 def _records(file: BinaryIO, path: Path, number: int, within: Within) -> dict[str, Storage]:
     """The records of an archive by name, in their order in the file."""
-    nbytes = file.seek(0, 2)
-    file.seek(0)
     try:
-        archive = zipfile.ZipFile(file)
-    except _DAMAGE as error:
-        hint = "it was cut short while it was copied or saved; fetch or save it again"
-        raise MergeError(f"the zip archive is damaged ({error})", where=path, hint=hint) from None
-    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    names = [info.filename for info in infos]
-    if len(set(names)) != len(names):
-        raise MergeError("two records of the zip archive have the same name", where=path)
-    place = (nbytes, path, number, within)
-    return {info.filename: _record(file, info, *place) for info in infos}
+        found = {record.name: _storage(record, number, within) for record in records_of(file)}
+    except MergeError as error:
+        raise type(error)(error.what, where=path, hint=error.hint) from None
+    unpacked = sum(storage.nbytes for storage in found.values() if storage.packed is not None)
+    if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * file.seek(0, 2)):
+        what = f"its records would unpack to {unpacked:,} bytes, far more than weights do"
+        raise MergeError(what, where=path, hint="get the file from a source you trust")
+    return dict(sorted(found.items(), key=lambda item: item[1].offset))
+
+
+def _is_big_endian(file: BinaryIO, record: Storage | None, path: Path, base: int) -> bool:
+    order = b"little" if record is None else _bytes(file, record, path, base, _LARGEST_ORDER)
+    if order not in (b"little", b"big"):
+        raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
+    return order == b"big"
 
 
 def _root(names: list[str], path: Path) -> str:
@@ -177,38 +173,32 @@ _STRANGERS = {
 }
 
 
-def _record(
-    file: BinaryIO,
-    info: zipfile.ZipInfo,
-    nbytes: int,
-    path: Path,
-    number: int,
-    within: Within,
-) -> Storage:
-    name = info.filename
-    deflated = info.compress_type == zipfile.ZIP_DEFLATED
-    if info.flag_bits & 0x1 or not (deflated or info.compress_type == zipfile.ZIP_STORED):
-        kind = "encrypted" if info.flag_bits & 0x1 else "compressed in an unusual way"
+def _storage(record: Record, number: int, within: Within) -> Storage:
+    """A record as a storage, if it can be read by offset or unpacked."""
+    name, nbytes, packed = record.name, record.nbytes, record.packed
+    if record.encrypted or record.method not in (STORED, DEFLATED):
+        kind = "encrypted" if record.encrypted else "compressed in an unusual way"
         hint = "unpack it, and pack it again without compression: zip -0 -r OUTPUT DIRECTORY"
-        raise MergeError(f"record {name!r} of the archive is {kind}", where=path, hint=hint)
-    file.seek(info.header_offset)
-    header = file.read(_LOCAL_HEADER.size)
-    magic, name_length, extra_length = (
-        _LOCAL_HEADER.unpack(header) if len(header) == _LOCAL_HEADER.size else (b"", 0, 0)
-    )
-    offset = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    lies = not deflated and info.compress_size != info.file_size
-    if magic != MAGIC or lies or offset + info.compress_size > nbytes:
-        raise MergeError(f"record {name!r} of the archive is not where it should be", where=path)
-    packed = info.compress_size if deflated else None
-    where = within.offset + offset
-    return Storage(within.name + name, where, info.file_size, info.CRC, number, packed)
+        raise MergeError(f"record {name!r} of the archive is {kind}", hint=hint)
+    deflated = record.method == DEFLATED
+    # Deflate packs 1,032 bytes into one at most, and adds few bytes to what it cannot pack.
+    lies = nbytes > 1032 * packed or packed > nbytes + (nbytes >> 10) + 64
+    if lies if deflated else packed != nbytes:
+        raise MergeError(f"record {name!r} of the archive lies about its size")
+    where = within.offset + record.offset
+    whole = within.name + name
+    return Storage(whole, where, nbytes, record.crc, number, packed if deflated else None)
 
 
-def _bytes(file: BinaryIO, record: Storage, path: Path, base: int) -> bytes:
-    """The content of a small record, the pickle or the byte order, of an archive at `base`."""
-    # Deflate packs 1,032 bytes into one at most; such a pickle would be an attack on memory.
-    if record.nbytes > _LARGEST_PICKLE >> (0 if record.packed is None else 2):
+def _density(pickle: Storage) -> float:
+    """What each byte of a pickle counts for: where it was packed, what it took in the file."""
+    return 1.0 if pickle.packed is None else pickle.packed / max(pickle.nbytes, 1)
+
+
+def _bytes(file: BinaryIO, record: Storage, path: Path, base: int, largest: int) -> bytes:
+    """The content of a record that is no storage, of an archive at `base`."""
+    # A pickle that was packed well is one of few objects, or an attack.
+    if record.nbytes > (largest if record.packed is None else min(largest, _LARGEST_UNPACKED)):
         raise MergeError(f"record {record.name!r} is absurdly large", where=path)
     file.seek(record.offset - base)
     if record.packed is None:

@@ -1,0 +1,166 @@
+"""The records of a zip archive, read strictly and with little memory.
+
+What the end of the archive, its central directory and the records' own headers say has to agree,
+and records may not overlap, so that no other program can see another archive in the same bytes.
+Format: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from merge_avg.errors import MergeError
+
+STORED, DEFLATED = 0, 8
+_END = struct.Struct("<4s4H2IH")
+_LOCATOR = struct.Struct("<4sIQI")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_LOCAL = struct.Struct("<4s5H3I2H")
+_FIELD = struct.Struct("<2H")
+_NONE = 0xFFFFFFFF  # stands for a number that a zip64 field holds
+_ENCRYPTED = 0x2041  # encrypted, or its header is masked
+_LATER = 0x8  # sizes and CRC-32 follow the data
+_UTF8 = 0x800
+_LARGEST_COMMENT = 0xFFFF
+_LARGEST_ENTRY = _CENTRAL.size + 3 * 0xFFFF
+_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record of an archive: its bytes take `packed` bytes from `offset` on, `nbytes` unpacked."""
+
+    name: str
+    offset: int
+    packed: int
+    nbytes: int
+    crc: int
+    method: int
+    encrypted: bool
+
+
+def records(file: BinaryIO) -> Iterator[Record]:
+    """The records of an archive, in the order of its central directory.
+
+    Raises:
+        MergeError: the archive is damaged or contradicts itself.
+    """
+    nbytes = file.seek(0, 2)
+    count, start, stop = _directory(file, nbytes)
+    ranges: list[tuple[int, int]] = []
+    names: set[str] = set()
+    for head, raw, extra in _entries(file, count, start, stop):
+        flags, method, crc, packed, size, disk, where = (head[i] for i in (3, 4, 7, 8, 9, 13, 16))
+        size, packed, where = _wide(extra, size, packed, where)
+        name = raw.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
+        if name in names:
+            raise MergeError(f"two records of the zip archive have the same name, {name!r}")
+        names.add(name)
+        offset = _offset(file, where, raw, flags, method, packed)
+        if offset + packed > start or disk:
+            raise _misplaced(name)
+        ranges.append((where, offset + packed))
+        yield Record(name, offset, packed, size, crc, method, bool(flags & _ENCRYPTED))
+    ranges.sort()
+    if any(begin < end for (_, end), (begin, _) in itertools.pairwise(ranges)):
+        raise _damaged("its records overlap")
+
+
+def _entries(
+    file: BinaryIO, count: int, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], bytes, bytes]]:
+    """The entries of the central directory: their numbers, names and extra fields."""
+    block, base, at = b"", start, start
+    for _ in range(count):
+        if at - base + _LARGEST_ENTRY > len(block) and base + len(block) < stop:
+            file.seek(at)
+            block, base = file.read(min(_BLOCK, stop - at)), at
+        if at - base + _CENTRAL.size > len(block):
+            raise _damaged("its directory ends too early")
+        head = _CENTRAL.unpack_from(block, at - base)
+        name = at - base + _CENTRAL.size
+        extra = name + head[10]
+        at += _CENTRAL.size + head[10] + head[11] + head[12]
+        if head[0] != b"PK\1\2" or at > stop:
+            raise _damaged("its directory is garbled")
+        yield head, block[name:extra], block[extra : extra + head[11]]
+    if at != stop:
+        raise _damaged("its directory does not end where it should")
+
+
+def _damaged(why: str) -> MergeError:
+    hint = "it was cut short or changed on its way; fetch or save it again"
+    return MergeError(f"the zip archive is damaged ({why})", hint=hint)
+
+
+def _misplaced(name: str) -> MergeError:
+    return MergeError(f"record {name!r} of the archive is not where it should be")
+
+
+def _bytes(file: BinaryIO, at: int, count: int) -> bytes:
+    file.seek(at)
+    raw = file.read(count)
+    if len(raw) != count:
+        raise _damaged("it ends too early")
+    return raw
+
+
+def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
+    """How many records the central directory has, where it begins, and where it ends."""
+    room = min(nbytes, _END.size + _LARGEST_COMMENT)
+    tail = _bytes(file, nbytes - room, room)
+    found = tail.rfind(b"PK\5\6")
+    if found < 0 or found + _END.size > len(tail):
+        raise _damaged("its end is missing")
+    end = nbytes - room + found
+    _, disk, home, here, count, size, start, comment = _END.unpack_from(tail, found)
+    if end + _END.size + comment != nbytes:
+        raise _damaged("its end is not where it should be")
+    stop, narrow = end, (disk, home, here, count, size, start)
+    if end >= _LOCATOR.size + _END64.size:
+        magic, disk64, where, _ = _LOCATOR.unpack(_bytes(file, end - _LOCATOR.size, _LOCATOR.size))
+        if magic == b"PK\6\7":
+            stop = end - _LOCATOR.size - _END64.size
+            magic, length, _, _, *wide = _END64.unpack(_bytes(file, stop, _END64.size))
+            limits = (0xFFFF,) * 4 + (_NONE,) * 2
+            lies = any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True))
+            if (magic, length, where, disk64) != (b"PK\6\6", 44, stop, 0) or lies:
+                raise _damaged("its two ends contradict each other")
+            disk, home, here, count, size, start = wide
+    if disk or home or here != count or start + size != stop:
+        raise _damaged("its directory is not where it should be")
+    return count, start, stop
+
+
+def _wide(extra: bytes, *numbers: int) -> Iterator[int]:
+    """Numbers of the directory, those that do not fit from the zip64 field."""
+    at, wide = 0, b""
+    while at + _FIELD.size <= len(extra):
+        kind, length = _FIELD.unpack_from(extra, at)
+        at += _FIELD.size
+        if kind == 1:
+            wide = extra[at : at + length]
+            break
+        at += length
+    for number in numbers:
+        if number == _NONE and wide:
+            if len(wide) < 8:
+                raise _damaged("a size is missing")
+            number, wide = int.from_bytes(wide[:8], "little"), wide[8:]  # noqa: PLW2901
+        yield number
+
+
+def _offset(file: BinaryIO, where: int, name: bytes, flags: int, method: int, packed: int) -> int:
+    """Where the bytes of a record begin, behind its own header, which has to agree."""
+    raw = _bytes(file, where, _LOCAL.size + len(name))
+    magic, _, own_flags, own, _, _, _, size, _, length, extra = _LOCAL.unpack_from(raw)
+    if (magic, own, length, raw[_LOCAL.size :]) != (b"PK\3\4", method, len(name), name):
+        raise _misplaced(name.decode("utf-8", "backslashreplace"))
+    if (own_flags ^ flags) & _ENCRYPTED or not (own_flags & _LATER or size in (packed, _NONE)):
+        raise _damaged("its headers contradict each other")
+    return where + len(raw) + int(extra)

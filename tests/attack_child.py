@@ -1,0 +1,120 @@
+"""Reads checkpoints, each in a process of its own with little memory and time, and tells of it.
+
+Paths come on stdin, one a line, and a JSON object for each goes to stdout.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import merge_avg.choose
+import merge_avg.prepare
+import merge_avg.report  # noqa: F401 - imported before memory is limited, as the others
+from merge_avg.cli import main
+from merge_avg.contents import contents, lines
+from merge_avg.errors import MergeError
+
+MEMORY = 256 << 20  # of address space, code and libraries included
+SECONDS = 20  # of processor time
+
+
+def read(path: str) -> dict[str, object]:
+    """What reading does, in this process."""
+    found: dict[str, object] = {"outcome": "right"}
+    watch = Watch(path)
+    try:
+        with watch:
+            found["text"] = sum(map(len, lines(contents(path))))
+    except MergeError as error:
+        found = {"outcome": "refused", "message": f"{error} {error.hint}"}
+    except Exception:  # noqa: BLE001 - which would be the finding
+        found["outcome"] = traceback.format_exc(limit=-6)
+    found |= command(path) | {"events": watch.seen}
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return found | {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss << 10}
+
+
+class Watch:
+    """What Python's audit hooks tell of code, processes, the network and other files."""
+
+    _REACHING = (
+        "import exec compile code. marshal. pickle. ctypes. subprocess. socket. urllib. shutil. "
+        "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.remove os.rename os.rmdir "
+        "os.spawn os.startfile os.symlink os.system os.truncate"
+    ).split()
+
+    def __init__(self, path: str) -> None:
+        self.seen: list[str] = []
+        self._path, self._armed = path, False
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        outside = event == "open" and not str(arguments[0]).startswith(self._path)
+        if self._armed and (outside or event.startswith(tuple(self._REACHING))):
+            self.seen.append(f"{event} {arguments!r}")
+
+    def __enter__(self) -> None:
+        self._armed = True
+
+    def __exit__(self, *_: object) -> None:
+        self._armed = False
+
+
+def command(path: str) -> dict[str, object]:
+    """What the command does."""
+    printed = Path(f"{path}.printed")
+    keep = os.dup(2)
+    fd = os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(fd, 2)
+    sys.argv = ["merge-avg", path, "-o", f"{path}.out.pt", "--dry-run"]
+    code: object = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    except Exception:  # noqa: BLE001 - as above
+        code = traceback.format_exc(limit=-6)
+    sys.stderr.flush()
+    os.dup2(keep, 2)
+    return {"code": code, "stderr": printed.read_text("utf-8", "replace")[:10_000]}
+
+
+def apart(path: str) -> dict[str, object]:
+    """What reading does, in a process of its own."""
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(out)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            raw = json.dumps(read(path)).encode()
+        except BaseException:  # noqa: BLE001 - as above
+            raw = json.dumps({"outcome": traceback.format_exc(limit=-6)}).encode()
+        with os.fdopen(into, "wb") as pipe:
+            pipe.write(raw)
+        os._exit(0)
+    os.close(into)
+    with os.fdopen(out, "rb") as pipe:
+        raw = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    return json.loads(raw) if raw else {"outcome": f"the process died: {status}"}
+
+
+if __name__ == "__main__":
+    for codec in ("cp437", "latin1", "raw_unicode_escape"):  # which are modules, imported once
+        codecs.lookup(codec)
+    with tempfile.TemporaryDirectory() as folder:  # what the command imports, imported once
+        command(f"{folder}/none.pt")
+    for line in sys.stdin:
+        print(json.dumps(apart(line.rstrip("\n"))), flush=True)  # noqa: T201
