@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_avg import sizes
 from merge_avg.errors import MergeError
+from merge_avg.printable import printable
 from merge_avg.report import Report
 
 _KNOWN = ("step", "epoch", "metric")
@@ -64,5 +65,4 @@ def _number(value: Any) -> str:
 
 def _text(value: str) -> str:
     """Text without what Markdown, HTML or a terminal would take for more."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
-    return "".join(f"&#{ord(c)};" if c in "|`*_<>[]\\&#!~@" else c for c in shown)
+    return "".join(f"&#{ord(c)};" if c in "|`*_<>[]\\&#!~@" else c for c in printable(value))

@@ -95,7 +95,7 @@ class Worker:
         self._maps = maps
         self._ledger = ledger
         self._comparison = comparison
-        self._samples: list[list[Tensor]] = []
+        self._samples: list[tuple[Window, list[Tensor]]] = []
         self._sampled = 0
         self._device = device
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
@@ -172,7 +172,8 @@ class Worker:
         """Reads each source that some average needs once, for all of them."""
         unit = window[0].unit
         first: Tensor | None = None
-        wanted = sorted({k for ours in counted for k in ours})
+        averaged = {k for ours in counted for k in ours}
+        wanted = sorted(averaged | self._comparison.beside(unit))
         places = self._comparison.places(window)
         compared: list[Tensor] = []
         fill = functools.partial(self._stacked, window)
@@ -184,15 +185,16 @@ class Worker:
                 compared.append(stack.index_select(1, places.to(stack.device)))
             if unit.kind == "mean" and not all(mean.finite for mean in means):
                 for k, values in zip(group, stack, strict=True):
-                    self._report_nonfinite(window, k, values)
-            for values in stack if self._job.plan.factors else ():
-                factors = self._factors(window, values)
+                    if k in averaged:
+                        self._report_nonfinite(window, k, values)
+            for k, values in zip(group, stack, strict=True) if self._job.plan.factors else ():
+                factors = self._factors(window, values) if k in averaged else None
                 if first is not None and factors is not None and not torch.equal(factors, first):
                     self._ledger.factors_differ = True
                 first = factors if first is None else first
 
         if compared:
-            self._samples.append(compared)
+            self._samples.append((window, compared))
             self._sampled += sum(part.numel() for part in compared)
             if self._sampled >= COMPARED:
                 self._compare()
