@@ -169,11 +169,12 @@ class Comparison:
         self._rows = torch.zeros(len(found), 2, 2 * count, dtype=torch.float64)
         self._lock = threading.Lock()
 
-    def beside(self, unit: Unit) -> set[int]:
-        """The numbers of a unit's sources that are compared and not averaged."""
-        if id(unit) not in self._matrices:
+    def beside(self, window: Window) -> set[int]:
+        """The numbers of the sources of a window that are compared and not averaged."""
+        if all(id(piece.unit) not in self._matrices for piece in window):
             return set()
-        return {k for k, source in enumerate(unit.sources) if source.checkpoint == self._base}
+        sources = window[0].unit.sources
+        return {k for k, source in enumerate(sources) if source.checkpoint == self._base}
 
     def places(self, window: Window) -> Tensor | None:
         """The places of a window's elements that are compared; None where there are none."""

@@ -173,7 +173,7 @@ class Worker:
         unit = window[0].unit
         first: Tensor | None = None
         averaged = {k for ours in counted for k in ours}
-        wanted = sorted(averaged | self._comparison.beside(unit))
+        wanted = sorted(averaged | self._comparison.beside(window))
         places = self._comparison.places(window)
         compared: list[Tensor] = []
         fill = functools.partial(self._stacked, window)
