@@ -21,21 +21,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_avg.budget import MULTIPLIED, WHOLE
+from merge_avg.budget import COMPARED, WHOLE
 from merge_avg.plan import Unit, Window, is_matrix
 from merge_avg.policies import LEAST_AGREEMENT
 
-# Of every block of a tensor the first 1/64 is looked at, which costs next to nothing; of small
-# models more, up to all, and the smallest tensors of any model whole. What is looked at does not
-# depend on windows, so neither on threads nor on memory.
+# Of every block of a tensor the first 1/128 is looked at; of large models, and of very many
+# checkpoints, only in every so manieth span of blocks. So it costs next to nothing. Of small models
+# more is looked at, up to all, and the smallest tensors of any model whole. None of that depends on
+# windows, so neither on threads nor on memory.
 _BLOCK = 8192
-_TAKEN = _BLOCK // 64
+_SPAN = 16 * _BLOCK
+_TAKEN = _BLOCK // 128
+_LARGE = 1 << 25  # elements, from which spans are left out
+_MOST_EVERY = 64
+_MANY = 16  # checkpoints, from which products cost more than what is read
 _FEW = 16  # of a tensor of which fewer elements are looked at, nothing is said
 # The error is estimated by leaving out one of these groups at a time (the delete-a-group jackknife,
 # Kott 2001). Each is made of many short stretches from all over the model.
 _GROUPS = 16
-_STRETCHES = 32 * _GROUPS
-_STRETCH = 1 << 17  # elements, at most
+_STRETCHES = 16 * _GROUPS
 _SHORT = 64  # elements of a tensor below which many tensors are summed at a time
 
 
@@ -103,27 +107,62 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
-    """A unit that is compared: its number, its place among all, and what is looked at."""
+class _Sample:
+    """Which elements of a tensor are looked at.
 
-    unit: Unit
-    number: int
-    offset: int
-    taken: int  # elements of a block
-    based: bool  # whether the base has it
+    Attributes:
+        size: of the tensor.
+        taken: how many of each block, from its start; of a shorter last block as large a part.
+        every: in which spans: in every one, every second, and so on, from the first.
+    """
+
+    size: int
+    taken: int = _BLOCK
+    every: int = 1
 
     def before(self, place: int) -> int:
         """How many elements before a place are looked at."""
-        last = len(self.unit) // _BLOCK * _BLOCK
-        if place <= last:
-            return place // _BLOCK * self.taken + min(place % _BLOCK, self.taken)
-        few = -(-(len(self.unit) - last) * self.taken // _BLOCK)
-        return last // _BLOCK * self.taken + min(place - last, few)
+        last = self.size // _BLOCK * _BLOCK
+        inside = min(min(place, last) % (self.every * _SPAN), _SPAN)
+        count = min(place, last) // (self.every * _SPAN) * (_SPAN // _BLOCK * self.taken)
+        count += inside // _BLOCK * self.taken + min(inside % _BLOCK, self.taken)
+        if place > last and last // _SPAN % self.every == 0:
+            count += min(place - last, -(-(self.size - last) * self.taken // _BLOCK))
+        return count
+
+    def places(self, start: int, stop: int) -> Tensor:
+        """The elements from `start` to `stop` that are looked at, counted from `start`."""
+        count = self.before(stop) - self.before(start)
+        if self.taken == _BLOCK or not count:
+            return torch.arange(count)
+        pattern = _pattern(start % (self.every * _SPAN), stop - start, self.taken, self.every)
+        return pattern if len(pattern) == count else pattern[:count]  # the last block has fewer
 
     @property
     def elements(self) -> int:
         """How many elements are looked at."""
-        return self.before(len(self.unit))
+        return self.before(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A unit that is compared.
+
+    Attributes:
+        unit: what it is.
+        number: among all.
+        sample: of its elements.
+        first: how many elements of earlier ones are looked at.
+        scale: what an element that is looked at stands for.
+        based: whether the base has it.
+    """
+
+    unit: Unit
+    number: int
+    sample: _Sample
+    first: int
+    scale: float
+    based: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,29 +188,29 @@ class Comparison:
     ) -> None:
         count = len(checkpoints)
         found = [unit for unit in units if count > 1 and _compares(unit, set(checkpoints))]
-        sizes = [len(unit) for unit in found]
-        self._size = sum(sizes)
+        samples = _samples([len(unit) for unit in found], count)
+        self._matrices: dict[int, _Matrix] = {}
+        first = 0
+        for number, (unit, sample) in enumerate(zip(found, samples, strict=True)):
+            based = base in {source.checkpoint for source in unit.sources}
+            elements = sample.elements
+            scale = len(unit) / elements
+            self._matrices[id(unit)] = _Matrix(unit, number, sample, first, scale, based)
+            first += elements
         self._checkpoints = tuple(checkpoints)
         self._base = base
-        self._stretch = min(max(self._size // _STRETCHES, 1), _STRETCH)
-        taken = _BLOCK * WHOLE // max(self._size * count, 1)
-        taken = min(max(taken, _TAKEN), _BLOCK)
-        small = _smallest(sizes, WHOLE // max(count, 1))
-        self._matrices: dict[int, _Matrix] = {}
-        offset = 0
-        for number, unit in enumerate(found):
-            based = base in {source.checkpoint for source in unit.sources}
-            whole = _BLOCK if number in small else taken
-            self._matrices[id(unit)] = _Matrix(unit, number, offset, whole, based)
-            offset += len(unit)
-        # Of the checkpoints themselves, and of their differences to the base, or to the first.
-        self._grams = torch.zeros(2 * _GROUPS, 2, count, count, dtype=torch.float64)
-        self._rows = torch.zeros(len(found), 2, 2 * count, dtype=torch.float64)
+        self._stretch = max(first // _STRETCHES, 1)
+        # Of the checkpoints themselves, and of their differences to the base.
+        kinds = 1 if base is None else 2
+        self._grams = torch.zeros(kinds, _GROUPS, count, count, dtype=torch.float64)
+        self._rows = torch.zeros(kinds, len(found), 2 * count, dtype=torch.float64)
+        self._limit = max(COMPARED // max(count, 1), 1)
+        self._rooms = threading.local()
         self._lock = threading.Lock()
 
     def beside(self, window: Window) -> set[int]:
         """The numbers of the sources of a window that are compared and not averaged."""
-        if all(id(piece.unit) not in self._matrices for piece in window):
+        if self._base is None or all(id(piece.unit) not in self._matrices for piece in window):
             return set()
         sources = window[0].unit.sources
         return {k for k, source in enumerate(sources) if source.checkpoint == self._base}
@@ -182,70 +221,60 @@ class Comparison:
         at = 0
         for piece in window:
             matrix = self._matrices.get(id(piece.unit))
-            if matrix is not None:
-                places = _sampled(piece.start, piece.stop, len(piece.unit), matrix.taken)
+            if matrix is not None and len(places := matrix.sample.places(piece.start, piece.stop)):
                 found.append(places + at if at else places)
             at += piece.stop - piece.start
         return torch.cat(found) if len(found) > 1 else found[0] if found else None
 
     def add(self, samples: Sequence[tuple[Window, Sequence[Tensor]]]) -> None:
         """Adds elements of all checkpoints: for some windows, parts of a matrix with a row each."""
-        for held, runs in self._batches(samples):
-            rows = torch.cat([part.to("cpu", torch.float64)[order] for part, order in held], dim=1)
-            pair = torch.stack([rows[1:], rows[1:] - rows[0]])
-            lengths = [run.count for run in runs]
-            scales = [len(run.matrix.unit) / run.matrix.elements for run in runs]
-            if any(scale != 1 for scale in scales):
-                roots = torch.tensor(scales, dtype=torch.float64).sqrt_()
-                pair *= roots.repeat_interleave(torch.tensor(lengths))
-            numbers = torch.tensor([run.matrix.number for run in runs])
-            if len(rows[0]) >= _SHORT * len(runs):
-                groups = [run.group for run in runs]
-                grams = _products(pair, lengths)
-                sums = torch.cat([grams.diagonal(dim1=2, dim2=3), grams.sum(dim=3)], dim=2)
-            else:
-                groups, grouped = _merged([run.group for run in runs], lengths)
-                grams = _products(pair, grouped)
-                squares = torch.cat([pair * pair, pair * pair.sum(dim=1, keepdim=True)], dim=1)
-                where = torch.arange(len(runs)).repeat_interleave(torch.tensor(lengths))
-                sums = squares.new_zeros(*squares.shape[:2], len(runs))
-                sums = sums.index_add_(2, where, squares).permute(2, 0, 1)
-            with self._lock:
-                self._grams.index_add_(0, torch.tensor(groups), grams)
-                self._rows.index_add_(0, numbers, sums)
-
-    def _batches(
-        self, samples: Sequence[tuple[Window, Sequence[Tensor]]]
-    ) -> Iterator[tuple[list[tuple[Tensor, list[int]]], list[_Run]]]:
-        """A few columns at a time, with the order that their rows are wanted in."""
-        limit = max(MULTIPLIED // (len(self._checkpoints) + 1), 1)
-        held: list[tuple[Tensor, list[int]]] = []
-        runs: list[_Run] = []
-        room = limit
+        count, limit = len(self._checkpoints), self._limit
+        if not hasattr(self._rooms, "room"):  # a fresh one would cost more than the products
+            height = count if self._base is None else 2 * count + 1
+            self._rooms.room = torch.empty(height, limit, dtype=torch.float64)
+        room: Tensor = self._rooms.room
+        held: list[_Run] = []
+        width, based = 0, False
         for window, parts in samples:
+            ours, base = self._order(window[0].unit)
             rows = torch.cat([_real(part) for part in parts]) if len(parts) > 1 else _real(parts[0])
-            order = self._order(window[0].unit)
-            begin = at = 0
-            for run in self._runs(window):
-                rest = run.count
-                while rest:
-                    some = min(rest, room)
-                    runs.append(_Run(run.matrix, run.group, some))
-                    rest, room, at = rest - some, room - some, at + some
-                    if not room:
-                        yield [*held, (rows[:, begin:at], order)], runs
-                        held, runs, room, begin = [], [], limit, at
-            if begin < at:
-                held.append((rows[:, begin:at], order))
-        if runs:
-            yield held, runs
+            runs = list(self._runs(window))
+            for start in range(0, rows.shape[1], limit):
+                stop = min(start + limit, rows.shape[1])
+                if width + stop - start > limit or based != (base is not None):
+                    self._multiply(room, width, held, based=based)
+                    held, width = [], 0
+                based = base is not None
+                room[:count, width : width + stop - start] = rows[ours, start:stop]
+                if base is not None:
+                    room[count, width : width + stop - start] = rows[base, start:stop]
+                held += _cut(runs, start, stop)
+                width += stop - start
+        self._multiply(room, width, held, based=based)
 
-    def _order(self, unit: Unit) -> list[int]:
-        """The rows of a sample: that of the base, or of the first, and those of the checkpoints."""
+    def _multiply(self, room: Tensor, width: int, runs: Sequence[_Run], *, based: bool) -> None:
+        """Adds the products of some columns, and of their differences to the base."""
+        if not runs:
+            return
+        count = len(self._checkpoints)
+        kinds = [room[:count, :width]]
+        if based:
+            differences = room[count + 1 :, :width]
+            kinds.append(torch.sub(kinds[0], room[count : count + 1, :width], out=differences))
+        numbers = torch.tensor([run.matrix.number for run in runs])
+        for kind, rows in enumerate(kinds):
+            groups, grams, sums = _summed(rows, runs)
+            with self._lock:
+                self._grams[kind].index_add_(0, torch.tensor(groups), grams)
+                self._rows[kind].index_add_(0, numbers, sums)
+
+    def _order(self, unit: Unit) -> tuple[list[int] | slice, int | None]:
+        """The rows of a sample that are the checkpoints', and that of the base."""
         wanted = {*self._checkpoints, self._base}
         there = [one.checkpoint for one in unit.sources if one.checkpoint in wanted]
         rows = [there.index(checkpoint) for checkpoint in self._checkpoints]
-        return [there.index(self._base) if self._base in there else rows[0], *rows]
+        base = there.index(self._base) if self._base in there else None
+        return (slice(len(rows)) if rows == list(range(len(rows))) else rows), base
 
     def _runs(self, window: Window) -> Iterator[_Run]:
         """What is looked at of a window, cut where tensors end and where groups do."""
@@ -254,33 +283,32 @@ class Comparison:
             if matrix is None:
                 continue
             width = 2 if piece.unit.dtype.kind == "complex" else 1
-            start = piece.start
-            while start < piece.stop:
-                stretch = (matrix.offset + start) // self._stretch
-                stop = min((stretch + 1) * self._stretch - matrix.offset, piece.stop)
-                count = matrix.before(stop) - matrix.before(start)
-                if count:
-                    group = stretch % _GROUPS + _GROUPS * matrix.based
-                    yield _Run(matrix, group, count * width)
-                start = stop
+            at = matrix.first + matrix.sample.before(piece.start)
+            end = matrix.first + matrix.sample.before(piece.stop)
+            while at < end:
+                stretch = at // self._stretch
+                stop = min((stretch + 1) * self._stretch, end)
+                yield _Run(matrix, stretch % _GROUPS, (stop - at) * width)
+                at = stop
 
     def result(self) -> Agreement | None:
         """The agreement; None where there is nothing to compare."""
-        grams = self._grams[:, 0].unflatten(0, (2, _GROUPS)).sum(dim=0)
-        return self._agreement(grams, 0, list(self._matrices.values()))
+        return self._agreement(0, list(self._matrices.values()))
 
     def centred(self) -> Agreement | None:
         """The agreement of the differences to the base; None where there is nothing to compare."""
-        based = [matrix for matrix in self._matrices.values() if matrix.based]
-        return self._agreement(self._grams[_GROUPS:, 1], 1, based)
+        if self._base is None:
+            return None
+        return self._agreement(1, [one for one in self._matrices.values() if one.based])
 
-    def _agreement(self, grams: Tensor, kind: int, matrices: Sequence[_Matrix]) -> Agreement | None:
+    def _agreement(self, kind: int, matrices: Sequence[_Matrix]) -> Agreement | None:
+        grams = self._grams[kind]
         gram = grams.sum(dim=0)
         norms = gram.diagonal().sqrt()
         if not bool(gram.isfinite().all()) or int((norms > 0).sum()) < 2:
             return None
         size = sum(len(matrix.unit) for matrix in matrices)
-        elements = sum(matrix.elements for matrix in matrices)
+        elements = sum(matrix.sample.elements for matrix in matrices)
         cosines = _cosines(gram)
         each, mean = _means(cosines)
         errors = torch.zeros_like(each)
@@ -305,15 +333,14 @@ class Comparison:
 
     def _tensor(self, matrix: _Matrix, kind: int) -> TensorAgreement:
         count = len(self._checkpoints)
-        squares, products = self._rows[matrix.number, kind].split(count)
+        squares, products = self._rows[kind, matrix.number].split(count)
         norms = squares.sqrt()
-        square, size, elements = float(squares.sum()), len(matrix.unit), matrix.elements
+        square, size, elements = float(squares.sum()), len(matrix.unit), matrix.sample.elements
         between = float(norms.sum()) ** 2 - square
         mean = None
         if between > 0 and int((norms > 0).sum()) > 1 and elements >= min(size, _FEW):
             mean = _known((float(products.sum()) - square) / between)
-        away, towards = self._rows[matrix.number, 1].split(count)
-        distances = away - 2 / count * towards + towards.sum() / count**2
+        distances = squares - 2 / count * products + products.sum() / count**2
         distances = distances.clamp_(min=0).mul_(count / (square or 1.0)).sqrt_()
         error = 0.0 if elements == size else (1 - (mean or 0.0) ** 2) / math.sqrt(elements)
         name = next(name for name, info in matrix.unit.members if is_matrix(info))
@@ -323,20 +350,56 @@ class Comparison:
         )
 
 
-def _smallest(sizes: Sequence[int], most: int) -> set[int]:
-    """The numbers of the smallest sizes, of as many as sum up to `most`."""
-    chosen = set()
+def _samples(sizes: Sequence[int], count: int) -> Iterator[_Sample]:
+    """What is looked at of tensors of some sizes, for so many checkpoints."""
+    total = max(sum(sizes), 1)
+    taken = min(max(_BLOCK * WHOLE // (total * max(count, 1)), _TAKEN), _BLOCK)
+    every = min(max(total * max(count, _MANY) // (_MANY * _LARGE), 1), _MOST_EVERY)
+    left = WHOLE // max(count, 1)
+    whole = set()
     for number in sorted(range(len(sizes)), key=sizes.__getitem__):
-        most -= sizes[number]
-        if most < 0:
+        left -= sizes[number]
+        if left < 0:
             break
-        chosen.add(number)
-    return chosen
+        whole.add(number)
+    for number, size in enumerate(sizes):
+        yield _Sample(size) if number in whole else _Sample(size, taken, every)
 
 
-def _products(pair: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The Gram matrices of runs of columns, stacked."""
-    return torch.stack([part @ part.mT for part in pair.split(lengths, dim=2)])
+def _cut(runs: Sequence[_Run], start: int, stop: int) -> Iterator[_Run]:
+    """Runs of columns, less what lies outside `start` to `stop`."""
+    at = 0
+    for run in runs:
+        some = min(at + run.count, stop) - max(at, start)
+        at += run.count
+        if some == run.count:
+            yield run
+        elif some > 0:
+            yield _Run(run.matrix, run.group, some)
+
+
+def _summed(rows: Tensor, runs: Sequence[_Run]) -> tuple[list[int], Tensor, Tensor]:
+    """Sums over runs of columns, scaled from what is looked at to all of a tensor.
+
+    Returns:
+        Groups, and a Gram matrix for each; and for each run the squared norms of the rows, and
+        their products with the sum of all.
+    """
+    groups, lengths = [run.group for run in runs], [run.count for run in runs]
+    scales = torch.tensor([run.matrix.scale for run in runs], dtype=torch.float64)
+    if rows.shape[1] >= _SHORT * len(runs):
+        grams = torch.stack([part @ part.mT for part in rows.split(lengths, dim=1)])
+        grams *= scales[:, None, None]
+        return groups, grams, torch.cat([grams.diagonal(dim1=1, dim2=2), grams.sum(dim=2)], dim=1)
+    where = torch.arange(len(runs)).repeat_interleave(torch.tensor(lengths))
+    rows = rows * scales.sqrt()[where]
+    groups, lengths = _merged(groups, lengths)
+    grams = torch.stack([part @ part.mT for part in rows.split(lengths, dim=1)])
+    sums = [
+        rows.new_zeros(len(rows), len(runs)).index_add_(1, where, rows * other)
+        for other in (rows, rows.sum(dim=0))
+    ]
+    return groups, grams, torch.cat(sums).mT
 
 
 def _merged(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -392,24 +455,13 @@ def _real(values: Tensor) -> Tensor:
     return values if values.itemsize > 1 else values.float()
 
 
-def _sampled(start: int, stop: int, size: int, taken: int) -> Tensor:
-    """The elements `start` to `stop` of `size` that are looked at, counted from `start`.
-
-    They are the first `taken` of each block, and as large a part of the last, shorter one.
-    """
-    if taken == _BLOCK:
-        return torch.arange(stop - start)
-    last = size // _BLOCK * _BLOCK
-    pattern = _pattern(start % _BLOCK, stop - start, taken)
-    if stop <= last:
-        return pattern
-    few = -(-(size - last) * taken // _BLOCK)
-    return pattern[pattern + start < last + few]
-
-
 @functools.lru_cache(maxsize=64)
-def _pattern(offset: int, length: int, taken: int) -> Tensor:
-    """The same for elements that begin `offset` after the start of a block."""
-    blocks = torch.arange(0, offset + length, _BLOCK)
-    places = (blocks[:, None] + torch.arange(taken)[None, :]).flatten() - offset
+def _pattern(offset: int, length: int, taken: int, every: int) -> Tensor:
+    """What is looked at of `length` elements that begin `offset` after the start of a span."""
+    starts = [
+        block
+        for span in range(0, offset + length, every * _SPAN)
+        for block in range(span, min(span + _SPAN, offset + length), _BLOCK)
+    ]
+    places = (torch.tensor(starts)[:, None] + torch.arange(taken)[None, :]).flatten() - offset
     return places[(places >= 0) & (places < length)]
