@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,11 +38,14 @@ def show(report: Report, console: Console | None = None) -> None:
         report: of `report.describe`.
         console: where to; by default stderr.
     """
-    console = console or Console(file=sys.stderr, force_terminal=True)
+    console = console or _console()
     count, outputs = averaged_count(report), report["outputs"]
     where = report["output"] if len(outputs) == 1 else f"{len(outputs)} averages"
     console.print(Text(f"averaged {count} checkpoint{'s' * (count != 1)} into {printable(where)}"))
-    console.print(_checkpoints(report, narrow=console.width < _NARROW))
+    plain = console.is_dumb_terminal or console.options.ascii_only
+    console.print(
+        _checkpoints(report, narrow=console.width < _NARROW, bars="#." if plain else "━╌")
+    )
     about = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     about.add_column(style="dim", no_wrap=True)
     about.add_column(overflow="fold")
@@ -49,7 +54,15 @@ def show(report: Report, console: Console | None = None) -> None:
     console.print(about)
 
 
-def _checkpoints(report: Report, *, narrow: bool) -> Table:
+def _console() -> Console:
+    """Stderr, with the columns of its terminal, which rich does not ask for where TERM is dumb."""
+    width = height = None
+    with contextlib.suppress(OSError):
+        width, height = (extent or None for extent in os.get_terminal_size(sys.stderr.fileno()))
+    return Console(file=sys.stderr, force_terminal=True, width=width, height=height)
+
+
+def _checkpoints(report: Report, *, narrow: bool, bars: str) -> Table:
     """A row for each checkpoint: its weights, how far it agrees with the others."""
     inputs, outputs = report["inputs"], report["outputs"]
     agreement = report.get("agreement")
@@ -68,7 +81,8 @@ def _checkpoints(report: Report, *, narrow: bool) -> Table:
         table.add_column("from base", justify="right", no_wrap=not narrow)
     ours, theirs = _by_path(agreement), _by_path(centred)
     for number, entry in enumerate(inputs):
-        cells = [Text(printable(entry["path"]))]
+        is_base = agreement and entry["path"] == agreement["base"]
+        cells = [Text(printable(entry["path"]) + (" (base)" if is_base else ""))]
         cells += [Text(_number(entry.get(key))) for key in known]
         if len(outputs) == 1:
             cells.append(Text(_number(outputs[0]["weights"][number], 4)))
@@ -76,7 +90,7 @@ def _checkpoints(report: Report, *, narrow: bool) -> Table:
             value = ours.get(entry["path"])
             cells.append(Text("" if value is None else f"{value:.3f}", _style(value)))
             if not narrow:
-                cells.append(Text(_bar(value), _style(value)))
+                cells.append(Text(_bar(value, bars), _style(value)))
         if centred:
             away = theirs.get(entry["path"])
             cells.append(Text("" if away is None else f"{away:.3f}"))
@@ -126,9 +140,11 @@ def _number(value: float | None, digits: int = 6) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
-def _bar(value: float | None) -> str:
-    full = 0 if value is None else round(_BAR * max(value, 0.0))
-    return "━" * full + "╌" * (_BAR - full if value is not None else 0)
+def _bar(value: float | None, signs: str) -> str:
+    if value is None:
+        return ""
+    full = round(_BAR * max(value, 0.0))
+    return signs[0] * full + signs[1] * (_BAR - full)
 
 
 def _style(value: float | None) -> str:

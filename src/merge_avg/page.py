@@ -54,6 +54,7 @@ figure { margin: 0; flex: 1 1 20rem; min-width: 0; }
 figure.wide { flex-basis: 100%; }
 figcaption { color: #5b6773; font-size: .85rem; }
 figure svg { max-width: 100%; height: auto; }
+figure.wide svg { width: 100%; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid #e8ecf0;
@@ -169,7 +170,9 @@ def _checkpoints(report: Report) -> str:
     number = 0
     for index, entry in enumerate(inputs):
         size = sizes.shown(entry["bytes"])
-        row = [str(index + 1), entry["path"], entry["format"], size]
+        is_base = agreement is not None and entry["path"] == agreement["base"]
+        path = entry["path"] + (" (base)" if is_base else "")
+        row = [str(index + 1), path, entry["format"], size]
         row += [_known(entry.get(key), "g") for key in known]
         row += [f"{output['weights'][index]:.4g}" for output in weights]
         for found in (agreement, centred):
@@ -213,7 +216,9 @@ def _agreement(agreement: Mapping[str, Any], numbers: Sequence[int]) -> Iterator
 
 def _figure(name: str, caption: str, picture: str, *, wide: bool = False) -> str:
     kind = ' class="wide"' if wide else ""
+    # Two charts of one page have no ids in common, and each says what it is of.
     picture = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", picture)
+    picture = picture.replace("<svg ", f'<svg role="img" aria-label="{caption}" ', 1)
     return f'<figure id="{name}"{kind}>{picture}<figcaption>{caption}</figcaption></figure>'
 
 
