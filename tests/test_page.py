@@ -11,12 +11,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from merge_avg import page
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.merge import run
 from merge_avg.prepare import Options, prepare, refuse_report
 from merge_avg.report import describe
-
-page = pytest.importorskip("merge_avg.page", reason="needs matplotlib")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 COMMAND = [sys.executable, "-m", "merge_avg"]

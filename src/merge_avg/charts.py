@@ -45,7 +45,7 @@ def _drawn(draw: Callable[_P, Figure]) -> Callable[_P, str]:
             # Letters that its own font lacks are the browser's to draw.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
             draw(*args, **kwargs).savefig(
-                file, format="svg", metadata={"Date": None}, transparent=True
+                file, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
             )
         text = file.getvalue()
         return text[text.index("<svg") :]
@@ -74,7 +74,7 @@ def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) ->
     if count <= _NUMBERS:
         for i, row in enumerate(pairs):
             for j, value in enumerate(row):
-                light = value is None or (value - bottom) / (1 - bottom) > 0.6
+                light = value is None or (value - bottom) / (1 - bottom) > 0.7
                 axes.text(
                     j,
                     i,

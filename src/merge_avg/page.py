@@ -7,6 +7,7 @@ megabytes of script into every page, and a page that holds scripts could not for
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -47,7 +48,7 @@ section { background: #fff; border: 1px solid #dfe4e9; border-radius: 8px; paddi
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
   margin-top: 1rem; }
 .tile { background: #fff; border: 1px solid #dfe4e9; border-radius: 8px; padding: .6rem .9rem; }
-.tile b { display: block; font-size: 1.3rem; font-weight: 600; }
+.tile b { display: block; font-size: 1.15rem; font-weight: 600; overflow-wrap: anywhere; }
 .tile span { color: #5b6773; font-size: .85rem; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; flex: 1 1 20rem; min-width: 0; }
@@ -60,6 +61,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid #e8ecf0;
   vertical-align: top; overflow-wrap: anywhere; }
 th { color: #5b6773; font-weight: 500; overflow-wrap: normal; }
+td.t { min-width: 9rem; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .message { border-left: 4px solid #9aa3ad; padding: .4rem .8rem; margin: .5rem 0;
   background: #f4f6f8; overflow-wrap: anywhere; }
@@ -267,7 +269,7 @@ def _setting(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     """A table of texts from anywhere; the columns `left` are text, the others numbers."""
-    kinds = ["" if number in left else ' class="n"' for number in range(len(head))]
+    kinds = [' class="t"' if number in left else ' class="n"' for number in range(len(head))]
     cells = "".join(f"<th{kind}>{_text(text)}</th>" for kind, text in zip(kinds, head, strict=True))
     top = f"<thead><tr>{cells}</tr></thead>" if any(head) else ""
     lines = (
@@ -281,7 +283,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
 def _layers(tensors: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
     """Layers by name, and how far each checkpoint is from the mean there, over the norm.
 
-    A layer is what names have in common up to their first number.
+    A layer is what names have in common up to their first number; what all begin with is left out.
     """
     sums: dict[str, list[float]] = {}
     for tensor in tensors:
@@ -292,7 +294,10 @@ def _layers(tensors: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
         row[0] += square
         for number, distance in enumerate(tensor["distances"], 1):
             row[number] += distance**2 * square
-    return list(sums), [[(one / (row[0] or 1)) ** 0.5 for one in row[1:]] for row in sums.values()]
+    parts = [layer.split(".")[:-1] for layer in sums]
+    start = os.path.commonprefix(parts)  # noqa: RUF071 - of lists, part by part
+    names = [".".join(layer.split(".")[len(start) :]) for layer in sums]
+    return names, [[(one / (row[0] or 1)) ** 0.5 for one in row[1:]] for row in sums.values()]
 
 
 def _without_tensors(agreement: Mapping[str, Any]) -> dict[str, Any]:
