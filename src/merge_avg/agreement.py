@@ -12,7 +12,6 @@ sum. No N x N matrix is kept for a tensor: with many of both that would be the l
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,13 +129,19 @@ class _Sample:
             count += min(place - last, -(-(self.size - last) * self.taken // _BLOCK))
         return count
 
-    def places(self, start: int, stop: int) -> Tensor:
-        """The elements from `start` to `stop` that are looked at, counted from `start`."""
-        count = self.before(stop) - self.before(start)
-        if self.taken == _BLOCK or not count:
-            return torch.arange(count)
-        pattern = _pattern(start % (self.every * _SPAN), stop - start, self.taken, self.every)
-        return pattern if len(pattern) == count else pattern[:count]  # the last block has fewer
+    def segments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Where from `start` to `stop` elements are looked at, counted from `start`; how many."""
+        if self.taken == _BLOCK:
+            yield 0, stop - start
+            return
+        last = self.size // _BLOCK * _BLOCK
+        for block in range(start // _BLOCK * _BLOCK, stop, _BLOCK):
+            if block // _SPAN % self.every:
+                continue
+            taken = self.taken if block < last else -(-(self.size - last) * self.taken // _BLOCK)
+            begin, end = max(start, block), min(stop, block + taken)
+            if begin < end:
+                yield begin - start, end - begin
 
     @property
     def elements(self) -> int:
@@ -217,14 +222,17 @@ class Comparison:
 
     def places(self, window: Window) -> Tensor | None:
         """The places of a window's elements that are compared; None where there are none."""
-        found = []
+        begins: list[int] = []
+        counts: list[int] = []
         at = 0
         for piece in window:
             matrix = self._matrices.get(id(piece.unit))
-            if matrix is not None and len(places := matrix.sample.places(piece.start, piece.stop)):
-                found.append(places + at if at else places)
+            if matrix is not None:
+                for begin, count in matrix.sample.segments(piece.start, piece.stop):
+                    begins.append(at + begin)
+                    counts.append(count)
             at += piece.stop - piece.start
-        return torch.cat(found) if len(found) > 1 else found[0] if found else None
+        return _counted(begins, counts) if begins else None
 
     def add(self, samples: Sequence[tuple[Window, Sequence[Tensor]]]) -> None:
         """Adds elements of all checkpoints: for some windows, parts of a matrix with a row each."""
@@ -328,26 +336,27 @@ class Comparison:
             total / float(norms.mean()),
             size,
             elements,
-            tuple(self._tensor(matrix, kind) for matrix in matrices),
+            tuple(self._tensors(kind, matrices)),
         )
 
-    def _tensor(self, matrix: _Matrix, kind: int) -> TensorAgreement:
+    def _tensors(self, kind: int, matrices: Sequence[_Matrix]) -> Iterator[TensorAgreement]:
         count = len(self._checkpoints)
-        squares, products = self._rows[kind, matrix.number].split(count)
-        norms = squares.sqrt()
-        square, size, elements = float(squares.sum()), len(matrix.unit), matrix.sample.elements
-        between = float(norms.sum()) ** 2 - square
-        mean = None
-        if between > 0 and int((norms > 0).sum()) > 1 and elements >= min(size, _FEW):
-            mean = _known((float(products.sum()) - square) / between)
-        distances = squares - 2 / count * products + products.sum() / count**2
-        distances = distances.clamp_(min=0).mul_(count / (square or 1.0)).sqrt_()
-        error = 0.0 if elements == size else (1 - (mean or 0.0) ** 2) / math.sqrt(elements)
-        name = next(name for name, info in matrix.unit.members if is_matrix(info))
-        norm = math.sqrt(square / count)
-        return TensorAgreement(
-            str(name), size, elements, mean, error, norm, tuple(distances.tolist())
-        )
+        numbers = [matrix.number for matrix in matrices]
+        squares, products = self._rows[kind][numbers].split(count, dim=1)
+        square, norms = squares.sum(dim=1), squares.sqrt()
+        between = norms.sum(dim=1).square() - square
+        means = ((products.sum(dim=1) - square) / between).clamp_(-1, 1)
+        means[(between <= 0) | ((norms > 0).sum(dim=1) < 2)] = math.nan
+        distances = squares - 2 / count * products + products.sum(dim=1, keepdim=True) / count**2
+        distances = distances.clamp_(min=0) * count / square.where(square > 0, 1.0)[:, None]
+        columns = means, (square / count).sqrt(), distances.sqrt()
+        rows = zip(matrices, *(column.tolist() for column in columns), strict=True)
+        for matrix, value, norm, away in rows:
+            size, elements = matrix.sample.size, matrix.sample.elements
+            mean = _known(value) if elements >= min(size, _FEW) else None
+            error = 0.0 if elements == size else (1 - (mean or 0.0) ** 2) / math.sqrt(elements)
+            name = next(name for name, info in matrix.unit.members if is_matrix(info))
+            yield TensorAgreement(str(name), size, elements, mean, error, norm, tuple(away))
 
 
 def _samples(sizes: Sequence[int], count: int) -> Iterator[_Sample]:
@@ -440,7 +449,7 @@ def _jackknife(values: Tensor) -> Tensor:
 
 
 def _known(value: float) -> float | None:
-    return max(-1.0, min(value, 1.0)) if math.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def _compares(unit: Unit, checkpoints: set[int]) -> bool:
@@ -455,13 +464,8 @@ def _real(values: Tensor) -> Tensor:
     return values if values.itemsize > 1 else values.float()
 
 
-@functools.lru_cache(maxsize=64)
-def _pattern(offset: int, length: int, taken: int, every: int) -> Tensor:
-    """What is looked at of `length` elements that begin `offset` after the start of a span."""
-    starts = [
-        block
-        for span in range(0, offset + length, every * _SPAN)
-        for block in range(span, min(span + _SPAN, offset + length), _BLOCK)
-    ]
-    places = (torch.tensor(starts)[:, None] + torch.arange(taken)[None, :]).flatten() - offset
-    return places[(places >= 0) & (places < length)]
+def _counted(begins: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Runs of numbers, one after the other, by where each begins and how many it has."""
+    lengths = torch.tensor(counts)
+    shifts = torch.tensor(begins) - (lengths.cumsum(0) - lengths)
+    return shifts.repeat_interleave(lengths) + torch.arange(sum(counts))
