@@ -12,6 +12,7 @@ sum. No N x N matrix is kept for a tensor: with many of both that would be the l
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from merge_avg.policies import LEAST_AGREEMENT
 _BLOCK = 8192
 _SPAN = 16 * _BLOCK
 _TAKEN = _BLOCK // 128
-_LARGE = 1 << 25  # elements, from which spans are left out
+_LARGE = 1 << 24  # elements, from which spans are left out
 _MOST_EVERY = 64
 _MANY = 16  # checkpoints, from which products cost more than what is read
 _FEW = 16  # of a tensor of which fewer elements are looked at, nothing is said
@@ -135,9 +136,13 @@ class _Sample:
             yield 0, stop - start
             return
         last = self.size // _BLOCK * _BLOCK
-        for block in range(start // _BLOCK * _BLOCK, stop, _BLOCK):
-            if block // _SPAN % self.every:
-                continue
+        first, period = start // _BLOCK * _BLOCK, self.every * _SPAN
+        blocks = (
+            block
+            for span in range(start // period * period, stop, period)
+            for block in range(max(span, first), min(span + _SPAN, stop), _BLOCK)
+        )
+        for block in blocks:
             taken = self.taken if block < last else -(-(self.size - last) * self.taken // _BLOCK)
             begin, end = max(start, block), min(stop, block + taken)
             if begin < end:
@@ -232,7 +237,11 @@ class Comparison:
                     begins.append(at + begin)
                     counts.append(count)
             at += piece.stop - piece.start
-        return _counted(begins, counts) if begins else None
+        if not begins:
+            return None
+        if len(window) == 1:  # most windows of a large model, and of few kinds
+            return _pattern(tuple(begins), tuple(counts))
+        return _counted(begins, counts)
 
     def add(self, samples: Sequence[tuple[Window, Sequence[Tensor]]]) -> None:
         """Adds elements of all checkpoints: for some windows, parts of a matrix with a row each."""
@@ -469,3 +478,9 @@ def _counted(begins: Sequence[int], counts: Sequence[int]) -> Tensor:
     lengths = torch.tensor(counts)
     shifts = torch.tensor(begins) - (lengths.cumsum(0) - lengths)
     return shifts.repeat_interleave(lengths) + torch.arange(sum(counts))
+
+
+@functools.lru_cache(maxsize=64)
+def _pattern(begins: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
+    """The same, remembered."""
+    return _counted(begins, counts)
