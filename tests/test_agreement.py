@@ -366,6 +366,25 @@ def test_a_base_with_nan_stops_nothing(tmp_path):
     assert result.nonfinite == ()
 
 
+def test_a_base_has_no_say(tmp_path):
+    """Neither its NaN nor its LoRA factors count among those of the checkpoints."""
+    bad = noise(1, 3000)
+    bad[0, 0] = math.nan
+    contents = {
+        "base": {"w": noise(0, 3000), "v": bad, "lora_A": noise(5, 300)},
+        "a": {"w": bad, "v": noise(2, 3000), "lora_A": noise(4, 300)},
+        "b": {"w": noise(3, 3000), "v": noise(2, 3000), "lora_A": noise(4, 300)},
+    }
+    paths = {name: tmp_path / f"{name}.safetensors" for name in contents}
+    for name, content in contents.items():
+        save_file(content, paths[name])
+    out = tmp_path / "o.safetensors"
+    inputs, base = [paths["a"], paths["b"]], paths["base"]
+    result = merge_checkpoints(inputs, out, base=base, allow_nonfinite=True)
+    assert result.nonfinite == ("w",)
+    assert result.warnings == ()
+
+
 def test_it_can_be_left_out(tmp_path):
     """Without the agreement there is no figure, and asking for one as well is wrong usage."""
     paths = made(tmp_path, [noise(k, 3000) for k in (1, 2)])
