@@ -138,6 +138,8 @@ def test_names_are_text(tmp_path, nasty):
     shown = "".join(elements.text)
     assert page.printable(name) in shown
     assert page.printable(nasty) in shown
+    ticks = [unescape(label) for label in re.findall(r"<text[^>]*>([^<]*)</text>", text)]
+    assert any(page.printable(nasty)[-12:] in label for label in ticks)
 
 
 def test_odd_numbers_of_everything(tmp_path):
