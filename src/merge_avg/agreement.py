@@ -288,9 +288,10 @@ class Comparison:
     def _order(self, unit: Unit) -> tuple[list[int] | slice, int | None]:
         """The rows of a sample that are the checkpoints', and that of the base."""
         wanted = {*self._checkpoints, self._base}
-        there = [one.checkpoint for one in unit.sources if one.checkpoint in wanted]
-        rows = [there.index(checkpoint) for checkpoint in self._checkpoints]
-        base = there.index(self._base) if self._base in there else None
+        there = (one.checkpoint for one in unit.sources if one.checkpoint in wanted)
+        place: dict[int | None, int] = {checkpoint: row for row, checkpoint in enumerate(there)}
+        rows = [place[checkpoint] for checkpoint in self._checkpoints]
+        base = place.get(self._base)
         return (slice(len(rows)) if rows == list(range(len(rows))) else rows), base
 
     def _runs(self, window: Window) -> Iterator[_Run]:
