@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import time
 
 import pytest
 import torch
+
+from tests.terminal import on_terminal
 
 COMMAND = [sys.executable, "-m", "merge_avg"]
 
@@ -87,15 +88,8 @@ def test_steering_characters_are_shown_not_sent(tmp_path):
 
 def test_a_terminal_gets_a_bar(folds, tmp_path):
     """On a terminal a progress bar is drawn, and then the summary."""
-    reader, writer = pty.openpty()
-    command = [*COMMAND, *folds, "-o", "out.pt"]
     environment = os.environ | {"TERM": "xterm"}
-    subprocess.run(
-        command, cwd=tmp_path, stderr=writer, stdout=subprocess.DEVNULL, check=True, env=environment
-    )
-    shown = os.read(reader, 1 << 16).decode()
-    os.close(reader)
-    os.close(writer)
+    shown = on_terminal([*COMMAND, *folds, "-o", "out.pt"], cwd=tmp_path, env=environment)
     assert "━" in shown
     assert "averaged 3 checkpoints" in shown
 

@@ -1,14 +1,9 @@
 """merge_avg.merge_view: what a person at a terminal sees of a merge."""
 
-import fcntl
 import io
 import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 
 import pytest
 import torch
@@ -18,6 +13,7 @@ from merge_avg.merge import run
 from merge_avg.merge_view import show
 from merge_avg.prepare import Options, prepare
 from merge_avg.report import describe
+from tests.terminal import on_terminal
 
 NAMES = ["[red]a[bold] b.pt", "c\x1b[31m:smile:.pt", "plain.pt"]
 
@@ -98,17 +94,10 @@ def test_a_base_and_several_averages(tmp_path):
 def test_a_real_terminal_of_40_columns(tmp_path, term):
     """On a narrow terminal the table fits; a dumb one gets neither colours nor box signs."""
     networks(tmp_path, ["a.pt", "b.pt", "a-rather-long-name-of-a-checkpoint-of-many.pt"])
-    reader, writer = pty.openpty()
-    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 40, 0, 0))
     command = [sys.executable, "-m", "merge_avg", *sorted(tmp_path.glob("*.pt")), "-o", "o.pt"]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
     environment["TERM"] = term
-    subprocess.run(
-        command, cwd=tmp_path, stderr=writer, stdout=subprocess.DEVNULL, check=True, env=environment
-    )
-    text = os.read(reader, 1 << 16).decode()
-    os.close(reader)
-    os.close(writer)
+    text = on_terminal(command, 40, cwd=tmp_path, env=environment)
     summary = text[text.index("averaged 3") :]
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", summary)
     assert max(len(line.rstrip("\r")) for line in plain.split("\n")) <= 40

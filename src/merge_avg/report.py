@@ -72,6 +72,7 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
             for average in job.averages
         ],
         "template": str(template.path),
+        "base": None if job.base is None else str(job.layouts[job.base].path),
         "tensors": {kind: kinds[kind] for kind in ("averaged", "integers", "kept")},
         "parameters": sum(info.numel for _, info in infos if info.dtype.kind != "int"),
         "dtypes": dict(Counter(plan.result(name).name for name, _ in infos)),
@@ -264,7 +265,7 @@ def lines(report: Report) -> Iterator[str]:
     yield f"  {what} ({', '.join(report['dtypes'])})"
     for entry in outputs:
         pairs = zip(report["inputs"], entry["weights"], strict=True)
-        weights = [weight for one, weight in pairs if one["averaged"]]
+        weights = [w for one, w in pairs if one["averaged"] or one["path"] != report["base"]]
         label = "" if len(outputs) == 1 else f"{entry['path']}: "
         if label or len(set(weights)) > 1:
             yield f"  {label}weights {', '.join(f'{weight:.4g}' for weight in weights)}"
