@@ -78,6 +78,10 @@ thread = threading.Thread(target=sample)
 thread.start()
 try:
     options = {"max_memory": int(memory) or None, "threads": 2, "allow_nonfinite": True}
+    base = next((path for path in paths if path.endswith("base.safetensors")), None)
+    if base is not None:
+        paths.remove(base)
+        options["base"] = base
     if "{}" in output:
         every = range(len(paths))
         rows = {output.format(left): [int(i != left) for i in every] for left in every}
@@ -96,6 +100,18 @@ def wide(generator, numel):
     return torch.randn(numel, generator=generator) * torch.exp2(exponents.float())
 
 
+def matrices(kind):
+    """The same as matrices, which are compared as well; a sixth as small ones, looked at whole."""
+
+    def made(generator, numel):
+        (values,) = kind(generator, numel).values()
+        parts = values[: numel // 6].split(7)
+        small = {f"s{number}": part.view(-1, 1).clone() for number, part in enumerate(parts[:500])}
+        return {"a": values.view(-1, 100), **small}
+
+    return made
+
+
 KINDS = {
     "float32": lambda g, n: {"a": torch.randn(n, generator=g)},
     "wide float32": lambda g, n: {"a": wide(g, n)},
@@ -107,7 +123,10 @@ KINDS = {
     "nan": lambda g, n: {
         "a": torch.randn(n, generator=g).masked_fill(torch.rand(n) < 0.01, float("nan"))
     },
-    "many tensors": lambda g, n: {f"k{i}": torch.randn(3, generator=g) for i in range(n // 500)},
+}
+KINDS = {kind: matrices(make) for kind, make in KINDS.items()}
+KINDS["many tensors"] = lambda g, n: {
+    f"k{i}": torch.randn(3, 9, generator=g) for i in range(n // 500)
 }
 
 
@@ -131,8 +150,24 @@ def test_the_promise_holds(tmp_path, kind, memory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["float32", "many tensors"])
+def test_the_promise_holds_with_a_base(tmp_path, kind):
+    """A base that the checkpoints are compared with takes no more than predicted either."""
+    paths = []
+    for name in ("0", "1", "2", "base"):
+        generator = torch.Generator().manual_seed(ord(name[0]))
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file(KINDS[kind](generator, 600_000), paths[-1])
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "o.pt"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "kind", ["float32", "wide float32", "float64 ties", "bfloat16", "complex64"]
+    "kind",
+    ["float32", "wide float32", "float64 ties", "bfloat16", "complex64"],
 )
 def test_the_promise_holds_for_several_averages(tmp_path, kind):
     """Nine averages at a time take no more than predicted, within a budget of 20 MiB."""

@@ -1,9 +1,7 @@
 """merge_avg.cli: what a shell, a CI job and a person see."""
 
-import contextlib
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -11,6 +9,8 @@ import time
 
 import pytest
 import torch
+
+from tests.terminal import on_terminal
 
 COMMAND = [sys.executable, "-m", "merge_avg"]
 
@@ -88,20 +88,8 @@ def test_steering_characters_are_shown_not_sent(tmp_path):
 
 def test_a_terminal_gets_a_bar(folds, tmp_path):
     """On a terminal a progress bar is drawn, and then the summary."""
-    reader, writer = pty.openpty()
-    command = [*COMMAND, *folds, "-o", "out.pt"]
     environment = os.environ | {"TERM": "xterm"}
-    with subprocess.Popen(
-        command, cwd=tmp_path, stderr=writer, stdout=subprocess.DEVNULL, env=environment
-    ) as running:
-        os.close(writer)
-        drawn = b""
-        with contextlib.suppress(OSError):  # Linux ends what it has to say with an error
-            while part := os.read(reader, 1 << 16):
-                drawn += part
-    os.close(reader)
-    assert running.returncode == 0
-    shown = drawn.decode()
+    shown = on_terminal([*COMMAND, *folds, "-o", "out.pt"], cwd=tmp_path, env=environment)
     assert "━" in shown
     assert "averaged 3 checkpoints" in shown
 

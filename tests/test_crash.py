@@ -407,7 +407,7 @@ def test_inputs_that_change_while_they_are_read(tmp_path, suffix, change):
         return  # the format has no checksums
     paths = [tmp_path / f"{fold}.{suffix}" for fold in range(2)]
     for path in paths:
-        state = {"v": torch.zeros(5000), "w": torch.ones(5000)}
+        state = {"v": torch.zeros(300_000), "w": torch.ones(300_000)}
         torch.save(state, path) if suffix == "pt" else save_file(state, path)
     out = tmp_path / f"out.{suffix}"
     out.write_bytes(b"old")

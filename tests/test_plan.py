@@ -306,7 +306,7 @@ def test_windows_hold_what_is_alike():
     names = [["".join(str(p.unit.members[0][0]) for p in window)] for window in windows(units, 100)]
     assert names == [["ab"], ["n"], ["c"]]
     sizes = [[(p.start, p.stop) for p in window] for window in windows(units[:1] + units[2:3], 3)]
-    assert sizes == [[(0, 3)], [(3, 4), (0, 2)], [(2, 4)]]
+    assert sizes == [[(0, 3)], [(0, 3)], [(3, 4), (3, 4)]]  # whole windows first, then what is left
 
 
 def test_pages():

@@ -29,6 +29,22 @@ def test_a_table_of_what_was_averaged(tmp_path):
     assert "- averaged: 1 tensors, 5 parameters" in text
 
 
+def test_the_agreement_is_told(tmp_path):
+    """The agreement has a line, with a base two; the base is no checkpoint that was averaged."""
+    for number, name in enumerate(["base.pt", "a.pt", "b.pt"]):
+        torch.save({"w": torch.arange(12.0).view(3, 4) ** number}, tmp_path / name)
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    job = prepare(paths, tmp_path / "o.pt", Options(base=tmp_path / "base.pt"))
+    report = describe(job, run(job), "1.2.3")
+    text = markdown(report)
+    assert text.startswith("### merge-avg: 2 checkpoints averaged\n")
+    assert f"- agreement: {report['agreement']['mean']:.3f} (exact)\n" in text
+    centred = report["agreement"]["centred"]["mean"]
+    assert re.search(
+        rf"- agreement by the differences to .*base.*: {centred:.3f} \(exact\)\n", text
+    )
+
+
 def test_several_averages_are_columns(tmp_path):
     """Each output has a column of weights, and a line."""
     outputs = {str(tmp_path / "x.pt"): [1, 3], str(tmp_path / "y.pt"): [0, 1]}

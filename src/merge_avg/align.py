@@ -75,7 +75,7 @@ def align(
     notes: list[str] = []
     columns = [dict(weights[0])]
     for path, other in zip(paths[1:], weights[1:], strict=True):
-        column, note = _match(paths[0], weights[0], path, other)
+        column, note = match(paths[0], weights[0], path, other)
         if note:
             notes.append(note)
         columns.append({name: info for name, info in column.items() if name in chosen})
@@ -128,13 +128,17 @@ def _unequal(
     return MergeError(what, where=path, hint=hint + "them where they are present")
 
 
-def _match(
+def match(
     template_path: Path,
     template: Mapping[Name, TensorInfo],
     path: Path,
     other: Mapping[Name, TensorInfo],
 ) -> tuple[dict[Name, TensorInfo], str | None]:
-    """The other checkpoint's tensors under the template's names, and what was done for it."""
+    """The other checkpoint's tensors under the template's names, and what was done for it.
+
+    Raises:
+        MergeError: it has other state dicts.
+    """
     if template.keys() == other.keys():
         return dict(other), None
     _same_state_dicts(template_path, template, path, other)

@@ -17,11 +17,12 @@ _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
 # What a worker holds for each element of its window: sums, results, and temporaries of the slow
 # paths. Twice that for float64, which is summed in double-double, and for complex numbers.
 _WINDOW_BYTES = 160
-COMPARED = 1 << 16  # how many numbers are set aside before checkpoints are compared by them
+COMPARED = 5 << 12  # how many numbers are set aside before checkpoints are compared by them
+WHOLE = 1 << 16  # how many numbers of small tensors and models are compared though it be all
 BLOCK = 1 << 16  # how many elements of a window are summed at a time
 CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a core's cache holds
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
-_ENTRY_BYTES = 1200  # what is known of a tensor of a checkpoint
+_ENTRY_BYTES = 2000  # what is known of a tensor of a checkpoint, and what it is compared by
 _LARGEST_WINDOW = 1 << 17
 _USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
 _LEAST_WINDOW = 1 << 10
@@ -59,8 +60,9 @@ class Budget:
         read = self.window * self.rows * self.itemsize + converted
         # Averages share all but their sums, which for float64 are of two parts.
         sums = (self.outputs - 1) * (16 if self.itemsize < 8 else 48)
-        compared = self.checkpoints * (self.itemsize + 24 * wide) // 64
-        compared = self.window * compared + COMPARED * (2 * self.itemsize + 8 * wide)
+        numbers = self.checkpoints * self.window
+        compared = 2 * self.itemsize * (COMPARED + max(numbers // 128, min(numbers, WHOLE)))
+        compared += 36 * wide * max(COMPARED, self.checkpoints)
         worker = self.window * (_WINDOW_BYTES * wide + sums) + read + compared
         return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
 

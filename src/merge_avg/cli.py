@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import typer
 from merge_avg import __version__, sizes
 from merge_avg.errors import MergeError, UsageError, failure
 from merge_avg.policies import IntPolicy, Missing, Mode, Recipe, ResultDtype
+from merge_avg.printable import printable
 
 if TYPE_CHECKING:
     from merge_avg.choose import Choice
@@ -215,6 +215,24 @@ def merge(
             metavar="X", help="Refuse checkpoints whose matrices agree less (mean cosine)."
         ),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="What the others were fine-tuned from: say how far what they learned agrees.",
+        ),
+    ] = None,
+    no_agreement: Annotated[
+        bool, typer.Option("--no-agreement", help="Do not measure how far checkpoints agree.")
+    ] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            help="Write a page of what was done, with the agreement as pictures.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output if it exists.")
     ] = False,
@@ -239,8 +257,8 @@ def merge(
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
     from merge_avg.averages import Series  # after --help has had its answer
     from merge_avg.choose import Weighting, choose
-    from merge_avg.prepare import Options, prepare
-    from merge_avg.report import describe, lines
+    from merge_avg.prepare import Options, prepare, refuse_report
+    from merge_avg.report import describe
     from merge_avg.select import Criteria, parse_range
 
     if inspect:
@@ -266,6 +284,8 @@ def merge(
         max_memory=None if max_memory is None else sizes.parse(max_memory),
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size),
         min_agreement=min_agreement,
+        base=base,
+        agreement=not no_agreement,
     )
     criteria = Criteria(
         last=max(lasts, default=None),
@@ -286,6 +306,8 @@ def merge(
         Weighting(None if weights is None else weights.split(","), weighting, phema),
     )
     if (soup is not None or evaluation is not None) and not dry_run:
+        if page is not None or base is not None:
+            raise UsageError("a soup has no report", hint="leave out --report and --base")
         if weights or weighting or phema or no_normalize or template or dtype:
             hint = (
                 "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
@@ -294,6 +316,8 @@ def merge(
         _soup(choice, options, soup, evaluation, eval_json, mode, as_json=as_json, quiet=quiet)
         return
     job = prepare(choice.paths, choice.outputs, options)
+    if page is not None:
+        refuse_report(page, job, dry_run=dry_run)
     result = None
     if not dry_run:
         with _progress(job, quiet=quiet) as advance:
@@ -301,14 +325,32 @@ def merge(
 
             result = run(job, advance)
     report = describe(job, result, __version__, choice)
-    if not quiet:
+    if page is not None:
+        from merge_avg.page import write
+
+        write(page, report, overwrite=overwrite)
+    _tell(report, job, as_json=as_json, quiet=quiet)
+
+
+def _tell(report: Report, job: Job, *, as_json: bool, quiet: bool) -> None:
+    """Shows a report to a person, to what reads stdout, and to the page of a CI job."""
+    if not quiet and sys.stderr.isatty() and not report["dry_run"]:
+        from merge_avg.merge_view import show
+
+        try:
+            show(report)
+        except OSError:  # the terminal has gone; the merge went well
+            _drop(sys.stderr)
+    elif not quiet:
+        from merge_avg.report import lines
+
         for line in lines(report):
             _say(line)
     if as_json:
         _print(_json(report))
-    elif not dry_run:
-        _print("\n".join(_printable(str(average.output)) for average in job.averages))
-    if result is not None:
+    elif not report["dry_run"]:
+        _print("\n".join(printable(str(average.output)) for average in job.averages))
+    if not report["dry_run"]:
         _summarise(report)
 
 
@@ -320,7 +362,7 @@ def _inspect(checkpoints: Sequence[Path], key: str | None, *, as_json: bool) -> 
     if as_json:
         _print(_json(found))
     else:
-        _print("\n".join(_printable(line) for f in found for line in lines(f)))
+        _print("\n".join(printable(line) for f in found for line in lines(f)))
 
 
 def _soup(
@@ -349,7 +391,8 @@ def _soup(
     (output,) = choice.outputs
 
     def merge(paths: Sequence[Path], output: Path, **others: Any) -> None:
-        run(prepare(paths, output, replace(options, min_agreement=None, **others)))
+        alone = replace(options, min_agreement=None, agreement=False, **others)
+        run(prepare(paths, output, alone))
 
     with watched(_say, quiet=quiet) as show:
         soup = greedy(
@@ -364,7 +407,7 @@ def _soup(
         )
     if not quiet:
         _say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
-    _print(_json(described(soup)) if as_json else _printable(str(soup.output)))
+    _print(_json(described(soup)) if as_json else printable(str(soup.output)))
 
 
 def _summarise(report: Report) -> None:
@@ -385,7 +428,7 @@ def _progress(job: Job, *, quiet: bool) -> Iterator[Callable[[int], None] | None
     if quiet:
         yield None
         return
-    what = f"averaging {len(job.layouts)} checkpoints, {sizes.shown(job.nbytes)}"
+    what = f"averaging {len(job.averaged)} checkpoints, {sizes.shown(job.nbytes)}"
     if not sys.stderr.isatty():
         _say(what)
         yield None
@@ -405,18 +448,11 @@ def _progress(job: Job, *, quiet: bool) -> Iterator[Callable[[int], None] | None
     with contextlib.suppress(OSError):  # the terminal has gone; the merge goes on
         bar.start()
     try:
-        task = bar.add_task(f"averaging {len(job.layouts)} checkpoints", total=job.nbytes)
+        task = bar.add_task(f"averaging {len(job.averaged)} checkpoints", total=job.nbytes)
         yield lambda nbytes: bar.advance(task, nbytes)
     finally:
         with contextlib.suppress(OSError):
             bar.stop()
-
-
-def _printable(text: str) -> str:
-    """A line with names of a file in it, without what would steer a terminal or a CI runner."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    # GitHub's runner takes "::" at the start of a line, and "##[" anywhere, for commands to it.
-    return re.sub(r"^( *):(?=:)|#(?=#\[)", lambda m: m[0][:-1] + f"\\x{ord(m[0][-1]):02x}", shown)
 
 
 def _json(value: object) -> str:
@@ -424,9 +460,9 @@ def _json(value: object) -> str:
 
 
 def _say(text: str) -> None:
-    """Prints to stderr; names keep their letters, controls are escaped."""
+    """Prints a line to stderr; names keep their letters, controls are escaped."""
     try:
-        print(_printable(text), file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
     except OSError:  # nobody listens; the merge goes on
         _drop(sys.stderr)
 

@@ -41,6 +41,7 @@ class Result:
         nonfinite: tensors that hold NaN or infinity, where that was allowed.
         warnings: what may make the mean meaningless.
         agreement: how far the checkpoints agree; None where there is nothing to compare.
+        centred: the same for what they differ by from the base, if there is one.
         compared: the numbers of the checkpoints that `agreement` is about.
     """
 
@@ -51,6 +52,7 @@ class Result:
     nonfinite: tuple[str, ...]
     warnings: tuple[str, ...]
     agreement: Agreement | None
+    centred: Agreement | None
     compared: tuple[int, ...]
 
 
@@ -75,6 +77,8 @@ def merge_checkpoints(
     max_memory: int | None = None,
     max_shard_size: int | None = None,
     min_agreement: float | None = None,
+    base: str | os.PathLike[str] | None = None,
+    agreement: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Averages checkpoints into a new one, in bounded memory.
@@ -114,6 +118,9 @@ def merge_checkpoints(
             index.
         min_agreement: the least mean cosine between the checkpoints' matrices; below it nothing is
             written.
+        base: a checkpoint that the others were fine-tuned from: how far they agree is also measured
+            by their differences to it. It is not averaged, but if it is one of `paths`.
+        agreement: whether to measure how far the checkpoints agree.
         progress: called with the number of bytes read since the last call, from any thread.
 
     Raises:
@@ -138,6 +145,8 @@ def merge_checkpoints(
         max_memory=max_memory,
         max_shard_size=max_shard_size,
         min_agreement=min_agreement,
+        base=base,
+        agreement=agreement,
     )
     return run(prepare(paths, output, options), progress)
 
@@ -184,9 +193,8 @@ def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
             scratch.stage(readers[staging.checkpoint], staging, tied_in)
         maps = _maps(job, scratch)
         stack.enter_context(_single_threaded_torch())
-        weights = [average.weights.integers for average in job.averages]
-        counted = [k for k in range(len(job.layouts)) if any(row[k] for row in weights)]
-        comparison = Comparison(counted, job.plan.units)
+        counted = job.averaged if job.options.agreement else ()
+        comparison = Comparison(counted, job.plan.units, job.base)
 
         def worker() -> Worker:
             return Worker(job, readers, outs, scratch, maps, ledger, comparison, device)
@@ -212,7 +220,8 @@ def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
         tuple(sorted(ledger.nonfinite)),
         job.plan.warnings if ledger.factors_differ or not job.plan.factors else (),
         agreement,
-        tuple(counted),
+        comparison.centred(),
+        counted,
     )
 
 

@@ -67,6 +67,11 @@ class Unit:
         return self.stop - self.start
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is averaged, and of a tensor of two dimensions or more."""
+        return self.kind == "mean" and any(is_matrix(info) for _, info in self.members)
+
+    @property
     def holed(self) -> bool:
         """Whether some of its elements may belong to no member: they stay the template's."""
         if any(info.stop - info.start == len(self) == info.numel for _, info in self.members):
@@ -192,6 +197,45 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     return Plan(tuple(layouts), aligned, tuple(units), tuple(stagings), scratch, factors, dtype)
 
 
+def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
+    """The plan with one more checkpoint, that the averaged matrices are compared with.
+
+    It takes no part in the average, so what it lacks, or has in another shape, is no error.
+
+    Args:
+        plan: without it.
+        layout: of the checkpoint.
+        weights: its tensors by the template's names.
+    """
+    number, scratch = len(plan.layouts), plan.scratch
+    units: list[Unit] = []
+    stagings = list(plan.stagings)
+    for unit in plan.units:
+        found = [weights.get(name) for name, _ in unit.members]
+        infos = [info for info in found if info is not None and not info.trouble]
+        if unit.is_matrix and len(infos) == len(found) and all(map(_alike, unit.members, infos)):
+            source, staging = _source(number, unit.members, infos, unit.start, unit.stop, scratch)
+            fits = staging is None or (len(found) == 1 and not unit.members[0][1].overlaps_itself)
+            if fits and staging is not None:
+                stagings.append(staging)
+                scratch = aligned_to_page(scratch + staging.nbytes)
+            units.append(replace(unit, sources=(*unit.sources, source)) if fits else unit)
+        else:
+            units.append(unit)
+    return replace(
+        plan,
+        layouts=(*plan.layouts, layout),
+        units=tuple(units),
+        stagings=tuple(stagings),
+        scratch=scratch,
+    )
+
+
+def _alike(member: tuple[Name, TensorInfo], info: TensorInfo) -> bool:
+    ours = member[1]
+    return info.shape == ours.shape and info.dtype.kind == ours.dtype.kind
+
+
 def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
     """The units cut and packed into windows of at most `limit` elements.
 
@@ -213,6 +257,11 @@ def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
                 yield tuple(open_.pop(alike))
                 del sizes[alike]
     yield from (tuple(pieces) for pieces in open_.values())
+
+
+def is_matrix(info: TensorInfo) -> bool:
+    """Whether a tensor has two dimensions or more."""
+    return len(info.shape) > 1
 
 
 def aligned_to_page(offset: int) -> int:
@@ -284,25 +333,18 @@ def _unit(
             absent = named([str(n) for n, i in zip(names, row, strict=True) if i is None])
             what = f"it lacks {absent}, which shares memory with other tensors in the template"
             raise MergeError(what, where=layout.path, hint="use --missing skip")
-        size = infos[0].dtype.itemsize
-        shift = infos[0].start - first.start
-        if _direct(members, infos, shift):
-            offset = (start + shift) * size
-            sources.append(Source(index, infos[0].dtype, infos[0].storage, offset))
-            continue
-        for name, member in members:
-            if member.overlaps_itself:
-                what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
-                raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
-        pairs = tuple(
-            (name, part, view)
-            for (name, member), info in zip(members, infos, strict=True)
-            for part, view in tiled(info, replace(member, start=member.start - start))
-        )
-        nbytes = (stop - start) * size
-        stagings.append(Staging(index, pairs, scratch, nbytes, tied_in=0))
-        sources.append(Source(index, infos[0].dtype, None, scratch))
-        scratch = aligned_to_page(scratch + nbytes)
+        if not _direct(members, infos):
+            for name, member in members:
+                if member.overlaps_itself:
+                    what = (
+                        f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
+                    )
+                    raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
+        source, staging = _source(index, members, infos, start, stop, scratch)
+        sources.append(source)
+        if staging is not None:
+            stagings.append(staging)
+            scratch = aligned_to_page(scratch + staging.nbytes)
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
     if aligned.skipped.issuperset(names):
         kind, dtype = "keep", None
@@ -310,6 +352,28 @@ def _unit(
         Unit(kind, first.storage, start, stop, _result(first, dtype), members, tuple(sources)),
         stagings,
     )
+
+
+def _source(
+    index: int,
+    members: Sequence[tuple[Name, TensorInfo]],
+    infos: Sequence[TensorInfo],
+    start: int,
+    stop: int,
+    scratch: int,
+) -> tuple[Source, Staging | None]:
+    """Where a checkpoint has the elements of a unit, and what to copy to the scratch file first."""
+    dtype = infos[0].dtype
+    if _direct(members, infos):
+        offset = (start + infos[0].start - members[0][1].start) * dtype.itemsize
+        return Source(index, dtype, infos[0].storage, offset), None
+    pairs = tuple(
+        (name, part, view)
+        for (name, member), info in zip(members, infos, strict=True)
+        for part, view in tiled(info, replace(member, start=member.start - start))
+    )
+    nbytes = (stop - start) * dtype.itemsize
+    return Source(index, dtype, None, scratch), Staging(index, pairs, scratch, nbytes, tied_in=0)
 
 
 def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, TensorInfo]]:
@@ -321,10 +385,9 @@ def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, Tens
         yield tile, replace(view, shape=tile.shape, start=start, dtype=info.dtype)
 
 
-def _direct(
-    members: Sequence[tuple[Name, TensorInfo]], infos: Sequence[TensorInfo], shift: int
-) -> bool:
+def _direct(members: Sequence[tuple[Name, TensorInfo]], infos: Sequence[TensorInfo]) -> bool:
     """Whether tensors lie to each other as the template's do, only elsewhere."""
+    shift = infos[0].start - members[0][1].start
     return all(
         info.storage == infos[0].storage
         and not info.storage.tiles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_avg import __version__
-from merge_avg.align import Chosen, align
+from merge_avg.align import Chosen, align, match
 from merge_avg.budget import Budget, plan_budget
 from merge_avg.draft import Draft, make_draft
 from merge_avg.dtypes import CONVERTIBLE, TEMPLATE
@@ -19,7 +20,7 @@ from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats.directory import shard_of
 from merge_avg.layout import Layout
 from merge_avg.output import refuse_output
-from merge_avg.plan import Plan, make_plan
+from merge_avg.plan import Plan, make_plan, with_base
 from merge_avg.policies import IntPolicy, Missing
 from merge_avg.roles import Roles, assign
 from merge_avg.scan import scan
@@ -50,6 +51,8 @@ class Options:
     max_memory: int | None = None
     max_shard_size: int | None = None
     min_agreement: float | None = None
+    base: str | os.PathLike[str] | None = None
+    agreement: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that is ready to run."""
+    """A merge that is ready to run. `base` is the number of the checkpoint that options call so."""
 
     averages: tuple[Average, ...]
     options: Options
@@ -71,11 +74,18 @@ class Job:
     plan: Plan
     budget: Budget
     notes: tuple[str, ...]
+    base: int | None = None
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """The checkpoints, the template first."""
         return self.plan.layouts
+
+    @property
+    def averaged(self) -> tuple[int, ...]:
+        """The numbers of the checkpoints that some average is of."""
+        rows = [average.weights.integers for average in self.averages]
+        return tuple(k for k in range(len(self.layouts)) if any(row[k] for row in rows))
 
     @property
     def draft(self) -> Draft:
@@ -119,8 +129,13 @@ def prepare(
     if options.dtype is not None and options.dtype not in (*CONVERTIBLE, TEMPLATE):
         hint = f"choose one of {', '.join((*CONVERTIBLE, TEMPLATE))}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
+    if not options.agreement and (options.base is not None or options.min_agreement is not None):
+        hint = "leave out --no-agreement, or --base and --min-agreement"
+        raise UsageError("the agreement is asked for, and not to be measured", hint=hint)
     try:
         inputs, order = _template_first(inputs, options.template)
+        if options.base is not None and _number_of(inputs, Path(options.base)) is None:
+            order = [*order, None]
         ordered = {path: _ordered(weights, order, options) for path, weights in rows.items()}
         with _without_collector():
             return _prepared(inputs, ordered, options)
@@ -146,9 +161,19 @@ def _prepared(inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Opt
     chosen = Chosen(tuple(options.include), tuple(options.exclude))
     aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
     plan = make_plan(layouts, aligned, options.dtype)
-    entries = sum(len(layout.tensors) for layout in layouts)
+    base = None if options.base is None else _number_of(inputs, Path(options.base))
+    notes: tuple[str, ...] = ()
+    if options.base is not None and base is None:
+        base = len(inputs)
+        plan, notes = _based(plan, Path(options.base), roles[0], options.key)
+    entries = sum(len(layout.tensors) for layout in plan.layouts)
     budget = plan_budget(
-        len(inputs), plan.itemsize, entries, options.max_memory, options.threads, len(rows)
+        len(plan.layouts),
+        plan.itemsize,
+        entries,
+        options.max_memory,
+        options.threads,
+        len(rows),
     )
     averages = []
     for path, weights in rows.items():
@@ -158,19 +183,40 @@ def _prepared(inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Opt
             roles[0].weights,
             state_dict=options.state_dict,
             shard_size=options.max_shard_size,
-            mark=make_mark(layouts, weights, options),
+            mark=make_mark(plan.layouts, weights, options),
         )
         averages.append(Average(path, weights, draft))
         if path.suffix != averages[0].output.suffix:
             hint = "averages that are made at a time are of one format"
             names = f"{averages[0].output.name} and {path.name}"
             raise UsageError(f"{names} end differently", hint=hint)
-        _refuse_inputs(path, layouts)
+        _refuse_inputs(path, plan.layouts)
         refuse_output(path, directory=draft.directory, overwrite=options.overwrite)
         if draft.directory and path.is_dir():
             _refuse_loss(path, draft)
-    notes = _notes(layouts, options, draft)
-    return Job(tuple(averages), options, roles[0], plan, budget, notes)
+    notes = (*_notes(layouts, options, draft), *notes)
+    return Job(tuple(averages), options, roles[0], plan, budget, notes, base)
+
+
+def _based(
+    plan: Plan, path: Path, template: Roles, key: str | None
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with a base, and what a person should hear of that."""
+    layout = scan(path)
+    ours = template.weights
+    weights, note = match(plan.layouts[0].path, ours, path, assign(layout, key).weights)
+    based = with_base(plan, layout, weights)
+    matrices = [unit for unit in based.units if unit.is_matrix]
+    number = len(plan.layouts)
+    lacking = sum(unit.sources[-1].checkpoint != number for unit in matrices)
+    notes = [note] if note else []
+    if matrices and lacking == len(matrices):
+        hint = "the base is the checkpoint that the others were fine-tuned from"
+        raise MergeError("no matrix in it is one of the checkpoints'", where=path, hint=hint)
+    if lacking:
+        what = f"{lacking:,} of {len(matrices):,} matrices are not in it, or of another shape"
+        notes.append(f"{path}: {what}; they are compared without it")
+    return based, tuple(notes)
 
 
 def _template_first(
@@ -189,9 +235,10 @@ def _template_first(
             raise UsageError(f"there is no checkpoint number {text}", hint=hint)
     else:
         path = Path(text)
-        index = next((i for i, one in enumerate(inputs) if _is_same(one, path)), -1)
-        if index < 0:
+        found = _number_of(inputs, path)
+        if found is None:
             return [path, *inputs], [None, *numbers]
+        index = found
     order = [index, *(i for i in range(len(inputs)) if i != index)]
     return [inputs[i] for i in order], list(order)
 
@@ -202,8 +249,11 @@ def _ordered(weights: Sequence[Weight], order: Sequence[int | None], options: Op
     return Weights.of(values, normalize=options.normalize)
 
 
-def _is_same(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)
+def _number_of(inputs: Sequence[Path], path: Path) -> int | None:
+    """Which of the checkpoints a path is of."""
+    if not path.exists():
+        return None
+    return next((i for i, one in enumerate(inputs) if one.exists() and one.samefile(path)), None)
 
 
 def make_mark(layouts: Sequence[Layout], weights: Weights, options: Options) -> str:
@@ -247,6 +297,30 @@ def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
                 if target.samefile(file.path):
                     what = f"the output is a part of the input {path}"
                     raise MergeError(what, where=target, hint=hint)
+
+
+def refuse_report(path: Path, job: Job, *, dry_run: bool = False) -> None:
+    """Refuses a page about a merge that cannot or must not be written, before the merge.
+
+    Raises:
+        UsageError: its name is none of a page, or is an output's; or the merge is not run.
+        MergeError: matplotlib is not installed, it is an input or a part of one, it exists and may
+            not be overwritten, or there is no such directory.
+    """
+    if dry_run:
+        raise UsageError("a dry run has no results for a page", hint="leave out --report")
+    if path.suffix.lower() not in (".html", ".htm"):
+        hint = "give it a name such as report.html"
+        raise UsageError(f"the report {path} is a page and has another ending", hint=hint)
+    for average in job.averages:
+        if path.resolve().is_relative_to(average.output.resolve()):
+            hint = "choose another name for one of them"
+            raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
+    if importlib.util.find_spec("matplotlib") is None:
+        hint = "pip install 'merge-avg[report]'"
+        raise MergeError("a report needs matplotlib, which is not installed", hint=hint)
+    _refuse_inputs(path, job.layouts)
+    refuse_output(path, directory=False, overwrite=job.options.overwrite)
 
 
 def _refuse_loss(target: Path, draft: Draft) -> None:

@@ -13,12 +13,25 @@ from merge_avg.policies import LEAST_AGREEMENT
 from merge_avg.prepare import Job
 
 if TYPE_CHECKING:
+    from merge_avg.agreement import Agreement
     from merge_avg.choose import Choice
     from merge_avg.merge import Result
 
 Report = dict[str, Any]
 _KNOWN = ("step", "epoch", "metric")
 _WIDEST = 100  # characters that a column is padded to
+_POLICIES = (
+    "key",
+    "missing",
+    "include",
+    "exclude",
+    "int_policy",
+    "dtype",
+    "normalize",
+    "state_dict",
+    "allow_nonfinite",
+    "device",
+)
 
 
 def describe(job: Job, result: Result | None, version: str, choice: Choice | None = None) -> Report:
@@ -32,6 +45,7 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
     """
     plan = job.plan
     template = job.layouts[0]
+    averaged = job.averaged
     infos = [(name, row[0]) for name, row in plan.aligned.rows.items() if row[0] is not None]
     kinds = Counter(
         "kept"
@@ -46,14 +60,20 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         "output": str(job.averages[0].output),
         "dry_run": result is None,
         "inputs": [
-            {"path": str(layout.path), "format": layout.format, "bytes": layout.nbytes}
-            for layout in job.layouts
+            {
+                "path": str(layout.path),
+                "format": layout.format,
+                "bytes": layout.nbytes,
+                "averaged": number in averaged,
+            }
+            for number, layout in enumerate(job.layouts)
         ],
         "outputs": [
             {"path": str(average.output), "weights": average.weights.normalized()}
             for average in job.averages
         ],
         "template": str(template.path),
+        "base": None if job.base is None else str(job.layouts[job.base].path),
         "tensors": {kind: kinds[kind] for kind in ("averaged", "integers", "kept")},
         "parameters": sum(info.numel for _, info in infos if info.dtype.kind != "int"),
         "dtypes": dict(Counter(plan.result(name).name for name, _ in infos)),
@@ -64,7 +84,7 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         "others": list(template.others),
         "whole": job.draft.whole,
         "available": {
-            str(name): len(row) - row.count(None)
+            str(name): sum(row[number] is not None for number in averaged)
             for name, row in plan.aligned.rows.items()
             if None in row and name not in plan.aligned.skipped
         },
@@ -73,6 +93,7 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         "threads": job.budget.threads,
         "memory": job.budget.nbytes,
         "int_policy": job.options.int_policy,
+        "policies": {key: getattr(job.options, key) for key in _POLICIES},
         "notes": [*plan.aligned.notes, *job.notes],
         "warnings": list(plan.warnings if result is None else result.warnings),
     }
@@ -94,7 +115,7 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         name.key.endswith(("running_mean", "running_var")) and name not in plan.aligned.skipped
         for name, _ in infos
     )
-    if statistics and len(job.layouts) > 1:
+    if statistics and len(averaged) > 1:
         what = f"{_counted(statistics, 'BatchNorm statistic')} averaged"
         how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
         report["notes"].append(f"{what}; {how}")
@@ -112,21 +133,57 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
 
 
 def _agreement(job: Job, result: Result) -> dict[str, Any] | None:
-    found = result.agreement
-    if found is None:
-        return None
     paths = [str(job.layouts[number].path) for number in result.compared]
+    if result.agreement is None:
+        return None
+    centred = None if result.centred is None else _figures(result.centred, paths)
+    base = None if job.base is None else str(job.layouts[job.base].path)
+    return {**_figures(result.agreement, paths), "base": base, "centred": centred}
+
+
+def _figures(found: Agreement, paths: Sequence[str]) -> dict[str, Any]:
     return {
-        "mean": round(found.mean, 6),
+        "mean": _rounded(found.mean),
+        "error": _rounded(found.error),
         "each": [
-            {"path": path, "mean": round(value, 6)}
-            for path, value in zip(paths, found.each, strict=True)
+            {"path": path, "mean": _rounded(value), "error": _rounded(error)}
+            for path, value, error in zip(paths, found.each, found.errors, strict=True)
         ],
-        "pairs": [[round(value, 6) for value in row] for row in found.pairs],
-        "shrinkage": round(found.shrinkage, 6),
+        "pairs": [[_rounded(value) for value in row] for row in found.pairs],
+        "shrinkage": _rounded(found.shrinkage),
+        "size": found.size,
         "elements": found.elements,
         "odd": None if found.odd is None else paths[found.odd],
+        "tensors": [
+            {
+                "name": tensor.name,
+                "size": tensor.size,
+                "elements": tensor.elements,
+                "mean": _rounded(tensor.mean),
+                "error": _rounded(tensor.error),
+                "norm": tensor.norm,
+                "distances": [_rounded(distance) for distance in tensor.distances],
+            }
+            for tensor in found.tensors
+        ],
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def least_agreeing(agreement: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The tensors of which the checkpoints agree least, the least first."""
+    known = [tensor for tensor in agreement["tensors"] if tensor["mean"] is not None]
+    return sorted(known, key=lambda tensor: float(tensor["mean"]))[:count]
+
+
+def precision(agreement: Mapping[str, Any]) -> str:
+    """How precisely the agreement is known, in a few words."""
+    if agreement["elements"] == agreement["size"]:
+        return "exact"
+    return f"sampled, +-{max(agreement['error'], 0.0001):.1g}"
 
 
 def _strangers(agreement: Mapping[str, Any] | None) -> list[str]:
@@ -151,8 +208,19 @@ def _bars(agreement: Mapping[str, Any] | None) -> Iterator[str]:
     """The agreement, and for few checkpoints the share of each."""
     if agreement is None:
         return
-    yield f"  agreement {agreement['mean']:.3f} (mean cosine between the checkpoints' matrices)"
-    each = agreement["each"]
+    what = "mean cosine between the checkpoints' matrices"
+    yield f"  agreement {agreement['mean']:.3f} ({precision(agreement)}; {what})"
+    centred = agreement["centred"]
+    if centred is not None:
+        how = f"({precision(centred)}; by the differences to {agreement['base']})"
+        yield f"  agreement {centred['mean']:.3f} {how}"
+    elif agreement["base"] is not None:
+        yield f"  no two checkpoints differ from {agreement['base']}"
+    least = least_agreeing(agreement, 3)
+    if least and least[0]["mean"] < agreement["mean"] - 0.05:
+        worst = ", ".join(f"{tensor['name']!r} {tensor['mean']:.3f}" for tensor in least)
+        yield f"  least of all about {worst}"
+    each = [one for one in agreement["each"] if one["mean"] is not None]
     if len(each) > 16 or max(one["mean"] for one in each) - min(one["mean"] for one in each) < 0.05:
         return
     width = min(max(len(one["path"]) for one in each), _WIDEST)
@@ -179,9 +247,14 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "  " + " ".join(cells).rstrip()
 
 
+def averaged_count(report: Report) -> int:
+    """How many of the inputs are averaged: not a template or base that is none of them."""
+    return sum(entry["averaged"] for entry in report["inputs"])
+
+
 def lines(report: Report) -> Iterator[str]:
     """The report for a person, a line each."""
-    count = len(report["inputs"])
+    count = averaged_count(report)
     verb = "would average" if report["dry_run"] else "averaged"
     outputs = report["outputs"]
     where = report["output"] if len(outputs) == 1 else _counted(len(outputs), "average")
@@ -189,38 +262,20 @@ def lines(report: Report) -> Iterator[str]:
     if report["candidates"] and (report["dry_run"] or len(report["candidates"]) > count):
         yield from _table(report["candidates"])
     tensors = report["tensors"]
-    averaged = f"{_counted(tensors['averaged'], 'tensor')}, {report['parameters']:,} parameters"
-    yield f"  {averaged} ({', '.join(report['dtypes'])})"
+    what = f"{_counted(tensors['averaged'], 'tensor')}, {report['parameters']:,} parameters"
+    yield f"  {what} ({', '.join(report['dtypes'])})"
     for entry in outputs:
-        weights = entry["weights"]
+        pairs = zip(report["inputs"], entry["weights"], strict=True)
+        weights = [w for one, w in pairs if one["averaged"] or one["path"] != report["base"]]
         label = "" if len(outputs) == 1 else f"{entry['path']}: "
         if label or len(set(weights)) > 1:
             yield f"  {label}weights {', '.join(f'{weight:.4g}' for weight in weights)}"
-    differing = report.get("differing", [])
-    if tensors["integers"] and report["dry_run"]:
-        yield f"  {_counted(tensors['integers'], 'integer tensor')} to compare"
-    elif tensors["integers"] > len(differing):
-        equal = _counted(tensors["integers"] - len(differing), "integer tensor")
-        yield f"  {equal} equal everywhere, copied"
-    if differing:
-        many = _counted(len(differing), "integer tensor")
-        how = {"max": "the largest value", "mean": "the rounded mean"}
-        chosen = how.get(report["int_policy"], "the template's value")
-        yield f"  {many} with different values, {chosen} taken: {named(differing)}"
-    tensors_kept = [
-        f"{entry['key']} ({_counted(entry['tensors'], 'tensor')}, {sizes.shown(entry['bytes'])})"
-        for entry in report["kept"]
-    ]
-    kept = tensors_kept + report["others"]
+    yield from (f"  {what}" for what in integers(report))
+    kept, where = kept_entries(report)
     if kept:
-        shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8:,} more" if len(kept) > 8 else "")
-        what = f"kept from {report['template']}" if report["whole"] else "left out"
-        yield f"  {what}: {shown}"
+        yield f"  {where}: {shortened(kept)}"
     yield from _bars(report.get("agreement"))
-    for name, number in list(report["available"].items())[:8]:
-        yield f"  {name!r} is averaged over {number} of {count} checkpoints"
-    if report.get("nonfinite"):
-        yield f"  warning: NaN or infinity in {named(report['nonfinite'])}"
+    yield from (f"  {what}" for what in exceptions(report))
     yield from (f"  note: {note}" for note in report["notes"])
     yield from (f"  warning: {warning}" for warning in report["warnings"])
     if report["dry_run"]:
@@ -233,6 +288,45 @@ def lines(report: Report) -> Iterator[str]:
         rate = sizes.shown(report["bytes_read"] / max(report["seconds"], 1e-9))
         size = sizes.shown(report["bytes_read"])
         yield f"  {size} read in {report['seconds']:.2f} s ({rate}/s)"
+
+
+def integers(report: Report) -> Iterator[str]:
+    """What became of integers, a sentence each."""
+    count, differing = report["tensors"]["integers"], report.get("differing", [])
+    if count and report["dry_run"]:
+        yield f"{_counted(count, 'integer tensor')} to compare"
+    elif count > len(differing):
+        yield f"{_counted(count - len(differing), 'integer tensor')} equal everywhere, copied"
+    if differing:
+        many = _counted(len(differing), "integer tensor")
+        how = {"max": "the largest value", "mean": "the rounded mean"}
+        chosen = how.get(report["int_policy"], "the template's value")
+        yield f"{many} with different values, {chosen} taken: {named(differing)}"
+
+
+def kept_entries(report: Report) -> tuple[list[str], str]:
+    """What is not averaged, with its size; and what becomes of it."""
+    kept = [
+        f"{entry['key']} ({_counted(entry['tensors'], 'tensor')}, {sizes.shown(entry['bytes'])})"
+        for entry in report["kept"]
+    ]
+    what = f"kept from {report['template']}" if report["whole"] else "left out"
+    return kept + report["others"], what
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def exceptions(report: Report) -> Iterator[str]:
+    """Tensors that are not the mean of all checkpoints, or hold NaN, a sentence each."""
+    count = averaged_count(report)
+    for name, number in list(report["available"].items())[:8]:
+        yield f"{name!r} is averaged over {number} of {count} checkpoints"
+    if report.get("nonfinite"):
+        yield f"warning: NaN or infinity in {named(report['nonfinite'])}"
 
 
 def _counted(count: int, noun: str) -> str:

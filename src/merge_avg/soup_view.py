@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from merge_avg.printable import printable
 from merge_avg.soup import Soup, Trial
 
 
@@ -59,6 +60,6 @@ def _cells(trial: Trial) -> tuple[str, ...]:
     single = len(trial.members) == 1
     verdict = ("best so far" if trial.kept else "") if single else "kept" if trial.kept else "left"
     verdict += " (from the log)" if trial.remembered else ""
-    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(trial.members[-1]))
+    name = printable(str(trial.members[-1]))
     number, members = f"{trial.number}/{trial.total}", str(len(trial.members))
     return number, name, members, f"{trial.score:.10g}", verdict.strip()

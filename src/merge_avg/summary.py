@@ -8,7 +8,8 @@ from typing import Any
 
 from merge_avg import sizes
 from merge_avg.errors import MergeError
-from merge_avg.report import Report
+from merge_avg.printable import printable
+from merge_avg.report import Report, averaged_count, precision
 
 _KNOWN = ("step", "epoch", "metric")
 
@@ -33,8 +34,8 @@ def append(path: Path, text: str) -> None:
 
 def _lines(report: Report) -> Iterator[str]:
     inputs, outputs = report["inputs"], report["outputs"]
-    count = f"{len(inputs)} checkpoint{'s' * (len(inputs) != 1)}"
-    yield f"### merge-avg: {count} averaged"
+    count, agreement = averaged_count(report), report.get("agreement")
+    yield f"### merge-avg: {count} checkpoint{'s' * (count != 1)} averaged"
     yield ""
     known = [key for key in _KNOWN if any(key in entry for entry in inputs)]
     columns = ["checkpoint", "size", *known, *("weight" for _ in outputs)]
@@ -50,6 +51,11 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"- written: {_text(output['path'])}"
     tensors = report["tensors"]["averaged"]
     yield f"- averaged: {tensors:,} tensors, {report['parameters']:,} parameters"
+    if agreement is not None:
+        yield f"- agreement: {agreement['mean']:.3f} ({precision(agreement)})"
+        if agreement["centred"] is not None:
+            mean = f"{agreement['centred']['mean']:.3f} ({precision(agreement['centred'])})"
+            yield f"- agreement by the differences to {_text(agreement['base'])}: {mean}"
     yield from (f"- note: {_text(note)}" for note in report["notes"])
     yield from (f"- **warning**: {_text(warning)}" for warning in report["warnings"])
 
@@ -64,5 +70,4 @@ def _number(value: Any) -> str:
 
 def _text(value: str) -> str:
     """Text without what Markdown, HTML or a terminal would take for more."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
-    return "".join(f"&#{ord(c)};" if c in "|`*_<>[]\\&#!~@" else c for c in shown)
+    return "".join(f"&#{ord(c)};" if c in "|`*_<>[]\\&#!~@" else c for c in printable(value))

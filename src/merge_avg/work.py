@@ -64,13 +64,14 @@ class Maps:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a unit's windows are averaged; of each average the numbers of the sources that count.
+    """How a unit's windows are averaged; of each average, and of any, the sources that count.
 
     `groups` are the numbers of sources that are read at a time, which have one dtype.
     """
 
     unit: Unit
     counted: Sequence[Sequence[int]]
+    averaged: frozenset[int]
     means: Sequence[RunningMean]
     groups: Sequence[Sequence[int]]
 
@@ -108,7 +109,7 @@ class Worker:
         self._maps = maps
         self._ledger = ledger
         self._comparison = comparison
-        self._samples: list[list[Tensor]] = []
+        self._samples: list[tuple[Window, list[Tensor]]] = []
         self._sampled = 0
         self._device = device
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
@@ -184,9 +185,10 @@ class Worker:
         if self._last is None or self._last.unit is not unit:
             counted = [self._counted(unit, weights) for weights in self._rows]
             means = [self._mean_for(unit, number) for number in range(len(self._rows))]
-            wanted = sorted({k for ours in counted for k in ours})
+            averaged = frozenset(k for ours in counted for k in ours)
+            wanted = sorted(averaged | self._comparison.beside(unit))
             groups = tuple(_groups(unit, wanted, self._job.budget.rows))
-            self._last = _Recipe(unit, counted, means, groups)
+            self._last = _Recipe(unit, counted, averaged, means, groups)
         return self._last
 
     def _read_all(self, window: Window, recipe: _Recipe) -> None:
@@ -204,15 +206,16 @@ class Worker:
                 compared.append(stack.index_select(1, places.to(stack.device)))
             if unit.kind == "mean" and not all(mean.finite for mean in recipe.means):
                 for k, values in zip(group, stack, strict=True):
-                    self._report_nonfinite(window, k, values)
-            for values in stack if self._job.plan.factors else ():
-                factors = self._factors(window, values)
+                    if k in recipe.averaged:
+                        self._report_nonfinite(window, k, values)
+            for k, values in zip(group, stack, strict=True) if self._job.plan.factors else ():
+                factors = self._factors(window, values) if k in recipe.averaged else None
                 if first is not None and factors is not None and not torch.equal(factors, first):
                     self._ledger.factors_differ = True
                 first = factors if first is None else first
 
         if compared:
-            self._samples.append(compared)
+            self._samples.append((window, compared))
             self._sampled += sum(part.numel() for part in compared)
             if self._sampled >= COMPARED:
                 self._compare()

@@ -1,0 +1,14 @@
+"""Text that comes from files or their names, as it may be shown."""
+
+from __future__ import annotations
+
+import re
+
+# GitHub's runner takes "::" at the start of a line, and "##[" anywhere, for commands to it.
+_COMMAND = re.compile(r"^( *):(?=:)|#(?=#\[)")
+
+
+def printable(text: str) -> str:
+    """A line without what would steer a terminal or a CI runner: that is escaped."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _COMMAND.sub(lambda found: found[0][:-1] + f"\\x{ord(found[0][-1]):02x}", shown)

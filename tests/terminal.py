@@ -1,0 +1,25 @@
+"""A terminal to run commands on."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import termios
+
+
+def on_terminal(command, columns=80, **options):
+    """What a command writes to a terminal of so many columns, on stderr; it has to succeed."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    shown = b""
+    with subprocess.Popen(command, stderr=writer, stdout=subprocess.DEVNULL, **options) as running:
+        os.close(writer)
+        while True:
+            try:
+                shown += os.read(reader, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+    os.close(reader)
+    assert running.returncode == 0
+    return shown.decode()
