@@ -29,14 +29,20 @@ Buffer = memoryview | bytearray
 
 
 @dataclass(frozen=True, slots=True)
-class _Tap:
-    """A storage that has been read from: its file and where it begins in it, and its checksum."""
+class Tap:
+    """A storage that is read from: its file and where it begins in it, and its checksum."""
 
     storage: Storage  # kept, so that its identity remains its own
     fd: int
     offset: int
     path: Path
     sums: Checksum | None
+
+    def read(self, into: memoryview, at: int, *, again: bool = False) -> None:
+        """Fills `into` from byte `at` of the storage on; `again` where it was counted before."""
+        read_fully(self.fd, into, self.offset + at, self.path)
+        if self.sums is not None and not again:
+            self.sums.add(at, len(into), zlib_ng.crc32(into))
 
 
 class Reader:
@@ -55,7 +61,7 @@ class Reader:
         self._files = layout.files
         self._fds: dict[int, int] = {}
         self._sums: dict[Storage, Checksum] = {}
-        self._taps: dict[int, _Tap] = {}  # by identity: hashing a storage costs more than a read
+        self._taps: dict[int, Tap] = {}  # by identity: hashing a storage costs more than a read
         self._decoded: dict[Storage, int] = {}
         self._lock = threading.Lock()
         self._scratch = scratch
@@ -71,24 +77,24 @@ class Reader:
             for part, start, first, last in _overlaps(storage.parts, at, at + len(into)):
                 self.read(into[first - at : last - at], part, first - start, again=again)
             return
-        tap = self._taps.get(id(storage)) or self._tap(storage)
-        read_fully(tap.fd, into, tap.offset + at, tap.path)
-        if tap.sums is not None and not again:
-            tap.sums.add(at, len(into), zlib_ng.crc32(into))
+        self.tap(storage).read(into, at, again=again)
 
-    def _tap(self, storage: Storage) -> _Tap:
-        """Where a storage's bytes come from; the windows of a tensor need not find it each time."""
+    def tap(self, storage: Storage) -> Tap:
+        """Where the bytes of a storage that has no parts come from, once for all its windows."""
+        found = self._taps.get(id(storage))
+        if found is not None:
+            return found
         path = self._files[storage.file].path
         if storage.coded:
             offset = self._decode(storage)
-            tap = _Tap(storage, self._spooled().fileno(), offset, path, None)
+            tap = Tap(storage, self._spooled().fileno(), offset, path, None)
         else:
             fd = self._fd(storage.file)
             sums = None
             if storage.crc is not None:
                 with self._lock:
                     sums = self._sums.setdefault(storage, Checksum(storage.nbytes))
-            tap = _Tap(storage, fd, storage.offset, path, sums)
+            tap = Tap(storage, fd, storage.offset, path, sums)
         self._taps[id(storage)] = tap
         return tap
 
@@ -233,9 +239,9 @@ def _same(file: File, found: os.stat_result) -> None:
 
 def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
     """Fills `into` from `offset` of a file on, in as many calls as it takes."""
-    at = 0
-    while at < len(into):
-        part = into[at : at + _LARGEST_READ] if at or len(into) > _LARGEST_READ else into
+    at, size = 0, len(into)
+    while at < size:
+        part = into[at : at + _LARGEST_READ] if at or size > _LARGEST_READ else into
         try:
             count = os.preadv(fd, [part], offset + at)
         except OSError as error:

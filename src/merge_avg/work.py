@@ -16,7 +16,7 @@ from merge_avg.budget import COMPARED
 from merge_avg.buffer import Buffer
 from merge_avg.draft import Target
 from merge_avg.errors import MergeError
-from merge_avg.files import Reader
+from merge_avg.files import Reader, Tap
 from merge_avg.integers import is_counter, settle
 from merge_avg.lanes import make_lane, travel
 from merge_avg.layout import Storage, TensorInfo
@@ -66,7 +66,8 @@ class Maps:
 class _Recipe:
     """How a unit's windows are averaged; of each average, and of any, the sources that count.
 
-    `groups` are the numbers of sources that are read at a time, which have one dtype.
+    `groups` are the numbers of sources that are read at a time, which have one dtype, and `taps`
+    where each source is read from, if not from parts of a storage or the scratch file.
     """
 
     unit: Unit
@@ -74,6 +75,7 @@ class _Recipe:
     averaged: frozenset[int]
     means: Sequence[RunningMean]
     groups: Sequence[Sequence[int]]
+    taps: Sequence[Tap | None]
 
 
 class Worker:
@@ -188,7 +190,13 @@ class Worker:
             averaged = frozenset(k for ours in counted for k in ours)
             wanted = sorted(averaged | self._comparison.beside(unit))
             groups = tuple(_groups(unit, wanted, self._job.budget.rows))
-            self._last = _Recipe(unit, counted, averaged, means, groups)
+            taps = [
+                self._readers[source.checkpoint].tap(source.storage)
+                if source.storage is not None and not (source.storage.parts or source.storage.tiles)
+                else None
+                for source in unit.sources
+            ]
+            self._last = _Recipe(unit, counted, averaged, means, groups, taps)
         return self._last
 
     def _read_all(self, window: Window, recipe: _Recipe) -> None:
@@ -197,7 +205,7 @@ class Worker:
         first: Tensor | None = None
         places = self._comparison.places(window)
         compared: list[Tensor] = []
-        fill = functools.partial(self._stacked, window)
+        fill = functools.partial(self._stacked, window, recipe)
         for group, stack in travel(self._lane, recipe.groups, fill):
             for mean, ours in zip(recipe.means, recipe.counted, strict=True):
                 for run in _runs(group, ours):
@@ -338,14 +346,23 @@ class Worker:
         self._compare()
         self._lane.close()
 
-    def _stacked(self, window: Window, group: Sequence[int], room: Buffer) -> Tensor:
+    def _stacked(
+        self, window: Window, recipe: _Recipe, group: Sequence[int], room: Buffer
+    ) -> Tensor:
         """The window's elements as some sources of one dtype have them, a row each, in `room`."""
         numel = _length(window)
-        dtype = window[0].unit.sources[group[0]].dtype
+        sources = recipe.unit.sources
+        dtype = sources[group[0]].dtype
         size = numel * dtype.itemsize
         data = room.bytes(size * len(group))
+        start = window[0].start * dtype.itemsize if len(window) == 1 else None
         for row, k in enumerate(group):
-            self._fetch(window, k, data[row * size : (row + 1) * size])
+            part = data[row * size : (row + 1) * size]
+            tap = recipe.taps[k]
+            if start is not None and tap is not None:  # most windows
+                tap.read(part, sources[k].offset + start)
+            else:
+                self._fetch(window, k, part)
         self._ledger.count(len(data))
         whole = room.tensor(numel * len(group), getattr(torch, dtype.name))
         return whole.view(len(group), numel)
