@@ -1,5 +1,5 @@
 """python -m merge_avg."""
 
-from merge_avg.cli import main
+from merge_avg.cli import entry
 
-main()
+entry()

@@ -566,3 +566,15 @@ def main() -> None:
         except _Stopped as stop:
             _say("stopped; each output is as it was, or complete")
             sys.exit(stop.code)
+
+
+def entry() -> None:
+    """The console script: `main`, and a short way out where all went well."""
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    # Taking down torch's modules one by one would take longer than many a merge.
+    atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does for its children
+    os._exit(0)
