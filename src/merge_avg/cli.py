@@ -255,7 +255,8 @@ def merge(
     ] = False,
 ) -> None:
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
-    from merge_avg.averages import Series  # after --help has had its answer
+    from merge_avg.ahead import read_ahead  # after --help has had its answer
+    from merge_avg.averages import Series
     from merge_avg.choose import Weighting, choose
     from merge_avg.prepare import Options, prepare, refuse_report
     from merge_avg.report import describe
@@ -320,6 +321,7 @@ def merge(
         refuse_report(page, job, dry_run=dry_run)
     result = None
     if not dry_run:
+        read_ahead(job)
         with _progress(job, quiet=quiet) as advance:
             from merge_avg.merge import run  # torch, whose import takes seconds
 
