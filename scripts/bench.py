@@ -6,8 +6,10 @@
     python scripts/bench.py --curve               time and memory over the number and size of files
 
 Every contender is a process of its own. Contenders take turns, so that a noisy machine is noisy for
-all of them. Times are also ratios to the limit: reading every input once (cat) and copying one of
-them with fsync. Memory is that of the whole process; `anonymous` leaves out mapped files and code.
+all of them. Times are also ratios to the limit: reading what has to be read of every input once,
+and copying one of them with fsync; with torch's import, and less what `python -c "import torch"`
+takes in the same run. Memory is that of the whole process; `anonymous` leaves out mapped files and
+code.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ MB = 1_000_000
 
 @dataclass(frozen=True)
 class Workload:
-    """How many checkpoints, how each is made at a size in bytes, and what the output is called."""
+    """How many checkpoints, how each is made at a size in bytes, and what the output is called.
+
+    `needed` is the part of a file that has to be read: the weights, which come first.
+    """
 
     count: int
     nbytes: int
     make: Callable[[Path, int, int], None]
     suffix: str
+    needed: float = 1.0
 
 
 def _tensors(seed: int, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -99,7 +105,7 @@ def _tiny(path: Path, seed: int, nbytes: int) -> None:
 WORKLOADS = {
     "float32": Workload(8, 1400 * MB, _float32, ".pt"),
     "bfloat16": Workload(8, 700 * MB, _bfloat16, ".safetensors"),
-    "nested": Workload(20, 200 * MB, _nested, ".ckpt"),
+    "nested": Workload(20, 200 * MB, _nested, ".ckpt", 0.5),
     "sharded": Workload(3, 4000 * MB, _sharded, ""),
     "one": Workload(2, 4000 * MB, _one, ".safetensors"),
     "tiny": Workload(8, 20 * MB, _tiny, ".pt"),
@@ -182,12 +188,24 @@ def _ours(*options: str) -> Contender:
     return Contender(command)
 
 
-def _limit(inputs: Sequence[Path], output: Path) -> list[str]:
-    one = inputs[0]
-    files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]
-    every = [path / file.name if path.is_dir() else path for path in inputs for file in files]
-    copies = "; ".join(f"dd if={f} of={output}.{i} bs=1M conv=fsync" for i, f in enumerate(files))
-    return ["sh", "-c", f"cat {' '.join(map(str, every))} > /dev/null; {copies}"]
+def _limit(needed: float) -> Contender:
+    """Reading a part of every file, and copying the first checkpoint for good."""
+
+    def command(inputs: Sequence[Path], output: Path) -> list[str]:
+        one = inputs[0]
+        files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]
+        every = [path / file.name if path.is_dir() else path for path in inputs for file in files]
+        read = f"cat {' '.join(map(str, every))} > /dev/null"
+        if needed < 1:
+            parts = [(path, int(path.stat().st_size * needed) // (1 << 16)) for path in every]
+            read = "; ".join(f"dd if={path} of=/dev/null bs=64K count={n}" for path, n in parts)
+        copies = (f"dd if={f} of={output}.{i} bs=1M conv=fsync" for i, f in enumerate(files))
+        return ["sh", "-c", "; ".join([read, *copies])]
+
+    return Contender(command)
+
+
+_IMPORT = Contender(lambda *_: [sys.executable, "-c", "import torch"])
 
 
 def _mergekit(program: Path) -> Contender:
@@ -279,13 +297,15 @@ def race(
     *,
     repeat: int,
     cold: bool,
+    needed: float = 1.0,
 ) -> dict[str, Reading]:
-    """The median of each contender over interleaved runs; "limit" is one of them."""
+    """The median of each contender over interleaved runs; "limit" and "import torch" are two."""
     output = inputs[0].parent / f"output{suffix}"
     readings: dict[str, list[Reading]] = {}
     failed: set[str] = set()
     for _ in range(repeat):
-        for name, contender in {"limit": Contender(_limit), **contenders}.items():
+        every = {"limit": _limit(needed), "import torch": _IMPORT, **contenders}
+        for name, contender in every.items():
             command = contender.command(inputs, output)
             if command is None or name in failed:
                 continue
@@ -308,15 +328,22 @@ def _median(readings: Sequence[Reading]) -> Reading:
     return Reading(*map(statistics.median, columns))
 
 
+def ratios(results: dict[str, Reading], name: str) -> tuple[float, float]:
+    """Wall time over the limit's, as it is and less that of importing torch."""
+    limit, loading = results["limit"].wall, results["import torch"].wall
+    wall = results[name].wall
+    return wall / limit, max(wall - loading, 0.0) / limit
+
+
 def show(title: str, results: dict[str, Reading]) -> None:
     """One table."""
     print(f"\n{title}")
-    print(f"  {'':<16}{'wall s':>8}{'x limit':>9}{'cpu s':>8}{'anon MiB':>10}{'rss MiB':>9}")
-    limit = results["limit"].wall
+    titles = "wall s", "x limit", "less import", "cpu s", "anon MiB", "rss MiB"
+    print(f"  {'':<16}" + "".join(f"{title:>12}" for title in titles))
     for name, r in results.items():
-        ratio = r.wall / limit
-        numbers = f"{r.wall:>8.2f}{ratio:>9.2f}{r.cpu:>8.2f}{r.anonymous:>10.0f}{r.resident:>9.0f}"
-        print(f"  {name:<16}{numbers}", flush=True)
+        whole, less = ratios(results, name)
+        numbers = f"{r.wall:12.2f}{whole:12.2f}{less:12.2f}{r.cpu:12.2f}"
+        print(f"  {name:<16}{numbers}{r.anonymous:12.0f}{r.resident:12.0f}", flush=True)
 
 
 def _made(workload: Workload, folder: Path, count: int, nbytes: int) -> list[Path]:
@@ -332,47 +359,70 @@ def _curves(
     """Time and memory over the number of checkpoints, and over their size."""
     scale = 10 if options.quick else 1
     rows = []
-    grid = [(count, 100 * MB // scale) for count in (2, 4, 8, 16, 32, 64)]
-    grid += [(4, nbytes * MB // scale) for nbytes in (50, 200, 800, 1600)]
-    for count, nbytes in grid:
+    grid = [("count", count, 100 * MB // scale) for count in (2, 4, 8, 16, 32, 64)]
+    grid += [("nbytes", 4, nbytes * MB // scale) for nbytes in (50, 100, 200, 400, 800, 1600)]
+    for curve, count, nbytes in grid:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             workload = WORKLOADS["float32"]
             inputs = _made(workload, Path(place), count, nbytes)
             results = race(inputs, ".pt", contenders, repeat=options.repeat, cold=options.cold)
             show(f"{count} checkpoints of {nbytes // MB} MB", results)
             rows += [
-                {"count": count, "nbytes": nbytes, "contender": name, **asdict(reading)}
+                {
+                    "curve": curve,
+                    "count": count,
+                    "nbytes": nbytes,
+                    "contender": name,
+                    **asdict(reading),
+                }
                 for name, reading in results.items()
             ]
     return rows
 
 
 def _plot(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """Ratios and memory of the workloads as bars; of the curves, time and memory as lines."""
     import matplotlib as mpl  # noqa: PLC0415 - only where a plot is asked for
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    titles = list(dict.fromkeys(str(row["workload"]) for row in rows))
-    names = list(dict.fromkeys(str(row["contender"]) for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
-    for axis, field, label in zip(
-        axes,
-        ("ratio", "anonymous"),
-        ("wall time / limit", "peak anonymous memory, MiB"),
-        strict=True,
-    ):
-        for place, name in enumerate(names):
-            found = {str(r["workload"]): r[field] for r in rows if r["contender"] == name}
-            xs = [x + (place - len(names) / 2) * 0.8 / len(names) for x in range(len(titles))]
-            heights = [float(str(found.get(title, 0))) for title in titles]
-            axis.bar(xs, heights, 0.8 / len(names), label=name)
-        axis.set_xticks(range(len(titles)), titles)
-        axis.set_ylabel(label)
+    names = [name for name in _names(rows, "contender") if name != "import torch"]
+    if "workload" in rows[0]:
+        titles = _names(rows, "workload")
+        for axis, field in zip(axes, ("ratio", "anonymous"), strict=True):
+            for place, name in enumerate(names):
+                found = {str(r["workload"]): r[field] for r in rows if r["contender"] == name}
+                xs = [x + (place - len(names) / 2) * 0.8 / len(names) for x in range(len(titles))]
+                heights = [float(str(found.get(title, 0))) for title in titles]
+                axis.bar(xs, heights, 0.8 / len(names), label=name)
+            axis.set_xticks(range(len(titles)), titles)
+        axes[0].set_ylabel("wall time / limit")
+    else:
+        for axis, field in zip(axes, ("wall", "anonymous"), strict=True):
+            for name in names:
+                for style, key in (("-o", "count"), ("--s", "nbytes")):
+                    points = sorted(
+                        (float(str(r["count"])) * float(str(r["nbytes"])), float(str(r[field])))
+                        for r in rows
+                        if r["contender"] == name and r["curve"] == key
+                    )
+                    label = f"{name}, over {'N' if key == 'count' else 'size'}"
+                    axis.plot(*zip(*points, strict=True), style, label=label)
+            axis.set_xscale("log")
+            axis.set_xlabel("bytes of all checkpoints")
+        axes[0].set_ylabel("wall time, s")
+    for axis in axes:
         axis.set_yscale("log")
-    axes[0].legend()
+    axes[1].set_ylabel("peak anonymous memory, MiB")
+    axes[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def _names(rows: Sequence[dict[str, object]], field: str) -> list[str]:
+    return list(dict.fromkeys(str(row[field]) for row in rows))
 
 
 def main() -> None:
@@ -391,7 +441,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.workloads) - set(WORKLOADS):
         parser.error(f"no such workload: {', '.join(sorted(unknown))}")
-    contenders = {"merge-avg": _ours()}
+    contenders = {"merge-avg": _ours(), "less comparing": _ours("--no-agreement")}
     if not options.ours:
         contenders |= {
             "naive loop": _python(_LOOP.format(options="")),
@@ -416,17 +466,17 @@ def main() -> None:
                     contenders,
                     repeat=options.repeat,
                     cold=options.cold,
+                    needed=workload.needed,
                 )
             show(f"{name}: {workload.count} x {nbytes / MB:.1f} MB", results)
-            limit = results["limit"].wall
-            rows += [
-                {"workload": name, "contender": who, "ratio": r.wall / limit, **asdict(r)}
-                for who, r in results.items()
-            ]
+            for who, reading in results.items():
+                whole, less = ratios(results, who)
+                row = {"workload": name, "contender": who, "ratio": whole, "less_import": less}
+                rows.append({**row, **asdict(reading)})
     if options.json:
         about = {"torch": torch.__version__, "cores": os.cpu_count(), "cold": options.cold}
         options.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
-    if options.plot and not options.curve:
+    if options.plot:
         _plot(rows, options.plot)
 
 

@@ -1,0 +1,36 @@
+"""scripts/bench.py: a smoke run of every workload, and of the curves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench.py"
+OURS = {"limit", "import torch", "merge-avg", "less comparing"}
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("curve", [False, True])
+def test_small_sizes(tmp_path, curve):
+    """With small files it measures every contender that can take a workload, and draws them."""
+    pytest.importorskip("matplotlib")
+    numbers, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["--quick", "--repeat", "1", "--folder", str(tmp_path)]
+    options += ["--curve", "--ours"] if curve else []
+    command = [sys.executable, str(BENCH), *options, "--json", str(numbers), "--plot", str(plot)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = json.loads(numbers.read_text())["results"]
+    assert "failed" not in done.stdout
+    assert all(row["wall"] > 0 for row in rows)
+    if curve:
+        assert {row["count"] for row in rows} == {2, 4, 8, 16, 32, 64}
+        assert {row["contender"] for row in rows} == OURS
+    else:
+        found = {(row["workload"], row["contender"]) for row in rows}
+        workloads = {workload for workload, _ in found}
+        assert workloads == {"float32", "bfloat16", "nested", "sharded", "one", "tiny"}
+        assert found >= {(workload, who) for workload in workloads for who in OURS}
+        assert ("float32", "AveragedModel") in found
+    assert plot.read_bytes().startswith(b"\x89PNG")
