@@ -223,6 +223,29 @@ def _mergekit(program: Path) -> Contender:
     return Contender(command)
 
 
+_SD_MECHA = """
+import pathlib, sys, sd_mecha, torch
+from safetensors import safe_open
+*inputs, output = [pathlib.Path(path).absolute() for path in sys.argv[1:]]
+with safe_open(inputs[0], "pt") as file:
+    dtype = file.get_tensor(next(iter(file.keys()))).dtype
+models = [sd_mecha.model(path) for path in inputs]
+mean = sd_mecha.n_average(*models)
+sd_mecha.merge(mean, output=output, merge_dtype=torch.float32, output_dtype=dtype)
+"""
+
+
+def _sd_mecha(python: Path) -> Contender:
+    """The plain average of sd-mecha, which takes safetensors; `python` has it installed."""
+
+    def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
+        if inputs[0].suffix != ".safetensors":
+            return None
+        return [str(python), "-c", _SD_MECHA, *map(str, inputs), str(output)]
+
+    return Contender(command)
+
+
 # Measuring
 
 
@@ -436,6 +459,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the files are made")
     parser.add_argument("--mergekit", type=Path, help="mergekit-pytorch of an environment with it")
+    parser.add_argument("--sd-mecha", type=Path, help="python of an environment with sd-mecha")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--plot", type=Path, help="where a PNG goes (needs matplotlib)")
     options = parser.parse_args()
@@ -450,6 +474,8 @@ def main() -> None:
         }
         if options.mergekit:
             contenders["mergekit"] = _mergekit(options.mergekit)
+        if options.sd_mecha:
+            contenders["sd-mecha"] = _sd_mecha(options.sd_mecha)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
