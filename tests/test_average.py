@@ -4,12 +4,14 @@ import itertools
 import math
 import random
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merge_avg import average
 from merge_avg.average import _FLOATS, RunningMean, exact_mean
 from merge_avg.weights import Weights
 
@@ -66,16 +68,25 @@ def made(dtype, numel, spread, seed):
     seed=st.integers(0, 2**20),
     cancel=st.booleans(),
     weights=st.none() | st.lists(st.sampled_from([0, 1, 2, 7, 0.1, 0.3, "1/3"]), min_size=9),
+    block=st.sampled_from([7, average.BLOCK]),
+    rows=st.integers(1, 9),
 )
-def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights):
-    """The mean is the exact one rounded once, for every dtype, range, weight and cancellation."""
+def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights, block, rows):
+    """The mean is the exact one rounded once, for every dtype, range, weight and cancellation.
+
+    Nor does it matter in which blocks the elements are summed, and how many rows come at a time.
+    """
     tensors = [made(dtype, 40, spread, seed + i) for i in range(count)]
     if cancel and count > 1:
         tensors[-1] = (-tensors[0].double()).to(dtype)
     chosen = Weights.uniform(count)
     if weights is not None and any(weights[:count]):
         chosen = Weights.of(weights[:count])
-    result = averaged(tensors, chosen)
+    with mock.patch.object(average, "BLOCK", block):
+        mean = RunningMean(chosen)
+        for start in range(0, count, rows):
+            mean.extend(torch.stack(tensors[start : start + rows]))
+        result = mean.result(lambda i: tensors[i])
     assert torch.equal(bits(result), bits(reference(tensors, chosen, dtype)))
 
 
