@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from merge_avg import average
 from merge_avg.average import _FLOATS, RunningMean, exact_mean
+from merge_avg.budget import BLOCK
 from merge_avg.weights import Weights
 
 DTYPES = list(_FLOATS)
@@ -68,7 +69,7 @@ def made(dtype, numel, spread, seed):
     seed=st.integers(0, 2**20),
     cancel=st.booleans(),
     weights=st.none() | st.lists(st.sampled_from([0, 1, 2, 7, 0.1, 0.3, "1/3"]), min_size=9),
-    block=st.sampled_from([7, average.BLOCK]),
+    block=st.sampled_from([7, BLOCK]),
     rows=st.integers(1, 9),
 )
 def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights, block, rows):

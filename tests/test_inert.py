@@ -80,6 +80,8 @@ NAMES = [
     ("runpy", "run_path"),
     ("torch.hub", "load"),
     ("ctypes", "CDLL"),
+    ("torch", "os"),
+    ("torch", "os.system"),
 ]
 
 
@@ -98,6 +100,45 @@ def test_dangerous_callables_are_refused_by_name(module, name):
     ):
         with pytest.raises(PickleError, match=f"{module}.{name}"):
             read(data)
+
+
+GETTER, KIND = b"cbuiltins\ngetattr\n", b"cmodule\nKind\n"
+
+
+def test_members_of_enums_are_inert():
+    """Python 3.11.0 to 3.11.3 pickle them by getattr, again and again from the memo."""
+    value = read(b"(" + GETTER + b"p0\n(" + KIND + b"S'A'\ntRg0\n(" + KIND + b"S'b'\ntRt.")
+    assert [(one.function.name, one.args[1]) for one in value] == [
+        ("getattr", "A"),
+        ("getattr", "b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GETTER + b".",  # the function itself
+        GETTER + b"(cmodule\nkind\nS'A'\ntR.",  # of what may be a module
+        GETTER + b"(" + KIND + b"S'__init__'\ntR.",
+        GETTER + b"(" + KIND + b"S'A'\nNtR.",  # with a default
+        GETTER + b"(S'Kind'\nS'A'\ntR.",
+        GETTER + b"(" + KIND + b"S'A'\ntR(tR.",  # what it returned is called
+        GETTER + b"(" + KIND + b"S'A'\ntR)\x81.",
+        b"cmodule\nmap\n(" + GETTER + b"]tR.",  # given to another function
+        # The same, and two calls for what was put on the stack once.
+        b"cmodule\nmap\n("
+        + GETTER
+        + b"p0\n]tR0g0\n2("
+        + KIND
+        + b"S'A'\ntR0("
+        + KIND
+        + b"S'A'\ntR.",
+    ],
+)
+def test_any_other_use_of_getattr_is_refused(data):
+    """Only the form that enums take is let through."""
+    with pytest.raises(PickleError, match=r"builtins\.getattr"):
+        read(data)
 
 
 @pytest.mark.parametrize("data", [b"\x82\x01.", b"\x83\x01\x00.", b"\x97.", b"\x98."])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.files import Reader
+from merge_avg.files import Tap
 from merge_avg.merge import merge_checkpoints
 from merge_avg.scan import scan
 
@@ -86,13 +86,13 @@ def test_each_input_is_read_once(tmp_path, monkeypatch):
         paths.append(tmp_path / f"{fold}.safetensors")
         save_file({"w": tensors(fold)["w"]}, paths[-1])
     taken = []
-    read = Reader.read
+    read = Tap.read
 
-    def counted(self, into, storage, at, *, again=False):
+    def counted(self, into, at, *, again=False):
         taken.append((self.path, len(into)))
-        read(self, into, storage, at, again=again)
+        read(self, into, at, again=again)
 
-    monkeypatch.setattr(Reader, "read", counted)
+    monkeypatch.setattr(Tap, "read", counted)
     rows = {tmp_path / f"o{k}.safetensors": [int(i != k) for i in range(8)] for k in range(8)}
     result = merge_checkpoints(paths, rows)
     weights = sum(info.numel * 4 for info in scan(paths[0]).tensors)

@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from merge_avg.errors import MergeError
 
@@ -195,6 +195,7 @@ class _Machine:
         self.call = call
         self.allowance = allowance
         self.crafted = 0
+        self.getters = 0  # how often getattr was put on the stack, less the calls that are members
 
     def run(self) -> Loaded:
         data, table, stack, allowance, costs = (
@@ -230,6 +231,8 @@ class _Machine:
                 continue
             if opcode == 0x2E:  # STOP
                 value = self.pop()
+                if self.getters:
+                    refuse("builtins", "getattr")
                 nbytes = self.at - self.start
                 allowance.read = nbytes
                 frames = tuple(frame - self.start for frame in self.frames)
@@ -304,8 +307,15 @@ class _Machine:
             raise TypeError("a global's name is no text")
         if len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("a name of absurd length")
-        refuse_if_dangerous(module, name)
+        if not self.counts(Global(module, name)):
+            refuse_if_dangerous(module, name)
         self.push_global(module, name)
+
+    def counts(self, value: Value) -> bool:
+        """Counts `getattr`, which is put on the stack once for each call."""
+        found = type(value) is Global and value in _GETTERS
+        self.getters += found
+        return found
 
     def push_global(self, module: str, name: str) -> None:
         self.spend(_GLOBAL)
@@ -319,6 +329,7 @@ class _Machine:
         if type(value) is Global and value.name.endswith("Storage"):  # where a copy may edit it
             self.push_global(value.module, value.name)
         else:
+            self.counts(value)
             self.push(value)
 
     def put(self, index: int) -> None:
@@ -393,6 +404,12 @@ class _Machine:
 
     def instance(self, function: Value, args: Value) -> None:
         self.spend(_INSTANCE)
+        if type(function) is Global and function in _GETTERS:
+            if not _names_a_member(args):
+                refuse("builtins", "getattr")
+            self.getters -= 1
+        elif type(function) is Instance and function.function in _GETTERS:
+            refuse("builtins", "getattr")  # what it returned is called
         self.push(Instance(function, args))
 
 
@@ -577,6 +594,7 @@ def _pop_mark(m: _Machine) -> None:
 
 @_on("2")
 def _dup(m: _Machine) -> None:
+    m.counts(m.top())
     m.push(m.top())
 
 
@@ -814,6 +832,22 @@ _DANGEROUS_NAMES = {
     "numpy.testing._private.utils": frozenset({"runstring"}),
 }
 _DANGEROUS_NAMES["__builtin__"] = _DANGEROUS_NAMES["builtins"]
+# What reaches such a module by way of another that has imported it: torch.os, numpy.os.system.
+_REACHED = frozenset("builtins ctypes importlib os posix runpy shutil subprocess sys".split())
+
+# Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(class, name), and there torch's own
+# metadata of distributed checkpoints has one. So exactly that is no danger; any other use is.
+_GETTERS = Global("builtins", "getattr"), Global("__builtin__", "getattr")
+
+
+def _names_a_member(args: Value) -> bool:
+    """Whether arguments of getattr are a class, as its name tells, and the name of a member."""
+    if not isinstance(args, tuple) or len(args) != 2:
+        return False
+    cls, name = args
+    if not isinstance(cls, Global) or not isinstance(name, str) or not name.isidentifier():
+        return False
+    return cls.name.rpartition(".")[2].lstrip("_")[:1].isupper() and not name.startswith("__")
 
 
 def refuse_if_dangerous(module: str, name: str) -> None:
@@ -825,8 +859,16 @@ def refuse_if_dangerous(module: str, name: str) -> None:
     prefixes = {".".join(parts[: i + 1]) for i in range(len(parts))}
     names = set(name.split("."))
     dangerous = prefixes & _DANGEROUS_MODULES or names & _DANGEROUS_NAMES.get(module, frozenset())
-    if dangerous or names & {"__globals__", "__builtins__", "__subclasses__", "__reduce__"}:
-        raise DangerousPickleError(
-            f"its pickle names {module}.{name}, which would run code when loaded",
-            hint="do not load this file; get the weights as safetensors from a source you trust",
-        )
+    if dangerous or names & (_REACHED | _INNARDS):
+        refuse(module, name)
+
+
+_INNARDS = frozenset({"__globals__", "__builtins__", "__subclasses__", "__reduce__"})
+
+
+def refuse(module: str, name: str) -> NoReturn:
+    """Raises DangerousPickleError for a callable."""
+    raise DangerousPickleError(
+        f"its pickle names {module}.{name}, which would run code when loaded",
+        hint="do not load this file; get the weights as safetensors from a source you trust",
+    )
