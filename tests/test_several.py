@@ -63,7 +63,8 @@ def test_leave_one_out_equals_separate_merges(tmp_path, suffix, policy):
     for left, path in enumerate(rows):
         alone = tmp_path / f"alone{left}{suffix}"
         others = [one for i, one in enumerate(paths) if i != left]
-        merge_checkpoints(others, alone, template=paths[0], int_policy=policy)
+        # How far all agree is not how far some do, so it is recorded of a single average only.
+        merge_checkpoints(others, alone, template=paths[0], int_policy=policy, agreement=False)
         assert content_of(alone) == content_of(path)
 
 
@@ -75,7 +76,7 @@ def test_other_dtypes_too(tmp_path, dtype):
     merge_checkpoints(paths, rows, int_policy="template")
     for size, path in enumerate(rows, 2):
         alone = tmp_path / f"alone{size}.pt"
-        merge_checkpoints(paths[:size], alone, int_policy="template")
+        merge_checkpoints(paths[:size], alone, int_policy="template", agreement=False)
         assert content_of(alone) == content_of(path)
 
 
@@ -108,7 +109,7 @@ def test_the_same_checkpoint_may_differ_in_weight(tmp_path):
     merge_checkpoints(paths, rows, include=["w"])
     for path, weights in rows.items():
         alone = tmp_path / f"alone-{path.name}"
-        merge_checkpoints(paths, alone, weights=weights, include=["w"])
+        merge_checkpoints(paths, alone, weights=weights, include=["w"], agreement=False)
         assert content_of(alone) == content_of(path)
 
 

@@ -2,6 +2,7 @@
 
 AverageModelMerger(models).merge_models()       models in memory
 merge_checkpoints(paths, output)                files, as the command merge-avg does it
+verify_output(path)                             whether a file is the mean that it says it is
 RunningMean(count)                              tensors, one at a time
 """
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from merge_avg.batch_norm import recalibrate_batch_norm
     from merge_avg.merge import Result, merge_checkpoints
     from merge_avg.merger import AverageModelMerger
+    from merge_avg.verify import Verification, verify_output
     from merge_avg.weights import Weights
 
 __version__ = "0.1.0"
@@ -26,9 +28,11 @@ __all__ = [
     "Result",
     "RunningMean",
     "UsageError",
+    "Verification",
     "Weights",
     "merge_checkpoints",
     "recalibrate_batch_norm",
+    "verify_output",
 ]
 
 # Imported when they are first asked for: torch takes seconds, and the command's help needs none.
@@ -36,9 +40,11 @@ _HOMES = {
     "AverageModelMerger": "merger",
     "Result": "merge",
     "RunningMean": "average",
+    "Verification": "verify",
     "Weights": "weights",
     "merge_checkpoints": "merge",
     "recalibrate_batch_norm": "batch_norm",
+    "verify_output": "verify",
 }
 
 

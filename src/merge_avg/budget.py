@@ -23,6 +23,7 @@ BLOCK = 1 << 16  # how many elements of a window are summed at a time
 CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a core's cache holds
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
 _ENTRY_BYTES = 2000  # what is known of a tensor of a checkpoint, and what it is compared by
+_OUTPUT_BYTES = 384 << 10  # what laying an output out once more takes, beside what it describes
 _LARGEST_WINDOW = 1 << 17
 _USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
 _LEAST_WINDOW = 1 << 10
@@ -64,7 +65,8 @@ class Budget:
         compared = 2 * self.itemsize * (COMPARED + max(numbers // 128, min(numbers, WHOLE)))
         compared += 36 * wide * max(COMPARED, self.checkpoints)
         worker = self.window * (_WINDOW_BYTES * wide + sums) + read + compared
-        return _FIXED + self.entries * _ENTRY_BYTES + self.threads * worker
+        known = self.entries * _ENTRY_BYTES + (self.outputs - 1) * _OUTPUT_BYTES
+        return _FIXED + known + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
         """The same with windows that fit `free` bytes of a device's memory.

@@ -225,6 +225,9 @@ def merge(
     no_agreement: Annotated[
         bool, typer.Option("--no-agreement", help="Do not measure how far checkpoints agree.")
     ] = False,
+    no_hashes: Annotated[
+        bool, typer.Option("--no-hashes", help="Do not record hashes of the checkpoints.")
+    ] = False,
     page: Annotated[
         Path | None,
         typer.Option(
@@ -240,6 +243,17 @@ def merge(
         bool,
         typer.Option("--inspect", help="List what is in the checkpoints, and average nothing."),
     ] = False,
+    verifying: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Derive what earlier merges wrote from its inputs again, and compare every byte.",
+        ),
+    ] = False,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the inputs are that --verify looks for."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
     ] = False,
@@ -265,6 +279,10 @@ def merge(
     if inspect:
         _inspect(checkpoints, key, as_json=as_json)
         return
+    if verifying:
+        limit = None if max_memory is None else sizes.parse(max_memory)
+        _verify(checkpoints, inputs, threads, limit, as_json=as_json, quiet=quiet)
+        return
     if output is None:
         raise UsageError("there is no output", hint="name one, as in -o merged.pt")
     lasts = tuple(last or ())
@@ -287,6 +305,7 @@ def merge(
         min_agreement=min_agreement,
         base=base,
         agreement=not no_agreement,
+        hashes=not no_hashes,
     )
     criteria = Criteria(
         last=max(lasts, default=None),
@@ -365,6 +384,33 @@ def _inspect(checkpoints: Sequence[Path], key: str | None, *, as_json: bool) -> 
         _print(_json(found))
     else:
         _print("\n".join(printable(line) for f in found for line in lines(f)))
+
+
+def _verify(
+    outputs: Sequence[Path],
+    inputs: Path | None,
+    threads: int | None,
+    max_memory: int | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Verifies outputs of earlier merges."""
+    from merge_avg.verify import verify_output
+
+    found = []
+    for output in outputs:
+        one = verify_output(output, inputs, threads, max_memory)
+        paths = [str(path) for path in one.inputs]
+        found.append({"output": str(one.output), "inputs": paths, "bytes": one.nbytes})
+        if not quiet:
+            hashes = "; their hashes are as recorded" if one.hashed else ""
+            what = f"all {one.nbytes:,} bytes are what its {len(paths)} inputs give{hashes}"
+            _say(f"{output}: {what}")
+    if as_json:
+        _print(_json(found))
+    else:
+        _print("\n".join(printable(str(output)) for output in outputs))
 
 
 def _soup(

@@ -19,13 +19,13 @@ from torch import Tensor
 from merge_avg.agreement import Agreement, Comparison
 from merge_avg.errors import MergeError, failure
 from merge_avg.files import Reader
-from merge_avg.output import Output
+from merge_avg.output import Output, Sink
 from merge_avg.plan import aligned_to_page, windows
 from merge_avg.policies import IntPolicy, Missing
-from merge_avg.prepare import Job, Options, Outputs, prepare
+from merge_avg.prepare import Average, Job, Options, Outputs, marked, prepare
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
-from merge_avg.work import Ledger, Maps, Worker, spread
+from merge_avg.work import Ledger, Maps, Worker, hashed_while_read, spread
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Result:
         agreement: how far the checkpoints agree; None where there is nothing to compare.
         centred: the same for what they differ by from the base, if there is one.
         compared: the numbers of the checkpoints that `agreement` is about.
+        hashes: of what was read of each checkpoint (sums of XXH3 of its chunks, 128 bits); None
+            where they were not asked for.
     """
 
     job: Job
@@ -54,6 +56,7 @@ class Result:
     agreement: Agreement | None
     centred: Agreement | None
     compared: tuple[int, ...]
+    hashes: tuple[int, ...] | None
 
 
 def merge_checkpoints(
@@ -79,6 +82,7 @@ def merge_checkpoints(
     min_agreement: float | None = None,
     base: str | os.PathLike[str] | None = None,
     agreement: bool = True,
+    hashes: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Averages checkpoints into a new one, in bounded memory.
@@ -121,6 +125,7 @@ def merge_checkpoints(
         base: a checkpoint that the others were fine-tuned from: how far they agree is also measured
             by their differences to it. It is not averaged, but if it is one of `paths`.
         agreement: whether to measure how far the checkpoints agree.
+        hashes: whether the output records a hash of each checkpoint.
         progress: called with the number of bytes read since the last call, from any thread.
 
     Raises:
@@ -147,18 +152,29 @@ def merge_checkpoints(
         min_agreement=min_agreement,
         base=base,
         agreement=agreement,
+        hashes=hashes,
     )
     return run(prepare(paths, output, options), progress)
 
 
-def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
+Opened = Callable[[Average], contextlib.AbstractContextManager[Sink]]
+
+
+def run(
+    job: Job, progress: Callable[[int], None] | None = None, opened: Opened | None = None
+) -> Result:
     """Runs a prepared merge.
+
+    Args:
+        job: the merge.
+        progress: called with the number of bytes read since the last call, from any thread.
+        opened: opens where an average goes; by default, its output.
 
     Raises:
         MergeError: nothing at the output's path was created or changed.
     """
     try:
-        return _run(job, progress)
+        return _run(job, progress, opened)
     except OSError as error:  # of the scratch file, or of a file system that fails
         known = isinstance(error.filename, str)
         raise failure(error, where=None if known else job.averages[0].output) from None
@@ -169,7 +185,7 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Result:
         raise MergeError("there is not enough memory for it", hint=hint) from None
 
 
-def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
+def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None) -> Result:
     started = time.perf_counter()
     device = find_device(job.options.device)
     if device.type == "cuda":
@@ -177,12 +193,11 @@ def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
         job = replace(job, budget=job.budget.fitting(free))
     ledger = Ledger(progress)
     with contextlib.ExitStack() as stack:
-        overwrite = job.options.overwrite
-        outs = [
-            stack.enter_context(Output(average.output, average.draft.files, overwrite=overwrite))
+        outs: list[Sink] = [
+            stack.enter_context(opened(average) if opened else _output(job, average))
             for average in job.averages
         ]
-        folder = outs[0].path.parent
+        folder = outs[0].folder
         readers = [Reader(layout, folder) for layout in job.layouts]
         for reader in readers:
             stack.callback(reader.close)
@@ -208,8 +223,10 @@ def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
             reader.finish()
         agreement = comparison.result()
         _refuse_strangers(job, agreement)
-        for out in outs:
-            out.complete()
+        hashes = [ledger.hashes[k] % (1 << 128) for k in range(len(job.layouts))]
+        cosine = None if agreement is None else agreement.mean
+        for out, average in zip(outs, job.averages, strict=True):
+            out.complete(marked(job, average, hashes, cosine))
         for out in outs:
             out.publish()
     return Result(
@@ -222,7 +239,12 @@ def _run(job: Job, progress: Callable[[int], None] | None) -> Result:
         agreement,
         comparison.centred(),
         counted,
+        tuple(hashes) if job.options.hashes else None,
     )
+
+
+def _output(job: Job, average: Average) -> Output:
+    return Output(average.output, average.draft.files, overwrite=job.options.overwrite)
 
 
 def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
@@ -294,6 +316,7 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     placed = (u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets)
     work = windows(placed, job.budget.window)
     copies = iter(job.draft.copies)
+    again = iter(() if not job.options.hashes or hashed_while_read(job) else job.plan.units)
     lock, stop = threading.Lock(), threading.Event()
 
     # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on
@@ -306,10 +329,13 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
                 with lock:
                     window = next(work, None)
                     copy = None if window is not None else next(copies, None)
+                    unit = None if window is not None or copy is not None else next(again, None)
                 if window is not None:
                     worker.fill(window)
                 elif copy is not None:
                     worker.copy(*copy)
+                elif unit is not None:
+                    worker.hash_again(unit)
                 else:
                     return
 

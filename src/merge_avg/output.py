@@ -10,13 +10,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from zlib_ng import zlib_ng
 
 from merge_avg.errors import MergeError, failure
 from merge_avg.files import Checksum, reserve, write_fully
-from merge_avg.skeleton import Skeleton
+from merge_avg.skeleton import Literal, Skeleton
 from merge_avg.temporary import Temporary, lock, remove, sweep
 
 _AT_FDCWD = -100
@@ -45,6 +45,23 @@ def _exists(path: Path, what: str) -> MergeError:
     return MergeError(what, where=path, hint=hint)
 
 
+class Sink(Protocol):
+    """Where an average goes: an output, or what compares it with one that is there."""
+
+    @property
+    def folder(self) -> Path:
+        """Where there is room for files of a merge that have no name."""
+
+    def write(self, number: int, name: str, at: int, data: memoryview) -> None:
+        """Takes payload."""
+
+    def complete(self, files: Mapping[str, Skeleton] | None = None) -> None:
+        """Takes the final skeletons, after all payload."""
+
+    def publish(self) -> None:
+        """Takes the end."""
+
+
 class Output:
     """The result in the making. Leaving the context without `commit` removes every trace of it.
 
@@ -58,14 +75,14 @@ class Output:
         self.path = Path(os.path.realpath(path)) if path.is_symlink() else path
         self._overwrite = overwrite
         self._directory = set(files) != {"."}
-        self._files: list[_File] = []
+        self._files: list[OutputFile] = []
         sweep(self.path.parent)
         with _explained(self.path):
             self._temporary = Temporary(self.path, directory=self._directory)
         try:
             for relative, skeleton in files.items():
                 fd = self._opened(relative) if self._directory else self._temporary.fd
-                self._files.append(_File(self.path, fd, skeleton))
+                self._files.append(OutputFile(self.path, fd, skeleton))
             self._reserve()
         except BaseException:  # Ctrl-C as well must leave nothing behind; it goes on from here
             self._discard()
@@ -98,13 +115,24 @@ class Output:
         """
         self._files[number].fill(name, at, data)
 
+    @property
+    def folder(self) -> Path:
+        """Where there is room for files of a merge that have no name."""
+        return self.path.parent
+
     def commit(self) -> None:
         """Completes the files, forces them to the disk and gives the result its name."""
         self.complete()
         self.publish()
 
-    def complete(self) -> None:
-        """Completes the files and forces them to the disk."""
+    def complete(self, files: Mapping[str, Skeleton] | None = None) -> None:
+        """Completes the files and forces them to the disk.
+
+        Args:
+            files: the skeletons, where their literals are others by now; places are the same.
+        """
+        for file, skeleton in zip(self._files, (files or {}).values(), strict=files is not None):
+            file.replace_literals(skeleton)
         for file in self._files:
             file.close_skeleton()
         with _explained(self.path):
@@ -188,7 +216,7 @@ class Output:
         self._discard()
 
 
-class _File:
+class OutputFile:
     """One file of the result."""
 
     def __init__(self, path: Path, fd: int, skeleton: Skeleton) -> None:
@@ -201,6 +229,7 @@ class _File:
         self._places |= {storage.name: place for storage, place in skeleton.copies}
 
     def fill(self, name: str, at: int, data: memoryview) -> None:
+        """Writes payload `at` bytes into a place."""
         place = self._places[name]
         self.write(data, place.offset + at)
         if self.skeleton.checked:
@@ -209,16 +238,30 @@ class _File:
             sums.add(at, len(data), zlib_ng.crc32(data))
 
     def write(self, data: memoryview, offset: int) -> None:
+        """Writes bytes at an offset of the file."""
         write_fully(self.fd, data, offset, self._path)
 
-    def close_skeleton(self) -> None:
+    def replace_literals(self, skeleton: Skeleton) -> None:
+        """Takes the literals of a skeleton that has the same places."""
+        for old, (offset, data) in zip(self.skeleton.literals, skeleton.literals, strict=True):
+            if old != (offset, data):
+                self.write(memoryview(data), offset)
+        self.skeleton = skeleton
+
+    def closing(self) -> tuple[Literal, ...]:
+        """The last literals, made from the checksums of what was written."""
         # Empty places are never written to.
         crcs = dict.fromkeys(self._places, 0)
         crcs |= {name: sums.value() for name, sums in self._sums.items()}
-        for offset, data in self.skeleton.close(crcs):
+        return self.skeleton.close(crcs)
+
+    def close_skeleton(self) -> None:
+        """Writes the last literals."""
+        for offset, data in self.closing():
             self.write(memoryview(data), offset)
 
     def close(self) -> None:
+        """Closes the file."""
         with contextlib.suppress(OSError):  # what was written has been forced to the disk before
             os.close(self.fd)
 

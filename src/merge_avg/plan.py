@@ -239,23 +239,23 @@ def _alike(member: tuple[Name, TensorInfo], info: TensorInfo) -> bool:
 def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
     """The units cut and packed into windows of at most `limit` elements.
 
-    The pieces of a window are alike: same kind, same checkpoints, same dtypes.
+    The pieces of a window are alike: same kind, same checkpoints, same dtypes. Each piece starts at
+    a multiple of `limit` in its unit, and is as long or reaches to the unit's end.
     """
     open_: dict[object, list[Piece]] = {}
     sizes: dict[object, int] = {}
     for unit in units:
         start = len(unit) // limit * limit
         yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
+        if start == len(unit):
+            continue
+        # What is left, whole, with the rest of others.
         alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
-        while start < len(unit):  # what is left, with the rest of others
-            size = sizes.get(alike, 0)
-            stop = min(len(unit), start + limit - size)
-            open_.setdefault(alike, []).append(Piece(unit, start, stop))
-            sizes[alike] = size + stop - start
-            start = stop
-            if sizes[alike] == limit:
-                yield tuple(open_.pop(alike))
-                del sizes[alike]
+        if sizes.get(alike, 0) + len(unit) - start > limit:
+            yield tuple(open_.pop(alike))
+            del sizes[alike]
+        open_.setdefault(alike, []).append(Piece(unit, start, len(unit)))
+        sizes[alike] = sizes.get(alike, 0) + len(unit) - start
     yield from (tuple(pieces) for pieces in open_.values())
 
 

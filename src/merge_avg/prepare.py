@@ -24,6 +24,7 @@ from merge_avg.plan import Plan, make_plan, with_base
 from merge_avg.policies import IntPolicy, Missing
 from merge_avg.roles import Roles, assign
 from merge_avg.scan import scan
+from merge_avg.skeleton import Skeleton
 from merge_avg.weights import Weight, Weights
 
 # One output, or several with the weights of the checkpoints for each.
@@ -53,6 +54,7 @@ class Options:
     min_agreement: float | None = None
     base: str | os.PathLike[str] | None = None
     agreement: bool = True
+    hashes: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _prepared(inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Opt
             roles[0].weights,
             state_dict=options.state_dict,
             shard_size=options.max_shard_size,
-            mark=make_mark(plan.layouts, weights, options),
+            mark=make_mark(plan.layouts, weights, options, compared=len(rows) == 1),
         )
         averages.append(Average(path, weights, draft))
         if path.suffix != averages[0].output.suffix:
@@ -256,26 +258,77 @@ def _number_of(inputs: Sequence[Path], path: Path) -> int | None:
     return next((i for i, one in enumerate(inputs) if one.exists() and one.samefile(path)), None)
 
 
-def make_mark(layouts: Sequence[Layout], weights: Weights, options: Options) -> str:
-    """What an output says about how it was made, as JSON; the same for the same inputs."""
-    shares = zip(layouts, weights.integers, strict=True)
-    inputs = [(one.path.name, one.nbytes, f"{w}/{weights.total}") for one, w in shares if w]
+def make_mark(
+    layouts: Sequence[Layout],
+    weights: Weights,
+    options: Options,
+    hashes: Sequence[int] | None = None,
+    agreement: float | None = None,
+    *,
+    compared: bool = True,
+) -> str:
+    """What an output says about how it was made, as JSON; the same for the same inputs.
+
+    Hashes and agreement are known only after the reading. Until then, zeros of the same length
+    stand for them, so that the output can be laid out before. Inputs are named from the deepest
+    directory that holds all of them: moving it changes nothing.
+
+    Args:
+        layouts: the checkpoints, the template first.
+        weights: of the checkpoints; those with the weight zero are left out.
+        options: how they are merged.
+        hashes: of what was read of each.
+        agreement: the mean cosine, if it was measured.
+        compared: whether it is recorded; of several averages it is not that of each.
+    """
+    named_ = [k for k, weight in enumerate(weights.integers) if weight or not k]
+    places = [Path(os.path.abspath(layouts[k].path)) for k in named_]  # noqa: PTH100 - links stay
+    root = os.path.commonpath([place.parent for place in places])
+    names = {k: place.relative_to(root).as_posix() for k, place in zip(named_, places, strict=True)}
+    inputs = [
+        {
+            "name": names[k],
+            "bytes": layouts[k].nbytes,
+            "weight": f"{weights.integers[k]}/{weights.total}",
+            "hash": f"{hashes[k] if hashes else 0:032x}" if options.hashes else None,
+        }
+        for k in named_
+        if weights.integers[k]
+    ]
+    cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
     return json.dumps(
         {
             "merge_avg": __version__,
-            "inputs": [
-                {"name": name, "bytes": nbytes, "weight": weight}
-                for name, nbytes, weight in sorted(inputs)
-            ],
-            "template": layouts[0].path.name,
-            "dtype": options.dtype,
-            "key": options.key,
-            "missing": options.missing,
+            "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
+            "template": names[0],
+            "agreement": cosine if options.agreement and compared else None,
+            **{name: getattr(options, name) for name in RECORDED},
             "include": list(options.include),
             "exclude": list(options.exclude),
-            "int_policy": options.int_policy,
         }
     )
+
+
+# The options that decide which bytes come out; --include and --exclude too.
+RECORDED = tuple(
+    "normalize dtype key missing int_policy state_dict allow_nonfinite max_shard_size".split()
+)
+
+
+def marked(
+    job: Job, average: Average, hashes: Sequence[int], agreement: float | None
+) -> Mapping[str, Skeleton]:
+    """The skeletons of an output once more, with what it says about itself now complete."""
+    single = len(job.averages) == 1
+    weights, options = average.weights, job.options
+    return make_draft(
+        average.output,
+        job.plan,
+        job.roles.weights,
+        state_dict=options.state_dict,
+        shard_size=options.max_shard_size,
+        mark=make_mark(job.layouts, weights, options, hashes, agreement, compared=single),
+    ).files
 
 
 def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128, xxh3_128_intdigest
 
 from merge_avg.agreement import Comparison
 from merge_avg.average import Buffers, RunningMean
@@ -20,13 +22,16 @@ from merge_avg.files import Reader, Tap
 from merge_avg.integers import is_counter, settle
 from merge_avg.lanes import make_lane, travel
 from merge_avg.layout import Storage, TensorInfo
-from merge_avg.output import Output
+from merge_avg.output import Sink
 from merge_avg.plan import Piece, Unit, Window
 from merge_avg.prepare import Job
 from merge_avg.roles import Name
 from merge_avg.scratch import SLAB, Scratch, slabs, strided
 from merge_avg.weights import Weights
 
+# Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
+# are read, are of no matter: so many elements of a unit, from its start.
+CHUNK = 1 << 16
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,7 +44,13 @@ class Ledger:
     differing: set[str] = field(default_factory=set)
     nonfinite: set[str] = field(default_factory=set)
     factors_differ: bool = False
+    hashes: Counter[int] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_hashes(self, hashes: Mapping[int, int]) -> None:
+        """Adds sums of the hashes of chunks, by the number of the checkpoint."""
+        with self._lock:
+            self.hashes.update(hashes)
 
     def count(self, nbytes: int) -> None:
         """Counts bytes that were read."""
@@ -96,7 +107,7 @@ class Worker:
         self,
         job: Job,
         readers: Sequence[Reader],
-        outs: Sequence[Output],
+        outs: Sequence[Sink],
         scratch: Scratch,
         maps: Maps,
         ledger: Ledger,
@@ -122,6 +133,9 @@ class Worker:
         self._means: dict[object, RunningMean] = {}
         self._buffers = Buffers()
         self._last: _Recipe | None = None
+        self._numbers = {id(unit): number for number, unit in enumerate(job.plan.units)}
+        self._hashes: Counter[int] = Counter()
+        self._hashing = job.options.hashes and hashed_while_read(job)
 
     def fill(self, window: Window) -> None:
         """Averages a window over all checkpoints and writes the results."""
@@ -343,6 +357,7 @@ class Worker:
 
     def close(self) -> None:
         """Compares the rest, and gives the device's memory back."""
+        self._ledger.add_hashes(self._hashes)
         self._compare()
         self._lane.close()
 
@@ -363,6 +378,8 @@ class Worker:
                 tap.read(part, sources[k].offset + start)
             else:
                 self._fetch(window, k, part)
+            if self._hashing:
+                self._hash(window, k, part)
         self._ledger.count(len(data))
         whole = room.tensor(numel * len(group), getattr(torch, dtype.name))
         return whole.view(len(group), numel)
@@ -379,7 +396,40 @@ class Worker:
         self._fetch(window, k, data, again=again)
         if not again:
             self._ledger.count(len(data))
+            if self._hashing:
+                self._hash(window, k, data)
         return buffer.tensor(numel, getattr(torch, source.dtype.name))
+
+    def _hash(self, window: Window, k: int, data: memoryview) -> None:
+        """Adds the hashes of the chunks of a window, as a source has them."""
+        at = 0
+        for piece in window:
+            source, number = piece.unit.sources[k], self._numbers[id(piece.unit)]
+            size = source.dtype.itemsize
+            for start in range(piece.start, piece.stop, CHUNK):
+                end = at + min(CHUNK, piece.stop - start) * size
+                self._hashes[source.checkpoint] += xxh3_128_intdigest(
+                    data[at:end], seed(number, start)
+                )
+                at = end
+
+    def hash_again(self, unit: Unit) -> None:
+        """Reads a unit once more to hash it, where windows are smaller than chunks."""
+        wanted: Iterable[int] = range(len(unit.sources))
+        if unit.kind == "mean":
+            wanted = (k for group in self._recipe(unit).groups for k in group)
+        most = self._job.budget.window
+        for k in wanted:
+            source = unit.sources[k]
+            for start in range(0, len(unit), CHUNK):
+                digest = xxh3_128(seed=seed(self._numbers[id(unit)], start))
+                stop = min(start + CHUNK, len(unit))
+                for at in range(start, stop, most):
+                    piece = Piece(unit, at, min(at + most, stop))
+                    data = self._lane.room(0).bytes((piece.stop - at) * source.dtype.itemsize)
+                    self._fetch((piece,), k, data, again=True)
+                    digest.update(data)
+                self._hashes[source.checkpoint] += digest.intdigest()
 
     def _fetch(self, window: Window, k: int, view: memoryview, *, again: bool = False) -> None:
         """Fills `view` with the window's elements as source number k has them."""
@@ -451,6 +501,16 @@ class Worker:
                 yield name, info
 
 
+def seed(unit: int, start: int) -> int:
+    """What the hash of a chunk begins with: where it is, so that no two chunks can be swapped."""
+    return (unit << 32 | start // CHUNK) & 0xFFFFFFFFFFFFFFFF
+
+
+def hashed_while_read(job: Job) -> bool:
+    """Whether windows are made of whole chunks."""
+    return job.budget.window % CHUNK == 0
+
+
 def covers(info: TensorInfo, element: int) -> bool:
     """Whether a tensor reaches an element of its storage."""
     rest = element - info.start
@@ -462,7 +522,7 @@ def covers(info: TensorInfo, element: int) -> bool:
     return rest == 0
 
 
-def spread(out: Output, unit: Unit, targets: Sequence[Target], mapped: Tensor) -> None:
+def spread(out: Sink, unit: Unit, targets: Sequence[Target], mapped: Tensor) -> None:
     """Copies a result that lies in the scratch file to where the output has it contiguous."""
     buffer = Buffer(SLAB * unit.dtype.itemsize)
     for target in targets:

@@ -1,0 +1,309 @@
+"""merge_avg.verify: an output is derived again, and what is not as it was is named."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from merge_avg import budget, verify_output
+from merge_avg.errors import MergeError
+from merge_avg.layout import MARK
+from merge_avg.merge import merge_checkpoints
+from merge_avg.prepare import Options, make_mark
+from merge_avg.scan import scan
+from merge_avg.verify import read_record
+from merge_avg.weights import Weights
+
+KINDS = ["pt", "safetensors", "shards", "dcp", "one file of shards", "shards of one file", "bare"]
+
+
+def state(fold):
+    generator = torch.Generator().manual_seed(fold)
+    weights = {f"layer{i}.weight": torch.randn(40, 30, generator=generator) for i in range(4)}
+    return weights | {"steps": torch.tensor(fold), "mask": torch.tensor([True, False])}
+
+
+def made(folder, kind, count=3):
+    """Checkpoints of a kind, and the options and the name of their average."""
+    paths = []
+    for fold in range(count):
+        values = state(fold)
+        path = folder / f"c{fold}"
+        if kind in ("pt", "bare", "shards of one file"):
+            path = folder / f"c{fold}.pt"
+            torch.save({"state_dict": values, "optimizer": {"m": torch.ones(50)}}, path)
+        elif kind == "safetensors":
+            path = folder / f"c{fold}.safetensors"
+            save_file(values, path, metadata={"format": "pt"})
+        elif kind == "dcp":
+            path.mkdir()
+            dcp.save({"model": values}, checkpoint_id=path, no_dist=True)
+        else:
+            path.mkdir()
+            keys = list(values)
+            for number in (0, 1):
+                part = {key: values[key] for key in keys[number::2]}
+                save_file(part, path / f"model-0000{number + 1}-of-00002.safetensors")
+            (path / "config.json").write_text("{}")
+        paths.append(path)
+    names = {"pt": "o.pt", "safetensors": "o.safetensors", "bare": "o.pt"}
+    names |= {"one file of shards": "o.safetensors", "shards of one file": "o"}
+    options = {"bare": {"state_dict": True}, "shards of one file": {"max_shard_size": 9000}}
+    return paths, folder / names.get(kind, "o"), options.get(kind, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_output_passes(tmp_path, kind):
+    """What a merge wrote is found to be what its inputs give, and nothing is written."""
+    paths, out, options = made(tmp_path, kind)
+    merge_checkpoints(paths, out, weights=["0.5", "0.25", "0.25"], **options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    found = verify_output(out)
+    assert found.inputs == tuple(paths)
+    assert found.hashed
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    assert found.nbytes == sum(path.stat().st_size for path in files)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "shards", "dcp"])
+def test_every_flipped_bit_is_found(tmp_path, kind):
+    """Wherever a bit of the output flips, in weights, headers or padding, it fails."""
+    paths, out, options = made(tmp_path, kind)
+    merge_checkpoints(paths, out, **options)
+    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
+    for path in files:
+        data = path.read_bytes()
+        for at in {len(data) // 2, len(data) - 1, len(data) // 3}:
+            path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+            with pytest.raises(MergeError):
+                verify_output(out)
+        path.write_bytes(data + b"more")
+        with pytest.raises(MergeError):
+            verify_output(out)
+        path.write_bytes(data)
+    assert verify_output(out)
+
+
+def test_the_tensor_that_differs_is_named(tmp_path):
+    """A flipped bit in a weight names the tensor, the place and how many bytes differ."""
+    paths, out, _ = made(tmp_path, "safetensors")
+    merge_checkpoints(paths, out)
+    info = next(info for info in scan(out).tensors if info.path[-1] == "layer2.weight")
+    with out.open("r+b") as file:
+        file.seek(info.storage.offset + 40)
+        byte = file.read(1)[0]
+        file.seek(info.storage.offset + 40)
+        file.write(bytes([byte ^ 1]))
+    where = f"1 bytes .*first at {info.storage.offset + 40:,} in tensor 'layer2.weight'"
+    with pytest.raises(MergeError, match=where):
+        verify_output(out)
+    paths, out, _ = made(tmp_path, "pt")
+    merge_checkpoints(paths, out)
+    info = next(info for info in scan(out).tensors if info.path[-1] == "layer1.weight")
+    data = bytearray(out.read_bytes())
+    data[info.storage.offset] ^= 1
+    out.write_bytes(data)
+    with pytest.raises(MergeError, match=r"tensor 'state_dict.layer1.weight'"):
+        verify_output(out)
+
+
+def test_an_input_that_changed_is_named(tmp_path):
+    """Other weights of the same size are told by the hash, another size by itself."""
+    paths, out, _ = made(tmp_path, "safetensors")
+    merge_checkpoints(paths, out)
+    save_file(state(7) | {"steps": torch.tensor(1)}, paths[1], metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="hash differs") as caught:
+        verify_output(out)
+    assert caught.value.where == str(paths[1])
+    save_file({"more": torch.ones(3), **state(1)}, paths[1], metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="bytes, and had") as caught:
+        verify_output(out)
+    assert caught.value.where == str(paths[1])
+
+
+def test_an_input_that_is_missing_or_renamed_is_named(tmp_path):
+    """What is missing is named, and a file of its size is offered."""
+    paths, out, _ = made(tmp_path, "pt")
+    merge_checkpoints(paths, out)
+    os.rename(paths[2], tmp_path / "renamed.pt")
+    with pytest.raises(MergeError, match=r"its input c2.pt is not in") as caught:
+        verify_output(out)
+    assert "renamed.pt has the same size" in caught.value.hint
+    (tmp_path / "renamed.pt").unlink()
+    with pytest.raises(MergeError, match=r"c2.pt is not in") as caught:
+        verify_output(out)
+    assert "--inputs" in caught.value.hint
+
+
+def test_inputs_may_have_moved_together(tmp_path, monkeypatch):
+    """Inputs are named from the directory of all, wherever that is by now."""
+    runs = tmp_path / "runs"
+    for fold in range(3):
+        (runs / f"fold{fold}").mkdir(parents=True)
+        torch.save(state(fold), runs / f"fold{fold}" / "model.pt")
+    paths = sorted(runs.rglob("*.pt"))
+    merge_checkpoints(paths, tmp_path / "o.pt")
+    runs.rename(tmp_path / "moved")
+    assert verify_output(tmp_path / "o.pt", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert verify_output("../o.pt")
+
+
+def test_each_of_several_averages_verifies_alone(tmp_path):
+    """Averages that were made in one reading, a template that is not averaged, and any options."""
+    paths, _, _ = made(tmp_path, "pt")
+    rows = {tmp_path / f"without{k}.pt": [int(i != k) for i in range(3)] for k in range(3)}
+    merge_checkpoints(paths, rows)
+    assert [len(verify_output(path).inputs) for path in rows] == [2, 2, 2]
+    out = tmp_path / "o.pt"
+    options = {"weights": [1, "0.5", "-1/3"], "normalize": False, "dtype": "bfloat16"}
+    merge_checkpoints(paths, out, exclude=["layer1*"], int_policy="max", **options)
+    assert verify_output(out)
+    merge_checkpoints(paths, out, overwrite=True, hashes=False, agreement=False, missing="skip")
+    assert not verify_output(out).hashed
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_equal_merges_give_equal_bytes(tmp_path, suffix):
+    """Nothing in an output tells when, where, in which order or in how many threads it was made."""
+    outputs = []
+    for place, options in (("a", {}), ("b", {"threads": 3}), ("c", {"max_memory": 9 << 20})):
+        folder = tmp_path / place
+        folder.mkdir()
+        paths, out, _ = made(folder, suffix)
+        if place == "b":
+            paths = [paths[0], paths[2], paths[1]]
+        merge_checkpoints(paths, out, **options)
+        outputs.append(out.read_bytes())
+    assert len(set(outputs)) == 1
+
+
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sizes=st.lists(st.sampled_from([1, 7, 1000, 65_536, 70_000, 140_000]), min_size=1, max_size=4),
+    threads=st.integers(1, 3),
+    window=st.sampled_from([10, 13, 16, 17]),
+)
+def test_hashes_do_not_depend_on_windows(tmp_path_factory, sizes, threads, window):
+    """However large the windows are, smaller than a chunk too, the hashes are the same."""
+    folder = tmp_path_factory.mktemp("hashes")
+    paths = []
+    for fold in range(2):
+        generator = torch.Generator().manual_seed(fold)
+        values = {str(i): torch.randn(size, generator=generator) for i, size in enumerate(sizes)}
+        paths.append(folder / f"{fold}.safetensors")
+        save_file(values, paths[-1])
+    first = merge_checkpoints(paths, folder / "a.safetensors").hashes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "_LARGEST_WINDOW", 1 << window)
+        result = merge_checkpoints(paths, folder / "b.safetensors", threads=threads)
+    assert result.job.budget.window == 1 << window
+    assert result.hashes == first
+    assert len(set(first)) == 2
+
+
+def damaged(folder, change):
+    """An output whose record was changed."""
+    paths, out, _ = made(folder, "safetensors")
+    merge_checkpoints(paths, out)
+    record = json.loads(dict(scan(out).metadata)[MARK])
+    save_file(state(0), out, metadata={MARK: json.dumps(change(record))})
+    return out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: [],
+        lambda record: record | {"inputs": []},
+        lambda record: record | {"inputs": [{"name": "/etc/passwd"}]},
+        lambda record: record | {"template": "../c0.safetensors"},
+        lambda record: record | {"template": 5},
+        lambda record: record | {"missing": "everything"},
+        lambda record: record | {"inputs": [record["inputs"][0] | {"bytes": "x"}]},
+        lambda record: record | {"inputs": [record["inputs"][0] | {"hash": "xyz"}]},
+        lambda record: {key: value for key, value in record.items() if key != "normalize"},
+    ],
+)
+def test_records_that_lie_are_refused(tmp_path, change):
+    """A record that was tampered with is one error, and nothing outside is looked at."""
+    with pytest.raises(MergeError, match="damaged"):
+        verify_output(damaged(tmp_path, change))
+
+
+@pytest.mark.parametrize("weight", ["nan", "1/0", "-1", "1e999999999"])
+def test_odd_weights_in_a_record_are_refused(tmp_path, weight):
+    """Weights that are none are an error too."""
+
+    def change(record):
+        return record | {"inputs": [one | {"weight": weight} for one in record["inputs"]]}
+
+    with pytest.raises(MergeError):
+        verify_output(damaged(tmp_path, change))
+
+
+def test_what_says_nothing_cannot_be_verified(tmp_path):
+    """A checkpoint that no merge wrote is an error with a word of why."""
+    torch.save(state(0), tmp_path / "a.pt")
+    with pytest.raises(MergeError, match="does not say what it was made of"):
+        verify_output(tmp_path / "a.pt")
+
+
+def test_the_record_has_one_length(tmp_path):
+    """Whatever hashes and agreement turn out to be, the record is as long as it was laid out."""
+    paths, _, _ = made(tmp_path, "pt")
+    layouts = [scan(path) for path in paths]
+    weights, options = Weights.uniform(3), Options()
+    lengths = {
+        len(make_mark(layouts, weights, options, hashes, agreement))
+        for hashes in (None, [0] * 3, [(1 << 128) - 1] * 3)
+        for agreement in (None, 1.0, -1.0, 0.123456789, -1e-9)
+    }
+    assert len(lengths) == 1
+
+
+def test_the_record_can_be_read_by_others(tmp_path):
+    """It is a JSON record of the archive, with the inputs, their hashes and the agreement."""
+    paths, out, _ = made(tmp_path, "pt")
+    result = merge_checkpoints(paths, out)
+    with zipfile.ZipFile(out) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("merge_avg.json"))
+        record = json.loads(archive.read(name))
+    assert [one["name"] for one in record["inputs"]] == ["c0.pt", "c1.pt", "c2.pt"]
+    assert [int(one["hash"], 16) for one in record["inputs"]] == list(result.hashes)
+    assert abs(float(record["agreement"]) - result.agreement.mean) < 1e-6
+    assert read_record(scan(out)).template == "c0.pt"
+
+
+def test_the_command(tmp_path):
+    """--verify prints the outputs, or JSON, and exits with 1 where something is not as it was."""
+    paths, out, _ = made(tmp_path, "pt")
+    merge_checkpoints(paths, out)
+
+    def run(*options):
+        command = [sys.executable, "-m", "merge_avg", "--verify", "o.pt", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run()
+    assert (done.returncode, done.stdout) == (0, "o.pt\n")
+    assert "are what its 3 inputs give" in done.stderr
+    (found,) = json.loads(run("--json", "--inputs", ".", "-q").stdout)
+    assert found["inputs"] == ["c0.pt", "c1.pt", "c2.pt"]
+    paths[0].unlink()
+    done = run()
+    assert done.returncode == 1
+    assert "its input c0.pt is not in" in done.stderr
+    assert done.stdout == ""
