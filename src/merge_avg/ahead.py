@@ -41,7 +41,8 @@ def _ask(job: Job) -> None:
         return  # whoever reads it will say what is wrong
     finally:
         for fd in fds.values():
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def steps(job: Job) -> Iterator[tuple[str, int]]:
