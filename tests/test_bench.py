@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench.py"
-OURS = {"limit", "import torch", "merge-avg", "less comparing"}
+OURS = {"limit", "import torch", "merge-avg", "less measuring"}
 
 
 @pytest.mark.large
