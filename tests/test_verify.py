@@ -290,13 +290,14 @@ def test_the_record_can_be_read_by_others(tmp_path):
 
 def test_the_command(tmp_path):
     """--verify prints the outputs, or JSON, and exits with 1 where something is not as it was."""
-    paths, out, _ = made(tmp_path, "pt")
-    merge_checkpoints(paths, out)
+    paths, _, _ = made(tmp_path, "pt")
 
-    def run(*options):
-        command = [sys.executable, "-m", "merge_avg", "--verify", "o.pt", *options]
+    def run(*options, what=("--verify", "o.pt")):
+        command = [sys.executable, "-m", "merge_avg", *what, *options]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
+    report = json.loads(run("-o", "o.pt", "--json", what=map(str, paths)).stdout)
+    assert len({one["hash"] for one in report["inputs"]}) == 3
     done = run()
     assert (done.returncode, done.stdout) == (0, "o.pt\n")
     assert "are what its 3 inputs give" in done.stderr

@@ -120,6 +120,9 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
         report["notes"].append(f"{what}; {how}")
     if result is not None:
+        for entry, digest in zip(report["inputs"], result.hashes or (), strict=False):
+            if entry["averaged"]:
+                entry["hash"] = f"{digest:032x}"
         if plan.factors and not result.warnings:
             note = "every LoRA factor A is the same, so this is the mean of what the adapters do"
             report["notes"].append(note)
