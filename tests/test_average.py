@@ -306,3 +306,27 @@ def test_linear_combinations_are_exact(seed):
         expected = torch.tensor(exact, dtype=torch.float64).to(target)
         whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[target.itemsize]
         assert torch.equal(found.view(whole), expected.view(whole))
+
+
+def test_a_sum_that_is_nearly_exact_is_not_taken_for_exact():
+    """Where the exponents just fit 53 bits but the sum does not, the last bit still counts."""
+    # The exact mean lies 2**-26 above a midpoint, whose even neighbour is below it.
+    values = [2.0**29] * 5 + [2.0**29 + 128, -1.0, 1 + 2.0**-23]
+    tensors = [torch.tensor([value]) for value in values]
+    assert averaged(tensors).item() == 3 * 2.0**27 + 32
+    assert averaged(tensors[::-1]).item() == 3 * 2.0**27 + 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nan_leaves_its_neighbours_exact(dtype):
+    """Elements beside NaN and infinity are rounded right, cancellation included."""
+    for seed in range(20):
+        tensors = [made(dtype, 60, 60, seed + i) for i in range(5)]
+        tensors[-1] = (-tensors[0].double()).to(dtype)
+        expected = reference(tensors, Weights.uniform(5), dtype)
+        tensors[1][0], tensors[2][1], tensors[3][1] = math.nan, math.inf, -math.inf
+        mean = RunningMean(5)
+        mean.extend(torch.stack(tensors))
+        result = mean.result(lambda i, tensors=tensors: tensors[i])
+        assert result[:2].isnan().all()
+        assert torch.equal(bits(result[2:]), bits(expected[2:]))
