@@ -215,6 +215,19 @@ def test_hashes_do_not_depend_on_windows(tmp_path_factory, sizes, threads, windo
     assert len(set(first)) == 2
 
 
+def test_gaps_of_a_storage_are_hashed_nowhere(tmp_path):
+    """What an output leaves out is in no hash, whatever the budget was."""
+    paths = []
+    for fold in range(2):
+        generator = torch.Generator().manual_seed(fold)
+        base = torch.randn(90_000, generator=generator)
+        paths.append(tmp_path / f"{fold}.pt")
+        torch.save({"a": base[:40_000], "b": base[50_000:]}, paths[-1])
+    out = tmp_path / "o.safetensors"
+    merge_checkpoints(paths, out, max_memory=12 << 20)
+    assert verify_output(out).hashed
+
+
 def damaged(folder, change):
     """An output whose record was changed."""
     paths, out, _ = made(folder, "safetensors")
@@ -233,6 +246,8 @@ def damaged(folder, change):
         lambda record: record | {"template": "../c0.safetensors"},
         lambda record: record | {"template": 5},
         lambda record: record | {"missing": "everything"},
+        lambda record: record | {"max_shard_size": float("inf")},
+        lambda record: record | {"inputs": record["inputs"] * 5000},
         lambda record: record | {"inputs": [record["inputs"][0] | {"bytes": "x"}]},
         lambda record: record | {"inputs": [record["inputs"][0] | {"hash": "xyz"}]},
         lambda record: {key: value for key, value in record.items() if key != "normalize"},

@@ -313,10 +313,10 @@ def _single_threaded_torch() -> Iterator[None]:
 
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     """Runs all windows and copies on worker threads; the first error stops them all."""
-    placed = (u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets)
+    placed = [u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets]
     work = windows(placed, job.budget.window)
     copies = iter(job.draft.copies)
-    again = iter(() if not job.options.hashes or hashed_while_read(job) else job.plan.units)
+    again = iter(() if not job.options.hashes or hashed_while_read(job) else placed)
     lock, stop = threading.Lock(), threading.Event()
 
     # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on

@@ -22,6 +22,7 @@ from merge_avg.scan import scan
 from merge_avg.skeleton import Skeleton
 
 _BLOCK = 1 << 20
+_MOST_INPUTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def read_record(layout: Layout) -> Record:
         raise MergeError(what, where=layout.path, hint=hint)
     try:
         record = _record(json.loads(text))
-    except (KeyError, TypeError, ValueError, RecursionError, UsageError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UsageError):
         what = "what it says about how it was made is damaged, or of another version of merge-avg"
         raise MergeError(what, where=layout.path) from None
     return record
@@ -147,8 +148,8 @@ def _record(value: Any) -> Record:
         )
         for one in value["inputs"]
     )
-    if not inputs:
-        raise ValueError("it has no inputs")
+    if not 0 < len(inputs) <= _MOST_INPUTS:
+        raise ValueError("it has no inputs, or too many")
     options = Options(
         normalize=bool(value["normalize"]),
         dtype=_maybe(value["dtype"]),
@@ -190,15 +191,19 @@ def _inside(value: Any) -> str:
     return str(path)
 
 
+def _there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - for which a name too long is no error
+
+
 def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) -> Path:
     """The directory that all inputs are in."""
     folders = [Path(given)] if given is not None else [output.parent, Path()]
     wanted = [*(one.name for one in record.inputs), record.template]
     for folder in folders:
-        if all((folder / name).exists() for name in wanted):
+        if all(_there(folder / name) for name in wanted):
             return folder
-    best = min(folders, key=lambda folder: sum(not (folder / name).exists() for name in wanted))
-    lost = next(name for name in wanted if not (best / name).exists())
+    best = min(folders, key=lambda folder: sum(not _there(folder / name) for name in wanted))
+    lost = next(name for name in wanted if not _there(best / name))
     hint = "name the directory that the inputs are in: --inputs DIR"
     size = next((one.nbytes for one in record.inputs if one.name == lost), None)
     known = {best / name for name in wanted}
