@@ -188,7 +188,7 @@ class Output:
             try:
                 os.rename(self.path, aside)
                 os.rename(temporary, self.path)
-            except BaseException:
+            except BaseException:  # Ctrl-C as well must leave the old one in its place; it goes on
                 if not os.path.lexists(self.path):
                     os.rename(aside, self.path)
                 raise
