@@ -108,6 +108,7 @@ def stop():
     while not (Path({str(mark)!r}).exists() and Path({str(mark)!r}).read_text()):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 threading.Thread(target=stop).start()
 score({shlex.join([sys.executable, "-c", code, str(mark)])!r}, Path("a.pt"))
 """

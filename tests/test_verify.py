@@ -17,7 +17,7 @@ from merge_avg import budget, verify_output
 from merge_avg.errors import MergeError
 from merge_avg.layout import MARK
 from merge_avg.merge import merge_checkpoints
-from merge_avg.prepare import Options, make_mark
+from merge_avg.prepare import Hashes, Options, make_mark
 from merge_avg.scan import scan
 from merge_avg.verify import read_record
 from merge_avg.weights import Weights
@@ -174,6 +174,110 @@ def test_each_of_several_averages_verifies_alone(tmp_path):
     assert not verify_output(out).hashed
 
 
+@pytest.mark.parametrize("missing", ["skip", "available"])
+@pytest.mark.parametrize("weights", [[1, 1, 0], [0, 1, 1]])
+def test_a_checkpoint_without_weight_keeps_its_say(tmp_path, missing, weights):
+    """One with the weight zero, that lacks a tensor, is an input where that decides something."""
+    paths, out, _ = made(tmp_path, "safetensors")
+    fewer = state(2)
+    del fewer["layer3.weight"]
+    save_file(fewer, paths[2])
+    merge_checkpoints(paths, out, weights=weights, missing=missing)
+    assert set(verify_output(out).inputs) == set(paths)
+    rows = {tmp_path / f"without{k}.safetensors": [int(i != k) for i in range(3)] for k in range(3)}
+    merge_checkpoints(paths, rows, missing=missing)
+    assert all(verify_output(path).hashed for path in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["record", "text", "skipped", "gap", "file"])
+def test_what_is_kept_of_the_template_is_hashed(tmp_path, kind):
+    """Where the template changed beside its weights, it is blamed and not the output."""
+    directory = kind == "file"
+    paths, out, _ = made(tmp_path, "shards" if directory else "pt")
+    big = torch.arange(300_000.0)
+
+    def template(change):
+        values = {"a": big[:1000], "b": big[200_000:], "kept": torch.full((70_000,), 1.0)}
+        values["kept"][69_000] += change == "skipped"
+        big[100_000] = 5.0 if change == "gap" else 100_000.0
+        beside = {"m": torch.full((5,), 2.0 + (change == "record"))}
+        epoch = 7 + (change == "text")
+        torch.save({"state_dict": values, "optimizer": beside, "epoch": epoch}, paths[0])
+
+    options = {"weights": [0, 1, 1]}
+    if not directory:
+        for path in paths:
+            template(None)
+            path.write_bytes(paths[0].read_bytes())
+        options["exclude"] = ["kept"]
+    merge_checkpoints(paths, out, **options)
+    assert verify_output(out).hashed
+    if directory:
+        (paths[0] / "config.json").write_text("[]")
+    else:
+        template(kind)
+    with pytest.raises(MergeError, match="beside its weights is not what") as caught:
+        verify_output(out, max_memory=12 << 20)
+    assert caught.value.where == str(paths[0])
+
+
+def test_holes_in_what_is_averaged_are_hashed(tmp_path):
+    """Elements of the template between those of a strided tensor are told by its hash too."""
+    paths = [tmp_path / f"{fold}.pt" for fold in range(3)]
+    big = torch.arange(200_000.0)
+    for path in paths:
+        torch.save({"a": big[::2]}, path)
+    out = tmp_path / "o.pt"
+    merge_checkpoints(paths, out, weights=[0, 1, 1])
+    assert verify_output(out, max_memory=12 << 20).hashed
+    big[1001] = 0.0
+    torch.save({"a": big[::2]}, paths[0])
+    with pytest.raises(MergeError, match="beside its weights") as caught:
+        verify_output(out)
+    assert caught.value.where == str(paths[0])
+
+
+def test_a_file_that_does_not_belong_to_an_output_is_named(tmp_path):
+    """A stray file in a directory is what fails, by name."""
+    paths, out, _ = made(tmp_path, "shards")
+    merge_checkpoints(paths, out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(MergeError, match="its inputs give no such file") as caught:
+        verify_output(out)
+    assert caught.value.where == str(out / "notes.txt")
+
+
+def test_each_input_is_read_once(tmp_path):
+    """Hashes come from the one reading, though windows be far smaller than what is hashed."""
+    paths = []
+    for fold in range(3):
+        generator = torch.Generator().manual_seed(fold)
+        paths.append(tmp_path / f"{fold}.safetensors")
+        save_file({"a": torch.randn(1_000_000, generator=generator)}, paths[-1])
+    script = (
+        "import os, sys\n"
+        "from merge_avg.merge import merge_checkpoints\n"
+        "def count(): return int(open('/proc/self/io').read().split()[1])\n"
+        "before = count()\n"
+        "result = merge_checkpoints(sys.argv[1:], 'o.safetensors', max_memory=11 << 20)\n"
+        "assert result.job.budget.window < 1 << 16, result.job.budget\n"
+        "print(count() - before)\n"
+    )
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12_000_000 + 1_000_000
+    assert verify_output(tmp_path / "o.safetensors").hashed
+
+
+def test_another_version_is_told(tmp_path):
+    """What another version made is held against the same bytes, and the hint names both."""
+    out = damaged(tmp_path, lambda record: record | {"merge_avg": "99.0"})
+    with pytest.raises(MergeError, match="bytes are not what") as caught:
+        verify_output(out)
+    assert "merge-avg 99.0 made it" in caught.value.hint
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_equal_merges_give_equal_bytes(tmp_path, suffix):
     """Nothing in an output tells when, where, in which order or in how many threads it was made."""
@@ -212,7 +316,7 @@ def test_hashes_do_not_depend_on_windows(tmp_path_factory, sizes, threads, windo
         result = merge_checkpoints(paths, folder / "b.safetensors", threads=threads)
     assert result.job.budget.window == 1 << window
     assert result.hashes == first
-    assert len(set(first)) == 2
+    assert len({*first.read, first.kept}) == 3
 
 
 def test_gaps_of_a_storage_are_hashed_nowhere(tmp_path):
@@ -243,7 +347,7 @@ def damaged(folder, change):
         lambda record: [],
         lambda record: record | {"inputs": []},
         lambda record: record | {"inputs": [{"name": "/etc/passwd"}]},
-        lambda record: record | {"template": "../c0.safetensors"},
+        lambda record: record | {"template": record["template"] | {"name": "../c0.safetensors"}},
         lambda record: record | {"template": 5},
         lambda record: record | {"missing": "everything"},
         lambda record: record | {"max_shard_size": float("inf")},
@@ -282,9 +386,10 @@ def test_the_record_has_one_length(tmp_path):
     paths, _, _ = made(tmp_path, "pt")
     layouts = [scan(path) for path in paths]
     weights, options = Weights.uniform(3), Options()
+    most = (1 << 128) - 1
     lengths = {
-        len(make_mark(layouts, weights, options, hashes, agreement))
-        for hashes in (None, [0] * 3, [(1 << 128) - 1] * 3)
+        len(make_mark(layouts, weights, options, "0", hashes, agreement))
+        for hashes in (None, Hashes((0,) * 3, 0), Hashes((most,) * 3, most))
         for agreement in (None, 1.0, -1.0, 0.123456789, -1e-9)
     }
     assert len(lengths) == 1
@@ -298,9 +403,9 @@ def test_the_record_can_be_read_by_others(tmp_path):
         name = next(name for name in archive.namelist() if name.endswith("merge_avg.json"))
         record = json.loads(archive.read(name))
     assert [one["name"] for one in record["inputs"]] == ["c0.pt", "c1.pt", "c2.pt"]
-    assert [int(one["hash"], 16) for one in record["inputs"]] == list(result.hashes)
+    assert [int(one["hash"], 16) for one in record["inputs"]] == list(result.hashes.read)
     assert abs(float(record["agreement"]) - result.agreement.mean) < 1e-6
-    assert read_record(scan(out)).template == "c0.pt"
+    assert read_record(scan(out)).template.name == "c0.pt"
 
 
 def test_the_command(tmp_path):

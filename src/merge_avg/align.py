@@ -57,6 +57,11 @@ class Aligned:
     notes: tuple[str, ...]
     skipped: frozenset[Name]
 
+    @property
+    def checkpoints(self) -> int:
+        """How many checkpoints there are."""
+        return len(next(iter(self.rows.values())))
+
 
 def align(
     paths: Sequence[Path],

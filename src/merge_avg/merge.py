@@ -15,17 +15,18 @@ from queue import SimpleQueue
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_intdigest
 
 from merge_avg.agreement import Agreement, Comparison
 from merge_avg.errors import MergeError, failure
 from merge_avg.files import Reader
 from merge_avg.output import Output, Sink
-from merge_avg.plan import aligned_to_page, windows
+from merge_avg.plan import aligned_to_page, batches
 from merge_avg.policies import IntPolicy, Missing
-from merge_avg.prepare import Average, Job, Options, Outputs, marked, prepare
+from merge_avg.prepare import Average, Hashes, Job, Options, Outputs, marked, prepare
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
-from merge_avg.work import Ledger, Maps, Worker, hashed_while_read, spread
+from merge_avg.work import CHUNK, KEPT, Ledger, Maps, Worker, spread
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Result:
         agreement: how far the checkpoints agree; None where there is nothing to compare.
         centred: the same for what they differ by from the base, if there is one.
         compared: the numbers of the checkpoints that `agreement` is about.
-        hashes: of what was read of each checkpoint (sums of XXH3 of its chunks, 128 bits); None
-            where they were not asked for.
+        hashes: of what was read of each checkpoint; None where they were not asked for.
     """
 
     job: Job
@@ -56,7 +56,7 @@ class Result:
     agreement: Agreement | None
     centred: Agreement | None
     compared: tuple[int, ...]
-    hashes: tuple[int, ...] | None
+    hashes: Hashes | None
 
 
 def merge_checkpoints(
@@ -223,7 +223,7 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None
             reader.finish()
         agreement = comparison.result()
         _refuse_strangers(job, agreement)
-        hashes = [ledger.hashes[k] % (1 << 128) for k in range(len(job.layouts))]
+        hashes = _hashes(job, ledger)
         cosine = None if agreement is None else agreement.mean
         for out, average in zip(outs, job.averages, strict=True):
             out.complete(marked(job, average, hashes, cosine))
@@ -239,8 +239,15 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None
         agreement,
         comparison.centred(),
         counted,
-        tuple(hashes) if job.options.hashes else None,
+        hashes if job.options.hashes else None,
     )
+
+
+def _hashes(job: Job, ledger: Ledger) -> Hashes:
+    """The sums of the hashes of chunks, and what else the outputs have of the template."""
+    kept = ledger.hashes[KEPT] + sum(map(xxh3_128_intdigest, job.kept_texts))
+    read = tuple(ledger.hashes[k] % (1 << 128) for k in range(len(job.layouts)))
+    return Hashes(read, kept % (1 << 128))
 
 
 def _output(job: Job, average: Average) -> Output:
@@ -314,9 +321,8 @@ def _single_threaded_torch() -> Iterator[None]:
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     """Runs all windows and copies on worker threads; the first error stops them all."""
     placed = [u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets]
-    work = windows(placed, job.budget.window)
-    copies = iter(job.draft.copies)
-    again = iter(() if not job.options.hashes or hashed_while_read(job) else placed)
+    work = batches(placed, job.budget.window, CHUNK)
+    copies = enumerate(job.draft.copies)
     lock, stop = threading.Lock(), threading.Event()
 
     # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on
@@ -327,15 +333,14 @@ def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
         with contextlib.closing(make_worker()) as worker:
             while not stop.is_set():
                 with lock:
-                    window = next(work, None)
-                    copy = None if window is not None else next(copies, None)
-                    unit = None if window is not None or copy is not None else next(again, None)
-                if window is not None:
-                    worker.fill(window)
+                    batch = next(work, None)
+                    copy = None if batch is not None else next(copies, None)
+                if batch is not None:
+                    for window in batch:
+                        worker.fill(window)
                 elif copy is not None:
-                    worker.copy(*copy)
-                elif unit is not None:
-                    worker.hash_again(unit)
+                    index, (number, record) = copy
+                    worker.copy(index, number, record)
                 else:
                     return
 

@@ -259,6 +259,35 @@ def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
     yield from (tuple(pieces) for pieces in open_.values())
 
 
+def batches(units: Iterable[Unit], limit: int, chunk: int) -> Iterator[tuple[Window, ...]]:
+    """Windows of at most `limit` elements; those that share a chunk of a unit come together.
+
+    A chunk is so many elements of a unit, from a multiple of that on, or to the unit's end. What is
+    derived from chunks in the order of their elements, such as a hash, needs no second reading.
+    """
+    for window in windows(units, max(limit, chunk)):
+        yield (window,) if limit >= chunk else tuple(_cut(window, limit))
+
+
+def _cut(window: Window, limit: int) -> Iterator[Window]:
+    """A window as smaller ones, in order; pieces that fit stay whole."""
+    packed: list[Piece] = []
+    size = 0
+    for piece in window:
+        length = piece.stop - piece.start
+        if length > limit:
+            for at in range(piece.start, piece.stop, limit):
+                yield (Piece(piece.unit, at, min(at + limit, piece.stop)),)
+            continue
+        if size + length > limit:
+            yield tuple(packed)
+            packed, size = [], 0
+        packed.append(piece)
+        size += length
+    if packed:
+        yield tuple(packed)
+
+
 def is_matrix(info: TensorInfo) -> bool:
     """Whether a tensor has two dimensions or more."""
     return len(info.shape) > 1

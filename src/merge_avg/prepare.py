@@ -18,7 +18,7 @@ from merge_avg.draft import Draft, make_draft
 from merge_avg.dtypes import CONVERTIBLE, TEMPLATE
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats.directory import shard_of
-from merge_avg.layout import Layout
+from merge_avg.layout import MARK, Layout
 from merge_avg.output import refuse_output
 from merge_avg.plan import Plan, make_plan, with_base
 from merge_avg.policies import IntPolicy, Missing
@@ -67,8 +67,25 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Hashes:
+    """What was read, as sums of the XXH3 of its chunks modulo 2^128.
+
+    Attributes:
+        read: of each checkpoint: its weights, in the order of the job's layouts.
+        kept: of what the outputs have from the template beside the weights that were averaged.
+    """
+
+    read: tuple[int, ...]
+    kept: int
+
+
+@dataclass(frozen=True)
 class Job:
-    """A merge that is ready to run. `base` is the number of the checkpoint that options call so."""
+    """A merge that is ready to run.
+
+    `base` is the number of the checkpoint that options call so, and `version` the one of merge-avg
+    that the outputs name.
+    """
 
     averages: tuple[Average, ...]
     options: Options
@@ -77,11 +94,22 @@ class Job:
     budget: Budget
     notes: tuple[str, ...]
     base: int | None = None
+    version: str = __version__
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """The checkpoints, the template first."""
+        """The checkpoints, the template first; a base that is none of them is the last."""
         return self.plan.layouts
+
+    @property
+    def kept_texts(self) -> Iterator[bytes]:
+        """What the outputs have of the template beside its records: pickles and metadata."""
+        for layout in self.layouts[0].members or self.layouts[:1]:
+            if layout is not None and layout.archive is not None and self.draft.whole:
+                yield layout.archive.pickle
+                yield from layout.archive.around
+            metadata = () if layout is None else layout.metadata
+            yield repr([pair for pair in metadata if pair[0] != MARK]).encode()
 
     @property
     def averaged(self) -> tuple[int, ...]:
@@ -107,6 +135,8 @@ def prepare(
     paths: Sequence[str | os.PathLike[str]],
     outputs: Outputs,
     options: Options,
+    *,
+    made_by: str | None = None,
 ) -> Job:
     """Scans the checkpoints and plans the merge.
 
@@ -114,6 +144,7 @@ def prepare(
         paths: the checkpoints.
         outputs: the output; or several, with the weights of the checkpoints for each.
         options: how to merge; its weights are those of a single output.
+        made_by: where the output is there and to be compared, the version that made it.
 
     Raises:
         UsageError: the options do not fit each other or the number of checkpoints.
@@ -140,7 +171,10 @@ def prepare(
             order = [*order, None]
         ordered = {path: _ordered(weights, order, options) for path, weights in rows.items()}
         with _without_collector():
-            return _prepared(inputs, ordered, options)
+            job = _prepared(inputs, ordered, options, made_by or __version__)
+            if made_by is None:
+                _refuse_outputs(job)
+            return job
     except OSError as error:  # a name too long, a directory that may not be looked into
         raise failure(error) from None
 
@@ -157,7 +191,9 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _prepared(inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Options) -> Job:
+def _prepared(
+    inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Options, version: str
+) -> Job:
     layouts = [scan(path) for path in inputs]
     roles = [assign(layout, options.key) for layout in layouts]
     chosen = Chosen(tuple(options.include), tuple(options.exclude))
@@ -185,19 +221,25 @@ def _prepared(inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Opt
             roles[0].weights,
             state_dict=options.state_dict,
             shard_size=options.max_shard_size,
-            mark=make_mark(plan.layouts, weights, options, compared=len(rows) == 1),
+            mark=make_mark(layouts, weights, options, version, compared=len(rows) == 1),
         )
         averages.append(Average(path, weights, draft))
         if path.suffix != averages[0].output.suffix:
             hint = "averages that are made at a time are of one format"
             names = f"{averages[0].output.name} and {path.name}"
             raise UsageError(f"{names} end differently", hint=hint)
-        _refuse_inputs(path, plan.layouts)
-        refuse_output(path, directory=draft.directory, overwrite=options.overwrite)
-        if draft.directory and path.is_dir():
-            _refuse_loss(path, draft)
     notes = (*_notes(layouts, options, draft), *notes)
-    return Job(tuple(averages), options, roles[0], plan, budget, notes, base)
+    return Job(tuple(averages), options, roles[0], plan, budget, notes, base, version)
+
+
+def _refuse_outputs(job: Job) -> None:
+    """Raises MergeError where an output cannot or must not be written."""
+    for average in job.averages:
+        path, directory = average.output, average.draft.directory
+        _refuse_inputs(path, job.layouts)
+        refuse_output(path, directory=directory, overwrite=job.options.overwrite)
+        if directory and path.is_dir():
+            _refuse_loss(path, average.draft)
 
 
 def _based(
@@ -262,7 +304,8 @@ def make_mark(
     layouts: Sequence[Layout],
     weights: Weights,
     options: Options,
-    hashes: Sequence[int] | None = None,
+    version: str = __version__,
+    hashes: Hashes | None = None,
     agreement: float | None = None,
     *,
     compared: bool = True,
@@ -275,32 +318,44 @@ def make_mark(
 
     Args:
         layouts: the checkpoints, the template first.
-        weights: of the checkpoints; those with the weight zero are left out.
+        weights: of the checkpoints. One with the weight zero is named only where it had a say: as
+            the template, or in what every checkpoint has.
         options: how they are merged.
+        version: of merge-avg.
         hashes: of what was read of each.
         agreement: the mean cosine, if it was measured.
         compared: whether it is recorded; of several averages it is not that of each.
     """
-    named_ = [k for k, weight in enumerate(weights.integers) if weight or not k]
-    places = [Path(os.path.abspath(layouts[k].path)) for k in named_]  # noqa: PTH100 - links stay
-    root = os.path.commonpath([place.parent for place in places])
-    names = {k: place.relative_to(root).as_posix() for k, place in zip(named_, places, strict=True)}
+    all_named = options.missing != "error"
+    numbers = [k for k in range(len(layouts)) if all_named or weights.integers[k]]
+    places = {k: Path(os.path.abspath(layouts[k].path)) for k in {0, *numbers}}  # noqa: PTH100 - links stay
+    root = os.path.commonpath([place.parent for place in places.values()])
+    names = {k: place.relative_to(root).as_posix() for k, place in places.items()}
+
+    def digest(value: int) -> str | None:
+        return f"{value:032x}" if options.hashes else None
+
     inputs = [
         {
             "name": names[k],
             "bytes": layouts[k].nbytes,
             "weight": f"{weights.integers[k]}/{weights.total}",
-            "hash": f"{hashes[k] if hashes else 0:032x}" if options.hashes else None,
+            # How much is read of what has no weight depends on what else is made of it.
+            "hash": digest(hashes.read[k] if hashes else 0) if weights.integers[k] else None,
         }
-        for k in named_
-        if weights.integers[k]
+        for k in numbers
     ]
+    template = {
+        "name": names[0],
+        "bytes": layouts[0].nbytes,
+        "hash": digest(hashes.kept if hashes else 0),
+    }
     cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
     return json.dumps(
         {
-            "merge_avg": __version__,
+            "merge_avg": version,
             "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
-            "template": names[0],
+            "template": template,
             "agreement": cosine if options.agreement and compared else None,
             **{name: getattr(options, name) for name in RECORDED},
             "include": list(options.include),
@@ -316,18 +371,19 @@ RECORDED = tuple(
 
 
 def marked(
-    job: Job, average: Average, hashes: Sequence[int], agreement: float | None
+    job: Job, average: Average, hashes: Hashes, agreement: float | None
 ) -> Mapping[str, Skeleton]:
     """The skeletons of an output once more, with what it says about itself now complete."""
-    single = len(job.averages) == 1
     weights, options = average.weights, job.options
+    merged = job.layouts[: job.plan.aligned.checkpoints]
+    single = len(job.averages) == 1
     return make_draft(
         average.output,
         job.plan,
         job.roles.weights,
         state_dict=options.state_dict,
         shard_size=options.max_shard_size,
-        mark=make_mark(job.layouts, weights, options, hashes, agreement, compared=single),
+        mark=make_mark(merged, weights, options, job.version, hashes, agreement, compared=single),
     ).files
 
 

@@ -120,7 +120,8 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
         how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
         report["notes"].append(f"{what}; {how}")
     if result is not None:
-        for entry, digest in zip(report["inputs"], result.hashes or (), strict=False):
+        digests = () if result.hashes is None else result.hashes.read
+        for entry, digest in zip(report["inputs"], digests, strict=False):
             if entry["averaged"]:
                 entry["hash"] = f"{digest:032x}"
         if plan.factors and not result.warnings:

@@ -7,17 +7,20 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
+from merge_avg import __version__
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.files import read_fully
 from merge_avg.layout import MARK, Layout, dotted
 from merge_avg.merge import run
 from merge_avg.output import OutputFile
-from merge_avg.prepare import RECORDED, Average, Job, Options, prepare
+from merge_avg.prepare import RECORDED, Average, Hashes, Job, Options, prepare
 from merge_avg.scan import scan
 from merge_avg.skeleton import Skeleton
 
@@ -27,21 +30,30 @@ _MOST_INPUTS = 10_000
 
 @dataclass(frozen=True)
 class Input:
-    """What an output says of one of its inputs; `name` is a path from the directory of all."""
+    """What an output says of one of its inputs; `name` is a path from the directory of all.
+
+    The hash is that of the weights; of the template, as such, that of what else the output has.
+    """
 
     name: str
     nbytes: int
-    weight: str
     hash: int | None
+    weight: str = "0"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What an output says about how it was made."""
+    """What an output says about how it was made, and by which version."""
 
     inputs: tuple[Input, ...]
-    template: str
+    template: Input
     options: Options
+    version: str
+
+    @property
+    def all(self) -> tuple[Input, ...]:
+        """The inputs, and the template."""
+        return (*self.inputs, self.template)
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,8 @@ def verify_output(
     layout = scan(path)
     record = read_record(layout)
     folder = _folder(record, path, inputs)
-    paths = [folder / one.name for one in record.inputs]
-    for one, place in zip(record.inputs, paths, strict=True):
+    for one in record.all:
+        place = folder / one.name
         size = scan(place).nbytes
         if size != one.nbytes:
             what = f"it has {size:,} bytes, and had {one.nbytes:,} when {path} was made of it"
@@ -93,14 +105,15 @@ def verify_output(
     options = {
         **{name: getattr(record.options, name) for name in (*RECORDED, "include", "exclude")},
         "weights": [one.weight for one in record.inputs],
-        "template": folder / record.template,
+        "template": folder / record.template.name,
         "agreement": record.options.agreement,
         "hashes": record.options.hashes,
-        "overwrite": True,  # nothing is; but it is there
         "threads": threads,
         "max_memory": max_memory,
     }
-    job = prepare(paths, path, Options(**options))
+    paths = [folder / one.name for one in record.inputs]
+    job = prepare(paths, path, Options(**options), made_by=record.version)
+    _refuse_others(layout, job)
     compared: list[_Compared] = []
 
     @contextlib.contextmanager
@@ -110,10 +123,11 @@ def verify_output(
             yield one
 
     result = run(job, opened=opened)
-    _refuse_changed(job, result.hashes, record, paths, path)
+    if result.hashes is not None:
+        _refuse_changed(job, result.hashes, record, folder, path)
     differences = compared[0].differences
     if differences:
-        raise _different(layout, differences)
+        raise _different(layout, differences, record.version)
     return Verification(path, tuple(paths), job.averages[0].draft.nbytes, record.options.hashes)
 
 
@@ -143,13 +157,16 @@ def _record(value: Any) -> Record:
         Input(
             _inside(one["name"]),
             int(one["bytes"]),
+            _hash(one["hash"]),
             _text(one["weight"]),
-            None if one["hash"] is None else int(_text(one["hash"]), 16),
         )
         for one in value["inputs"]
     )
     if not 0 < len(inputs) <= _MOST_INPUTS:
         raise ValueError("it has no inputs, or too many")
+    described = value["template"]
+    name, nbytes, kept = _inside(described["name"]), int(described["bytes"]), described["hash"]
+    template = Input(name, nbytes, _hash(kept))
     options = Options(
         normalize=bool(value["normalize"]),
         dtype=_maybe(value["dtype"]),
@@ -162,9 +179,13 @@ def _record(value: Any) -> Record:
         include=tuple(map(_text, value["include"])),
         exclude=tuple(map(_text, value["exclude"])),
         agreement=value["agreement"] is not None,
-        hashes=inputs[0].hash is not None,
+        hashes=template.hash is not None,
     )
-    return Record(inputs, _inside(value["template"]), options)
+    return Record(inputs, template, options, _text(value["merge_avg"]))
+
+
+def _hash(value: Any) -> int | None:
+    return None if value is None else int(_text(value), 16)
 
 
 def _text(value: Any) -> str:
@@ -198,31 +219,45 @@ def _there(path: Path) -> bool:
 def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) -> Path:
     """The directory that all inputs are in."""
     folders = [Path(given)] if given is not None else [output.parent, Path()]
-    wanted = [*(one.name for one in record.inputs), record.template]
+    wanted = {one.name: one.nbytes for one in record.all}
     for folder in folders:
         if all(_there(folder / name) for name in wanted):
             return folder
     best = min(folders, key=lambda folder: sum(not _there(folder / name) for name in wanted))
     lost = next(name for name in wanted if not _there(best / name))
     hint = "name the directory that the inputs are in: --inputs DIR"
-    size = next((one.nbytes for one in record.inputs if one.name == lost), None)
-    known = {best / name for name in wanted}
+    known = {output, *(best / name for name in wanted)}
     for path in sorted(best.iterdir()) if best.is_dir() else ():
-        if path not in known and path != output and path.is_file() and path.stat().st_size == size:
+        if path not in known and path.is_file() and path.stat().st_size == wanted[lost]:
             hint = f"{path} has the same size: was it renamed?"
             break
     raise MergeError(f"its input {lost} is not in {best}", where=output, hint=hint)
 
 
-def _refuse_changed(
-    job: Job, hashes: Sequence[int] | None, record: Record, paths: Sequence[Path], output: Path
-) -> None:
+def _refuse_others(layout: Layout, job: Job) -> None:
+    """Raises MergeError for a file in an output that its inputs do not give."""
+    for file in layout.files if layout.members else ():
+        if file.path.relative_to(layout.path).as_posix() not in job.draft.files:
+            what = "its inputs give no such file"
+            raise MergeError(what, where=file.path, hint="remove it if it is yours")
+
+
+def _refuse_changed(job: Job, hashes: Hashes, record: Record, folder: Path, output: Path) -> None:
     """Raises MergeError for an input that is not what it was."""
     numbers = {layout.path: k for k, layout in enumerate(job.layouts)}
-    for one, path in zip(record.inputs, paths, strict=True):
-        if hashes is not None and one.hash not in (None, hashes[numbers[path]]):
-            what = f"its weights are not those that {output} was made of (their hash differs)"
-            raise MergeError(what, where=path, hint="find the checkpoint as it was then")
+    found = [hashes.read[numbers[folder / one.name]] for one in record.inputs]
+    for one, digest in zip(record.all, [*found, hashes.kept], strict=True):
+        if one.hash not in (None, digest):
+            what = (
+                "what it has beside its weights is not what"
+                if one is record.template
+                else ("its weights are not those that")
+            )
+            raise MergeError(
+                f"{what} {output} was made of (their hash differs)",
+                where=folder / one.name,
+                hint="find the checkpoint as it was then",
+            )
 
 
 @dataclass(frozen=True)
@@ -235,7 +270,7 @@ class _Difference:
     count: int
 
 
-def _different(layout: Layout, differences: Sequence[_Difference]) -> MergeError:
+def _different(layout: Layout, differences: Sequence[_Difference], version: str) -> MergeError:
     first = min(differences, key=lambda one: (one.file, one.offset))
     total = sum(one.count for one in differences)
     where = "its header or what lies between the records"
@@ -248,7 +283,10 @@ def _different(layout: Layout, differences: Sequence[_Difference]) -> MergeError
         where = f"tensor {names[0]}" if names else f"record {first.place!r}"
     path = layout.path if first.file == "." else layout.path / first.file
     what = f"{total:,} bytes are not what its inputs give, the first at {first.offset:,} in {where}"
-    return MergeError(what, where=path, hint="merge again, or fetch the file again")
+    hint = "merge again, or fetch the file again"
+    if version != __version__:
+        hint = f"merge-avg {version} made it, and this is {__version__}: {hint}"
+    return MergeError(what, where=path, hint=hint)
 
 
 class _Compared:
@@ -290,21 +328,15 @@ class _Compared:
         self._opened.close()
 
 
-@dataclass
-class _Spans:
-    """What has been compared of a file, from start to stop; adjoining ones are joined later."""
-
-    found: list[tuple[int, int]] = field(default_factory=list)
-
-    def gaps(self, end: int) -> Iterator[tuple[int, int]]:
-        """What has not, up to an end."""
-        at = 0
-        for start, stop in sorted(self.found):
-            if start > at:
-                yield at, start
-            at = max(at, stop)
-        if at < end:
-            yield at, end
+def _gaps(spans: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """What lies between spans from start to stop, up to an end."""
+    at = 0
+    for start, stop in sorted(spans):
+        if start > at:
+            yield at, start
+        at = max(at, stop)
+    if at < end:
+        yield at, end
 
 
 class _ComparedFile(OutputFile):
@@ -325,9 +357,14 @@ class _ComparedFile(OutputFile):
             read_fully(self.fd, there, offset, self._where)
         if there == data:
             return
-        ours = memoryview(data).cast("B")
-        count = sum(a != b for a, b in zip(ours, there, strict=False)) + len(data) - len(there)
-        first = next((i for i, (a, b) in enumerate(zip(ours, there, strict=False)) if a != b), 0)
+        first, count = len(there), len(data) - len(there)
+        if there:
+            pair = (bytearray(data[: len(there)]), there)
+            ours, theirs = (torch.frombuffer(one, dtype=torch.uint8) for one in pair)
+            differs = ours != theirs
+            if differs.any():
+                first = int(differs.byte().argmax())
+                count += int(differs.count_nonzero())
         place = self._place(offset)
         with self._guard:
             self.differences.append(_Difference(self._relative, place, offset + first, count))
@@ -350,7 +387,7 @@ class _ComparedFile(OutputFile):
         for offset, data in literals:
             self.write(memoryview(data), offset)
             spans.append((offset, offset + len(data)))
-        for start, stop in _Spans(spans).gaps(skeleton.nbytes):
+        for start, stop in _gaps(spans, skeleton.nbytes):
             for at in range(start, stop, _BLOCK):
                 self.write(memoryview(bytes(min(_BLOCK, stop - at))), at)
         if self._size > skeleton.nbytes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128, xxh3_128_intdigest
+from xxhash import xxh3_128
 
 from merge_avg.agreement import Comparison
 from merge_avg.average import Buffers, RunningMean
@@ -32,6 +32,7 @@ from merge_avg.weights import Weights
 # Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
 # are read, are of no matter: so many elements of a unit, from its start.
 CHUNK = 1 << 16
+KEPT = -1  # stands for the number of a checkpoint, where hashes are of what the template gives
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,7 +49,7 @@ class Ledger:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_hashes(self, hashes: Mapping[int, int]) -> None:
-        """Adds sums of the hashes of chunks, by the number of the checkpoint."""
+        """Adds sums of the hashes of chunks, by the number of the checkpoint, or `KEPT`."""
         with self._lock:
             self.hashes.update(hashes)
 
@@ -135,7 +136,8 @@ class Worker:
         self._last: _Recipe | None = None
         self._numbers = {id(unit): number for number, unit in enumerate(job.plan.units)}
         self._hashes: Counter[int] = Counter()
-        self._hashing = job.options.hashes and hashed_while_read(job)
+        self._begun: dict[int, xxh3_128] = {}  # hashes of chunks that the next windows complete
+        self._hashing = job.options.hashes
 
     def fill(self, window: Window) -> None:
         """Averages a window over all checkpoints and writes the results."""
@@ -147,27 +149,40 @@ class Worker:
         data = self._out_buffer.bytes(_length(window) * unit.dtype.itemsize)
         for number in results:
             if any(id(piece.unit) in self._maps.masks for piece in window):
-                self._restore(window)
+                self._restore(window, first=not number)
             at = 0
             for piece in window:
                 nbytes = (piece.stop - piece.start) * unit.dtype.itemsize
                 self._write(number, piece, data[at : at + nbytes])
                 at += nbytes
 
-    def copy(self, number: int, record: Storage) -> None:
-        """Copies a record of the template that holds no weights into a file of each output."""
+    def copy(self, index: int, number: int, record: Storage) -> None:
+        """Copies a record of the template that holds no weights into a file of each output.
+
+        Args:
+            index: of the record among all that are copied.
+            number: of the file.
+            record: where it lies in the template.
+        """
+        digest = xxh3_128(seed=seed(-1 - index, 0))
         for at in range(0, record.nbytes, self._room):
             part = self._lane.room(0).bytes(min(self._room, record.nbytes - at))
             self._readers[0].read(part, record, at)
             for out in self._outs:
                 out.write(number, record.name, at, part)
+            if self._hashing:
+                digest.update(part)
             self._ledger.count(len(part))
+        self._hashes[KEPT] += digest.intdigest()
 
-    def _restore(self, window: Window) -> None:
+    def _restore(self, window: Window, *, first: bool) -> None:
         """Gives elements that belong to no tensor, but to what is kept, the template's values."""
         dtype = getattr(torch, window[0].unit.dtype.name)
         out = self._out_buffer.tensor(_length(window), dtype)
-        theirs = self._read(window, 0, again=True).to(dtype)
+        theirs = self._read(window, 0, again=True)
+        if first and self._hashing:
+            self._hash(window, 0, self._lane.room(0).bytes(theirs.nbytes), KEPT)
+        theirs = theirs.to(dtype)
         for span, mask in self._masks(window):
             out[span] = torch.where(mask, out[span], theirs[span])
 
@@ -379,7 +394,7 @@ class Worker:
             else:
                 self._fetch(window, k, part)
             if self._hashing:
-                self._hash(window, k, part)
+                self._hash(window, k, part, *_owners(recipe.unit, k))
         self._ledger.count(len(data))
         whole = room.tensor(numel * len(group), getattr(torch, dtype.name))
         return whole.view(len(group), numel)
@@ -397,39 +412,26 @@ class Worker:
         if not again:
             self._ledger.count(len(data))
             if self._hashing:
-                self._hash(window, k, data)
+                self._hash(window, k, data, *_owners(window[0].unit, k))
         return buffer.tensor(numel, getattr(torch, source.dtype.name))
 
-    def _hash(self, window: Window, k: int, data: memoryview) -> None:
-        """Adds the hashes of the chunks of a window, as a source has them."""
+    def _hash(self, window: Window, k: int, data: memoryview, *owners: int) -> None:
+        """Adds the hashes of the chunks of a window, as a source has them, to those of owners."""
         at = 0
         for piece in window:
-            source, number = piece.unit.sources[k], self._numbers[id(piece.unit)]
-            size = source.dtype.itemsize
-            for start in range(piece.start, piece.stop, CHUNK):
-                end = at + min(CHUNK, piece.stop - start) * size
-                self._hashes[source.checkpoint] += xxh3_128_intdigest(
-                    data[at:end], seed(number, start)
-                )
-                at = end
-
-    def hash_again(self, unit: Unit) -> None:
-        """Reads a unit once more to hash it, where windows are smaller than chunks."""
-        wanted: Iterable[int] = range(len(unit.sources))
-        if unit.kind == "mean":
-            wanted = (k for group in self._recipe(unit).groups for k in group)
-        most = self._job.budget.window
-        for k in wanted:
-            source = unit.sources[k]
-            for start in range(0, len(unit), CHUNK):
-                digest = xxh3_128(seed=seed(self._numbers[id(unit)], start))
-                stop = min(start + CHUNK, len(unit))
-                for at in range(start, stop, most):
-                    piece = Piece(unit, at, min(at + most, stop))
-                    data = self._lane.room(0).bytes((piece.stop - at) * source.dtype.itemsize)
-                    self._fetch((piece,), k, data, again=True)
-                    digest.update(data)
-                self._hashes[source.checkpoint] += digest.intdigest()
+            size, number = piece.unit.sources[k].dtype.itemsize, self._numbers[id(piece.unit)]
+            start = piece.start
+            while start < piece.stop:
+                stop = min(start - start % CHUNK + CHUNK, piece.stop)
+                end = at + (stop - start) * size
+                digest = self._begun.pop(owners[0], None) or xxh3_128(seed=seed(number, start))
+                digest.update(data[at:end])
+                if stop % CHUNK == 0 or stop == len(piece.unit):
+                    for owner in owners:
+                        self._hashes[owner] += digest.intdigest()
+                else:
+                    self._begun[owners[0]] = digest
+                start, at = stop, end
 
     def _fetch(self, window: Window, k: int, view: memoryview, *, again: bool = False) -> None:
         """Fills `view` with the window's elements as source number k has them."""
@@ -506,9 +508,10 @@ def seed(unit: int, start: int) -> int:
     return (unit << 32 | start // CHUNK) & 0xFFFFFFFFFFFFFFFF
 
 
-def hashed_while_read(job: Job) -> bool:
-    """Whether windows are made of whole chunks."""
-    return job.budget.window % CHUNK == 0
+def _owners(unit: Unit, k: int) -> Sequence[int]:
+    """Whose hash the elements of a source belong to."""
+    checkpoint = unit.sources[k].checkpoint
+    return (checkpoint, KEPT) if not checkpoint and unit.kind != "mean" else (checkpoint,)
 
 
 def covers(info: TensorInfo, element: int) -> bool:
