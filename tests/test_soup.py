@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from merge_avg import verify_output
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.evaluate import score
 from merge_avg.merge import merge_checkpoints
@@ -123,6 +124,32 @@ def test_never_worse_than_the_best_checkpoint(tmp_path_factory, values, seed, mo
     sign = 1 if mode == "max" else -1
     assert sign * evaluate(out) >= max(sign * value for value in soup.singles.values())
     assert evaluate(out) == soup.score
+
+
+@pytest.mark.parametrize(("bad", "left"), [([3], 2), ([3, 2], 1)])
+def test_a_mean_that_is_worse_than_its_trial_loses_members(tmp_path, bad, left):
+    """Where a sum's rounding hid that the mean is bad, the result is the mean of fewer."""
+    paths = []
+    for number in range(3):  # the sum in float64 forgets the 1
+        paths.append(tmp_path / f"c{number}.pt")
+        values = torch.tensor([(3 * 2.0**52, 1.0, 0.5 + 2.0**-53)[number]], dtype=torch.float64)
+        torch.save({"w": values}, paths[-1])
+    counts = []
+
+    def merge(paths, output, **options):
+        if ".mean." in output.name:
+            counts.append(len(paths))
+        return merge_checkpoints(paths, output, **options)
+
+    def evaluate(path):
+        return -1.0 if ".mean." in path.name and counts[-1] in bad else 1.0
+
+    out = tmp_path / "o.pt"
+    soup = greedy(paths, out, evaluate=evaluate, merge=merge, mode="max")
+    assert (soup.members, soup.score) == (tuple(paths[:left]), 1.0)
+    merge_checkpoints(paths[:left], tmp_path / "plain.pt")
+    assert out.read_bytes() == (tmp_path / "plain.pt").read_bytes()
+    assert verify_output(out).inputs == soup.members
 
 
 # Interruptions

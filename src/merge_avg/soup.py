@@ -220,15 +220,15 @@ def greedy(
                 kitchen.keep(place)
                 soup, best = tried, value
             told(tried, value, kept=kept, remembered=remembered)
+
+        def exactly(count: int, path: Path) -> float:
+            return scored(soup[:count], lambda: path, exact=True)[0]
+
         members = tuple(checkpoints[index] for index in soup)
         floor = singles[order[0]]
-
-        def exactly(path: Path) -> float:
-            return scored(soup, lambda: path, exact=True)[0]
-
-        best = kitchen.serve(members, best, floor, exactly, sign, overwrite=overwrite)
+        served, best = kitchen.serve(members, best, floor, exactly, sign, overwrite=overwrite)
     scores = dict(zip(checkpoints, singles, strict=True))
-    return Soup(output, members, best, scores, tuple(trials))
+    return Soup(output, tuple(served), best, scores, tuple(trials))
 
 
 class _Kitchen:
@@ -292,27 +292,28 @@ class _Kitchen:
         members: Sequence[Path],
         best: float,
         floor: float,
-        evaluate: Callable[[Path], float],
+        evaluate: Callable[[int, Path], float],
         sign: int,
         *,
         overwrite: bool,
-    ) -> float:
-        """Writes the mean of the members, and returns its score.
+    ) -> tuple[Sequence[Path], float]:
+        """Writes the mean of the members, and returns them and its score.
 
         That is the score of the trial `best`, unless the sum in float64 was rounded and some bit is
         another: then the mean is evaluated as well. Should it be worse than the best checkpoint,
-        whose score is `floor`, what was tried is written.
+        whose score is `floor`, the last members are left out again.
         """
-        score = best
         if len(members) > 2 and self._tried_again():  # of two, the trial was the mean itself
             self._merge(members, self._exact, overwrite=True)
             if not _same_weights(self._exact, self._trial):
-                score = evaluate(self._exact)
-            if sign * score < sign * floor:
-                self._combined(self._kept, self._output, overwrite=overwrite)
-                return best
+                best = evaluate(len(members), self._exact)
+            while sign * best < sign * floor:
+                members, best = members[:-1], floor
+                if len(members) > 1:
+                    self._merge(members, self._exact, overwrite=True)
+                    best = evaluate(len(members), self._exact)
         self._merge(members, self._output, overwrite=overwrite)
-        return score
+        return members, best
 
     def _tried_again(self) -> bool:
         """Makes the last trial that was kept, unless it was the mean itself.
@@ -327,7 +328,7 @@ class _Kitchen:
             return False
         return True
 
-    def _combined(self, members: Sequence[int], output: Path, *, overwrite: bool = True) -> None:
+    def _combined(self, members: Sequence[int], output: Path) -> None:
         """The mean of members by way of the sum of all but the last, as a copy of the best."""
         share = Fraction(1, len(members))
         self._merge(
@@ -337,7 +338,7 @@ class _Kitchen:
             normalize=False,
             dtype="template",
             template=self._order[0],
-            overwrite=overwrite,
+            overwrite=True,
         )
 
     def __enter__(self) -> Self:
