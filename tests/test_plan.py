@@ -16,6 +16,7 @@ from merge_avg.plan import (
     Source,
     _refuse_quantised,
     aligned_to_page,
+    batches,
     make_plan,
     tiled,
     windows,
@@ -57,6 +58,30 @@ def test_units_tile_the_storage_and_windows_tile_the_units(spans, limit):
     covered = {e for start, n in spans for e in range(start, start + n)}
     meant = {e for u in plan.units if u.kind == "mean" for e in range(u.start, u.stop)}
     assert covered <= meant
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    limit=st.sampled_from([1, 2, 4, 8, 16]),
+)
+def test_batches_hold_whole_chunks(sizes, limit):
+    """Windows keep to their limit, and all of a chunk is in one batch, in order."""
+    storages = [Storage(str(i), 0, 4 * size) for i, size in enumerate(sizes)]
+    ours = {str(i): info(str(i), storages[i], 0, (size,)) for i, size in enumerate(sizes)}
+    chunks: dict[tuple[str, int], list[int]] = {}
+    for batch in batches(planned(ours, ours).units, limit, 8):
+        inside: dict[tuple[str, int], list[int]] = {}
+        for window in batch:
+            assert 0 < sum(piece.stop - piece.start for piece in window) <= limit
+            for piece in window:
+                for element in range(piece.start, piece.stop):
+                    key = piece.unit.storage.name, element // 8
+                    inside.setdefault(key, []).append(element)
+        assert not chunks.keys() & inside.keys()
+        chunks |= inside
+    for (name, number), elements in chunks.items():
+        assert elements == list(range(8 * number, min(8 * number + 8, sizes[int(name)])))
+    assert sum(map(len, chunks.values())) == sum(sizes)
 
 
 def test_shared_elements_are_one_unit():
