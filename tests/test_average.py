@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections import Counter
 from fractions import Fraction
 from unittest import mock
 
@@ -59,6 +60,23 @@ def made(dtype, numel, spread, seed):
     narrow = values.to(dtype)
     finite = narrow.double().isfinite()
     return torch.where(finite, narrow.double(), 1.0).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formats_are_those_of_torch(dtype):
+    """The significand bits and least normals are what the values of torch show."""
+    form = _FLOATS[dtype]
+    if dtype.itemsize > 2:
+        found = torch.finfo(dtype)
+        assert (found.eps, found.smallest_normal) == (2.0 ** (1 - form.bits), 2.0**form.emin)
+        return
+    patterns = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32)
+    codes = patterns.to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype)
+    values = codes.double()
+    values = values[values.isfinite() & (values > 0)].unique()
+    binades = Counter((values.frexp().exponent - 1).tolist())
+    assert binades[0] == 2 ** (form.bits - 1)
+    assert min(e for e, count in binades.items() if count == binades[0]) == form.emin
 
 
 @settings(max_examples=150, deadline=None)

@@ -236,14 +236,14 @@ def test_what_is_kept_of_the_template_is_hashed(tmp_path, kind):
 def test_holes_in_what_is_averaged_are_hashed(tmp_path):
     """Elements of the template between those of a strided tensor are told by its hash too."""
     paths = [tmp_path / f"{fold}.pt" for fold in range(3)]
-    big = torch.arange(200_000.0)
+    big, small = torch.arange(90_000.0), torch.ones(5_000)
     for path in paths:
-        saved({"a": big[::2]}, path)
+        saved({"a": big[::2], "b": small}, path)
     out = tmp_path / "o.pt"
     merge_checkpoints(paths, out, weights=[0, 1, 1])
     assert verify_output(out, max_memory=12 << 20).hashed
     big[1001] = 0.0
-    saved({"a": big[::2]}, paths[0])
+    saved({"a": big[::2], "b": small}, paths[0])
     with pytest.raises(MergeError, match="beside its weights") as caught:
         verify_output(out)
     assert caught.value.where == str(paths[0])

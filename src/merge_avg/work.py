@@ -180,21 +180,22 @@ class Worker:
         dtype = getattr(torch, window[0].unit.dtype.name)
         out = self._out_buffer.tensor(_length(window), dtype)
         theirs = self._read(window, 0, again=True)
-        if first and self._hashing:
-            self._hash(window, 0, self._lane.room(0).bytes(theirs.nbytes), KEPT)
-        theirs = theirs.to(dtype)
-        for span, mask in self._masks(window):
-            out[span] = torch.where(mask, out[span], theirs[span])
+        data = self._lane.room(0).bytes(theirs.nbytes)
+        for piece, span, mask in self._masks(window):
+            if first and self._hashing:
+                size = theirs.itemsize
+                self._hash((piece,), 0, data[span.start * size : span.stop * size], KEPT)
+            out[span] = torch.where(mask, out[span], theirs[span].to(dtype))
 
-    def _masks(self, window: Window) -> Iterator[tuple[slice, Tensor]]:
-        """The parts of a window that have holes, and where tensors are in them."""
+    def _masks(self, window: Window) -> Iterator[tuple[Piece, slice, Tensor]]:
+        """The pieces of a window that have holes, where they are, and where tensors are in them."""
         at = 0
         for piece in window:
             span = slice(at, at + piece.stop - piece.start)
             at = span.stop
             mask = self._maps.masks.get(id(piece.unit))
             if mask is not None:
-                yield span, mask[piece.start : piece.stop] != 0
+                yield piece, span, mask[piece.start : piece.stop] != 0
 
     def _averaged(self, window: Window) -> Iterator[int]:
         """The number of each average whose part of a window lies in the output buffer."""
