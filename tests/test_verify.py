@@ -118,6 +118,21 @@ def test_the_tensor_that_differs_is_named(tmp_path):
         verify_output(out)
 
 
+def test_all_bytes_that_differ_are_counted(tmp_path):
+    """Bytes that differ are counted over a whole tensor, and those that are equal are not."""
+    paths, out, _ = made(tmp_path, "safetensors")
+    merge_checkpoints(paths, out)
+    info = next(info for info in scan(out).tensors if info.path[-1] == "layer2.weight")
+    data = bytearray(out.read_bytes())
+    start, stop = info.storage.offset, info.storage.offset + info.storage.nbytes
+    for at in range(start + 3, stop, 2):
+        data[at] ^= 255
+    out.write_bytes(data)
+    count = len(range(start + 3, stop, 2))
+    with pytest.raises(MergeError, match=f"{count:,} bytes .*first at {start + 3:,} in tensor"):
+        verify_output(out)
+
+
 def test_an_input_that_changed_is_named(tmp_path):
     """Other weights of the same size are told by the hash, another size by itself."""
     paths, out, _ = made(tmp_path, "safetensors")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from merge_avg import __version__
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, UsageError, failure
 from merge_avg.files import read_fully
-from merge_avg.layout import MARK, Layout, dotted
+from merge_avg.layout import MARK, File, Layout, dotted
 from merge_avg.merge import run
 from merge_avg.output import OutputFile
 from merge_avg.prepare import RECORDED, Average, Hashes, Job, Options, prepare
@@ -98,7 +98,7 @@ def verify_output(
     folder = _folder(record, path, inputs)
     for one in record.all:
         place = folder / one.name
-        size = scan(place).nbytes
+        size = _size(place)
         if size != one.nbytes:
             what = f"it has {size:,} bytes, and had {one.nbytes:,} when {path} was made of it"
             raise MergeError(what, where=place, hint="find the checkpoint as it was then")
@@ -232,6 +232,16 @@ def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) 
             hint = f"{path} has the same size: was it renamed?"
             break
     raise MergeError(f"its input {lost} is not in {best}", where=output, hint=hint)
+
+
+def _size(place: Path) -> int:
+    """The size of a checkpoint; that of a file is known without looking into it."""
+    if place.is_dir():
+        return scan(place).nbytes
+    try:
+        return File.of(place).nbytes
+    except OSError as error:
+        raise failure(error, where=place) from None
 
 
 def _refuse_others(layout: Layout, job: Job) -> None:
