@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from merge_avg import output
+from merge_avg import files, output
 from merge_avg.errors import MergeError
 from merge_avg.layout import Storage
 from merge_avg.output import Output, refuse_output
@@ -370,3 +370,19 @@ def test_many_threads_write_at_once(tmp_path):
         out.commit()
     assert (tmp_path / "out").read_bytes() == data
     assert told == {"w": zlib.crc32(data)}
+
+
+def test_the_disk_begins_while_more_is_made(tmp_path, monkeypatch):
+    """Each 32 MiB the system is asked to write what it has, and nowhere else does that matter."""
+    nbytes = 80 << 20
+    skeleton = Skeleton(nbytes, (), {"w": Place(0, nbytes)})
+    asked = []
+    real = files.start_writeback
+    monkeypatch.setattr(output, "start_writeback", lambda fd: asked.append(real(fd)))
+    block = memoryview(bytes(1 << 20))
+    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+        for at in range(0, nbytes, len(block)):
+            out.write(0, "w", at, block)
+    assert len(asked) == 2
+    monkeypatch.setattr(files, "_SYNC_FILE_RANGE", None)
+    files.start_writeback(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -342,7 +343,8 @@ def merge(
     if not dry_run:
         read_ahead(job)
         with _progress(job, quiet=quiet) as advance:
-            from merge_avg.merge import run  # torch, whose import takes seconds
+            with _importing():
+                from merge_avg.merge import run
 
             result = run(job, advance)
     report = describe(job, result, __version__, choice)
@@ -351,6 +353,17 @@ def merge(
 
         write(page, report, overwrite=overwrite)
     _tell(report, job, as_json=as_json, quiet=quiet)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Imports torch, which takes about a second; looking for garbage would add a sixth to it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what is imported stays
+        gc.enable()
 
 
 def _tell(report: Report, job: Job, *, as_json: bool, quiet: bool) -> None:
@@ -396,7 +409,8 @@ def _verify(
     quiet: bool,
 ) -> None:
     """Verifies outputs of earlier merges."""
-    from merge_avg.verify import verify_output
+    with _importing():
+        from merge_avg.verify import verify_output
 
     found = []
     for output in outputs:
@@ -426,10 +440,12 @@ def _soup(
 ) -> None:
     """Makes a soup, and shows how."""
     from merge_avg.evaluate import score
-    from merge_avg.merge import run
     from merge_avg.prepare import prepare
-    from merge_avg.soup import greedy
-    from merge_avg.soup_view import described, watched
+
+    with _importing():
+        from merge_avg.merge import run
+        from merge_avg.soup import greedy
+        from merge_avg.soup_view import described, watched
 
     if recipe is None or command is None or mode is None:
         hint = "write --soup greedy --eval 'python eval.py {}' --mode max"

@@ -15,11 +15,12 @@ from typing import Protocol, Self
 from zlib_ng import zlib_ng
 
 from merge_avg.errors import MergeError, failure
-from merge_avg.files import Checksum, reserve, write_fully
+from merge_avg.files import Checksum, reserve, start_writeback, write_fully
 from merge_avg.skeleton import Literal, Skeleton
 from merge_avg.temporary import Temporary, lock, remove, sweep
 
 _AT_FDCWD = -100
+_WRITEBACK = 1 << 25  # bytes after which the disk is told to begin with them
 
 
 def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
@@ -225,6 +226,7 @@ class OutputFile:
         self._path = path  # what messages call it
         self._lock = threading.Lock()
         self._sums: dict[str, Checksum] = {}
+        self._waiting = 0  # bytes; two threads may miscount it a little
         self._places = dict(skeleton.places)
         self._places |= {storage.name: place for storage, place in skeleton.copies}
 
@@ -240,6 +242,10 @@ class OutputFile:
     def write(self, data: memoryview, offset: int) -> None:
         """Writes bytes at an offset of the file."""
         write_fully(self.fd, data, offset, self._path)
+        self._waiting += len(data)
+        if self._waiting >= _WRITEBACK:
+            self._waiting = 0
+            start_writeback(self.fd)
 
     def replace_literals(self, skeleton: Skeleton) -> None:
         """Takes the literals of a skeleton that has the same places."""
