@@ -78,6 +78,7 @@ thread = threading.Thread(target=sample)
 thread.start()
 try:
     options = {"max_memory": int(memory) or None, "threads": 2, "allow_nonfinite": True}
+    options["int_policy"] = "mean"
     base = next((path for path in paths if path.endswith("base.safetensors")), None)
     if base is not None:
         paths.remove(base)
@@ -125,6 +126,11 @@ KINDS = {
     },
 }
 KINDS = {kind: matrices(make) for kind, make in KINDS.items()}
+KINDS["all nan"] = lambda g, n: {"a": torch.full((n,), float("nan")).bfloat16()}
+KINDS["integers"] = lambda g, n: {
+    "a": torch.randint(99, (n,), generator=g).to(torch.int8),
+    "b": torch.randint(1 << 40, (n,), generator=g),
+}
 KINDS["many tensors"] = lambda g, n: {
     f"k{i}": torch.randn(3, 9, generator=g) for i in range(n // 500)
 }
@@ -132,7 +138,7 @@ KINDS["many tensors"] = lambda g, n: {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("memory", [0, 12 * MIB])
+@pytest.mark.parametrize("memory", [0, 12 * MIB, 256 * MIB])
 def test_the_promise_holds(tmp_path, kind, memory):
     """The process takes no more anonymous memory, above the import, than the plan predicts."""
     paths = []

@@ -146,3 +146,11 @@ def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "went on\n")
     assert done.stderr == "stopped; each output is as it was, or complete\n"
+
+
+def test_without_numpy_nothing_else_is_said(folds, tmp_path):
+    """Torch's warning that NumPy is missing, which nobody asked for, does not reach the user."""
+    code = "import sys; sys.modules['numpy'] = None; from merge_avg.cli import entry; entry()"
+    command = [sys.executable, "-c", code, *folds, "-o", "out.pt", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out.pt\n", "")

@@ -171,6 +171,18 @@ def test_what_the_loops_do_not_take():
     assert not LOOPS.sums(torch.zeros(3, 2).T)
     assert not LOOPS.divides(torch.zeros(2, dtype=torch.float64))
     assert not LOOPS.divides(torch.zeros(2, device="meta"))
+    assert not LOOPS.divides(torch.zeros(4)[::2])
+    assert not LOOPS.divides(torch.nn.Parameter(torch.zeros(4)))
+
+
+@needs_loops
+def test_a_result_may_have_gaps():
+    """Every second element of a vector can take a mean."""
+    out = torch.zeros(6)
+    mean = RunningMean(2)
+    mean.extend(torch.tensor([[1.0, 2, 3], [3, 4, 6]]))
+    mean.result(out=out[::2])
+    assert out.tolist() == [2, 0, 3, 0, 4.5, 0]
 
 
 def test_without_a_library_there_are_no_loops(tmp_path):

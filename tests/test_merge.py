@@ -236,6 +236,21 @@ def test_integers_that_overlap_a_counter_are_refused(tmp_path):
         merge_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
 
 
+@pytest.mark.parametrize("policy", ["max", "mean", "template"])
+def test_integers_that_differ_by_the_thousand(tmp_path, policy):
+    """All of many integers that differ are settled, though few of them at a time."""
+    values = torch.arange(250_000) * torch.tensor([[1], [2], [-3]])
+    values[:, 100_000:140_000] = 7  # equal ones among them
+    for fold, row in enumerate(values):
+        save_file({"n": row.contiguous()}, tmp_path / f"{fold}.safetensors")
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    merge_checkpoints(paths, tmp_path / "out.pt", int_policy=policy)
+    means = torch.where(values[0] == 7, 7, 0)
+    means[7] = 0  # (7 + 14 - 21) / 3
+    expected = {"max": values.amax(0), "mean": means, "template": values[0]}
+    assert torch.equal(torch.load(tmp_path / "out.pt")["n"], expected[policy])
+
+
 def test_a_weight_of_zero_counts_for_nothing(tmp_path):
     """What has no weight, such as an outer template, gives neither NaN nor integers."""
     torch.save({"w": torch.tensor([torch.nan, 1]), "n": torch.tensor([9, 9])}, tmp_path / "t.pt")

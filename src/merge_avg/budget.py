@@ -14,9 +14,11 @@ from merge_avg.errors import MergeError, UsageError
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
-# What a worker holds for each element of its window: sums, results, and temporaries of the slow
-# paths. Twice that for float64, which is summed in double-double, and for complex numbers.
-_WINDOW_BYTES = 160
+# What a worker holds for each element of its window: sums, the result, and what is known of those
+# that are not finite or not equal. And for each of the part that is summed at a time: temporaries
+# of the slow paths. Twice both for float64, summed in double-double, and for complex numbers.
+_WINDOW_BYTES = 56
+_BLOCK_BYTES = 104
 COMPARED = 5 << 12  # how many numbers are set aside before checkpoints are compared by them
 WHOLE = 1 << 16  # how many numbers of small tensors and models are compared though it be all
 BLOCK = 1 << 16  # how many elements of a window are summed at a time
@@ -24,10 +26,10 @@ CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a co
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
 _ENTRY_BYTES = 2000  # what is known of a tensor of a checkpoint, and what it is compared by
 _OUTPUT_BYTES = 384 << 10  # what laying an output out once more takes, beside what it describes
-_LARGEST_WINDOW = 1 << 17
+_LARGEST_WINDOW = 1 << 19  # bytes: a few of them are still in the cache that cores share
 _USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
 _LEAST_WINDOW = 1 << 10
-_MOST_READ = 1 << 20
+_MOST_READ = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Budget:
         numbers = self.checkpoints * self.window
         compared = 2 * self.itemsize * (COMPARED + max(numbers // 128, min(numbers, WHOLE)))
         compared += 36 * wide * max(COMPARED, self.checkpoints)
-        worker = self.window * (_WINDOW_BYTES * wide + sums) + read + compared
+        block = min(self.window, BLOCK) * _BLOCK_BYTES * wide
+        worker = self.window * (_WINDOW_BYTES * wide + sums) + block + read + compared
         known = self.entries * _ENTRY_BYTES + (self.outputs - 1) * _OUTPUT_BYTES
         return _FIXED + known + self.threads * worker
 
@@ -130,9 +133,9 @@ def plan_budget(
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     total = max_memory or buffers + max(entries * _ENTRY_BYTES - MIB, 0)
     for count in range(workers, 0, -1):
-        window = _LARGEST_WINDOW
+        window = _LARGEST_WINDOW // max(itemsize, 2)
         while window >= _LEAST_WINDOW:
-            rows = min(checkpoints, max(_MOST_READ // window, 1))
+            rows = min(checkpoints, max(_MOST_READ // (window * itemsize), 1))
             budget = Budget(count, window, rows, itemsize, entries, outputs, checkpoints)
             if budget.nbytes <= total:
                 return budget

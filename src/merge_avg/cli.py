@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -360,7 +361,10 @@ def _importing() -> Iterator[None]:
     """Imports torch, which takes about a second; looking for garbage would add a sixth to it."""
     gc.disable()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Torch tells whoever imports it that NumPy is not installed. It is not needed.
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+            yield
     finally:
         gc.freeze()  # what is imported stays
         gc.enable()

@@ -46,8 +46,7 @@ class Kernel:
 
     def sums(self, rows: Tensor) -> bool:
         """Whether `add` takes these rows."""
-        fits = rows.dtype in self._sums and rows.device.type == "cpu"
-        return fits and (rows.stride(1) == 1 or rows.shape[1] < 2)
+        return rows.dtype in self._sums and _dense(rows)
 
     def add(
         self, rows: Tensor, factors: Tensor, total: Tensor, *, begun: bool
@@ -79,8 +78,8 @@ class Kernel:
         return low, high, bool(zeros), bool(negative)
 
     def divides(self, out: Tensor) -> bool:
-        """Whether `divide` writes to a contiguous tensor such as this."""
-        return out.dtype in self._means and out.device.type == "cpu"
+        """Whether `divide` writes to this."""
+        return out.dtype in self._means and _dense(out)
 
     def divide(self, total: Tensor, divisor: float, out: Tensor) -> None:
         """Writes an exact sum over a divisor, rounded once, to nearest, ties to even.
@@ -88,9 +87,15 @@ class Kernel:
         Args:
             total: contiguous, finite float64.
             divisor: an integer below 2**28.
-            out: contiguous, of as many elements, which `divides` accepts.
+            out: of as many elements, which `divides` accepts.
         """
         self._means[out.dtype](total.data_ptr(), len(total), divisor, out.data_ptr())
+
+
+def _dense(values: Tensor) -> bool:
+    """Whether the last dimension lies in memory, without gaps; subclasses may have no memory."""
+    plain = type(values) is Tensor and values.device.type == "cpu"
+    return plain and (values.stride(-1) == 1 or values.shape[-1] < 2)
 
 
 def load(path: Path = _LIBRARY) -> Kernel | None:

@@ -32,6 +32,7 @@ from merge_avg.weights import Weights
 # Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
 # are read, are of no matter: so many elements of a unit, from its start.
 CHUNK = 1 << 16
+_SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 KEPT = -1  # stands for the number of a checkpoint, where hashes are of what the template gives
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -345,17 +346,18 @@ class Worker:
     ) -> None:
         """Gives elements that differ the values that the policy makes of them for an average."""
         kind = getattr(torch, piece.unit.members[0][1].dtype.name)
-        columns = []
         row = self._rows[number]
         counted = self._counted(piece.unit, row)
-        for k in counted:
-            raw = self._read(window, k, again=True).view(ours.dtype)[places].contiguous()
-            columns.append(raw.view(kind).tolist())
         chosen = [piece.unit.sources[k].checkpoint for k in counted]
-        weights = row.subset(chosen) or Weights.uniform(len(columns))
+        weights = row.subset(chosen) or Weights.uniform(len(counted))
         policy = self._job.options.int_policy
-        merged = [settle(values, policy, weights) for values in zip(*columns, strict=True)]
-        ours[places] = torch.tensor(merged, dtype=kind).view(ours.dtype)
+        for some in places.split(max(_SETTLED // len(counted), 1)):
+            columns = []
+            for k in counted:
+                raw = self._read(window, k, again=True).view(ours.dtype)[some].contiguous()
+                columns.append(raw.view(kind).tolist())
+            merged = [settle(values, policy, weights) for values in zip(*columns, strict=True)]
+            ours[some] = torch.tensor(merged, dtype=kind).view(ours.dtype)
 
     def _unequal(self, window: Window, place: int, name: Name, info: TensorInfo) -> MergeError:
         unit = window[0].unit
