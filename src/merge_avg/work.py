@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_intdigest
 
 from merge_avg.agreement import Comparison
 from merge_avg.average import Buffers, RunningMean
@@ -31,7 +31,7 @@ from merge_avg.weights import Weights
 
 # Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
 # are read, are of no matter: so many elements of a unit, from its start.
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 _SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 KEPT = -1  # stands for the number of a checkpoint, where hashes are of what the template gives
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -421,19 +421,26 @@ class Worker:
     def _hash(self, window: Window, k: int, data: memoryview, *owners: int) -> None:
         """Adds the hashes of the chunks of a window, as a source has them, to those of owners."""
         at = 0
+        owner = owners[0]
         for piece in window:
-            size, number = piece.unit.sources[k].dtype.itemsize, self._numbers[id(piece.unit)]
-            start = piece.start
+            unit, start = piece.unit, piece.start
+            size, number = unit.sources[k].dtype.itemsize, self._numbers[id(unit)]
             while start < piece.stop:
                 stop = min(start - start % CHUNK + CHUNK, piece.stop)
                 end = at + (stop - start) * size
-                digest = self._begun.pop(owners[0], None) or xxh3_128(seed=seed(number, start))
-                digest.update(data[at:end])
-                if stop % CHUNK == 0 or stop == len(piece.unit):
-                    for owner in owners:
-                        self._hashes[owner] += digest.intdigest()
+                part = data if end - at == len(data) else data[at:end]
+                begins, ends = start % CHUNK == 0, stop % CHUNK == 0 or stop == len(unit)
+                if begins and ends:
+                    value = xxh3_128_intdigest(part, seed(number, start))
                 else:
-                    self._begun[owners[0]] = digest
+                    digest = (
+                        self._begun[owner] if not begins else xxh3_128(seed=seed(number, start))
+                    )
+                    digest.update(part)
+                    self._begun[owner] = digest
+                    value = digest.intdigest() if ends else 0
+                for one in owners if ends else ():
+                    self._hashes[one] += value
                 start, at = stop, end
 
     def _fetch(self, window: Window, k: int, view: memoryview, *, again: bool = False) -> None:
