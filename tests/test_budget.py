@@ -188,3 +188,16 @@ def test_the_promise_holds_for_several_averages(tmp_path, kind):
     measured, predicted = json.loads(done.stdout)
     assert measured <= predicted <= 20 * MIB
     assert len(list(tmp_path.glob("o*.pt"))) == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_promise_holds_for_very_many_tensors(tmp_path, count):
+    """What is known of 8,000 tensors of each checkpoint is part of the prediction."""
+    paths = [str(tmp_path / f"{fold}.pt") for fold in range(count)]
+    for fold, path in enumerate(paths):
+        torch.save({f"layers.{i}.w": torch.full((3, 9), float(fold)) for i in range(8000)}, path)
+    command = [sys.executable, "-c", MEASURE, *paths, str(tmp_path / "o.pt"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted

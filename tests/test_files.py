@@ -226,20 +226,36 @@ def test_what_is_read_again_counts_once(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"0123456789")
     storage = Storage("r", 0, 10, zlib.crc32(b"0123456789"))
+    five = memoryview(bytearray(5))
     with contextlib.closing(opened(path)) as reader:
+        reader.read(five, storage, 0)
         for options in ({}, {"again": True}, {}):
-            reader.read(memoryview(bytearray(10)), storage, 0, **options)
-            assert reader._sums[storage].missing() == []
+            reader.read(five, storage, 5, **options)
+            assert reader._checksum(storage).missing() == []
         os.truncate(path, 0)  # nothing is left to be read
         with pytest.raises(MergeError, match="changed"):
             reader.finish()
     path.write_bytes(b"0123456789")
     parts = Storage("all", 0, 10, parts=(storage,))
     with contextlib.closing(opened(path)) as reader:
-        reader.read(memoryview(bytearray(10)), parts, 0, again=True)
-        assert reader._sums[storage].missing() == [(0, 10)]
-        reader.read(memoryview(bytearray(10)), parts, 0)
-        assert reader._sums[storage].missing() == []
+        reader.read(five, parts, 0, again=True)
+        assert reader._checksum(storage).missing() == [(0, 10)]
+        reader.read(five, parts, 0)
+        assert reader._checksum(storage).missing() == [(5, 10)]
+
+
+def test_a_record_that_is_read_whole_is_checked_at_once(tmp_path):
+    """Where one read takes all of a record, its checksum needs no keeping."""
+    path = tmp_path / "a"
+    path.write_bytes(b"0123456789")
+    right = Storage("r", 0, 10, zlib.crc32(b"0123456789"))
+    wrong = Storage("w", 0, 10, zlib.crc32(b"0123456780"))
+    with contextlib.closing(opened(path)) as reader:
+        reader.read(memoryview(bytearray(10)), right, 0)
+        reader.read(memoryview(bytearray(10)), wrong, 0, again=True)
+        with pytest.raises(MergeError, match="record 'w' is damaged"):
+            reader.read(memoryview(bytearray(10)), wrong, 0)
+        assert not reader._sums
 
 
 def test_the_rest_of_a_file_that_ends_early(tmp_path):

@@ -24,7 +24,8 @@ WHOLE = 1 << 16  # how many numbers of small tensors and models are compared tho
 BLOCK = 1 << 16  # how many elements of a window are summed at a time
 CONVERTED = 1 << 19  # how many numbers are held as float64 at a time: what a core's cache holds
 _FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
-_ENTRY_BYTES = 2000  # what is known of a tensor of a checkpoint, and what it is compared by
+_ENTRY_BYTES = 800  # what is known of a tensor of a checkpoint
+_TENSOR_BYTES = 4500  # and of a tensor of the result: where it goes, and what it is compared by
 _OUTPUT_BYTES = 384 << 10  # what laying an output out once more takes, beside what it describes
 _LARGEST_WINDOW = 1 << 19  # bytes: a few of them are still in the cache that cores share
 _USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
@@ -68,7 +69,7 @@ class Budget:
         compared += 36 * wide * max(COMPARED, self.checkpoints)
         block = min(self.window, BLOCK) * _BLOCK_BYTES * wide
         worker = self.window * (_WINDOW_BYTES * wide + sums) + block + read + compared
-        known = self.entries * _ENTRY_BYTES + (self.outputs - 1) * _OUTPUT_BYTES
+        known = _known(self.entries, self.checkpoints) + (self.outputs - 1) * _OUTPUT_BYTES
         return _FIXED + known + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
@@ -85,6 +86,11 @@ class Budget:
                 raise MergeError("the device has not enough free memory", hint=hint)
             fit = replace(fit, window=fit.window // 2)
         return fit
+
+
+def _known(entries: int, checkpoints: int) -> int:
+    """The bytes that are known of tensors: names, places, what they are compared by."""
+    return entries * _ENTRY_BYTES + -(-entries // max(checkpoints, 1)) * _TENSOR_BYTES
 
 
 def cores() -> int:
@@ -131,7 +137,7 @@ def plan_budget(
         raise UsageError("there must be a thread at least", hint="give --threads 1 or more")
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
-    total = max_memory or buffers + max(entries * _ENTRY_BYTES - MIB, 0)
+    total = max_memory or buffers + max(_known(entries, checkpoints) - MIB, 0)
     for count in range(workers, 0, -1):
         window = _LARGEST_WINDOW // max(itemsize, 2)
         while window >= _LEAST_WINDOW:

@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,27 +32,33 @@ Buffer = memoryview | bytearray
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A storage that is read from: its file and where it begins in it, and its checksum."""
+    """A storage that is read from: its file, where it begins in it, and what keeps checksums."""
 
-    storage: Storage  # kept, so that its identity remains its own
+    storage: Storage
     fd: int
     offset: int
     path: Path
-    sums: Checksum | None
+    sums: Callable[[Storage], Checksum] | None
 
     def read(self, into: memoryview, at: int, *, again: bool = False) -> None:
         """Fills `into` from byte `at` of the storage on; `again` where it was counted before."""
         read_fully(self.fd, into, self.offset + at, self.path)
-        if self.sums is not None and not again:
-            self.sums.add(at, len(into), zlib_ng.crc32(into))
+        if self.sums is None or again:
+            return
+        crc = zlib_ng.crc32(into)
+        if len(into) < self.storage.nbytes:
+            self.sums(self.storage).add(at, len(into), crc)
+        elif crc != self.storage.crc:
+            raise _damaged(self.storage, self.path)
 
 
 class Reader:
     """An open checkpoint, read by offset from any thread.
 
-    Every byte that `read` takes from a storage with a recorded CRC-32 is counted towards it;
-    `finish` reads what is left of such storages and compares. Storages that are deflated or in
-    big-endian byte order are decoded, when they are first read, into a nameless file in `scratch`.
+    Every byte that `read` takes from a storage with a recorded CRC-32 is counted towards it. One
+    that is read whole is checked there and then; of others, `finish` reads what is left, and
+    checks. Storages that are deflated or in big-endian byte order are decoded, when they are first
+    read, into a nameless file in `scratch`.
 
     Raises:
         MergeError: a file cannot be opened, or is not the one that was scanned.
@@ -62,8 +68,8 @@ class Reader:
         self.path = layout.path
         self._files = layout.files
         self._fds: dict[int, int] = {}
-        self._sums: dict[Storage, Checksum] = {}
-        self._taps: dict[int, Tap] = {}  # by identity: hashing a storage costs more than a read
+        # By identity, as hashing a storage costs more than a read.
+        self._sums: dict[int, tuple[Storage, Checksum]] = {}
         self._decoded: dict[Storage, int] = {}
         self._lock = threading.Lock()
         self._scratch = scratch
@@ -73,7 +79,7 @@ class Reader:
         """Fills `into` from byte `at` of a storage on; `again` where it was counted before.
 
         Raises:
-            MergeError: the file ends before that, or cannot be read.
+            MergeError: the file ends before that, or cannot be read, or the checksum is wrong.
         """
         if storage.parts:
             for part, start, first, last in _overlaps(storage.parts, at, at + len(into)):
@@ -82,23 +88,21 @@ class Reader:
         self.tap(storage).read(into, at, again=again)
 
     def tap(self, storage: Storage) -> Tap:
-        """Where the bytes of a storage that has no parts come from, once for all its windows."""
-        found = self._taps.get(id(storage))
-        if found is not None:
-            return found
+        """Where the bytes of a storage that has no parts come from."""
         path = self._files[storage.file].path
         if storage.coded:
             offset = self._decode(storage)
-            tap = Tap(storage, self._spooled().fileno(), offset, path, None)
-        else:
-            fd = self._fd(storage.file)
-            sums = None
-            if storage.crc is not None:
-                with self._lock:
-                    sums = self._sums.setdefault(storage, Checksum(storage.nbytes))
-            tap = Tap(storage, fd, storage.offset, path, sums)
-        self._taps[id(storage)] = tap
-        return tap
+            return Tap(storage, self._spooled().fileno(), offset, path, None)
+        sums = None if storage.crc is None else self._checksum
+        return Tap(storage, self._fd(storage.file), storage.offset, path, sums)
+
+    def _checksum(self, storage: Storage) -> Checksum:
+        found = self._sums.get(id(storage))
+        if found is None:
+            with self._lock:
+                made = storage, Checksum(storage.nbytes)
+                found = self._sums.setdefault(id(storage), made)
+        return found[1]
 
     def finish(self) -> None:
         """Checks the CRC-32 of every storage that was read from, and that the files are the same.
@@ -107,7 +111,7 @@ class Reader:
             MergeError: a checksum is wrong, or a file changed since it was scanned.
         """
         block = memoryview(bytearray(_BLOCK))
-        for storage, sums in self._sums.items():
+        for storage, sums in self._sums.values():
             path = self._files[storage.file].path
             for start, stop in sums.missing():
                 for at in range(start, stop, _BLOCK):

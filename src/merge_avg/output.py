@@ -225,7 +225,8 @@ class OutputFile:
         self.fd = fd
         self._path = path  # what messages call it
         self._lock = threading.Lock()
-        self._sums: dict[str, Checksum] = {}
+        self._crcs: dict[str, int] = {}  # of places that were filled at once
+        self._sums: dict[str, Checksum] = {}  # of others
         self._waiting = 0  # bytes; two threads may miscount it a little
         self._places = dict(skeleton.places)
         self._places |= {storage.name: place for storage, place in skeleton.copies}
@@ -234,10 +235,15 @@ class OutputFile:
         """Writes payload `at` bytes into a place."""
         place = self._places[name]
         self.write(data, place.offset + at)
-        if self.skeleton.checked:
-            with self._lock:
-                sums = self._sums.setdefault(name, Checksum(place.nbytes))
-            sums.add(at, len(data), zlib_ng.crc32(data))
+        if not self.skeleton.checked:
+            return
+        crc = zlib_ng.crc32(data)
+        if len(data) == place.nbytes:
+            self._crcs[name] = crc
+            return
+        with self._lock:
+            sums = self._sums.setdefault(name, Checksum(place.nbytes))
+        sums.add(at, len(data), crc)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Writes bytes at an offset of the file."""
@@ -257,7 +263,7 @@ class OutputFile:
     def closing(self) -> tuple[Literal, ...]:
         """The last literals, made from the checksums of what was written."""
         # Empty places are never written to.
-        crcs = dict.fromkeys(self._places, 0)
+        crcs = dict.fromkeys(self._places, 0) | self._crcs
         crcs |= {name: sums.value() for name, sums in self._sums.items()}
         return self.skeleton.close(crcs)
 
