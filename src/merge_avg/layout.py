@@ -128,6 +128,14 @@ class TensorInfo:
         return False
 
     @property
+    def dense(self) -> bool:
+        """Whether it has every element from its first to its last, each once."""
+        if not self.numel:
+            return True
+        once = not self.overlaps_itself and all(step for _, step in self.geometry)
+        return once and self.numel == self.stop - self.start
+
+    @property
     def geometry(self) -> tuple[tuple[int, int], ...]:
         """(extent, step) of the dimensions that matter for where elements lie."""
         return _geometry(self.shape, self.stride)

@@ -74,7 +74,7 @@ class Unit:
     @property
     def holed(self) -> bool:
         """Whether some of its elements may belong to no member: they stay the template's."""
-        if any(info.stop - info.start == len(self) == info.numel for _, info in self.members):
+        if any(info.stop - info.start == len(self) and info.dense for _, info in self.members):
             return False
         return self.kind != "keep"
 

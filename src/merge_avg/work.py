@@ -333,7 +333,7 @@ class Worker:
 
     def _note(self, window: Window, piece: Piece, places: Tensor, shift: int) -> None:
         """Notes which tensors differ, or refuses them, as the policy says."""
-        for name, info in self._touched(piece.unit, places, shift):
+        for name, info, _ in self._touched(piece.unit, places, shift):
             is_bool = info.dtype.kind == "bool"
             counts = is_counter(name.key, len(info.shape), is_bool=is_bool)
             if self._job.options.int_policy == "error" and not counts:
@@ -495,22 +495,25 @@ class Worker:
         bad = bad.view(-1, 2).any(dim=1) if values.is_complex() else bad
         at = 0
         for piece in window:
-            span = bad[at : at + piece.stop - piece.start]
+            found = bad[at : at + piece.stop - piece.start].nonzero().flatten()
             at += piece.stop - piece.start
-            elements = (span.nonzero().flatten() + piece.start + piece.unit.start).tolist()
-            for name, info in piece.unit.members if elements else ():
-                hit = sum(covers(info, element) for element in elements)
-                if hit:
-                    yield name, hit
+            if len(found):
+                shift = piece.start + piece.unit.start
+                for name, _, count in self._touched(piece.unit, found, shift):
+                    yield name, count
 
-    def _touched(self, unit: Unit, places: Tensor, shift: int) -> Iterator[tuple[Name, TensorInfo]]:
-        """The tensors that some elements of a unit's storage belong to."""
+    def _touched(
+        self, unit: Unit, places: Tensor, shift: int
+    ) -> Iterator[tuple[Name, TensorInfo, int]]:
+        """The tensors that some elements of a unit's storage belong to, and how many do."""
         found = places + shift
         for name, info in unit.members:
             inside = found[(found >= info.start) & (found < info.stop)]
-            dense = info.numel == info.stop - info.start
-            if len(inside) and (dense or any(covers(info, one) for one in inside.tolist())):
-                yield name, info
+            count = len(inside)
+            if not info.dense:
+                count = sum(covers(info, one) for one in inside.tolist())
+            if count:
+                yield name, info, count
 
 
 def seed(unit: int, start: int) -> int:
