@@ -1,6 +1,7 @@
 """Reads checkpoints, each in a process of its own with little memory and time, and tells of it.
 
-Paths come on stdin, one a line, and a JSON object for each goes to stdout.
+Paths come on stdin, one a line, and a JSON object for each goes to stdout. With the argument
+`verify` it verifies each, and an output `out.safetensors` beside it that says that it is an input.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import merge_avg.choose
 import merge_avg.prepare
-import merge_avg.report  # noqa: F401 - imported before memory is limited, as the others
+import merge_avg.report
 from merge_avg.cli import main
 from merge_avg.contents import contents, lines
 from merge_avg.errors import MergeError
 
 MEMORY = 256 << 20  # of address space, code and libraries included
+VERIFY = sys.argv[1:2] == ["verify"]
+LIMIT = MEMORY
 SECONDS = 20  # of processor time
 
 
@@ -52,6 +55,7 @@ class Watch:
     ).split()
 
     def __init__(self, path: str) -> None:
+        """Files whose names do not begin with `path` are others."""
         self.seen: list[str] = []
         self._path, self._armed = path, False
         sys.addaudithook(self._hook)
@@ -68,13 +72,33 @@ class Watch:
         self._armed = False
 
 
-def command(path: str) -> dict[str, object]:
-    """What the command does."""
+def verified(path: str) -> dict[str, object]:
+    """What verifying does, in this process."""
+    folder = str(Path(path).parent)
+    outputs = path, f"{folder}/out.safetensors"
+    tempfile.tempdir = folder  # for the nameless file that a merge may need
+    watch = Watch(folder)
+    outcomes = []
+    for output in outputs:
+        try:
+            with watch:
+                merge_avg.verify.verify_output(output, threads=1)
+            outcomes.append("right")
+        except MergeError as error:
+            outcomes.append(f"refused: {error}")
+        except Exception:  # noqa: BLE001 - which would be the finding
+            outcomes.append(traceback.format_exc(limit=-6))
+    runs = [command(path, "--verify", output, "--threads", "1") for output in outputs]
+    return {"outcomes": outcomes, "runs": runs, "events": watch.seen}
+
+
+def command(path: str, *arguments: str) -> dict[str, object]:
+    """What the command does; by default a dry run."""
     printed = Path(f"{path}.printed")
     keep = os.dup(2)
     fd = os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(fd, 2)
-    sys.argv = ["merge-avg", path, "-o", f"{path}.out.pt", "--dry-run"]
+    sys.argv = ["merge-avg", *(arguments or (path, "-o", f"{path}.out.pt", "--dry-run"))]
     code: object = 0
     try:
         main()
@@ -94,11 +118,11 @@ def apart(path: str) -> dict[str, object]:
     if not child:
         os.close(out)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
-            raw = json.dumps(read(path)).encode()
+            raw = json.dumps((verified if VERIFY else read)(path)).encode()
         except BaseException:  # noqa: BLE001 - as above
             raw = json.dumps({"outcome": traceback.format_exc(limit=-6)}).encode()
         with os.fdopen(into, "wb") as pipe:
@@ -112,9 +136,16 @@ def apart(path: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    if VERIFY:  # torch alone has more address space than that
+        import merge_avg.verify
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        LIMIT = MEMORY + pages * resource.getpagesize()
     for codec in ("cp437", "latin1", "raw_unicode_escape"):  # which are modules, imported once
         codecs.lookup(codec)
     with tempfile.TemporaryDirectory() as folder:  # what the command imports, imported once
         command(f"{folder}/none.pt")
+        for path in sys.argv[2:]:
+            verified(path)
     for line in sys.stdin:
         print(json.dumps(apart(line.rstrip("\n"))), flush=True)  # noqa: T201

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from merge_avg.errors import MergeError
 from merge_avg.formats.inert import PickleError, load
+from merge_avg.layout import MARK
 from merge_avg.merge import merge_checkpoints
 from merge_avg.scan import scan
 from tests.attacks import ATTACKS, DATA, LARGE, archive, made, record, state
@@ -48,14 +51,45 @@ UNUSUAL = {f"{kind}_pickle_subclass_bomb" for kind in ("zip", "legacy")}
 SLOW = LARGE | {name for name in ATTACKS if "pickle" in name and not name.startswith("zip")}
 
 
-def named(names):
-    return [pytest.param(name, marks=pytest.mark.large if name in SLOW else ()) for name in names]
+def named(names, slow=SLOW):
+    return [pytest.param(name, marks=pytest.mark.large if name in slow else ()) for name in names]
 
 
 @pytest.fixture(scope="module")
 def child():
     """Reads a path in a process with 256 MiB of memory, and tells how it went."""
-    command = [sys.executable, "-m", "tests.attack_child"]
+    with asked() as read:
+        yield read
+
+
+@pytest.fixture(scope="module")
+def verifier(tmp_path_factory):
+    """Verifies a path, and an output that says that it is an input, with 256 MiB beside torch."""
+    folder = tmp_path_factory.mktemp("right")
+    save_file({"w": torch.ones(4)}, folder / "a.pt")  # which torch and the verifier import for
+    names(folder / "a.pt")
+    with asked("verify", str(folder / "a.pt")) as verify:
+        yield verify
+
+
+def names(path):
+    """Makes an output beside a checkpoint that names it as an input of its present size."""
+    out = path.with_name("out.safetensors")
+    save_file({"w": torch.ones(4)}, path.with_name("other.safetensors"))
+    merge_checkpoints([path.with_name("other.safetensors")] * 2, out)
+    said = json.loads(dict(scan(out).metadata)[MARK])
+    try:
+        nbytes = scan(path).nbytes if path.is_dir() else path.stat().st_size
+    except MergeError:
+        nbytes = 0
+    said["inputs"][1] |= {"name": path.name, "bytes": nbytes}
+    save_file({"w": torch.ones(4)}, out, {MARK: json.dumps(said)})
+
+
+@contextlib.contextmanager
+def asked(*arguments):
+    """A process that reads checkpoints in children of its own."""
+    command = [sys.executable, "-m", "tests.attack_child", *arguments]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -91,6 +125,25 @@ def test_an_attack_is_refused_or_read_right(child, tmp_path, name):
     assert found["outcome"] == ("right" if name in RIGHT | UNUSUAL | LATE else "refused")
     assert found["code"] == (0 if name in RIGHT | LATE else 1)
     assert not (tmp_path / "a.pt.out.pt").exists()
+
+
+PICKLES = {name for name in ATTACKS if "pickle" in name}
+
+
+@pytest.mark.parametrize(
+    "name", named((name for name in ATTACKS if name not in SLOW - LARGE), PICKLES | LARGE)
+)
+def test_an_attack_is_no_verified_output_nor_input(verifier, tmp_path, name):
+    """To --verify both are one error, within 256 MiB beside torch; nothing else is touched."""
+    path = tmp_path / "a.pt"
+    ATTACKS[name](path)
+    names(path)
+    found = verifier(path)
+    for outcome, run in zip(found["outcomes"], found["runs"], strict=True):
+        assert outcome.startswith("refused: "), outcome
+        assert "more memory than this process" not in outcome
+        assert run["code"] == 1
+        check(run | {"outcome": "refused", "events": found["events"]})
 
 
 def test_what_fuzzing_found_stays_mended(child, tmp_path):

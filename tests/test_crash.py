@@ -129,6 +129,7 @@ REMOVING = {"unlink", "rmdir", "open", "close", "scandir", "stat", "fstat"}
     [
         ("zip", False, 2),
         ("shards", True, 9),
+        ("verify-shards", True, 7),
         *(
             pytest.param(kind, overwrite, 1, marks=large)
             for kind, overwrite in itertools.product(KINDS, (False, True))
