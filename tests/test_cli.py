@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from merge_avg import cli
 from tests.terminal import on_terminal
 
 COMMAND = [sys.executable, "-m", "merge_avg"]
@@ -146,6 +147,18 @@ def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "went on\n")
     assert done.stderr == "stopped; each output is as it was, or complete\n"
+
+
+def test_ctrl_c_before_there_is_a_handler(monkeypatch):
+    """The command has begun, but has not yet asked for the signal: its exit code all the same."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "getsignal", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
 
 
 def test_without_numpy_nothing_else_is_said(folds, tmp_path):

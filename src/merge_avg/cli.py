@@ -615,25 +615,33 @@ def _streams() -> None:
 
 def main() -> None:
     """The console script."""
-    with _signals():
-        try:
-            _streams()
-            app(prog_name="merge-avg")
-        except UsageError as error:
-            _fail(error)
-            sys.exit(2)
-        except MergeError as error:
-            _fail(error)
-            sys.exit(1)
-        except OSError as error:
-            _fail(failure(error))
-            sys.exit(1)
-        except MemoryError:
-            _fail(MergeError("there is not enough memory", hint="lower --max-memory or --threads"))
-            sys.exit(1)
-        except _Stopped as stop:
-            _say("stopped; each output is as it was, or complete")
-            sys.exit(stop.code)
+    try:
+        with _signals():
+            _command()
+    except KeyboardInterrupt:  # before the handler was there
+        sys.exit(130)
+
+
+def _command() -> None:
+    """The command, whose errors are a message and an exit code."""
+    try:
+        _streams()
+        app(prog_name="merge-avg")
+    except UsageError as error:
+        _fail(error)
+        sys.exit(2)
+    except MergeError as error:
+        _fail(error)
+        sys.exit(1)
+    except OSError as error:
+        _fail(failure(error))
+        sys.exit(1)
+    except MemoryError:
+        _fail(MergeError("there is not enough memory", hint="lower --max-memory or --threads"))
+        sys.exit(1)
+    except _Stopped as stop:
+        _say("stopped; each output is as it was, or complete")
+        sys.exit(stop.code)
 
 
 def entry() -> None:
