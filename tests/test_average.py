@@ -357,3 +357,95 @@ def test_nan_leaves_its_neighbours_exact(dtype):
         result = mean.result(lambda i, tensors=tensors: tensors[i])
         assert result[:2].isnan().all()
         assert torch.equal(bits(result[2:]), bits(expected[2:]))
+
+
+def midpoint(chance, form):
+    """A number half-way between two neighbours of a format: anywhere, at its edges often."""
+    top = 1 << (form.bits - 1)
+    exponent = chance.choice([form.emin, form.emin + 1, 0, 0, chance.randint(-20, 20)])
+    step = Fraction(2) ** (exponent - form.bits + 1)
+    if chance.random() < 0.3:  # subnormal
+        return Fraction(2) ** (form.emin - form.bits + 1) * (chance.randrange(top) + Fraction(1, 2))
+    if chance.random() < 0.3 and exponent > form.emin:  # below a power of two
+        return top * step - step / 4
+    return (
+        chance.choice([top, 2 * top - 1, chance.randrange(top, 2 * top)]) + Fraction(1, 2)
+    ) * step
+
+
+def near_a_midpoint(chance, count, weights, source, target):
+    """Values whose mean is as near to a midpoint of the target as a source's values allow."""
+    wanted = midpoint(chance, _FLOATS[target]) * weights.total
+    values = []
+    rest = wanted
+    near = count - chance.choice([1, 2, 2, 3])  # each of the last comes nearer
+    for weight in weights.integers[:near]:
+        scale = Fraction(2) ** chance.randint(-30, 3)
+        value = narrowed(wanted * scale * Fraction(chance.uniform(-1, 1)), source)
+        values.append(value)
+        rest -= weight * Fraction(value)
+    for weight in weights.integers[near:]:
+        values.append(narrowed(rest / weight, source))
+        rest -= weight * Fraction(values[-1])
+    if chance.random() < 0.5:  # to the other side, or a little further
+        values[-1] = narrowed(Fraction(values[-1]) * chance.choice([-1, 2, Fraction(1, 2)]), source)
+    return values
+
+
+def narrowed(value, dtype):
+    """About a fraction, as a value of a dtype."""
+    size = float(value) if abs(value) < Fraction(2) ** 1000 else 0.0
+    result = torch.tensor(size, dtype=torch.float64).to(dtype).double().item()
+    return result if math.isfinite(result) else 1.0
+
+
+@pytest.mark.parametrize("target", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [[1] * 3, [1] * 8, [3, 1, 2, 2, 1], ["0.1", "1/3", "7e-9", 5]])
+def test_means_beside_a_midpoint(source, target, weights):
+    """What lies a hair beside a tie rounds right: subnormals, powers of two, any weights."""
+    chosen = Weights.of(weights)
+    chance = random.Random(len(weights))  # noqa: S311
+    columns = [near_a_midpoint(chance, len(weights), chosen, source, target) for _ in range(600)]
+    tensors = list(torch.tensor(columns, dtype=torch.float64).T.contiguous().to(source))
+    mean = RunningMean(chosen, target)
+    for tensor in tensors:
+        mean.update(tensor)
+    result = mean.result(lambda i: tensors[i])
+    assert torch.equal(bits(result), bits(reference(tensors, chosen, target)))
+
+
+@pytest.mark.parametrize("last", [torch.float32, torch.float64])
+def test_many_small_terms_that_float64_loses(last):
+    """A thousand terms, each below half a unit of the float64 sum, carry the mean over a tie."""
+    small = [torch.tensor([2.0**-45])] * 1022
+    tensors = [torch.tensor([1024.0]), *small, torch.tensor([2.0**-14 - 2.0**-38], dtype=last)]
+    lost = sum((tensor.double() for tensor in tensors), torch.zeros(1, dtype=torch.float64))
+    assert lost.item() / 1024 < 1 + 2.0**-24  # what a plain sum makes of it rounds down
+    assert averaged(tensors, dtype=torch.float32).item() == 1 + 2.0**-23
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 7])
+def test_the_last_bit_that_float64_holds(count):
+    """A tie, and a power of two above or below it that a float64 sum just holds, or does not."""
+    columns = []
+    for below, odd, sign in itertools.product(range(44, 60), (0, 1), (1, -1)):
+        tie = count * (1 + odd * Fraction(1, 1 << 23) + Fraction(1, 1 << 24))
+        first = narrowed(tie, torch.float32)
+        second = float(tie - Fraction(first))
+        decides = sign * 2.0 ** (math.frexp(first)[1] - below)
+        columns.append([first, second, *[decides] * (count - 2)])
+    tensors = list(torch.tensor(columns, dtype=torch.float64).T.contiguous().float())
+    for column in range(len(columns)):  # one at a time: what is exact depends on all in a block
+        ours = [tensor[column : column + 1] for tensor in tensors]
+        expected = reference(ours, Weights.uniform(count), torch.float32)
+        assert torch.equal(bits(averaged(ours)), bits(expected)), columns[column]
+
+
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_what_is_rounded_to_zero_keeps_its_sign(target):
+    """Means too small for the result become -0 where they are negative."""
+    tensors = [torch.tensor([-(2.0**-149), 2.0**-149])] * 3
+    found = averaged(tensors, dtype=target)
+    assert found.double().copysign(torch.ones(2)).tolist() == [0, 0]
+    assert found.double().signbit().tolist() == [True, False]
