@@ -29,7 +29,7 @@ TESTS = {
     "output": "test_output test_temporary",
     "temporary": "test_temporary test_output",
     "weights": "test_weights",
-    "plan": "test_plan",
+    "plan": "test_plan test_agreement",
     "files": "test_files",
     "average": "test_average",
 }

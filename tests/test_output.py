@@ -1,6 +1,7 @@
 """merge_avg.output: the result appears whole, or not at all."""
 
 import ctypes
+import dataclasses
 import errno
 import os
 import zlib
@@ -372,17 +373,37 @@ def test_many_threads_write_at_once(tmp_path):
     assert told == {"w": zlib.crc32(data)}
 
 
+def test_literals_may_change_before_the_end(tmp_path):
+    """What a header says in the end, such as hashes, is written over what it was laid out with."""
+    first = Skeleton(8, ((0, b"ab"), (6, b"yz")), {"w": Place(2, 4)})
+    last = Skeleton(8, ((0, b"AB"), (6, b"yz")), {"w": Place(2, 4)})
+    closed = []
+
+    def close(crcs):
+        closed.append(dict(crcs))
+        return ((7, b"!"),)
+
+    with Output(tmp_path / "out", {".": first}, overwrite=False) as out:
+        out.write(0, "w", 0, memoryview(b"cdef"))
+        out.complete({".": dataclasses.replace(last, close=close)})
+        out.publish()
+    assert (tmp_path / "out").read_bytes() == b"ABcdefy!"
+    assert closed == [{"w": 0}]  # no checksum was asked for
+
+
 def test_the_disk_begins_while_more_is_made(tmp_path, monkeypatch):
     """Each 32 MiB the system is asked to write what it has, and nowhere else does that matter."""
     nbytes = 80 << 20
     skeleton = Skeleton(nbytes, (), {"w": Place(0, nbytes)})
     asked = []
     real = files.start_writeback
-    monkeypatch.setattr(output, "start_writeback", lambda fd: asked.append(real(fd)))
+    monkeypatch.setattr(output, "start_writeback", lambda fd: asked.append((fd, real(fd))))
     block = memoryview(bytes(1 << 20))
     with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
         for at in range(0, nbytes, len(block)):
             out.write(0, "w", at, block)
+            if at == 63 << 20:
+                assert asked == [(out._files[0].fd, None)] * 2
     assert len(asked) == 2
     monkeypatch.setattr(files, "_SYNC_FILE_RANGE", None)
     files.start_writeback(-1)
