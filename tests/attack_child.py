@@ -24,7 +24,7 @@ from merge_avg.contents import contents, lines
 from merge_avg.errors import MergeError
 
 MEMORY = 256 << 20  # of address space, code and libraries included
-VERIFY = sys.argv[1:2] == ["verify"]
+VERIFY, FIRST = sys.argv[1:2] == ["verify"], sys.argv[2:]
 LIMIT = MEMORY
 SECONDS = 20  # of processor time
 
@@ -145,7 +145,7 @@ if __name__ == "__main__":
         codecs.lookup(codec)
     with tempfile.TemporaryDirectory() as folder:  # what the command imports, imported once
         command(f"{folder}/none.pt")
-        for path in sys.argv[2:]:
+        for path in FIRST:  # what verifying imports
             verified(path)
     for line in sys.stdin:
         print(json.dumps(apart(line.rstrip("\n"))), flush=True)  # noqa: T201
