@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+# Imported before memory is limited, as what the command imports later.
 import merge_avg.choose
 import merge_avg.prepare
 import merge_avg.report

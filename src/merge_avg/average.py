@@ -309,19 +309,18 @@ class _Block:
         """Adds rows of numbers of `bits` significand bits, each with its weight."""
         if rows.dtype not in _BITS:
             rows = rows.to(torch.float32)
-        if _KERNEL is not None and not isinstance(self._sum, _Wide) and _KERNEL.sums(rows):
+        loops = _KERNEL if _KERNEL is not None and _KERNEL.sums(rows) else None
+        if loops is not None and not isinstance(self._sum, _Wide):
             self._sum = self._sum or _Plain(self._row, self._weights, self._buffers)
-            span = self._sum.add_compiled(_KERNEL, rows, factors, bits)
-            added = True
+            span = self._sum.add_compiled(loops, rows, factors, bits)
         else:
-            span = _span(rows, bits, self._buffers)
-            added = False
+            loops, span = None, _span(rows, bits, self._buffers)
         if span is None:
             good = rows.isfinite()
             bad = ~good.all(dim=0)
             self.bad = bad if self.bad is None else self.bad.logical_or_(bad)
             span = _span(rows.where(good, 0), bits, self._buffers) or _Span.nothing()
-        if not added:
+        if loops is None:
             self._add(rows, weights, factors, span)
         self._spans.append((span, sum(map(abs, weights))))
 
@@ -341,11 +340,11 @@ class _Block:
     def result(self, target: _Float, out: Tensor) -> Tensor | None:
         """Writes the mean, and tells of which elements it might be the neighbour, if of any."""
         assert self._sum is not None  # noqa: S101 - something was added
-        if self.bad is None and _KERNEL is not None and _KERNEL.divides(out):
-            total = self._sum.exact(self._spans)
-            if total is not None:
-                _KERNEL.divide(total, self._sum.divisor, out)
-                return None
+        plain = self._sum if isinstance(self._sum, _Plain) and self.bad is None else None
+        loops = _KERNEL if _KERNEL is not None and _KERNEL.divides(out) else None
+        if loops is not None and plain is not None and plain.exact(self._spans):
+            loops.divide(plain.total, plain.divisor, out)
+            return None
         mean, doubtful = self._sum.rounded(target, self._spans)
         if self.bad is not None:
             ieee = self._sum.approximate()
@@ -466,10 +465,6 @@ class _Plain:
         self.begun = True
         return _spanned(rows.dtype, bits, low, high, zeros=zeros, negative_zeros=negative)
 
-    def exact(self, spans: Sequence[_Weighed]) -> Tensor | None:
-        """The sum, if it is exact and dividing it rounds right."""
-        return self.total if self._exact(spans) else None
-
     def approximate(self) -> Tensor:
         total = self.total
         return torch.div(total, self.divisor, out=self.buffers("mean", total))
@@ -477,13 +472,13 @@ class _Plain:
     def widened(self, spans: Sequence[_Weighed]) -> _Wide:
         """The same sum for float64 inputs to come; rounding errors so far make it loose."""
         wide = _Wide(self.total[None], (1,), self.weights)
-        wide.loose = not self._exact(spans)
+        wide.loose = not self.exact(spans)
         return wide
 
     def rounded(self, target: _Float, spans: Sequence[_Weighed]) -> tuple[Tensor, Tensor | None]:
         """The mean, which converting to the target rounds right, and what is in doubt."""
         quotient = self.approximate()
-        if not self._exact(spans):
+        if not self.exact(spans):
             # In units of the mean: the rounding of products, additions, divisor and division.
             terms = len(self.weights) + 5
             bound = _magnitude(spans) / self.weights.total * terms / (1 << 52)
@@ -509,7 +504,7 @@ class _Plain:
         mean = torch.add(quotient, big, out=self.buffers("snapped", quotient)).sub_(big)
         return (mean.copysign_(quotient) if signs else mean), None
 
-    def _exact(self, spans: Sequence[_Weighed]) -> bool:
+    def exact(self, spans: Sequence[_Weighed]) -> bool:
         """Whether no partial sum needed more than 53 bits, from the exponents of the inputs."""
         if not self.weights.small:
             return False
@@ -550,9 +545,6 @@ class _Wide:
             if part is not None:
                 self.low, lost = _two_sum(self.low, part)
                 self.inexact |= lost != 0
-
-    def exact(self, spans: Sequence[_Weighed]) -> None:
-        """Its division takes more than one step."""
 
     def approximate(self) -> Tensor:
         return self.high / self.divisor

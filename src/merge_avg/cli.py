@@ -358,16 +358,14 @@ def merge(
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """Imports torch, which takes about a second; looking for garbage would add a sixth to it."""
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            # Torch tells whoever imports it that NumPy is not installed. It is not needed.
-            warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-            yield
-    finally:
+    """Imports torch, which takes about a second."""
+    from merge_avg.prepare import without_collector
+
+    with without_collector(), warnings.catch_warnings():
+        # Torch tells whoever imports it that NumPy is not installed. It is not needed.
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+        yield
         gc.freeze()  # what is imported stays
-        gc.enable()
 
 
 def _tell(report: Report, job: Job, *, as_json: bool, quiet: bool) -> None:

@@ -30,6 +30,7 @@ class Kernel:
 
     Raises:
         OSError: it is not there, or not for this machine.
+        AttributeError: it is that of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,5 +103,5 @@ def load(path: Path = _LIBRARY) -> Kernel | None:
     """The loops, if there are any for this machine."""
     try:
         return Kernel(path)
-    except OSError:
+    except (OSError, AttributeError):
         return None

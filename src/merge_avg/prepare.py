@@ -170,7 +170,7 @@ def prepare(
         if options.base is not None and _number_of(inputs, Path(options.base)) is None:
             order = [*order, None]
         ordered = {path: _ordered(weights, order, options) for path, weights in rows.items()}
-        with _without_collector():
+        with without_collector():
             job = _prepared(inputs, ordered, options, made_by or __version__)
             if made_by is None:
                 _refuse_outputs(job)
@@ -180,8 +180,11 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """A scan makes no cycles, but looking for such garbage would take a third of its time."""
+def without_collector() -> Iterator[None]:
+    """Looks for no cycles of garbage meanwhile.
+
+    A scan makes none, nor does importing torch, of which it would take a third and a sixth.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
