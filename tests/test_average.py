@@ -21,15 +21,6 @@ DTYPES = list(_FLOATS)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def loops(request, monkeypatch):
-    """Every fact about the mean holds with the compiled loops, where there are any, and without."""
-    if request.param == "torch":
-        monkeypatch.setattr(average, "_KERNEL", None)
-    elif average._KERNEL is None:
-        pytest.skip("installed without a C compiler")
-
-
 def bits(tensor):
     return tensor.view(BITS[tensor.itemsize])
 

@@ -64,6 +64,7 @@ def test_cores_of_a_control_group(tmp_path, text, cores):
 
 MEASURE = """
 import json, sys, threading
+import torch  # which some of the merges need
 from merge_avg.merge import merge_checkpoints
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from merge_avg.dtypes import BY_NAME
 from merge_avg.files import Reader
 from merge_avg.scan import scan
-from merge_avg.scratch import strided
+from merge_avg.strided import strided
 
 DTYPES = [
     torch.float64,

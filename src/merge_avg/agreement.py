@@ -12,18 +12,16 @@ sum. No N x N matrix is kept for a tensor: with many of both that would be the l
 
 from __future__ import annotations
 
-import functools
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from merge_avg.budget import COMPARED, WHOLE
+from merge_avg.buffer import Buffer, Rows, Stack
+from merge_avg.cosines import Agreement, Products, agreement
+from merge_avg.dtypes import BY_NAME
+from merge_avg.kernel import LOOPS, int64s, takes
 from merge_avg.plan import Unit, Window, is_matrix
-from merge_avg.policies import LEAST_AGREEMENT
 
 # Of every block of a tensor the first 1/128 is looked at; of large models, and of very many
 # checkpoints, only in every so manieth span of blocks. So it costs next to nothing. Of small models
@@ -35,75 +33,11 @@ _TAKEN = _BLOCK // 128
 _LARGE = 1 << 24  # elements, from which spans are left out
 _MOST_EVERY = 64
 _MANY = 16  # checkpoints, from which products cost more than what is read
-_FEW = 16  # of a tensor of which fewer elements are looked at, nothing is said
-# The error is estimated by leaving out one of these groups at a time (the delete-a-group jackknife,
-# Kott 2001). Each is made of many short stretches from all over the model.
+# The error is estimated by leaving out one of these groups at a time. Each is made of many short
+# stretches from all over the model.
 _GROUPS = 16
 _STRETCHES = 16 * _GROUPS
-_SHORT = 64  # elements of a tensor below which many tensors are summed at a time
-
-
-@dataclass(frozen=True, slots=True)
-class TensorAgreement:
-    """How far checkpoints agree about one tensor.
-
-    Attributes:
-        name: in the template; of tensors that share memory, that of one.
-        size: its elements.
-        elements: how many of them were looked at.
-        mean: the mean cosine, each pair weighted by the product of its norms; None where fewer than
-            two checkpoints hold anything but zeros, or too few elements were looked at.
-        error: about the standard error of `mean`; 0 where all elements were looked at.
-        norm: the root mean square of the checkpoints' norms.
-        distances: of each checkpoint from the mean of all, over `norm`.
-    """
-
-    name: str
-    size: int
-    elements: int
-    mean: float | None
-    error: float
-    norm: float
-    distances: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far checkpoints agree, as cosines over their matrices; of a sample of the elements.
-
-    Attributes:
-        mean: over all pairs of checkpoints.
-        error: the standard error of `mean`, from the sampling; 0 where all elements were looked at.
-        pairs: the cosine of each checkpoint with each, 1 on the diagonal; None for a checkpoint of
-            zeros (or one that does not differ from the base).
-        each: the mean over the pairs of each checkpoint.
-        errors: the standard error of each of these.
-        shrinkage: the norm of the plain mean over the mean of the norms.
-        size: how many elements each checkpoint's matrices have.
-        elements: how many of them were looked at.
-        tensors: the same for each matrix, in the template's order.
-    """
-
-    mean: float
-    error: float
-    pairs: tuple[tuple[float | None, ...], ...]
-    each: tuple[float | None, ...]
-    errors: tuple[float, ...]
-    shrinkage: float
-    size: int
-    elements: int
-    tensors: tuple[TensorAgreement, ...]
-
-    @property
-    def odd(self) -> int | None:
-        """The number of the one checkpoint that agrees with no other, where the others do."""
-        known = {i: value for i, value in enumerate(self.each) if value is not None}
-        if len(known) < 3:
-            return None
-        worst = min(known, key=known.__getitem__)
-        rest = [self.pairs[i][j] for i in known for j in known if j < i and worst not in (i, j)]
-        least = min((one for one in rest if one is not None), default=-1.0)
-        return worst if least >= LEAST_AGREEMENT > known[worst] else None
+_WIDE = BY_NAME["float64"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +110,7 @@ class _Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Neighbours among the elements of a window that are looked at."""
 
     matrix: _Matrix
@@ -207,92 +141,82 @@ class Comparison:
             scale = len(unit) / elements
             self._matrices[id(unit)] = _Matrix(unit, number, sample, first, scale, based)
             first += elements
-        self._checkpoints = tuple(checkpoints)
+        self._checkpoints = {checkpoint: row for row, checkpoint in enumerate(checkpoints)}
         self._base = base
         self._stretch = max(first // _STRETCHES, 1)
         # Of the checkpoints themselves, and of their differences to the base.
         kinds = 1 if base is None else 2
-        self._grams = torch.zeros(kinds, _GROUPS, count, count, dtype=torch.float64)
-        self._rows = torch.zeros(kinds, len(found), 2 * count, dtype=torch.float64)
-        self._limit = max(COMPARED // max(count, 1), 1)
-        self._rooms = threading.local()
+        self._grams = [Buffer(8 * _GROUPS * count * count) for _ in range(kinds)]
+        self._sums = [Buffer(16 * len(found) * count) for _ in range(kinds)]
         self._lock = threading.Lock()
+
+    @property
+    def height(self) -> int:
+        """How many rows are compared: those of the checkpoints, and of the base behind them."""
+        return len(self._checkpoints) + (self._base is not None)
 
     def beside(self, unit: Unit) -> frozenset[int]:
         """The numbers of the sources of a unit that are compared and perhaps not averaged."""
         sources = enumerate(unit.sources) if self._base is not None else ()
         return frozenset(k for k, source in sources if source.checkpoint == self._base)
 
-    def places(self, window: Window) -> Tensor | None:
-        """The places of a window's elements that are compared; None where there are none."""
-        begins: list[int] = []
-        counts: list[int] = []
+    def segments(self, window: Window) -> list[int]:
+        """Where elements of a window are looked at, and how many from there on, by turns."""
+        segments: list[int] = []
         at = 0
         for piece in window:
             matrix = self._matrices.get(id(piece.unit))
             if matrix is not None:
                 for begin, count in matrix.sample.segments(piece.start, piece.stop):
-                    begins.append(at + begin)
-                    counts.append(count)
+                    segments += at + begin, count
             at += piece.stop - piece.start
-        if not begins:
-            return None
-        if len(window) == 1:  # most windows of a large model, and of few kinds
-            return _pattern(tuple(begins), tuple(counts))
-        return _counted(begins, counts)
+        return segments
 
-    def add(self, samples: Sequence[tuple[Window, Sequence[Tensor]]]) -> None:
-        """Adds elements of all checkpoints: for some windows, parts of a matrix with a row each."""
-        count, limit = len(self._checkpoints), self._limit
-        if not hasattr(self._rooms, "room"):  # a fresh one would cost more than the products
-            height = count if self._base is None else 2 * count + 1
-            self._rooms.room = torch.empty(height, limit, dtype=torch.float64)
-        room: Tensor = self._rooms.room
-        held: list[_Run] = []
-        width, based = 0, False
-        for window, parts in samples:
-            ours, base = self._order(window[0].unit)
-            rows = torch.cat([_real(part) for part in parts]) if len(parts) > 1 else _real(parts[0])
-            runs = list(self._runs(window))
-            for start in range(0, rows.shape[1], limit):
-                stop = min(start + limit, rows.shape[1])
-                if width + stop - start > limit or based != (base is not None):
-                    self._multiply(room, width, held, based=based)
-                    held, width = [], 0
-                based = base is not None
-                room[:count, width : width + stop - start] = rows[ours, start:stop]
-                if base is not None:
-                    room[count, width : width + stop - start] = rows[base, start:stop]
-                held += _cut(runs, start, stop)
-                width += stop - start
-        self._multiply(room, width, held, based=based)
+    def rows(self, unit: Unit) -> tuple[dict[int, int], dict[int, int]]:
+        """By the numbers of a unit's sources, the rows of checkpoints; and that of the base."""
+        last = len(self._checkpoints)
+        sources = list(enumerate(unit.sources))
+        rows = {
+            k: self._checkpoints[source.checkpoint]
+            for k, source in sources
+            if source.checkpoint in self._checkpoints
+        }
+        base = {k: last for k, source in sources if source.checkpoint == self._base}
+        return rows, base
 
-    def _multiply(self, room: Tensor, width: int, runs: Sequence[_Run], *, based: bool) -> None:
-        """Adds the products of some columns, and of their differences to the base."""
-        if not runs:
-            return
+    def multiply(self, rows: Rows, runs: Sequence[Run], *, based: bool) -> None:
+        """Adds the products of some columns, and of their differences to the base.
+
+        Args:
+            rows: of float64, which are changed.
+            runs: what the columns are of, one after the other.
+            based: whether the row of the base is theirs.
+        """
         count = len(self._checkpoints)
-        kinds = [room[:count, :width]]
-        if based:
-            differences = room[count + 1 :, :width]
-            kinds.append(torch.sub(kinds[0], room[count : count + 1, :width], out=differences))
-        numbers = torch.tensor([run.matrix.number for run in runs])
-        for kind, rows in enumerate(kinds):
-            groups, grams, sums = _summed(rows, runs)
+        columns = (
+            [run.count for run in runs],
+            [run.group for run in runs],
+            [run.matrix.number for run in runs],
+            [run.matrix.scale for run in runs],
+        )
+        ours = rows.run(slice(0, count))
+        for kind in range(2 if based else 1):
+            grams, sums = self._grams[kind], self._sums[kind]
             with self._lock:
-                self._grams[kind].index_add_(0, torch.tensor(groups), grams)
-                self._rows[kind].index_add_(0, numbers, sums)
+                if LOOPS is not None:
+                    less = count if kind else -1
+                    LOOPS.products(ours, less, columns, grams.address, sums.address)
+                    continue
+                from merge_avg import products
 
-    def _order(self, unit: Unit) -> tuple[list[int] | slice, int | None]:
-        """The rows of a sample that are the checkpoints', and that of the base."""
-        wanted = {*self._checkpoints, self._base}
-        there = (one.checkpoint for one in unit.sources if one.checkpoint in wanted)
-        place: dict[int | None, int] = {checkpoint: row for row, checkpoint in enumerate(there)}
-        rows = [place[checkpoint] for checkpoint in self._checkpoints]
-        base = place.get(self._base)
-        return (slice(len(rows)) if rows == list(range(len(rows))) else rows), base
+                wide = ours.tensor()
+                if kind:
+                    wide -= rows.run(slice(count, count + 1)).tensor()
+                gram = grams.rows(_GROUPS * count, count, _WIDE).tensor()
+                lines = sums.rows(len(self._matrices), 2 * count, _WIDE).tensor()
+                products.multiply(wide, columns, gram.view(_GROUPS, count, count), lines)
 
-    def _runs(self, window: Window) -> Iterator[_Run]:
+    def runs(self, window: Window) -> Iterator[Run]:
         """What is looked at of a window, cut where tensors end and where groups do."""
         for piece in window:
             matrix = self._matrices.get(id(piece.unit))
@@ -304,7 +228,7 @@ class Comparison:
             while at < end:
                 stretch = at // self._stretch
                 stop = min((stretch + 1) * self._stretch, end)
-                yield _Run(matrix, stretch % _GROUPS, (stop - at) * width)
+                yield Run(matrix, stretch % _GROUPS, (stop - at) * width)
                 at = stop
 
     def result(self) -> Agreement | None:
@@ -318,53 +242,91 @@ class Comparison:
         return self._agreement(1, [one for one in self._matrices.values() if one.based])
 
     def _agreement(self, kind: int, matrices: Sequence[_Matrix]) -> Agreement | None:
-        grams = self._grams[kind]
-        gram = grams.sum(dim=0)
-        norms = gram.diagonal().sqrt()
-        if not bool(gram.isfinite().all()) or int((norms > 0).sum()) < 2:
-            return None
-        size = sum(len(matrix.unit) for matrix in matrices)
-        elements = sum(matrix.sample.elements for matrix in matrices)
-        cosines = _cosines(gram)
-        each, mean = _means(cosines)
-        errors = torch.zeros_like(each)
-        error = 0.0
-        if elements < size:
-            parts = grams[grams.diagonal(dim1=1, dim2=2).sum(dim=1) > 0]
-            each_without, mean_without = _means(_cosines(gram - parts))
-            errors, error = _jackknife(each_without), float(_jackknife(mean_without))
-        cosines.fill_diagonal_(1)
-        total = math.sqrt(max(float(gram.sum()), 0.0)) / len(gram)
-        return Agreement(
-            float(mean),
-            error,
-            tuple(tuple(map(_known, row)) for row in cosines.tolist()),
-            tuple(map(_known, each.tolist())),
-            tuple(errors.tolist()),
-            total / float(norms.mean()),
-            size,
-            elements,
-            tuple(self._tensors(kind, matrices)),
-        )
-
-    def _tensors(self, kind: int, matrices: Sequence[_Matrix]) -> Iterator[TensorAgreement]:
         count = len(self._checkpoints)
-        numbers = [matrix.number for matrix in matrices]
-        squares, products = self._rows[kind][numbers].split(count, dim=1)
-        square, norms = squares.sum(dim=1), squares.sqrt()
-        between = norms.sum(dim=1).square() - square
-        means = ((products.sum(dim=1) - square) / between).clamp_(-1, 1)
-        means[(between <= 0) | ((norms > 0).sum(dim=1) < 2)] = math.nan
-        distances = squares - 2 / count * products + products.sum(dim=1, keepdim=True) / count**2
-        distances = distances.clamp_(min=0) * count / square.where(square > 0, 1.0)[:, None]
-        columns = means, (square / count).sqrt(), distances.sqrt()
-        rows = zip(matrices, *(column.tolist() for column in columns), strict=True)
-        for matrix, value, norm, away in rows:
-            size, elements = matrix.sample.size, matrix.sample.elements
-            mean = _known(value) if elements >= min(size, _FEW) else None
-            error = 0.0 if elements == size else (1 - (mean or 0.0) ** 2) / math.sqrt(elements)
-            name = next(name for name, info in matrix.unit.members if is_matrix(info))
-            yield TensorAgreement(str(name), size, elements, mean, error, norm, tuple(away))
+        if not matrices:
+            return None
+        cells, size = _doubles(self._grams[kind]), count * count
+        grams = [cells[at : at + size].tolist() for at in range(0, _GROUPS * size, size)]
+        sums = _doubles(self._sums[kind])
+        tensors = []
+        for one in matrices:
+            line = sums[2 * count * one.number : 2 * count * (one.number + 1)].tolist()
+            name = next(str(name) for name, info in one.unit.members if is_matrix(info))
+            elements = one.sample.elements
+            tensors.append(Products(name, one.sample.size, elements, line[:count], line[count:]))
+        return agreement(grams, tensors)
+
+
+class Sampler:
+    """What one worker sets aside of windows, until much of it can be multiplied at a time.
+
+    For each window: `begin`, `take` of all its rows, `end`.
+
+    Args:
+        comparison: where products are added.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+        self._width = max(COMPARED // max(comparison.height, 1), 1)
+        self._room = Buffer(8 * self._width * comparison.height)
+        self._used = 0
+        self._held: list[Run] = []
+        self._based = False
+        self._runs: list[Run] = []
+        self._segments = int64s([])
+        self._rows: tuple[dict[int, int], dict[int, int]] = {}, {}
+
+    def begin(self, window: Window) -> None:
+        """Makes room for what is looked at of a window."""
+        self._segments = int64s(self._comparison.segments(window))
+        if not self._segments:
+            return
+        self._runs = list(self._comparison.runs(window))
+        self._rows = self._comparison.rows(window[0].unit)
+        columns, based = sum(run.count for run in self._runs), bool(self._rows[1])
+        if self._used + columns > self._width or based != self._based:
+            self.flush()
+            self._based = based
+        if columns > self._width:
+            self._width = columns
+            self._room = Buffer(8 * columns * self._comparison.height)
+
+    def take(self, group: Sequence[int], stack: Stack) -> None:
+        """Sets aside elements of some of the window's sources, of which there is a row each."""
+        for rows in self._rows if self._segments else ():
+            targets = [rows.get(k, -1) for k in group]
+            if max(targets) < 0:
+                continue
+            if LOOPS is not None and isinstance(stack, Rows) and takes(stack.dtype.name):
+                at = self._room.address + 8 * self._used
+                LOOPS.take(stack, self._segments, int64s(targets), at, self._width)
+                continue
+            from merge_avg import products
+
+            values = stack.tensor() if isinstance(stack, Rows) else stack
+            stop = self._used + sum(run.count for run in self._runs)
+            room = self._room.rows(self._comparison.height, self._width, _WIDE).tensor()
+            products.take(values, list(self._segments), targets, room[:, self._used : stop])
+
+    def end(self) -> None:
+        """Ends a window."""
+        if self._segments:
+            self._held += self._runs
+            self._used += sum(run.count for run in self._runs)
+
+    def flush(self) -> None:
+        """Multiplies what is set aside."""
+        if self._held:
+            rows = self._room.rows(self._comparison.height, self._width, _WIDE)
+            used = rows.part(0, self._used)
+            self._comparison.multiply(used, self._held, based=self._based)
+        self._held, self._used = [], 0
+
+
+def _doubles(buffer: Buffer) -> memoryview[float]:
+    """Memory as float64."""
+    return buffer.bytes(len(buffer) // 8 * 8).cast("d")
 
 
 def _samples(sizes: Sequence[int], count: int) -> Iterator[_Sample]:
@@ -383,103 +345,6 @@ def _samples(sizes: Sequence[int], count: int) -> Iterator[_Sample]:
         yield _Sample(size) if number in whole else _Sample(size, taken, every)
 
 
-def _cut(runs: Sequence[_Run], start: int, stop: int) -> Iterator[_Run]:
-    """Runs of columns, less what lies outside `start` to `stop`."""
-    at = 0
-    for run in runs:
-        some = min(at + run.count, stop) - max(at, start)
-        at += run.count
-        if some == run.count:
-            yield run
-        elif some > 0:
-            yield _Run(run.matrix, run.group, some)
-
-
-def _summed(rows: Tensor, runs: Sequence[_Run]) -> tuple[list[int], Tensor, Tensor]:
-    """Sums over runs of columns, scaled from what is looked at to all of a tensor.
-
-    Returns:
-        Groups, and a Gram matrix for each; and for each run the squared norms of the rows, and
-        their products with the sum of all.
-    """
-    groups, lengths = [run.group for run in runs], [run.count for run in runs]
-    scales = torch.tensor([run.matrix.scale for run in runs], dtype=torch.float64)
-    if rows.shape[1] >= _SHORT * len(runs):
-        grams = torch.stack([part @ part.mT for part in rows.split(lengths, dim=1)])
-        grams *= scales[:, None, None]
-        return groups, grams, torch.cat([grams.diagonal(dim1=1, dim2=2), grams.sum(dim=2)], dim=1)
-    where = torch.arange(len(runs)).repeat_interleave(torch.tensor(lengths))
-    rows = rows * scales.sqrt()[where]
-    groups, lengths = _merged(groups, lengths)
-    grams = torch.stack([part @ part.mT for part in rows.split(lengths, dim=1)])
-    sums = [
-        rows.new_zeros(len(rows), len(runs)).index_add_(1, where, rows * other)
-        for other in (rows, rows.sum(dim=0))
-    ]
-    return groups, grams, torch.cat(sums).mT
-
-
-def _merged(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Neighbours of the same group as one."""
-    merged: list[int] = []
-    sums: list[int] = []
-    for group, length in zip(groups, lengths, strict=True):
-        if merged and merged[-1] == group:
-            sums[-1] += length
-        else:
-            merged.append(group)
-            sums.append(length)
-    return merged, sums
-
-
-def _cosines(gram: Tensor) -> Tensor:
-    """Cosines from Gram matrices; NaN where a norm is zero, and on the diagonals."""
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    cosines = (gram / norms[..., :, None] / norms[..., None, :]).clamp(-1, 1)
-    cosines.diagonal(dim1=-2, dim2=-1).fill_(math.nan)
-    # A norm of zero makes 0 / 0, and one that is left of rounding nothing better.
-    zero = norms == 0
-    return cosines.masked_fill(zero[..., :, None] | zero[..., None, :], math.nan)
-
-
-def _means(cosines: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the pairs of each checkpoint, and over all."""
-    return cosines.nanmean(dim=-1), cosines.flatten(-2).nanmean(dim=-1)
-
-
-def _jackknife(values: Tensor) -> Tensor:
-    """The standard error of what came out without each of some groups; 1 where there is but one."""
-    count = len(values)
-    if count < 2:
-        return torch.ones_like(values[0] if count else values.sum(dim=0))
-    deviations = (values - values.nanmean(dim=0)).nan_to_num(0)
-    return (deviations.square().sum(dim=0) * (count - 1) / count).sqrt()
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _compares(unit: Unit, checkpoints: set[int]) -> bool:
     """Whether a unit is of a matrix that all checkpoints have."""
     return unit.is_matrix and checkpoints <= {source.checkpoint for source in unit.sources}
-
-
-def _real(values: Tensor) -> Tensor:
-    """Numbers that torch can promote to each other's dtype, complex ones by component."""
-    if values.is_complex():
-        return torch.view_as_real(values).flatten(1)
-    return values if values.itemsize > 1 else values.float()
-
-
-def _counted(begins: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Runs of numbers, one after the other, by where each begins and how many it has."""
-    lengths = torch.tensor(counts)
-    shifts = torch.tensor(begins) - (lengths.cumsum(0) - lengths)
-    return shifts.repeat_interleave(lengths) + torch.arange(sum(counts))
-
-
-@functools.lru_cache(maxsize=64)
-def _pattern(begins: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
-    """The same, remembered."""
-    return _counted(begins, counts)

@@ -21,7 +21,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from merge_avg import kernel
 from merge_avg.budget import BLOCK, CONVERTED
 from merge_avg.weights import Weights
 
@@ -83,7 +82,6 @@ _BITS |= {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _VIEWS = 64  # how many shapes of scratch tensors are remembered
 _EXACT_VALUES = 1 << 16  # how many values are held at a time for exact arithmetic
 _EXPONENT = 0x7FF0000000000000  # the exponent field of a float64
-_KERNEL = kernel.load()
 
 
 class RunningMean:
@@ -309,23 +307,12 @@ class _Block:
         """Adds rows of numbers of `bits` significand bits, each with its weight."""
         if rows.dtype not in _BITS:
             rows = rows.to(torch.float32)
-        loops = _KERNEL if _KERNEL is not None and _KERNEL.sums(rows) else None
-        if loops is not None and not isinstance(self._sum, _Wide):
-            self._sum = self._sum or _Plain(self._row, self._weights, self._buffers)
-            span = self._sum.add_compiled(loops, rows, factors, bits)
-        else:
-            loops, span = None, _span(rows, bits, self._buffers)
+        span = _span(rows, bits, self._buffers)
         if span is None:
             good = rows.isfinite()
             bad = ~good.all(dim=0)
             self.bad = bad if self.bad is None else self.bad.logical_or_(bad)
             span = _span(rows.where(good, 0), bits, self._buffers) or _Span.nothing()
-        if loops is None:
-            self._add(rows, weights, factors, span)
-        self._spans.append((span, sum(map(abs, weights))))
-
-    def _add(self, rows: Tensor, weights: Sequence[int], factors: Tensor, span: _Span) -> None:
-        """Adds rows of a span to the sum, by torch."""
         wide = rows.dtype == torch.float64
         if wide and isinstance(self._sum, _Plain):
             self._sum = self._sum.widened(self._spans)
@@ -336,15 +323,11 @@ class _Block:
             least = min(weights)
             signs = least == 0 or (span.zeros and (span.negative_zeros or least < 0))
             self._sum.add(rows, weights, factors, signs=signs)
+        self._spans.append((span, sum(map(abs, weights))))
 
     def result(self, target: _Float, out: Tensor) -> Tensor | None:
         """Writes the mean, and tells of which elements it might be the neighbour, if of any."""
         assert self._sum is not None  # noqa: S101 - something was added
-        plain = self._sum if isinstance(self._sum, _Plain) and self.bad is None else None
-        loops = _KERNEL if _KERNEL is not None and _KERNEL.divides(out) else None
-        if loops is not None and plain is not None and plain.exact(self._spans):
-            loops.divide(plain.total, plain.divisor, out)
-            return None
         mean, doubtful = self._sum.rounded(target, self._spans)
         if self.bad is not None:
             ieee = self._sum.approximate()
@@ -352,6 +335,9 @@ class _Block:
             if doubtful is not None:
                 doubtful &= ~self.bad
         out.copy_(mean)
+        if self.bad is not None and out.dtype == torch.bfloat16:
+            # Torch writes one NaN where it converts many at a time, and another at the end.
+            out.view(torch.int16).masked_fill_(out.isnan(), 0x7FC0)
         return doubtful
 
 
@@ -396,22 +382,15 @@ def _span(flat: Tensor, bits: int, buffers: Buffers) -> _Span | None:
     negative = zeros and int(flat.view(words).min()) == torch.iinfo(words).min
     if zeros and high:  # zero is a multiple of anything: the least of the others counts
         low = int(sizes.sub_(1).bitwise_and_(torch.iinfo(sizes.dtype).max).min()) + 1
-    return _spanned(flat.dtype, bits, low, high, zeros=zeros, negative_zeros=negative)
-
-
-def _spanned(
-    dtype: torch.dtype, bits: int, low: int, high: int, *, zeros: bool, negative_zeros: bool
-) -> _Span | None:
-    """The same from the sizes' bits, the least (if not zero) and the largest."""
-    format_ = _FLOATS[dtype]
+    format_ = _FLOATS[flat.dtype]
     fraction = format_.bits - 1
-    special = ~(-1 << (dtype.itemsize * 8 - 1)) >> fraction
+    special = ~(-1 << (flat.itemsize * 8 - 1)) >> fraction
     if high >> fraction == special:
         return None
     if high == 0:
-        return replace(_Span.nothing(), negative_zeros=negative_zeros)
+        return replace(_Span.nothing(), negative_zeros=negative)
     bottom, top = (format_.emin + max(bound >> fraction, 1) - 1 for bound in (low, high))
-    return _Span(bottom - bits + 1, top + 1, zeros, negative_zeros)
+    return _Span(bottom - bits + 1, top + 1, zeros, negative)
 
 
 def _magnitude(spans: Sequence[_Weighed]) -> Fraction:
@@ -456,14 +435,6 @@ class _Plain:
         if self.begun:
             self.row.add_(out)
         self.begun = True
-
-    def add_compiled(
-        self, loops: kernel.Kernel, rows: Tensor, factors: Tensor, bits: int
-    ) -> _Span | None:
-        """Adds rows, and returns their span; None where they are not finite."""
-        low, high, zeros, negative = loops.add(rows, factors, self.total, begun=self.begun)
-        self.begun = True
-        return _spanned(rows.dtype, bits, low, high, zeros=zeros, negative_zeros=negative)
 
     def approximate(self) -> Tensor:
         total = self.total

@@ -1,34 +1,104 @@
-"""Memory that files are read into and tensors are made of, without a copy between them."""
+"""Memory that files are read into and numbers are taken from, without a copy between them."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+from merge_avg.dtypes import DType
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 _VIEWS = 64  # how many are kept: making one takes as long as a read
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of numbers in host memory.
+
+    Attributes:
+        address: of the first number.
+        dtype: of all.
+        count: how many rows there are.
+        numel: the numbers of each.
+        stride: how many numbers lie between the beginnings of rows.
+        held: what keeps the memory.
+    """
+
+    address: int
+    dtype: DType
+    count: int
+    numel: int
+    stride: int
+    held: object
+
+    def run(self, rows: slice) -> Rows:
+        """Some neighbouring rows."""
+        if rows == slice(0, self.count):
+            return self
+        start = self.address + rows.start * self.stride * self.dtype.itemsize
+        count = rows.stop - rows.start
+        return Rows(start, self.dtype, count, self.numel, self.stride, self.held)
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some columns."""
+        at = self.address + start * self.dtype.itemsize
+        return Rows(at, self.dtype, self.count, stop - start, self.stride, self.held)
+
+    def tensor(self) -> Tensor:
+        """The same as a tensor of shape (count, numel)."""
+        import torch
+
+        numel = self.stride * (self.count - 1) + self.numel
+        memory = (ctypes.c_char * (numel * self.dtype.itemsize)).from_address(self.address)
+        memory.held = self.held  # type: ignore[attr-defined]
+        flat = torch.frombuffer(memory, dtype=torch.uint8).view(getattr(torch, self.dtype.name))
+        return flat.as_strided((self.count, self.numel), (self.stride, 1))
+
+
+Stack: TypeAlias = "Rows | Tensor"  # rows in host memory, or on a device
+
+
 class Buffer:
-    """Anonymous pages of `nbytes` bytes, seen as bytes and as tensors."""
+    """Anonymous pages of `nbytes` bytes, seen as bytes, as rows and as tensors."""
 
     def __init__(self, nbytes: int) -> None:
         self._pages = mmap.mmap(-1, max(nbytes, 1))
         self._bytes = memoryview(self._pages)
-        self._flat = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self._views: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._pages)
 
     def bytes(self, nbytes: int) -> memoryview:
         """The first `nbytes` bytes."""
         return self._bytes[:nbytes]
 
+    def rows(self, count: int, numel: int, dtype: DType) -> Rows:
+        """The first bytes as `count` rows of `numel` numbers, one after the other."""
+        return Rows(self.address, dtype, count, numel, numel, self._bytes)
+
     def tensor(self, numel: int, dtype: torch.dtype) -> Tensor:
         """The first bytes as a vector of `numel` elements of `dtype`."""
         view = self._views.get((numel, dtype))
         if view is None:
+            import torch
+
             if len(self._views) >= _VIEWS:
                 self._views.clear()
-            view = self._flat[: numel * dtype.itemsize].view(dtype)
+            flat = torch.frombuffer(self._pages, dtype=torch.uint8)
+            view = flat[: numel * dtype.itemsize].view(dtype)
             self._views[numel, dtype] = view
         return view
+
+
+def same(ours: Buffer, theirs: Buffer, nbytes: int) -> bool:
+    """Whether the first bytes of two buffers are the same."""
+    return not _MEMCMP(ours.address, theirs.address, nbytes)

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from array import array
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
+from merge_avg.dtypes import DType
 from merge_avg.policies import IntPolicy
 from merge_avg.weights import Weights
+
+_FORMATS = {"int64": "q", "int32": "i", "int16": "h", "int8": "b", "uint8": "B"}
+_FORMATS |= {"uint64": "Q", "uint32": "I", "uint16": "H", "bool": "?"}
 
 
 def is_counter(name: str, dimensions: int, *, is_bool: bool) -> bool:
     """Whether a tensor counts steps or batches, so that different values are to be expected."""
     return not is_bool and (not dimensions or name.endswith("num_batches_tracked"))
+
+
+def values_of(data: memoryview, dtype: DType) -> memoryview[int]:
+    """Bytes as integers of a dtype; codes that are no integers as such of their size."""
+    words = {1: "B", 2: "H", 4: "I", 8: "Q"}
+    return data.cast(_FORMATS.get(dtype.name, words.get(dtype.itemsize, "B")))  # type: ignore[call-overload, no-any-return]
+
+
+def unequal(pairs: Iterable[tuple[memoryview, memoryview]], itemsize: int) -> array[int]:
+    """The places of elements that are not the same bytes in some pair of as many, in order."""
+    differs = nbytes = 0
+    for ours, theirs in pairs:
+        nbytes = len(ours)
+        differs |= int.from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
+    places = array("q")
+    for found in re.finditer(rb"[^\0]", differs.to_bytes(nbytes, "little")):
+        place = found.start() // itemsize
+        if not places or places[-1] != place:
+            places.append(place)
+    return places
 
 
 def settle(values: Sequence[int], policy: IntPolicy, weights: Weights) -> int:

@@ -1,9 +1,10 @@
-/* The two loops that take the time of a merge, over numbers that lie in the processor's cache.
+/* The loops that take the time of a merge, over numbers that lie in the processor's cache.
 
-   What they compute is what average.py computes by torch, to the bit, wherever it uses them: a sum
-   in double of rows of float32, float16 or bfloat16 times their weights, with the sizes from which
-   it follows whether that sum is exact; and the quotient of an exact sum, rounded to nearest, ties
-   to even. Torch takes six passes over memory for the one and seven for the other. */
+   A sum in double of rows of float32, float16 or bfloat16 times their weights, with the sizes from
+   which it follows whether that sum is exact; its quotient, rounded to nearest, ties to even, and
+   where it might have rounded otherwise; and products of some of the elements. What average.py and
+   products.py compute by torch is the same. Torch takes six passes over memory for a sum and seven
+   for a quotient, and is not imported for a merge that these can do. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -19,6 +20,8 @@
 const char *merge_avg_source(void) { return SOURCE; } /* the digest of this file */
 
 enum { TILE = 1024 }; /* numbers that are summed at a time: in the fastest cache */
+
+#define INFINITE as_double(0x7FF0000000000000)
 
 static inline float as_float(uint32_t word)
 {
@@ -81,20 +84,38 @@ static inline uint16_t to_float16(double mean)
     return (uint16_t)(word | (uint32_t)(double_word(mean) >> 48 & 0x8000));
 }
 
-/* total[j] = (begun ? total[j] : -0) + sum over rows of weights[row] * rows[row][j], row after row.
+/* What is known of a tile of a sum: the most that its terms can come to, what all of them are
+   multiples of, and whether one of them was not finite. A sum below 2^53 units is exact. */
+struct known {
+    double most, unit, bad;
+};
 
-   `seen` gets, of the bits of all numbers without their signs, the largest, and the smallest but
-   zero (0 if all are zero); whether any is zero; and whether any is minus zero. */
-#define SUM(NAME, WORD, FROM)                                                                      \
-    VARIANTS void merge_avg_sum_##NAME(const WORD *rows, size_t count, size_t stride,              \
-                                       size_t numel, const double *weights, int begun,             \
-                                       double *total, uint64_t *seen)                              \
+static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + exponent) */
+{
+    return as_double((uint64_t)(biased + 896 + exponent) << 52);
+}
+
+/* The exponent of a number's size, as float32 biases it: FRACTION bits of it are the significand's,
+   and the exponent of float16 is biased by SHIFT less. */
+#define EXPONENT(SIZE, FRACTION, SHIFT) \
+    (((uint32_t)(SIZE) >> FRACTION ? (uint32_t)(SIZE) >> FRACTION : 1) + SHIFT)
+
+/* total[j] = (begun ? total[j] : -0) + sum over rows of weights[row] * rows[row][j], row after row;
+   and what is known of each tile. Returns whether all numbers are finite. */
+#define SUM(NAME, WORD, FROM, FRACTION, SHIFT, SPECIAL)                                            \
+    VARIANTS int merge_avg_sum_##NAME(const WORD *rows, size_t count, size_t stride, size_t numel, \
+                                      const double *weights, int begun, double *total,             \
+                                      struct known *known)                                         \
     {                                                                                              \
         const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
-        WORD high = 0, low = (WORD)-1, least = (WORD)-1, minus = (WORD)-1;                         \
-        for (size_t at = 0; at < numel; at += TILE) {                                              \
+        double weight_sum = 0;                                                                     \
+        int finite = 1;                                                                            \
+        for (size_t row = 0; row < count; row++)                                                   \
+            weight_sum += weights[row] < 0 ? -weights[row] : weights[row];                         \
+        for (size_t at = 0; at < numel; at += TILE, known++) {                                     \
             size_t n = numel - at < TILE ? numel - at : TILE;                                      \
             double *restrict sum = total + at;                                                     \
+            WORD high = 0, low = (WORD)-1;                                                         \
             for (size_t row = 0; row < count; row++) {                                             \
                 const WORD *restrict x = rows + row * stride + at;                                 \
                 const double weight = weights[row];                                                \
@@ -106,46 +127,293 @@ static inline uint16_t to_float16(double mean)
                         sum[j] = weight * FROM(x[j]);                                              \
                 for (size_t j = 0; j < n; j++) {                                                   \
                     WORD size = x[j] & (WORD)~sign, less = (WORD)(size - 1);                       \
-                    WORD other = x[j] ^ sign;                                                      \
                     high = size > high ? size : high;                                              \
                     low = less < low ? less : low;                                                 \
-                    least = size < least ? size : least;                                           \
-                    minus = other < minus ? other : minus;                                         \
                 }                                                                                  \
             }                                                                                      \
-        }                                                                                          \
-        seen[0] = high;                                                                            \
-        seen[1] = (WORD)(low + 1);                                                                 \
-        seen[2] = least == 0;                                                                      \
-        seen[3] = minus == 0;                                                                      \
-    }
-
-SUM(float32, uint32_t, from_float32)
-SUM(float16, uint16_t, from_float16)
-SUM(bfloat16, uint16_t, from_bfloat16)
-
-/* out[j] = total[j] / divisor, rounded to `bits` significand bits, or fewer below 2^emin = normal.
-
-   The quotient itself is rounded to double before; average.py shows why that is the same where the
-   sum is exact. Adding and subtracting 1.5 * 2^52 units then rounds to whole units. */
-#define MEAN(NAME, WORD, TO, BITS, NORMAL)                                                         \
-    VARIANTS void merge_avg_mean_##NAME(const double *restrict total, size_t numel,                \
-                                        double divisor, WORD *restrict out)                        \
-    {                                                                                              \
-        const double shift = BITS == 24 ? 0 : 1.5 * (double)((uint64_t)1 << (53 - BITS));          \
-        for (size_t j = 0; j < numel; j++) {                                                       \
-            double mean = total[j] / divisor;                                                      \
-            if (BITS != 24) { /* converting to float does it */                                    \
-                uint64_t word = double_word(mean);                                                 \
-                double power = as_double(word & 0x7FF0000000000000);                               \
-                double big = (power < NORMAL ? NORMAL : power) * shift;                            \
-                double size = as_double(word & 0x7FFFFFFFFFFFFFFF);                                \
-                mean = as_double(double_word((size + big) - big) | (word & 0x8000000000000000));   \
+            if (!begun)                                                                            \
+                *known = (struct known){0, INFINITE, 0};                                           \
+            if (high >= SPECIAL) { /* look again, at what is finite */                             \
+                known->bad = 1;                                                                    \
+                finite = 0;                                                                        \
+                high = 0;                                                                          \
+                for (size_t row = 0; row < count; row++)                                           \
+                    for (size_t j = 0; j < n; j++) {                                               \
+                        WORD size = rows[row * stride + at + j] & (WORD)~sign;                     \
+                        high = size > high && size < SPECIAL ? size : high;                        \
+                    }                                                                              \
             }                                                                                      \
-            out[j] = TO(mean);                                                                     \
+            if (high) {                                                                            \
+                double unit = power(EXPONENT(low + 1, FRACTION, SHIFT), -FRACTION);                \
+                known->unit = unit < known->unit ? unit : known->unit;                             \
+                known->most += weight_sum * power(EXPONENT(high, FRACTION, SHIFT), 1);             \
+            }                                                                                      \
+        }                                                                                          \
+        return finite;                                                                             \
+    }
+
+/* The quotient of a sum, rounded to BITS significand bits, or fewer below NORMAL.
+
+   Adding and subtracting 1.5 * 2^52 units rounds to whole units; what becomes zero keeps its sign.
+   Converting to float does it for float32. */
+#define ROUND(BITS, NORMAL, QUOTIENT, POWER, MEAN)                                                 \
+    double POWER = as_double(double_word(QUOTIENT) & 0x7FF0000000000000);                          \
+    POWER = POWER < NORMAL ? NORMAL : POWER;                                                       \
+    double MEAN = QUOTIENT;                                                                        \
+    if (BITS != 24) {                                                                              \
+        double big_ = POWER * (1.5 * (double)((uint64_t)1 << (53 - BITS)));                        \
+        double size_ = as_double(double_word(QUOTIENT) & 0x7FFFFFFFFFFFFFFF);                      \
+        uint64_t sign_ = double_word(QUOTIENT) & 0x8000000000000000;                               \
+        MEAN = as_double(double_word((size_ + big_) - big_) | sign_);                              \
+    }
+
+/* out[j] = total[j] / divisor, rounded to nearest, ties to even; returns the largest size.
+
+   If the sum is exact, so is this, though the quotient is rounded twice, to double first: in its
+   units the sum is an integer S of at most 2^53 and the divisor D is below 2^28, so S / D, if it is
+   not the middle between two numbers, is further from there than half a unit of a double. */
+#define EXACT(NAME, WORD, TO, BITS, NORMAL)                                                        \
+    VARIANTS static WORD exact_##NAME(const double *restrict total, size_t numel, double divisor,  \
+                                      WORD *restrict out)                                          \
+    {                                                                                              \
+        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
+        WORD high = 0;                                                                             \
+        for (size_t j = 0; j < numel; j++) {                                                       \
+            double quotient = total[j] / divisor;                                                  \
+            ROUND(BITS, NORMAL, quotient, power_, mean)                                            \
+            WORD word = TO(mean), size = word & (WORD)~sign;                                       \
+            high = size > high ? size : high;                                                      \
+            out[j] = word;                                                                         \
+        }                                                                                          \
+        return high;                                                                               \
+    }
+
+/* The same for a tile of a sum that may be off: open[j] tells which quotients, off by `bound` at
+   most, might round otherwise. NaN and infinity, which come of such terms, are IEEE 754's. */
+#define NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                \
+    VARIANTS static WORD near_##NAME(const double *restrict total, size_t numel, double divisor,   \
+                                     WORD *restrict out, double bound, uint64_t *restrict open)    \
+    {                                                                                              \
+        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
+        WORD high = 0;                                                                             \
+        for (size_t j = 0; j < numel; j++) {                                                       \
+            double quotient = total[j] / divisor;                                                  \
+            ROUND(BITS, NORMAL, quotient, power_, mean)                                            \
+            mean = BITS == 24 ? (float)mean : power_ < INFINITE ? mean : quotient;                 \
+            double half = power_ * (1.0 / (double)((uint64_t)1 << BITS));                          \
+            double off = as_double(double_word(quotient - mean) & 0x7FFFFFFFFFFFFFFF);             \
+            double aside = as_double(double_word(off - half) & 0x7FFFFFFFFFFFFFFF);                \
+            uint64_t nan = (double_word(quotient) & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000;      \
+            WORD word = TO(mean), size = word & (WORD)~sign;                                       \
+            uint64_t any = (aside <= bound) | (half <= 4 * bound) | (size >= SPECIAL);             \
+            open[j] = any & (power_ < INFINITE);                                                   \
+            out[j] = nan ? (WORD)(SPECIAL | SPECIAL >> 1) : word;                                  \
+            size = nan ? SPECIAL : open[j] ? 0 : size;                                             \
+            high = size > high ? size : high;                                                      \
+        }                                                                                          \
+        return high;                                                                               \
+    }
+
+/* The mean of rows, from their sum and what is known of its tiles; `count` rows were added.
+
+   places[0 .. *open) are the elements of the first tile on, from `*at` on, which has any that might
+   round otherwise; *at is where to go on, and `numel` at the end. Returns whether all is finite. */
+#define MEAN(NAME, WORD, SPECIAL)                                                                  \
+    int merge_avg_mean_##NAME(const double *total, size_t numel, const struct known *known,        \
+                              size_t count, double divisor, WORD *out, size_t *at,                 \
+                              int64_t *places, size_t *open)                                       \
+    {                                                                                              \
+        WORD high = 0;                                                                             \
+        *open = 0;                                                                                 \
+        while (*at < numel && !*open) {                                                            \
+            const struct known *here = known + *at / TILE;                                         \
+            size_t n = numel - *at < TILE ? numel - *at : TILE;                                    \
+            int exact = here->most <= here->unit * 0x1p53;                                         \
+            WORD size;                                                                             \
+            if (exact && !here->bad) {                                                             \
+                size = exact_##NAME(total + *at, n, divisor, out + *at);                           \
+            } else {                                                                               \
+                uint64_t doubts[TILE];                                                             \
+                /* Of products, additions, divisor, division; and of this line. */                 \
+                double bound = here->most * (double)(count + 6) / divisor * 0x1p-52;               \
+                bound = exact ? -1 : bound;                                                        \
+                size = near_##NAME(total + *at, n, divisor, out + *at, bound, doubts);             \
+                for (size_t j = 0; j < n; j++)                                                     \
+                    if (doubts[j])                                                                 \
+                        places[(*open)++] = (int64_t)(*at + j);                                    \
+            }                                                                                      \
+            high = size > high ? size : high;                                                      \
+            *at += n;                                                                              \
+        }                                                                                          \
+        return high < SPECIAL;                                                                     \
+    }
+
+/* The mean of numbers of float32, float16 or bfloat16, computed in integers: Kulisch's accumulator,
+   in digits of 32 bits that are carried at the end. */
+
+enum { DIGITS = 13, UNIT = 181 }; /* the first digit counts units of 2^-181 */
+
+static double exact_mean(const double *values, size_t stride, size_t count,
+                         const int64_t *weights, uint32_t divisor, int bits, int emin)
+{
+    int64_t sum[DIGITS] = {0}, carry = 0;
+    int minus = 1;
+    for (size_t i = 0; i < count; i++) {
+        uint64_t word = double_word(values[i * stride]);
+        int negative = (int)(word >> 63) != (weights[i] < 0);
+        minus &= negative;
+        if (!(word << 1))
+            continue;
+        uint64_t product = (word & 0xFFFFFFFFFFFFF) | 0x10000000000000;
+        int place = (int)(word >> 52 & 0x7FF) - 1075 + 29 + UNIT;
+        product = (product >> 29) * (uint64_t)(weights[i] < 0 ? -weights[i] : weights[i]);
+        uint64_t low = (product & 0xFFFFFFFF) << place % 32, high = (product >> 32) << place % 32;
+        int64_t *digit = sum + place / 32, sign = negative ? -1 : 1;
+        high += low >> 32;
+        digit[0] += sign * (int64_t)(low & 0xFFFFFFFF);
+        digit[1] += sign * (int64_t)(high & 0xFFFFFFFF);
+        digit[2] += sign * (int64_t)(high >> 32);
+    }
+    uint32_t digits[DIGITS];
+    int sign = 1;
+    for (int again = 0; again < 2; again++) {
+        carry = 0;
+        for (int d = 0; d < DIGITS; d++) {
+            carry += sum[d];
+            digits[d] = (uint32_t)carry;
+            carry = (carry - (int64_t)digits[d]) / 4294967296;
+        }
+        if (carry >= 0)
+            break;
+        sign = -1;
+        for (int d = 0; d < DIGITS; d++)
+            sum[d] = -sum[d];
+    }
+    uint64_t rest = 0;
+    int top = -1;
+    for (int d = DIGITS - 1; d >= 0; d--) {
+        rest = rest << 32 | digits[d];
+        digits[d] = (uint32_t)(rest / divisor);
+        rest %= divisor;
+        for (int bit = 31; digits[d] && top < 0; bit--)
+            top = digits[d] >> bit & 1 ? 32 * d + bit : top;
+    }
+    if (top < 0 && !rest)
+        return minus ? -0.0 : 0.0;
+    /* The place of the last bit that stays; there are more below it, as it is 2^-149 at least. */
+    int last = (top - UNIT > emin ? top : emin + UNIT) - bits + 1;
+    uint64_t kept = 0;
+    for (int place = last + bits - 1; place >= last; place--)
+        kept = kept << 1 | (digits[place / 32] >> place % 32 & 1);
+    int half = digits[(last - 1) / 32] >> (last - 1) % 32 & 1, below = rest != 0;
+    for (int d = 0; d < (last - 1) / 32; d++)
+        below |= digits[d] != 0;
+    below |= (digits[(last - 1) / 32] & (((uint32_t)1 << (last - 1) % 32) - 1)) != 0;
+    kept += half && (below || kept & 1);
+    return sign * (double)kept * as_double((uint64_t)(last - UNIT + 1023) << 52);
+}
+
+/* out[places[i]] = the exact mean of column i of `values`, rounded; tells whether all fit. */
+#define SETTLE(NAME, WORD, TO, BITS, EMIN, SPECIAL)                                                \
+    int merge_avg_settle_##NAME(const double *values, size_t count, size_t width, size_t columns,  \
+                                const int64_t *weights, uint32_t divisor, const int64_t *places,   \
+                                WORD *out)                                                         \
+    {                                                                                              \
+        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
+        int fits = 1;                                                                              \
+        for (size_t i = 0; i < columns; i++) {                                                     \
+            double mean = exact_mean(values + i, width, count, weights, divisor, BITS, EMIN);      \
+            WORD word = TO(mean);                                                                  \
+            fits &= (word & (WORD)~sign) < SPECIAL;                                                \
+            out[places[i]] = word;                                                                 \
+        }                                                                                          \
+        return fits;                                                                               \
+    }
+
+/* Some elements of rows as doubles: of `segments` runs, each with where it begins and how long it
+   is, those of row r go to targets[r] of `room`, if that is not negative. */
+#define TAKE(NAME, WORD, FROM)                                                                     \
+    VARIANTS void merge_avg_take_##NAME(const WORD *rows, size_t count, size_t stride,             \
+                                        size_t segments, const int64_t *runs,                      \
+                                        const int64_t *targets, double *room, size_t width)        \
+    {                                                                                              \
+        for (size_t row = 0; row < count; row++) {                                                 \
+            if (targets[row] < 0)                                                                  \
+                continue;                                                                          \
+            double *restrict to = room + (size_t)targets[row] * width;                             \
+            for (size_t s = 0; s < segments; s++) {                                                \
+                const WORD *restrict x = rows + row * stride + runs[2 * s];                        \
+                size_t n = (size_t)runs[2 * s + 1];                                                \
+                for (size_t j = 0; j < n; j++)                                                     \
+                    to[j] = FROM(x[j]);                                                            \
+                to += n;                                                                           \
+            }                                                                                      \
         }                                                                                          \
     }
 
-MEAN(float32, uint32_t, to_float32, 24, 0x1p-126)
-MEAN(float16, uint16_t, to_float16, 11, 0x1p-14)
-MEAN(bfloat16, uint16_t, to_bfloat16, 8, 0x1p-126)
+#define FORMAT(NAME, WORD, FROM, TO, BITS, EMIN, NORMAL, SHIFT, SPECIAL)                           \
+    SUM(NAME, WORD, FROM, (BITS - 1), SHIFT, SPECIAL)                                              \
+    EXACT(NAME, WORD, TO, BITS, NORMAL)                                                            \
+    NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                    \
+    MEAN(NAME, WORD, SPECIAL)                                                                      \
+    SETTLE(NAME, WORD, TO, BITS, EMIN, SPECIAL)                                                    \
+    TAKE(NAME, WORD, FROM)
+
+FORMAT(float32, uint32_t, from_float32, to_float32, 24, -126, 0x1p-126, 0, 0x7F800000)
+FORMAT(float16, uint16_t, from_float16, to_float16, 11, -14, 0x1p-14, 112, 0x7C00)
+FORMAT(bfloat16, uint16_t, from_bfloat16, to_bfloat16, 8, -126, 0x1p-126, 0, 0x7F80)
+
+enum { LANES = 8 }; /* sums that are kept at a time, as wide as a register may be */
+
+static inline double product(const double *restrict a, const double *restrict b, size_t numel)
+{
+    double part[LANES] = {0}, sum = 0;
+    size_t j = 0;
+    for (; j + LANES <= numel; j += LANES)
+        for (size_t k = 0; k < LANES; k++)
+            part[k] += a[j + k] * b[j + k];
+    for (size_t k = 0; k < LANES; k++)
+        sum += part[k];
+    for (; j < numel; j++)
+        sum += a[j] * b[j];
+    return sum;
+}
+
+/* Products of rows with each other, over runs of columns: of run r, lengths[r] columns long, they
+   are added, times scales[r], to matrix groups[r] of `grams`. And of each row its square, and its
+   product with the sum of all, to line numbers[r] of `sums`.
+
+   With `less`, row `less` is subtracted from the others first, which changes them. */
+VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64_t less,
+                                 size_t runs, const int64_t *lengths, const int64_t *groups,
+                                 const int64_t *numbers, const double *scales, double *grams,
+                                 double *sums)
+{
+    size_t at = 0;
+    for (size_t run = 0; run < runs; run++) {
+        size_t numel = (size_t)lengths[run];
+        double *gram = grams + (size_t)groups[run] * count * count;
+        double *line = sums + (size_t)numbers[run] * 2 * count;
+        for (size_t tile = 0; tile < numel; tile += TILE / 4) {
+            size_t n = numel - tile < TILE / 4 ? numel - tile : TILE / 4;
+            double *x = rows + at + tile;
+            if (less >= 0)
+                for (size_t i = 0; i < count; i++)
+                    for (size_t j = 0; j < n; j++)
+                        x[i * width + j] -= x[(size_t)less * width + j];
+            for (size_t i = 0; i < count; i++)
+                for (size_t k = 0; k <= i; k++) {
+                    double value = scales[run] * product(x + i * width, x + k * width, n);
+                    gram[i * count + k] += value;
+                    line[count + i] += value;
+                    if (i == k) {
+                        line[i] += value;
+                    } else {
+                        gram[k * count + i] += value;
+                        line[count + k] += value;
+                    }
+                }
+        }
+        at += numel;
+    }
+}

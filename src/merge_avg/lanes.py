@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+from merge_avg.buffer import Buffer, Rows, Stack
 
-from merge_avg.buffer import Buffer
-from merge_avg.errors import MergeError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -28,7 +27,7 @@ class Lane(Protocol):
     def room(self, slot: int) -> Buffer:
         """Host memory to fill, once nothing reads from it any more."""
 
-    def send(self, slot: int, stack: Tensor) -> Tensor:
+    def send(self, slot: int, rows: Rows) -> Stack:
         """Starts a copy of what lies in a slot to the device; returns where it goes."""
 
     def arrived(self, slot: int) -> None:
@@ -45,18 +44,18 @@ class Lane(Protocol):
 
 
 def travel(
-    lane: Lane, items: Iterable[T], fill: Callable[[T, Buffer], Tensor]
-) -> Iterator[tuple[T, Tensor]]:
+    lane: Lane, items: Iterable[T], fill: Callable[[T, Buffer], Rows]
+) -> Iterator[tuple[T, Stack]]:
     """Each item with its elements on the device, while the next is read.
 
     Args:
         lane: the way.
         items: what is to be read.
-        fill: reads an item into a slot's memory, and returns a view of that.
+        fill: reads an item into a slot's memory, and tells of that.
     """
-    ahead: deque[tuple[int, T, Tensor]] = deque()
+    ahead: deque[tuple[int, T, Stack]] = deque()
 
-    def use() -> Iterator[tuple[T, Tensor]]:
+    def use() -> Iterator[tuple[T, Stack]]:
         slot, item, stack = ahead.popleft()
         lane.arrived(slot)
         yield item, stack
@@ -85,8 +84,8 @@ class HostLane:
     def room(self, slot: int) -> Buffer:  # noqa: ARG002 - there is one
         return self._buffer
 
-    def send(self, slot: int, stack: Tensor) -> Tensor:  # noqa: ARG002
-        return stack
+    def send(self, slot: int, rows: Rows) -> Stack:  # noqa: ARG002
+        return rows
 
     def arrived(self, slot: int) -> None:
         pass
@@ -102,69 +101,10 @@ class HostLane:
         pass
 
 
-class CudaLane:
-    """A GPU's: two slots in turn, copies on one stream and arithmetic on another.
-
-    Raises:
-        MergeError: the device or the system has no memory left for it.
-    """
-
-    slots = 2
-    host = False
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._device = device
-        self._copies = torch.cuda.Stream(device)
-        self._sums = torch.cuda.Stream(device)
-        self._entered = torch.cuda.stream(self._sums)
-        self._rooms = [Buffer(nbytes) for _ in range(self.slots)]
-        self._copied = [torch.cuda.Event() for _ in range(self.slots)]
-        self._used = [torch.cuda.Event() for _ in range(self.slots)]
-        self._locked: list[int] = []
-        try:
-            self._places = [
-                torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(self.slots)
-            ]
-        except torch.cuda.OutOfMemoryError:
-            hint = "use a smaller --max-memory, or --device cpu"
-            raise MergeError(f"{device} has not enough free memory", hint=hint) from None
-        for room in self._rooms:
-            # Page-locked, so that copies need not wait; a failure costs speed only.
-            pointer = room.tensor(1, torch.uint8).data_ptr()
-            if torch.cuda.cudart().cudaHostRegister(pointer, nbytes, 0) == 0:
-                self._locked.append(pointer)
-        self._entered.__enter__()
-
-    def room(self, slot: int) -> Buffer:
-        self._copied[slot].synchronize()
-        return self._rooms[slot]
-
-    def send(self, slot: int, stack: Tensor) -> Tensor:
-        flat = stack.reshape(-1)
-        place = self._places[slot][: flat.numel() * flat.itemsize].view(flat.dtype)
-        with torch.cuda.stream(self._copies):
-            self._copies.wait_event(self._used[slot])
-            place.copy_(flat, non_blocking=True)
-            self._copied[slot].record(self._copies)
-        return place.view(stack.shape)
-
-    def arrived(self, slot: int) -> None:
-        self._sums.wait_event(self._copied[slot])
-
-    def release(self, slot: int) -> None:
-        self._used[slot].record(self._sums)
-
-    def fetch(self, values: Tensor, out: Tensor) -> None:
-        out.copy_(values)
-
-    def close(self) -> None:
-        self._entered.__exit__(None, None, None)
-        torch.cuda.synchronize(self._device)
-        for pointer in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(pointer)
-        self._locked.clear()
-
-
-def make_lane(nbytes: int, device: torch.device) -> Lane:
+def make_lane(nbytes: int, device: str) -> Lane:
     """The lane of a device, for `nbytes` bytes at a time."""
-    return HostLane(nbytes) if device.type == "cpu" else CudaLane(nbytes, device)
+    if device == "cpu":
+        return HostLane(nbytes)
+    from merge_avg.cuda import CudaLane
+
+    return CudaLane(nbytes, device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
-import torch
-from torch import Tensor
 from xxhash import xxh3_128_intdigest
 
-from merge_avg.agreement import Agreement, Comparison
+from merge_avg.agreement import Comparison
+from merge_avg.cosines import Agreement
 from merge_avg.errors import MergeError, failure
 from merge_avg.files import Reader
 from merge_avg.output import Output, Sink
@@ -26,7 +27,7 @@ from merge_avg.policies import IntPolicy, Missing
 from merge_avg.prepare import Average, Hashes, Job, Options, Outputs, marked, prepare
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
-from merge_avg.work import CHUNK, KEPT, Ledger, Maps, Worker, spread
+from merge_avg.work import CHUNK, KEPT, Ledger, Maps, Worker
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,12 @@ def run(
 
 def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None) -> Result:
     started = time.perf_counter()
-    device = find_device(job.options.device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        job = replace(job, budget=job.budget.fitting(free))
+    device = job.options.device
+    if device != "cpu":
+        from merge_avg.cuda import find_device
+
+        device, free = find_device(device)
+        job = replace(job, budget=job.budget.fitting(free)) if free else job
     ledger = Ledger(progress)
     with contextlib.ExitStack() as stack:
         outs: list[Sink] = [
@@ -203,22 +206,22 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None
             stack.callback(reader.close)
         scratch = Scratch(folder)
         stack.callback(scratch.close)
-        for staging in job.plan.stagings:
-            tied_in = job.layouts[staging.tied_in].path
-            scratch.stage(readers[staging.checkpoint], staging, tied_in)
-        maps = _maps(job, scratch)
-        stack.enter_context(_single_threaded_torch())
+        load_torch = stack.enter_context(single_threaded())
+        if job.plan.stagings:
+            load_torch()
+            _stage(job, readers, scratch)
+        maps = _maps(job, scratch, load_torch)
         counted = job.averaged if job.options.agreement else ()
         comparison = Comparison(counted, job.plan.units, job.base)
 
         def worker() -> Worker:
-            return Worker(job, readers, outs, scratch, maps, ledger, comparison, device)
+            rest = ledger, comparison, device, load_torch
+            return Worker(job, readers, outs, scratch, maps, *rest)
 
         _in_parallel(job, worker)
-        for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
-            for number, out in enumerate(outs):
-                if (number, id(unit)) in maps.results:
-                    spread(out, unit, targets, maps.results[number, id(unit)])
+        if maps.results:
+            load_torch()
+            _spread(job, outs, maps)
         for reader in readers:
             reader.finish()
         agreement = comparison.result()
@@ -243,6 +246,25 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None
     )
 
 
+def _stage(job: Job, readers: Sequence[Reader], scratch: Scratch) -> None:
+    """Copies tensors into the template's geometry, where they have another."""
+    from merge_avg.strided import stage
+
+    for staging in job.plan.stagings:
+        tied_in = job.layouts[staging.tied_in].path
+        stage(scratch, readers[staging.checkpoint], staging, tied_in)
+
+
+def _spread(job: Job, outs: Sequence[Sink], maps: Maps) -> None:
+    """Copies results to where outputs have them in another geometry."""
+    from merge_avg.strided import spread
+
+    for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
+        for number, out in enumerate(outs):
+            if (number, id(unit)) in maps.results:
+                spread(out, unit, targets, maps.results[number, id(unit)])
+
+
 def _hashes(job: Job, ledger: Ledger) -> Hashes:
     """The sums of the hashes of chunks, and what else the outputs have of the template."""
     kept = ledger.hashes[KEPT] + sum(map(xxh3_128_intdigest, job.kept_texts))
@@ -263,33 +285,13 @@ def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
         raise MergeError(what, where=job.averages[0].output, hint=hint)
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name such as "cpu", "cuda" or "cuda:1".
-
-    Raises:
-        MergeError: there is no such device.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        hint = "use cpu, cuda, or cuda:N"
-        raise MergeError(f"there is no device {name!r}", hint=hint) from None
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type != "cuda" or (device.index or 0) >= count:
-        hint = f"CUDA devices found: {count}; use --device cpu"
-        raise MergeError(f"there is no device {name!r}", hint=hint)
-    return device
-
-
-def _maps(job: Job, scratch: Scratch) -> Maps:
+def _maps(job: Job, scratch: Scratch, load_torch: Callable[[], None]) -> Maps:
     """Room in the scratch file for what units need beside their windows."""
-    results: dict[tuple[int, int], Tensor] = {}
-    masks: dict[int, Tensor] = {}
+    results: dict[tuple[int, int], mmap.mmap] = {}
+    masks: dict[int, mmap.mmap] = {}
     offset = job.plan.scratch
 
-    def room(nbytes: int) -> Tensor:
+    def room(nbytes: int) -> mmap.mmap:
         nonlocal offset
         place = scratch.map(offset, nbytes)
         offset = aligned_to_page(offset + nbytes)
@@ -300,22 +302,39 @@ def _maps(job: Job, scratch: Scratch) -> Maps:
             for number in range(len(job.averages)):
                 results[number, id(unit)] = room(len(unit) * unit.dtype.itemsize)
         if unit.holed:
-            mask = room(len(unit)).zero_()
-            for _, info in unit.members:
-                mask.as_strided(info.shape, info.stride, info.start - unit.start).fill_(1)
-            masks[id(unit)] = mask
+            load_torch()
+            from merge_avg.strided import mark
+
+            masks[id(unit)] = room(len(unit))
+            mark(masks[id(unit)], unit.members, unit.start)
     return Maps(results, masks)
 
 
 @contextlib.contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """Torch's own threads cost more than they give on windows of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def single_threaded() -> Iterator[Callable[[], None]]:
+    """Torch's own threads cost more than they give on windows of this size.
+
+    Yields:
+        A function that imports torch, unless it is there, and keeps it to one thread meanwhile.
+    """
+    before: list[int] = []
+    lock = threading.Lock()
+
+    def load() -> None:
+        with lock:
+            if not before:
+                import torch
+
+                before.append(torch.get_num_threads())
+                torch.set_num_threads(1)
+
+    if "torch" in sys.modules:
+        load()
     try:
-        yield
+        yield load
     finally:
-        torch.set_num_threads(before)
+        if before:
+            sys.modules["torch"].set_num_threads(before[0])
 
 
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:

@@ -13,8 +13,8 @@ from merge_avg.policies import LEAST_AGREEMENT
 from merge_avg.prepare import Job
 
 if TYPE_CHECKING:
-    from merge_avg.agreement import Agreement
     from merge_avg.choose import Choice
+    from merge_avg.cosines import Agreement
     from merge_avg.merge import Result
 
 Report = dict[str, Any]

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
 from merge_avg import __version__
 from merge_avg.errors import MergeError, UsageError, failure
 from merge_avg.files import read_fully
@@ -368,13 +366,10 @@ class _ComparedFile(OutputFile):
         if there == data:
             return
         first, count = len(there), len(data) - len(there)
-        if there:
-            pair = (bytearray(data[: len(there)]), there)
-            ours, theirs = (torch.frombuffer(one, dtype=torch.uint8) for one in pair)
-            differs = ours != theirs
-            if differs.any():
-                first = int(differs.byte().argmax())
-                count += int(differs.count_nonzero())
+        differs = int.from_bytes(data[: len(there)], "little") ^ int.from_bytes(there, "little")
+        if differs:
+            first = ((differs & -differs).bit_length() - 1) // 8
+            count += len(there) - differs.to_bytes(len(there), "little").count(0)
         place = self._place(offset)
         with self._guard:
             self.differences.append(_Difference(self._relative, place, offset + first, count))

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
 import threading
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_intdigest
 
-from merge_avg.agreement import Comparison
-from merge_avg.average import Buffers, RunningMean
-from merge_avg.budget import COMPARED
-from merge_avg.buffer import Buffer
-from merge_avg.draft import Target
+from merge_avg.agreement import Comparison, Sampler
+from merge_avg.buffer import Buffer, Rows, Stack, same
+from merge_avg.compiled import CompiledMean, compiled_mean
 from merge_avg.errors import MergeError
 from merge_avg.files import Reader, Tap
-from merge_avg.integers import is_counter, settle
+from merge_avg.integers import is_counter, settle, unequal, values_of
+from merge_avg.kernel import TILE
 from merge_avg.lanes import make_lane, travel
 from merge_avg.layout import Storage, TensorInfo
 from merge_avg.output import Sink
 from merge_avg.plan import Piece, Unit, Window
 from merge_avg.prepare import Job
 from merge_avg.roles import Name
-from merge_avg.scratch import SLAB, Scratch, slabs, strided
+from merge_avg.scratch import Scratch
 from merge_avg.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_avg.average import Buffers, RunningMean
 
 # Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
 # are read, are of no matter: so many elements of a unit, from its start.
 CHUNK = 1 << 18
 _SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 KEPT = -1  # stands for the number of a checkpoint, where hashes are of what the template gives
-_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -71,8 +77,8 @@ class Maps:
         masks: a byte for each element of a unit with holes, 0 where no tensor reaches it.
     """
 
-    results: Mapping[tuple[int, int], Tensor]
-    masks: Mapping[int, Tensor]
+    results: Mapping[tuple[int, int], mmap.mmap]
+    masks: Mapping[int, mmap.mmap]
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class _Recipe:
     unit: Unit
     counted: Sequence[Sequence[int]]
     averaged: frozenset[int]
-    means: Sequence[RunningMean]
+    means: Sequence[CompiledMean | RunningMean]
     groups: Sequence[Sequence[int]]
     taps: Sequence[Tap | None]
 
@@ -103,6 +109,7 @@ class Worker:
         ledger: what is reported.
         comparison: how far the checkpoints agree.
         device: where sums are kept.
+        load_torch: imports torch; only then it is used.
     """
 
     def __init__(
@@ -114,7 +121,8 @@ class Worker:
         maps: Maps,
         ledger: Ledger,
         comparison: Comparison,
-        device: torch.device,
+        device: str,
+        load_torch: Callable[[], None],
     ) -> None:
         self._job = job
         self._readers = readers
@@ -124,16 +132,18 @@ class Worker:
         self._maps = maps
         self._ledger = ledger
         self._comparison = comparison
-        self._samples: list[tuple[Window, list[Tensor]]] = []
-        self._sampled = 0
+        self._sampler = Sampler(comparison)
         self._device = device
+        self._load_torch = load_torch
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
         budget = job.budget
         self._room = budget.window * budget.rows * budget.itemsize
         self._lane = make_lane(self._room, device)
         self._out_buffer = Buffer(budget.window * budget.itemsize)
-        self._means: dict[object, RunningMean] = {}
-        self._buffers = Buffers()
+        self._peeked = Buffer(TILE * budget.itemsize)
+        self._means: dict[object, CompiledMean | RunningMean] = {}
+        self._buffers: Buffers | None = None
+        self._factors: int | None = None
         self._last: _Recipe | None = None
         self._numbers = {id(unit): number for number, unit in enumerate(job.plan.units)}
         self._hashes: Counter[int] = Counter()
@@ -178,38 +188,41 @@ class Worker:
 
     def _restore(self, window: Window, *, first: bool) -> None:
         """Gives elements that belong to no tensor, but to what is kept, the template's values."""
-        dtype = getattr(torch, window[0].unit.dtype.name)
-        out = self._out_buffer.tensor(_length(window), dtype)
-        theirs = self._read(window, 0, again=True)
-        data = self._lane.room(0).bytes(theirs.nbytes)
-        for piece, span, mask in self._masks(window):
-            if first and self._hashing:
-                size = theirs.itemsize
-                self._hash((piece,), 0, data[span.start * size : span.stop * size], KEPT)
-            out[span] = torch.where(mask, out[span], theirs[span].to(dtype))
+        self._load_torch()
+        from merge_avg.strided import restore
 
-    def _masks(self, window: Window) -> Iterator[tuple[Piece, slice, Tensor]]:
-        """The pieces of a window that have holes, where they are, and where tensors are in them."""
+        unit, size = window[0].unit, window[0].unit.sources[0].dtype.itemsize
+        data = self._read(window, 0, again=True)
+        out = self._out_buffer.rows(1, _length(window), unit.dtype).tensor()[0]
+        theirs = self._lane.room(0).rows(1, _length(window), unit.sources[0].dtype).tensor()[0]
         at = 0
         for piece in window:
             span = slice(at, at + piece.stop - piece.start)
             at = span.stop
             mask = self._maps.masks.get(id(piece.unit))
             if mask is not None:
-                yield piece, span, mask[piece.start : piece.stop] != 0
+                if first and self._hashing:
+                    self._hash((piece,), 0, data[span.start * size : span.stop * size], KEPT)
+                restore(out[span], theirs[span], mask, piece.start)
 
     def _averaged(self, window: Window) -> Iterator[int]:
         """The number of each average whose part of a window lies in the output buffer."""
         unit = window[0].unit
         recipe = self._recipe(unit)
         self._read_all(window, recipe)
-        out = self._out_buffer.tensor(_length(window), getattr(torch, unit.dtype.name))
-        place = out if self._lane.host else None
+        out = self._out_buffer.rows(1, _length(window), unit.dtype)
         for number, (ours, mean) in enumerate(zip(recipe.counted, recipe.means, strict=True)):
-            revisit = functools.partial(self._revisit, window, ours)
-            self._lane.fetch(mean.result(revisit, out=place), out)
+            fits = False
+            if isinstance(mean, CompiledMean):
+                mean.result(out, functools.partial(self._peek, window, ours))
+                fits = mean.fits
+            else:
+                place = out.tensor()[0]
+                revisit = functools.partial(self._revisit, window, ours)
+                values = mean.result(revisit, out=place if self._lane.host else None)
+                self._lane.fetch(values, place)
             grows = unit.dtype != unit.sources[0].dtype or self._rows[number].divisor is not None
-            if grows and not self._job.options.allow_nonfinite:
+            if grows and not fits and not self._job.options.allow_nonfinite:
                 self._refuse_overflow(window, out)
             yield number
 
@@ -232,53 +245,49 @@ class Worker:
 
     def _read_all(self, window: Window, recipe: _Recipe) -> None:
         """Reads each source that some average needs once, for all of them."""
-        unit = recipe.unit
-        first: Tensor | None = None
-        places = self._comparison.places(window)
-        compared: list[Tensor] = []
+        self._sampler.begin(window)
+        self._factors = None
         fill = functools.partial(self._stacked, window, recipe)
         for group, stack in travel(self._lane, recipe.groups, fill):
+            finite = True
             for mean, ours in zip(recipe.means, recipe.counted, strict=True):
                 for run in _runs(group, ours):
-                    mean.extend(stack if run == slice(0, len(group)) else stack[run])
-            if places is not None:
-                compared.append(stack.index_select(1, places.to(stack.device)))
-            if unit.kind == "mean" and not all(mean.finite for mean in recipe.means):
-                for k, values in zip(group, stack, strict=True):
-                    if k in recipe.averaged:
-                        self._report_nonfinite(window, k, values)
-            for k, values in zip(group, stack, strict=True) if self._job.plan.factors else ():
-                factors = self._factors(window, values) if k in recipe.averaged else None
-                if first is not None and factors is not None and not torch.equal(factors, first):
-                    self._ledger.factors_differ = True
-                first = factors if first is None else first
-
-        if compared:
-            self._samples.append((window, compared))
-            self._sampled += sum(part.numel() for part in compared)
-            if self._sampled >= COMPARED:
-                self._compare()
-
-    def _compare(self) -> None:
-        """Compares what was set aside: many windows at a time cost little more than one."""
-        if self._samples:
-            self._comparison.add(self._samples)
-        self._samples.clear()
-        self._sampled = 0
+                    _extend(mean, stack.run(run) if isinstance(stack, Rows) else stack[run])
+                finite = finite and mean.finite
+            self._sampler.take(group, stack)
+            if recipe.unit.kind == "mean" and not finite:
+                self._report_nonfinite(window, recipe, group, stack)
+        self._sampler.end()
 
     def _revisit(self, window: Window, counted: Sequence[int], number: int) -> Tensor:
-        return self._read(window, counted[number], again=True)
+        self._read(window, counted[number], again=True)
+        dtype = window[0].unit.sources[counted[number]].dtype
+        return self._lane.room(0).rows(1, _length(window), dtype).tensor()[0]
 
-    def _factors(self, window: Window, values: Tensor) -> Tensor | None:
-        """A copy of what belongs to the factors A of low-rank products, if there is anything."""
-        parts = []
-        at = 0
+    def _peek(
+        self, window: Window, counted: Sequence[int], number: int, start: int, stop: int
+    ) -> Rows:
+        """Elements `start` to `stop` of a window once more, as a source has them."""
+        k = counted[number]
+        dtype = window[0].unit.sources[k].dtype
+        part = self._peeked.bytes((stop - start) * dtype.itemsize)
+        self._fetch(_cut(window, start, stop), k, part, again=True)
+        return self._peeked.rows(1, stop - start, dtype)
+
+    def _look_at_factors(self, window: Window, k: int, data: memoryview) -> None:
+        """Whether what belongs to factors A of low-rank products is the same in all sources."""
+        size = window[0].unit.sources[k].dtype.itemsize
+        digest, found, at = xxh3_128(), False, 0
         for piece in window:
-            span = values[at : at + piece.stop - piece.start]
-            at += len(span)
+            end = at + (piece.stop - piece.start) * size
             if any(name in self._job.plan.factors for name, _ in piece.unit.members):
-                parts.append(span)
-        return torch.cat(parts) if parts else None
+                digest.update(data[at:end])
+                found = True
+            at = end
+        value = digest.intdigest()
+        if found and self._factors not in (None, value):
+            self._ledger.factors_differ = True
+        self._factors = value
 
     def _counted(self, unit: Unit, weights: Weights) -> Sequence[int]:
         """The numbers of a unit's sources that have a weight other than zero; of all, if none."""
@@ -286,7 +295,7 @@ class Worker:
         some = [k for k, source in enumerate(unit.sources) if integers[source.checkpoint]]
         return some or range(len(unit.sources))
 
-    def _mean_for(self, unit: Unit, number: int) -> RunningMean:
+    def _mean_for(self, unit: Unit, number: int) -> CompiledMean | RunningMean:
         """A running mean for the checkpoints of a unit, with buffers that it used before."""
         row = self._rows[number]
         chosen = tuple(unit.sources[k].checkpoint for k in self._counted(unit, row))
@@ -299,73 +308,87 @@ class Worker:
                 raise MergeError(what, where=self._job.layouts[0].path)
             if unit.kind == "keep" or weights is None:
                 weights = Weights.uniform(len(chosen))
-            dtype = getattr(torch, unit.dtype.name)
-            self._means[key] = RunningMean(weights, dtype, self._device, self._buffers)
+            dtypes = [unit.sources[k].dtype.name for k in self._counted(unit, row)]
+            compiled = compiled_mean(weights, unit.dtype.name, dtypes) if self._lane.host else None
+            self._means[key] = compiled or self._torch_mean(weights, unit.dtype.name)
         return self._means[key]
+
+    def _torch_mean(self, weights: Weights, dtype: str) -> RunningMean:
+        """A mean by torch, where the compiled loops have none."""
+        self._load_torch()
+        import torch
+
+        from merge_avg.average import Buffers, RunningMean
+
+        self._buffers = self._buffers or Buffers()
+        device = torch.device(self._device)
+        return RunningMean(weights, getattr(torch, dtype), device, self._buffers)
 
     def _agreed(self, window: Window) -> Iterator[int]:
         """The same for integers and bools, and for what is kept.
 
         They are the template's, where all checkpoints agree or the policy says so.
         """
-        unit = window[0].unit
-        dtype = _INTS.get(unit.dtype.itemsize, torch.uint8)
-        ours = self._read(window, 0, into=self._out_buffer).view(dtype)
-        differs: Tensor | None = None
-        for k in range(1, len(unit.sources)):
-            other = self._read(window, k).view(dtype)
-            if not torch.equal(ours, other):
-                differs = (ours != other) if differs is None else differs | (ours != other)
-        places: list[tuple[Piece, Tensor]] = []
+        ours = self._read(window, 0, into=self._out_buffer)
+        size = window[0].unit.dtype.itemsize
+        places = unequal(self._pairs(window, ours), size)
+        found: list[tuple[Piece, slice, array[int]]] = []
         at = 0
-        for piece in window if differs is not None else ():
+        for piece in window if places else ():
             span = slice(at, at + piece.stop - piece.start)
             at = span.stop
-            found = differs[span].nonzero().flatten() + span.start if differs is not None else ours
-            if len(found):
-                self._note(window, piece, found, piece.unit.start + piece.start - span.start)
-                places.append((piece, found))
+            some = places[bisect_left(places, span.start) : bisect_left(places, span.stop)]
+            if some:
+                self._note(window, piece, some, piece.unit.start + piece.start - span.start)
+                found.append((piece, span, some))
         for number in range(len(self._rows)):
             if self._job.options.int_policy in ("max", "mean"):
-                for piece, found in places:
-                    self._settle(number, window, piece, found, ours)
+                for piece, span, some in found:
+                    data = ours[span.start * size : span.stop * size]
+                    self._settle(number, piece, [place - span.start for place in some], data)
             yield number
 
-    def _note(self, window: Window, piece: Piece, places: Tensor, shift: int) -> None:
+    def _pairs(self, window: Window, ours: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+        """A window of the template, with each other source's that is not the same."""
+        for k in range(1, len(window[0].unit.sources)):
+            theirs = self._read(window, k)
+            if not same(self._out_buffer, self._lane.room(0), len(ours)):
+                yield ours, theirs
+
+    def _note(self, window: Window, piece: Piece, places: Sequence[int], shift: int) -> None:
         """Notes which tensors differ, or refuses them, as the policy says."""
         for name, info, _ in self._touched(piece.unit, places, shift):
             is_bool = info.dtype.kind == "bool"
             counts = is_counter(name.key, len(info.shape), is_bool=is_bool)
             if self._job.options.int_policy == "error" and not counts:
-                place = next(int(p) for p in places if covers(info, int(p) + shift))
+                place = next(place for place in places if covers(info, place + shift))
                 raise self._unequal(window, place, name, info)
             self._ledger.differing.add(str(name))
 
-    def _settle(
-        self, number: int, window: Window, piece: Piece, places: Tensor, ours: Tensor
-    ) -> None:
+    def _settle(self, number: int, piece: Piece, places: Sequence[int], data: memoryview) -> None:
         """Gives elements that differ the values that the policy makes of them for an average."""
-        kind = getattr(torch, piece.unit.members[0][1].dtype.name)
+        dtype = piece.unit.members[0][1].dtype
+        ours = values_of(data, dtype)
         row = self._rows[number]
         counted = self._counted(piece.unit, row)
         chosen = [piece.unit.sources[k].checkpoint for k in counted]
         weights = row.subset(chosen) or Weights.uniform(len(counted))
         policy = self._job.options.int_policy
-        for some in places.split(max(_SETTLED // len(counted), 1)):
+        most = max(_SETTLED // len(counted), 1)
+        for start in range(0, len(places), most):
+            some = places[start : start + most]
             columns = []
             for k in counted:
-                raw = self._read(window, k, again=True).view(ours.dtype)[some].contiguous()
-                columns.append(raw.view(kind).tolist())
-            merged = [settle(values, policy, weights) for values in zip(*columns, strict=True)]
-            ours[some] = torch.tensor(merged, dtype=kind).view(ours.dtype)
+                theirs = values_of(self._read((piece,), k, again=True), dtype)
+                columns.append([theirs[place] for place in some])
+            for place, *values in zip(some, *columns, strict=True):
+                ours[place] = settle(values, policy, weights)
 
     def _unequal(self, window: Window, place: int, name: Name, info: TensorInfo) -> MergeError:
-        unit = window[0].unit
-        kind = _INTS[unit.dtype.itemsize]
         values = []
-        for k, source in enumerate(unit.sources):
-            raw = self._read(window, k, again=True).view(kind)[place].reshape(1)
-            values.append((source.checkpoint, raw.view(getattr(torch, info.dtype.name)).item()))
+        for k, source in enumerate(window[0].unit.sources):
+            data = self._read(_cut(window, place, place + 1), k, again=True)
+            values.append((source.checkpoint, values_of(data, info.dtype)[0]))
         ours = values[0][1]
         where, theirs = next((c, v) for c, v in values if v != ours)
         paths = [layout.path for layout in self._job.layouts]
@@ -376,12 +399,10 @@ class Worker:
     def close(self) -> None:
         """Compares the rest, and gives the device's memory back."""
         self._ledger.add_hashes(self._hashes)
-        self._compare()
+        self._sampler.flush()
         self._lane.close()
 
-    def _stacked(
-        self, window: Window, recipe: _Recipe, group: Sequence[int], room: Buffer
-    ) -> Tensor:
+    def _stacked(self, window: Window, recipe: _Recipe, group: Sequence[int], room: Buffer) -> Rows:
         """The window's elements as some sources of one dtype have them, a row each, in `room`."""
         numel = _length(window)
         sources = recipe.unit.sources
@@ -398,25 +419,23 @@ class Worker:
                 self._fetch(window, k, part)
             if self._hashing:
                 self._hash(window, k, part, *_owners(recipe.unit, k))
+            if self._job.plan.factors and k in recipe.averaged:
+                self._look_at_factors(window, k, part)
         self._ledger.count(len(data))
-        whole = room.tensor(numel * len(group), getattr(torch, dtype.name))
-        return whole.view(len(group), numel)
+        return room.rows(len(group), numel, dtype)
 
     def _read(
         self, window: Window, k: int, *, again: bool = False, into: Buffer | None = None
-    ) -> Tensor:
-        """The window's elements as source number k has them."""
-        source = window[0].unit.sources[k]
-        size = source.dtype.itemsize
-        numel = _length(window)
+    ) -> memoryview:
+        """The window's elements as source number k has them, in the lane's room."""
         buffer = into or self._lane.room(0)
-        data = buffer.bytes(numel * size)
+        data = buffer.bytes(_length(window) * window[0].unit.sources[k].dtype.itemsize)
         self._fetch(window, k, data, again=again)
         if not again:
             self._ledger.count(len(data))
             if self._hashing:
                 self._hash(window, k, data, *_owners(window[0].unit, k))
-        return buffer.tensor(numel, getattr(torch, source.dtype.name))
+        return data
 
     def _hash(self, window: Window, k: int, data: memoryview, *owners: int) -> None:
         """Adds the hashes of the chunks of a window, as a source has them, to those of owners."""
@@ -462,8 +481,7 @@ class Worker:
         size = piece.unit.dtype.itemsize
         mapped = self._maps.results.get((number, id(piece.unit)))
         if mapped is not None:
-            room = mapped[piece.start * size : piece.stop * size]
-            room.copy_(torch.frombuffer(data, dtype=torch.uint8))
+            mapped[piece.start * size : piece.stop * size] = data
         for target in self._targets[id(piece.unit)]:
             start, stop = max(piece.start, target.start), min(piece.stop, target.stop)
             if target.view is None and start < stop:
@@ -471,47 +489,56 @@ class Worker:
                 at = target.at + (start - target.start) * size
                 self._outs[number].write(target.file, target.place, at, part)
 
-    def _report_nonfinite(self, window: Window, k: int, values: Tensor) -> None:
+    def _report_nonfinite(
+        self, window: Window, recipe: _Recipe, group: Sequence[int], stack: Stack
+    ) -> None:
         """Raises for a tensor that holds NaN or infinity, or notes its name if that is allowed."""
-        for name, number in self._bad_elements(window, values):
-            if self._job.options.allow_nonfinite:
-                self._ledger.nonfinite.add(str(name))
-                continue
-            path = self._job.layouts[window[0].unit.sources[k].checkpoint].path
-            what = f"tensor {str(name)!r} holds NaN or infinity ({number:,} elements of a window)"
-            raise MergeError(what, where=path, hint="--allow-nonfinite averages it all the same")
+        for row, k in enumerate(group):
+            values = stack.run(slice(row, row + 1)) if isinstance(stack, Rows) else stack[row]
+            for name, count in self._bad_elements(window, values) if k in recipe.averaged else ():
+                if self._job.options.allow_nonfinite:
+                    self._ledger.nonfinite.add(str(name))
+                    continue
+                path = self._job.layouts[window[0].unit.sources[k].checkpoint].path
+                some = f"{count:,} elements of a window"
+                what = f"tensor {str(name)!r} holds NaN or infinity ({some})"
+                hint = "--allow-nonfinite averages it all the same"
+                raise MergeError(what, where=path, hint=hint)
 
-    def _refuse_overflow(self, window: Window, out: Tensor) -> None:
+    def _refuse_overflow(self, window: Window, out: Rows) -> None:
         for name, _ in self._bad_elements(window, out):
             what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
             hint = "choose a wider --dtype, such as float32 or bfloat16"
             raise MergeError(what, where=self._job.layouts[0].path, hint=hint)
 
-    def _bad_elements(self, window: Window, values: Tensor) -> Iterator[tuple[Name, int]]:
+    def _bad_elements(self, window: Window, row: Stack) -> Iterator[tuple[Name, int]]:
         """The tensors of a window that reach elements which are not finite, and how many."""
+        self._load_torch()
+        import torch
+
+        values = row.tensor()[0] if isinstance(row, Rows) else row
         real = torch.view_as_real(values).flatten() if values.is_complex() else values
         real = real.float() if real.itemsize < 2 else real
         bad = ~real.isfinite()
         bad = bad.view(-1, 2).any(dim=1) if values.is_complex() else bad
         at = 0
         for piece in window:
-            found = bad[at : at + piece.stop - piece.start].nonzero().flatten()
+            found = bad[at : at + piece.stop - piece.start].nonzero().flatten().cpu()
             at += piece.stop - piece.start
-            if len(found):
-                shift = piece.start + piece.unit.start
-                for name, _, count in self._touched(piece.unit, found, shift):
-                    yield name, count
+            places = (ctypes.c_int64 * len(found)).from_address(found.data_ptr())
+            shift = piece.start + piece.unit.start
+            for name, _, count in self._touched(piece.unit, places, shift) if len(found) else ():
+                yield name, count
 
     def _touched(
-        self, unit: Unit, places: Tensor, shift: int
+        self, unit: Unit, places: Sequence[int] | ctypes.Array[ctypes.c_int64], shift: int
     ) -> Iterator[tuple[Name, TensorInfo, int]]:
-        """The tensors that some elements of a unit's storage belong to, and how many do."""
-        found = places + shift
+        """The tensors that elements of a unit's storage belong to, in order, and how many do."""
         for name, info in unit.members:
-            inside = found[(found >= info.start) & (found < info.stop)]
-            count = len(inside)
+            first, last = (bisect_left(places, at - shift) for at in (info.start, info.stop))
+            count = last - first
             if not info.dense:
-                count = sum(covers(info, one) for one in inside.tolist())
+                count = sum(covers(info, place + shift) for place in places[first:last])
             if count:
                 yield name, info, count
 
@@ -538,20 +565,25 @@ def covers(info: TensorInfo, element: int) -> bool:
     return rest == 0
 
 
-def spread(out: Sink, unit: Unit, targets: Sequence[Target], mapped: Tensor) -> None:
-    """Copies a result that lies in the scratch file to where the output has it contiguous."""
-    buffer = Buffer(SLAB * unit.dtype.itemsize)
-    for target in targets:
-        if target.view is None:
-            continue
-        at = target.at
-        for slab in slabs(
-            strided(mapped, replace(target.view, dtype=unit.dtype), target.start), SLAB
-        ):
-            nbytes = slab.numel() * slab.itemsize
-            buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
-            out.write(target.file, target.place, at, buffer.bytes(nbytes))
-            at += nbytes
+def _extend(mean: CompiledMean | RunningMean, stack: Stack) -> None:
+    """Adds rows to a mean; those that have arrived on a device are no `CompiledMean`'s."""
+    if not isinstance(mean, CompiledMean):
+        mean.extend(stack.tensor() if isinstance(stack, Rows) else stack)
+    elif isinstance(stack, Rows):
+        mean.extend(stack)
+
+
+def _cut(window: Window, start: int, stop: int) -> Window:
+    """Elements `start` to `stop` of a window."""
+    pieces = []
+    at = 0
+    for piece in window:
+        end = at + piece.stop - piece.start
+        if start < end and at < stop:
+            first, last = piece.start + max(start - at, 0), piece.stop - max(end - stop, 0)
+            pieces.append(Piece(piece.unit, first, last))
+        at = end
+    return tuple(pieces)
 
 
 def _groups(unit: Unit, counted: Sequence[int], most: int) -> Iterator[Sequence[int]]:
