@@ -50,7 +50,8 @@ class Watch:
     """What Python's audit hooks tell of code, processes, the network and other files."""
 
     _REACHING = (
-        "import exec compile code. marshal. pickle. ctypes. subprocess. socket. urllib. shutil. "
+        "import exec compile code. marshal. pickle. ctypes.dlopen ctypes.dlsym ctypes.call "
+        "ctypes.string_at subprocess. socket. urllib. shutil. "
         "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.remove os.rename os.rmdir "
         "os.spawn os.startfile os.symlink os.system os.truncate"
     ).split()
@@ -138,6 +139,9 @@ def apart(path: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     if VERIFY:  # torch alone has more address space than that
+        import merge_avg.average
+        import merge_avg.products
+        import merge_avg.strided
         import merge_avg.verify
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -182,10 +182,13 @@ def test_the_error_is_that_of_the_sample(tmp_path):
         for number, unit in enumerate(units):
             common, first, second = torch.randn(3, len(unit), generator=generator)
             every[id(unit)] = torch.stack([common + first, common + second * 2]) * (1 + number)
+        sampler = agreement.Sampler(comparison)
         for window in windows(units, 1 << 15):
             values = [every[id(p.unit)][:, p.start : p.stop] for p in window]
-            places = comparison.places(window)
-            comparison.add([(window, [torch.cat(values, dim=1)[:, places]])])
+            sampler.begin(window)
+            sampler.take((0, 1), torch.cat(values, dim=1))
+            sampler.end()
+        sampler.flush()
         found = comparison.result()
         whole = torch.cat(list(every.values()), dim=1)
         assert found.elements < found.size / 2

@@ -1,4 +1,4 @@
-"""merge_avg.kernel: the compiled loops compute what torch does, to the bit."""
+"""merge_avg.kernel: each compiled loop computes what it says, to the bit."""
 
 import hashlib
 import math
@@ -7,19 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg import average, kernel
-from merge_avg.average import _FLOATS, RunningMean
+from merge_avg import kernel, products
+from merge_avg.average import _FLOATS, exact_mean
+from merge_avg.buffer import Rows
+from merge_avg.dtypes import BY_NAME
+from merge_avg.kernel import KNOWN, LOOPS, TILE, int64s
 from merge_avg.weights import Weights
 
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-LOOPS = kernel.load()
 needs_loops = pytest.mark.skipif(LOOPS is None, reason="installed without a C compiler")
 dtypes = pytest.mark.parametrize("dtype", WORDS)
 # Sizes around the 1,024 numbers that are summed at a time, and around a register's.
 SIZES = [0, 1, 7, 31, 33, 1023, 1024, 1025, 2048, 3000]
+
+
+def as_rows(values):
+    values = values.view(1, -1) if values.dim() == 1 else values
+    dtype = BY_NAME[str(values.dtype).removeprefix("torch.")]
+    return Rows(values.data_ptr(), dtype, *values.shape, values.stride(0), values)
 
 
 def words(dtype, shape, seed):
@@ -38,6 +46,20 @@ def same(a, b):
     )
 
 
+def summed(rows, factors, total, known, *, begun=False):
+    factors = torch.tensor(factors, dtype=torch.float64)
+    where = factors.data_ptr(), total.data_ptr(), known.data_ptr()
+    return LOOPS.add(as_rows(rows), *where, begun=begun)
+
+
+def room(numel):
+    """Where a sum goes, and what is known of it: most, unit and bad for each tile."""
+    total = torch.empty(numel, dtype=torch.float64)
+    tiles = max(-(-numel // TILE), 1)
+    assert KNOWN == 24
+    return total, torch.zeros(tiles, 3, dtype=torch.float64)
+
+
 @needs_loops
 def test_the_library_is_that_of_the_source():
     """What is tested here was compiled from kernel.c as it is."""
@@ -51,64 +73,71 @@ def test_the_library_is_that_of_the_source():
 def test_every_half_is_read_and_written(dtype, flush):
     """All 65,536 values of each half format come through, even where subnormals are flushed."""
     values = torch.arange(65536).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
     if flush and dtype == torch.bfloat16:  # whose subnormals are those of float32
         values = values[values.abs() >= torch.finfo(dtype).tiny]
-    total = torch.empty(len(values), dtype=torch.float64)
+    total, known = room(len(values))
     wide = values.double()
     try:
         torch.set_flush_denormal(flush)
-        one = torch.ones(1, 1, dtype=torch.float64)
-        LOOPS.add(values.view(1, -1), one, total, begun=False)
+        assert summed(values, [1.0], total, known)
+        known[:, 0] = 0  # as one sum they would not be exact
         back = torch.empty_like(values)
-        LOOPS.divide(total, 1.0, back)
+        at = 0
+        while at < len(values):
+            sums = total.data_ptr(), known.data_ptr(), 1, 1.0
+            fits, at, open_ = LOOPS.mean(*sums, as_rows(back), at)
+            assert fits
+            assert not open_
     finally:
         torch.set_flush_denormal(False)
     assert same(total, wide)
-    finite = values.isfinite()
-    assert same(back[finite], values[finite])
+    assert same(back, values)
 
 
 @needs_loops
 @dtypes
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_sum_and_what_was_seen(dtype, size, begun):
-    """The sum is that of its terms; the least, the largest, zeros and -0 are found."""
+def test_a_sum_and_what_is_known(dtype, size, begun):
+    """The sum is that of its terms; the bound and the unit of each tile hold, and are tight."""
     rows = words(dtype, (5, size + 3), size)
     rows.view(WORDS[dtype])[:, ::5] &= 0x3C00  # finite values, and zeros
     if begun:  # some -0
         rows.view(WORDS[dtype])[:, 3::7] = -(1 << (dtype.itemsize * 8 - 1))
     rows = rows[1:4, 2 : size + 2]  # a stride, and no alignment
-    factors = torch.tensor([[3.0, -2.0, 7.0]], dtype=torch.float64)
-    total = torch.arange(size, dtype=torch.float64)
+    factors = [3.0, -2.0, 7.0]
+    total, known = room(size)
+    total.copy_(torch.arange(size))
+    known[:] = torch.tensor([1000.0, 2.0, 0.0])
     expected = total.clone() if begun else torch.full((size,), -0.0, dtype=torch.float64)
-    for row, factor in zip(rows, factors[0], strict=True):
+    for row, factor in zip(rows, factors, strict=True):
         expected += row.double() * factor
-    found = LOOPS.add(rows, factors, total, begun=begun)
+    assert summed(rows, factors, total, known, begun=begun) == bool(rows.isfinite().all())
     finite = expected.isfinite()
     assert same(total[~finite], expected[~finite])
     if dtype == torch.float16:  # whose sums are exact
         assert same(total, expected)
-    scale = (rows.double().abs().T @ factors[0].abs())[finite] + begun * size
+    scale = 12 * rows.double().abs().amax(dim=0)[finite] + begun * size
     assert bool(((total - expected)[finite].abs() <= scale * 2.0**-50).all())
-    assert bool(finite.any()) == bool(size)
-    sizes = [int(word) & ((1 << (dtype.itemsize * 8 - 1)) - 1) for word in flat_words(rows)]
-    low = min((one for one in sizes if one), default=0)
-    signs = [int(word) < 0 for word in flat_words(rows)]
-    minus = any(sign and not one for sign, one in zip(signs, sizes, strict=True))
-    assert found == (low, max(sizes, default=0), 0 in sizes, minus)
-
-
-def flat_words(rows):
-    return rows.contiguous().view(WORDS[rows.dtype]).flatten().tolist()
+    form = _FLOATS[dtype]
+    for number, tile in enumerate(rows.split(TILE, dim=1) if size else ()):
+        most, unit, bad = known[number].tolist()
+        good = [abs(float(one)) for one in tile.flatten()[tile.flatten().isfinite()]]
+        assert bool(bad) == (len(good) < tile.numel())
+        largest, least = max(good, default=0.0), min((x for x in good if x), default=0.0)
+        if not largest:
+            assert (most, unit) == ((1000.0, 2.0) if begun else (0.0, math.inf))
+            continue
+        above = 2.0 ** (max(math.frexp(largest)[1] - 1, form.emin) + 1)
+        assert most == 12 * above + begun * 1000
+        below = 2.0 ** (max(math.frexp(least)[1] - 1, form.emin) - form.bits + 1)
+        assert unit == (min(below, 2.0) if begun else below)
 
 
 @needs_loops
 @dtypes
-@given(
-    data=st.data(),
-    divisor=st.integers(1, (1 << 28) - 1),
-)
+@given(data=st.data(), divisor=st.integers(1, (1 << 28) - 1))
 def test_a_quotient_is_rounded_once(dtype, data, divisor):
     """Sums that are exact integers of some unit, ties and subnormals included, round right."""
     form = _FLOATS[dtype]
@@ -123,10 +152,12 @@ def test_a_quotient_is_rounded_once(dtype, data, divisor):
     sums = [math.ldexp(whole, power) for whole in data.draw(wholes) if abs(whole) <= 1 << 53]
     total = torch.tensor(sums, dtype=torch.float64)
     out = torch.empty(len(sums), dtype=dtype)
-    LOOPS.divide(total, float(divisor), out)
+    known = torch.tensor([2.0**53, 1.0, 0.0], dtype=torch.float64)
+    fits, at, open_ = LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_rows(out), 0)
     exact = [rounded(Fraction(one) / divisor, form, one) for one in sums]
     expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
     assert same(out, expected)
+    assert (fits, at, open_) == (bool(expected.isfinite().all()), len(sums), [])
 
 
 def rounded(value, form, signed):
@@ -142,46 +173,111 @@ def rounded(value, form, signed):
 
 @needs_loops
 @dtypes
-@pytest.mark.parametrize("target", [None, *WORDS])
-@pytest.mark.parametrize("seed", range(6))
-def test_a_mean_has_the_same_bits_without(dtype, target, seed, monkeypatch):
-    """A running mean over any bits, in groups and blocks, is the same by torch alone."""
-    weights = Weights.of([1, 0, 5, 2, 2]) if seed % 2 else Weights.uniform(5)
-    tensors = words(dtype, (5, 70_000), seed)
-    if seed < 4:  # exponents that lie close together, so that sums are exact
-        keep = 0x3FFFFFFF & ~0x38000000 if dtype.itemsize == 4 else 0x3FFF & ~0x3000
-        tensors.view(WORDS[dtype]).bitwise_and_(keep | -(1 << (dtype.itemsize * 8 - 1)))
-    results = []
-    for loops in (LOOPS, None):
-        monkeypatch.setattr(average, "_KERNEL", loops)
-        mean = RunningMean(weights, target)
-        mean.extend(tensors[:2])
-        mean.extend(tensors[2:])
-        results.append(mean.result(lambda i: tensors[i]))
-    assert same(*results)
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1 << 30), off=st.integers(-40, -2))
+def test_what_might_round_otherwise_is_open(dtype, seed, off):
+    """Every sum that rounds otherwise when it is a bound away is among the places that are told."""
+    form = _FLOATS[dtype]
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.randn(TILE + 100, generator=generator, dtype=torch.float64)
+    middle = total[::3].to(dtype).double()
+    total[::3] = middle + torch.exp2(torch.frexp(middle)[1].double() - form.bits - 1)  # ties
+    bound = 2.0 ** (off - form.bits)
+    known = torch.tensor([[bound * 2.0**52 / 10, 0.0, 0.0]] * 2, dtype=torch.float64)
+    out = torch.empty(len(total), dtype=dtype)
+    at, found = 0, []
+    while at < len(total):
+        sums = total.data_ptr(), known.data_ptr(), 4, 1.0
+        _, at, open_ = LOOPS.mean(*sums, as_rows(out), at)
+        found += open_
+    assert found == sorted(set(found))
+    closed = torch.ones(len(total), dtype=torch.bool)
+    closed[found] = False
+    for shift in (-bound, 0, bound):
+        exact = (Fraction(one) + Fraction(shift) for one in total[closed].tolist())
+        assert out[closed].tolist() == [rounded(one, form, float(one)) for one in exact]
+
+
+def any_number(dtype):
+    wide = 16 if dtype == torch.float16 else 32
+    numbers = st.floats(width=wide, allow_nan=False, allow_infinity=False)
+    if dtype != torch.bfloat16:
+        return numbers
+    cut = torch.tensor(-(1 << 16), dtype=torch.int32)
+    return numbers.map(
+        lambda x: float((torch.tensor(x).view(torch.int32) & cut).view(torch.float32))
+    )
 
 
 @needs_loops
-def test_what_the_loops_do_not_take():
-    """Other dtypes, other devices and rows that are not dense are left to torch."""
-    assert LOOPS.sums(torch.zeros(2, 3))
-    assert not LOOPS.sums(torch.zeros(2, 3, dtype=torch.float64))
-    assert not LOOPS.sums(torch.zeros(2, 3, device="meta"))
-    assert not LOOPS.sums(torch.zeros(3, 2).T)
-    assert not LOOPS.divides(torch.zeros(2, dtype=torch.float64))
-    assert not LOOPS.divides(torch.zeros(2, device="meta"))
-    assert not LOOPS.divides(torch.zeros(4)[::2])
-    assert not LOOPS.divides(torch.nn.Parameter(torch.zeros(4)))
+@dtypes
+@pytest.mark.parametrize("source", WORDS)
+@given(data=st.data())
+def test_what_is_settled_is_the_exact_mean(dtype, source, data):
+    """Any finite numbers, any weights: the mean in integers, ties, -0, over- and underflow."""
+    count, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
+    signed = data.draw(st.booleans())
+    least = -(1 << 20) + 1 if signed else 0
+    integers = st.lists(st.integers(least, (1 << 20) - 1), min_size=count, max_size=count)
+    first, *others = data.draw(integers)
+    integers = (first or 1, *others)
+    divisor = data.draw(st.integers(1, (1 << 28) - 1)) if signed else None
+    weights = Weights(integers, divisor)
+    row = st.lists(any_number(source), min_size=columns, max_size=columns)
+    rows = [data.draw(row) for _ in range(count)]
+    if data.draw(st.booleans()) and count > 1:  # what cancels, nearly
+        rows[1] = [-value for value in rows[0]]
+    values = torch.tensor(rows, dtype=torch.float64)
+    out = torch.zeros(2 * columns, dtype=dtype)
+    places = range(1, 2 * columns, 2)
+    fits = LOOPS.settle(as_rows(values), int64s(integers), weights.total, places, as_rows(out))
+    form = _FLOATS[dtype]
+    exact = [
+        exact_mean(column, weights, form.bits, form.emin) for column in zip(*rows, strict=True)
+    ]
+    expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
+    assert same(out[1::2], expected)
+    assert not out[::2].any()
+    assert fits == bool(expected.isfinite().all())
 
 
 @needs_loops
-def test_a_result_may_have_gaps():
-    """Every second element of a vector can take a mean."""
-    out = torch.zeros(6)
-    mean = RunningMean(2)
-    mean.extend(torch.tensor([[1.0, 2, 3], [3, 4, 6]]))
-    mean.result(out=out[::2])
-    assert out.tolist() == [2, 0, 3, 0, 4.5, 0]
+@dtypes
+def test_elements_are_taken_by_runs(dtype):
+    """Runs of columns of the rows that are wanted come to their places as float64."""
+    rows = torch.arange(60).view(3, 20).to(dtype)[:, :15]
+    taken = torch.zeros(4, 10, dtype=torch.float64)
+    runs, targets = int64s([2, 3, 9, 1, 14, 1]), int64s([2, -1, 0])
+    LOOPS.take(as_rows(rows), runs, targets, taken.data_ptr() + 8 * 4, 10)
+    wanted = [2, 3, 4, 9, 14]
+    assert torch.equal(taken[2, 4:9], rows[0, wanted].double())
+    assert torch.equal(taken[0, 4:9], rows[2, wanted].double())
+    assert int((taken != 0).sum()) == 10
+    other = torch.zeros(4, 5, dtype=torch.float64)
+    products.take(rows, list(runs), list(targets), other)
+    assert torch.equal(other, taken[:, 4:9])
+
+
+@needs_loops
+@pytest.mark.parametrize("less", [False, True])
+@pytest.mark.parametrize("lengths", [(1000,), (1, 7, 300, 64), (3,) * 50])
+def test_products_are_those_of_torch(lengths, less):
+    """The same Gram matrices and lines, by runs, less a row, and added to what was there."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    rows = torch.randn(5, sum(lengths) + 9, generator=generator, dtype=torch.float64)
+    groups = [number * 5 % 4 for number in range(len(lengths))]
+    lines = list(range(len(lengths)))[::-1]
+    scales = [1.0 + number for number in range(len(lengths))]
+    columns = lengths, groups, lines, scales
+    found = torch.ones(4, 4, 4).double(), torch.ones(len(lengths), 8).double()
+    expected = torch.ones(4, 4, 4).double(), torch.ones(len(lengths), 8).double()
+    wide = rows[:4, : sum(lengths)].clone()
+    products.multiply(wide - rows[4, : sum(lengths)] if less else wide, columns, *expected)
+    at = [one.data_ptr() for one in found]
+    LOOPS.products(as_rows(rows[:4]), 4 if less else -1, columns, *at)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
+    assert torch.equal(rows[:4, : sum(lengths)], wide) != less
 
 
 def test_without_a_library_there_are_no_loops(tmp_path):

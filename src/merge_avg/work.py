@@ -298,8 +298,10 @@ class Worker:
     def _mean_for(self, unit: Unit, number: int) -> CompiledMean | RunningMean:
         """A running mean for the checkpoints of a unit, with buffers that it used before."""
         row = self._rows[number]
-        chosen = tuple(unit.sources[k].checkpoint for k in self._counted(unit, row))
-        key = number, chosen, unit.kind, unit.dtype.name
+        sources = [unit.sources[k] for k in self._counted(unit, row)]
+        chosen = tuple(source.checkpoint for source in sources)
+        dtypes = tuple(source.dtype.name for source in sources)
+        key = number, chosen, unit.kind, unit.dtype.name, dtypes
         if key not in self._means:
             weights = row.subset(chosen)
             if unit.kind == "mean" and weights is None:
@@ -308,7 +310,6 @@ class Worker:
                 raise MergeError(what, where=self._job.layouts[0].path)
             if unit.kind == "keep" or weights is None:
                 weights = Weights.uniform(len(chosen))
-            dtypes = [unit.sources[k].dtype.name for k in self._counted(unit, row)]
             compiled = compiled_mean(weights, unit.dtype.name, dtypes) if self._lane.host else None
             self._means[key] = compiled or self._torch_mean(weights, unit.dtype.name)
         return self._means[key]
