@@ -55,6 +55,13 @@ def test_what_is_planned_needs_no_torch():
         assert not {"torch", "numpy"} & {one.partition(".")[0] for one in reached(name)}, name
 
 
+def test_torch_is_imported_only_where_it_is_needed():
+    """What a merge is made of does not import torch at its top: the compiled loops need none."""
+    for name in ("merge", "verify", "work", "agreement", "compiled", "lanes", "soup"):
+        found = {one.partition(".")[0] for one in reached(f"merge_avg.{name}")}
+        assert "torch" not in found, name
+
+
 def test_help_waits_for_nothing():
     """What the command imports at its top does not reach the scanners, the plan or the report."""
     heavy = {"merge_avg.prepare", "merge_avg.report", "merge_avg.plan", "merge_avg.merge"}
@@ -64,6 +71,7 @@ def test_help_waits_for_nothing():
 def test_the_rooms_do_not_know_each_other():
     """Plan, average, output and the formats do not import each other."""
     rooms = {"merge_avg.plan", "merge_avg.average", "merge_avg.output", "merge_avg.formats"}
+    rooms |= {"merge_avg.compiled"}
     for room in rooms:
         found = reached(room)
         others = rooms - {room}

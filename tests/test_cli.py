@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from merge_avg import cli
+from merge_avg.kernel import LOOPS
 from tests.terminal import on_terminal
 
 COMMAND = [sys.executable, "-m", "merge_avg"]
@@ -167,3 +168,23 @@ def test_without_numpy_nothing_else_is_said(folds, tmp_path):
     command = [sys.executable, "-c", code, *folds, "-o", "out.pt", "-q"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "out.pt\n", "")
+
+
+@pytest.mark.skipif(LOOPS is None, reason="installed without a C compiler")
+def test_a_merge_and_verifying_it_import_no_torch(tmp_path):
+    """Means of float32 and bfloat16, differing counters and agreement included."""
+    for fold in range(3):
+        generator = torch.Generator().manual_seed(fold)
+        w = torch.randn(300, 400, generator=generator)
+        w[0, ::50] *= 1e-30  # whose sums are not exact
+        content = {"w": w, "h": w[:9].bfloat16(), "n": torch.tensor(fold)}
+        torch.save({"epoch": fold, "state_dict": content}, tmp_path / f"{fold}.ckpt")
+    code = (
+        "import sys; from merge_avg.cli import entry\n"
+        "try: entry()\n"
+        "finally: assert not {'torch', 'numpy'} & set(sys.modules), 'imported'\n"
+    )
+    for arguments in (["0.ckpt", "1.ckpt", "2.ckpt", "-o", "o.ckpt"], ["--verify", "o.ckpt"]):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "o.ckpt\n"), done.stderr

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg import compiled
+from merge_avg import agreement, compiled, merge_checkpoints
 from merge_avg.average import _FLOATS, RunningMean, exact_mean
 from merge_avg.buffer import Rows
 from merge_avg.compiled import CompiledMean, compiled_mean
@@ -216,3 +216,42 @@ def test_what_is_left_to_torch(monkeypatch):
     assert compiled_mean(Weights.of([1, 1 << 21]), "float32", ["float32"] * 2) is None
     monkeypatch.setattr(compiled, "LOOPS", None)
     assert compiled_mean(two, "float32", ["float32", "float32"]) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": [1, 0, 5, 2]}, {"dtype": "float16"}])
+def test_a_merge_has_the_same_bytes_without(tmp_path, monkeypatch, options):
+    """Files of all kinds of numbers: the output of torch alone is that of the compiled loops."""
+    paths = [tmp_path / f"{fold}.pt" for fold in range(4)]
+    for fold, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(fold)
+        real = torch.randn(300, 700, generator=generator)
+        wide = real * torch.exp2(torch.randint(-40, 14, real.shape, generator=generator).float())
+        odd = real.masked_fill(real > 3, math.inf).masked_fill(real < -3, math.nan)
+        torch.save(
+            {
+                "real": real,
+                "wide": wide.view(700, 300).t(),
+                "half": real.half(),
+                "brain": wide.bfloat16(),
+                "odd": odd.bfloat16(),
+                "double": real.double(),
+                "mixed": real.double() if fold == 2 else real.clone(),
+                "small": [real[i : i + 3].clone() for i in range(0, 90, 3)],
+            },
+            path,
+        )
+    options = {"allow_nonfinite": True, "max_memory": 12 << 20, "base": paths[1]} | options
+    if "dtype" not in options:
+        options["dtype"] = "template"
+    first = merge_checkpoints(paths, tmp_path / "loops.pt", **options)
+    monkeypatch.setattr(compiled, "LOOPS", None)
+    monkeypatch.setattr(agreement, "LOOPS", None)
+    second = merge_checkpoints(paths, tmp_path / "torch.pt", **options)
+    assert (tmp_path / "loops.pt").read_bytes() == (tmp_path / "torch.pt").read_bytes()
+    for found in ("agreement", "centred"):
+        ours, theirs = getattr(first, found), getattr(second, found)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.mean == pytest.approx(theirs.mean, abs=1e-9)
+            pairs = zip(ours.tensors, theirs.tensors, strict=True)
+            assert all(a.norm == pytest.approx(b.norm, rel=1e-9, nan_ok=True) for a, b in pairs)

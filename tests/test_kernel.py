@@ -85,8 +85,8 @@ def test_every_half_is_read_and_written(dtype, flush):
         back = torch.empty_like(values)
         at = 0
         while at < len(values):
-            sums = total.data_ptr(), known.data_ptr(), 1, 1.0
-            fits, at, open_ = LOOPS.mean(*sums, as_rows(back), at)
+            where = total.data_ptr(), known.data_ptr(), 1, 1.0, as_rows(back), at
+            fits, at, open_ = LOOPS.mean(*where)
             assert fits
             assert not open_
     finally:
@@ -187,8 +187,8 @@ def test_what_might_round_otherwise_is_open(dtype, seed, off):
     out = torch.empty(len(total), dtype=dtype)
     at, found = 0, []
     while at < len(total):
-        sums = total.data_ptr(), known.data_ptr(), 4, 1.0
-        _, at, open_ = LOOPS.mean(*sums, as_rows(out), at)
+        where = total.data_ptr(), known.data_ptr(), 4, 1.0, as_rows(out), at
+        _, at, open_ = LOOPS.mean(*where)
         found += open_
     assert found == sorted(set(found))
     closed = torch.ones(len(total), dtype=torch.bool)

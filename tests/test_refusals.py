@@ -168,3 +168,16 @@ def test_it_is_refused_by_name_with_the_way_out(tmp_path, name):
     assert hint in str(caught.value.hint)
     assert str(path) in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_tied_tensors_of_two_dtypes_elsewhere_are_refused(tmp_path):
+    """What shares memory in the template cannot have two dtypes in another checkpoint."""
+    w = torch.ones(3)
+    torch.save({"a": w, "b": w}, tmp_path / "0.pt")
+    torch.save({"a": w, "b": w.double()}, tmp_path / "1.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    with pytest.raises(MergeError, match="'a', 'b' have different dtypes, but share") as caught:
+        merge_checkpoints(paths, tmp_path / "o.pt", dtype="template")
+    assert str(tmp_path / "1.pt") in str(caught.value)
+    assert "--template" in str(caught.value.hint)
+    assert not (tmp_path / "o.pt").exists()

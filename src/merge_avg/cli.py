@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -344,8 +343,7 @@ def merge(
     if not dry_run:
         read_ahead(job)
         with _progress(job, quiet=quiet) as advance:
-            with _importing():
-                from merge_avg.merge import run
+            from merge_avg.merge import run
 
             result = run(job, advance)
     report = describe(job, result, __version__, choice)
@@ -354,18 +352,6 @@ def merge(
 
         write(page, report, overwrite=overwrite)
     _tell(report, job, as_json=as_json, quiet=quiet)
-
-
-@contextlib.contextmanager
-def _importing() -> Iterator[None]:
-    """Imports torch, which takes about a second."""
-    from merge_avg.prepare import without_collector
-
-    with without_collector(), warnings.catch_warnings():
-        # Torch tells whoever imports it that NumPy is not installed. It is not needed.
-        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-        yield
-        gc.freeze()  # what is imported stays
 
 
 def _tell(report: Report, job: Job, *, as_json: bool, quiet: bool) -> None:
@@ -411,8 +397,7 @@ def _verify(
     quiet: bool,
 ) -> None:
     """Verifies outputs of earlier merges."""
-    with _importing():
-        from merge_avg.verify import verify_output
+    from merge_avg.verify import verify_output
 
     found = []
     for output in outputs:
@@ -442,12 +427,10 @@ def _soup(
 ) -> None:
     """Makes a soup, and shows how."""
     from merge_avg.evaluate import score
+    from merge_avg.merge import run
     from merge_avg.prepare import prepare
-
-    with _importing():
-        from merge_avg.merge import run
-        from merge_avg.soup import greedy
-        from merge_avg.soup_view import described, watched
+    from merge_avg.soup import greedy
+    from merge_avg.soup_view import described, watched
 
     if recipe is None or command is None or mode is None:
         hint = "write --soup greedy --eval 'python eval.py {}' --mode max"
@@ -644,6 +627,8 @@ def _command() -> None:
 
 def entry() -> None:
     """The console script: `main`, and a short way out where all went well."""
+    # Torch tells whoever imports it that NumPy is not installed. It is not needed.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
         main()
     except SystemExit as stop:

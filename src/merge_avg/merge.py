@@ -24,7 +24,16 @@ from merge_avg.files import Reader
 from merge_avg.output import Output, Sink
 from merge_avg.plan import aligned_to_page, batches
 from merge_avg.policies import IntPolicy, Missing
-from merge_avg.prepare import Average, Hashes, Job, Options, Outputs, marked, prepare
+from merge_avg.prepare import (
+    Average,
+    Hashes,
+    Job,
+    Options,
+    Outputs,
+    marked,
+    prepare,
+    without_collector,
+)
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
 from merge_avg.work import CHUNK, KEPT, Ledger, Maps, Worker
@@ -323,7 +332,8 @@ def single_threaded() -> Iterator[Callable[[], None]]:
     def load() -> None:
         with lock:
             if not before:
-                import torch
+                with without_collector():
+                    import torch
 
                 before.append(torch.get_num_threads())
                 torch.set_num_threads(1)

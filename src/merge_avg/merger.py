@@ -6,7 +6,8 @@ The class is named after, and used like, the AverageModelMerger of the package z
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from merge_avg.average import RunningMean
+from merge_avg.buffer import Rows
+from merge_avg.compiled import CompiledMean, compiled_mean
+from merge_avg.dtypes import BY_NAME
 from merge_avg.errors import MergeError
 from merge_avg.integers import is_counter
 from merge_avg.weights import Weight, Weights
@@ -102,22 +106,38 @@ class AverageModelMerger:
                     raise MergeError(what)
             return
         flats = [_flat(tensor, like=first) for tensor in tensors]
-        mean = RunningMean(self._weights, first.dtype, target.device)
         dense = _is_dense(target) and target.stride() == first.stride()
         out = _flat(target, like=first) if dense else torch.empty_like(flats[0])
+        dtype = str(first.dtype).removeprefix("torch.")
+        plain = all(type(one) is Tensor and one.device.type == "cpu" for one in (*flats, out))
+        compiled = compiled_mean(self._weights, dtype, [dtype]) if plain else None
+        mean = compiled or RunningMean(self._weights, first.dtype, target.device)
         for start in range(0, first.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            for index, flat in enumerate(flats):
-                mean.update(flat[part])
+            parts = [flat[start : start + _CHUNK] for flat in flats]
+            for index, part in enumerate(parts):
+                if isinstance(mean, CompiledMean):
+                    mean.extend(_rows(part))
+                else:
+                    mean.update(part)
                 if not mean.finite and not self._allow_nonfinite:
                     raise MergeError(f"{name!r} of models[{index}] holds NaN or infinity")
-            out[part] = mean.result(_revisiting(flats, part))
+            place = out[start : start + _CHUNK]
+            if isinstance(mean, CompiledMean):
+                mean.result(_rows(place), functools.partial(_peek, parts))
+            else:
+                place.copy_(mean.result(parts.__getitem__))
         if not dense:
             target.copy_(out.view(target.shape))
 
 
-def _revisiting(flats: Sequence[Tensor], part: slice) -> Callable[[int], Tensor]:
-    return lambda index: flats[index][part]
+def _rows(vector: Tensor) -> Rows:
+    """A vector that lies in host memory without gaps, as a row."""
+    dtype = BY_NAME[str(vector.dtype).removeprefix("torch.")]
+    return Rows(vector.data_ptr(), dtype, 1, len(vector), len(vector), vector)
+
+
+def _peek(vectors: Sequence[Tensor], index: int, start: int, stop: int) -> Rows:
+    return _rows(vectors[index][start:stop])
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

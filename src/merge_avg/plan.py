@@ -362,6 +362,11 @@ def _unit(
             absent = named([str(n) for n, i in zip(names, row, strict=True) if i is None])
             what = f"it lacks {absent}, which shares memory with other tensors in the template"
             raise MergeError(what, where=layout.path, hint="use --missing skip")
+        if len({info.dtype for info in infos}) > 1:
+            tied = named([str(name) for name in names], 2)
+            what = f"{tied} have different dtypes, but share memory in {layouts[0].path}"
+            hint = "save them with one dtype, or choose a template where they are apart: --template"
+            raise MergeError(what, where=layout.path, hint=hint)
         if not _direct(members, infos):
             for name, member in members:
                 if member.overlaps_itself:
