@@ -247,14 +247,18 @@ class Comparison:
             return None
         cells, size = _doubles(self._grams[kind]), count * count
         grams = [cells[at : at + size].tolist() for at in range(0, _GROUPS * size, size)]
+        whole = sum(len(one.unit) for one in matrices)
+        elements = sum(one.sample.elements for one in matrices)
+        return agreement(grams, self._tensors(kind, matrices), whole, elements)
+
+    def _tensors(self, kind: int, matrices: Sequence[_Matrix]) -> Iterator[Products]:
+        count = len(self._checkpoints)
         sums = _doubles(self._sums[kind])
-        tensors = []
         for one in matrices:
-            line = sums[2 * count * one.number : 2 * count * (one.number + 1)].tolist()
+            line = sums[2 * count * one.number : 2 * count * (one.number + 1)]
             name = next(str(name) for name, info in one.unit.members if is_matrix(info))
             elements = one.sample.elements
-            tensors.append(Products(name, one.sample.size, elements, line[:count], line[count:]))
-        return agreement(grams, tensors)
+            yield Products(name, one.sample.size, elements, line[:count], line[count:])
 
 
 class Sampler:

@@ -1,6 +1,6 @@
-"""Asking the system to read the beginning of checkpoints while torch is imported.
+"""Asking the system to read the beginning of checkpoints before a merge comes to it.
 
-Torch's import takes about a second, in which a disk that would be idle reads a gigabyte or two.
+While the merge is set up, and torch is imported where it is needed, the disk would be idle.
 """
 
 from __future__ import annotations

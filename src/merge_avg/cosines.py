@@ -7,7 +7,7 @@ delete-a-group jackknife (Kott 2001).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from merge_avg.policies import LEAST_AGREEMENT
@@ -95,20 +95,22 @@ class Products:
     products: Sequence[float]
 
 
-def agreement(grams: Sequence[Sequence[float]], tensors: Sequence[Products]) -> Agreement | None:
+def agreement(
+    grams: Sequence[Sequence[float]], tensors: Iterable[Products], size: int, elements: int
+) -> Agreement | None:
     """The agreement of some checkpoints; None where there is nothing to compare.
 
     Args:
         grams: of each group of elements the products of all checkpoints with all, row by row.
-        tensors: what was measured of each tensor.
+        tensors: what was measured of each tensor; there may be very many.
+        size: how many elements all of them have.
+        elements: how many of these were looked at.
     """
     gram = [sum(cells) for cells in zip(*grams, strict=True)]
     count = math.isqrt(len(gram))
     norms = [math.sqrt(square) for square in gram[:: count + 1]]
     if not all(map(math.isfinite, gram)) or sum(norm > 0 for norm in norms) < 2:
         return None
-    size = sum(one.size for one in tensors)
-    elements = sum(one.elements for one in tensors)
     cosines = _cosines(gram, count)
     each, mean = _means(cosines)
     errors, error = [0.0] * count, 0.0
