@@ -182,7 +182,7 @@ def test_the_error_is_that_of_the_sample(tmp_path):
         for number, unit in enumerate(units):
             common, first, second = torch.randn(3, len(unit), generator=generator)
             every[id(unit)] = torch.stack([common + first, common + second * 2]) * (1 + number)
-        sampler = agreement.Sampler(comparison)
+        sampler = agreement.Sampler(comparison, lambda: None)
         for window in windows(units, 1 << 15):
             values = [every[id(p.unit)][:, p.start : p.stop] for p in window]
             sampler.begin(window)
@@ -475,3 +475,14 @@ def test_too_little_agreement_can_be_refused(tmp_path):
         merge_checkpoints(paths, tmp_path / "o.safetensors", min_agreement=0.5)
     assert not (tmp_path / "o.safetensors").exists()
     merge_checkpoints(paths, tmp_path / "o.safetensors", min_agreement=-1)
+
+
+def test_numbers_whose_squares_are_too_large_make_no_figure(tmp_path):
+    """Norms near float64's largest: the merge goes well, without an agreement of that tensor."""
+    for fold in range(3):
+        w = torch.full((4, 16), 1e153 * (1 + fold / 9), dtype=torch.float64)
+        torch.save({"w": w}, tmp_path / f"{fold}.pt")
+    paths = [tmp_path / f"{fold}.pt" for fold in range(3)]
+    result = merge_checkpoints(paths, tmp_path / "o.pt")
+    assert result.agreement is None or result.agreement.tensors[0].mean in (None, pytest.approx(1))
+    assert torch.load(tmp_path / "o.pt")["w"].isfinite().all()

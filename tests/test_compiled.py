@@ -255,3 +255,16 @@ def test_a_merge_has_the_same_bytes_without(tmp_path, monkeypatch, options):
             assert ours.mean == pytest.approx(theirs.mean, abs=1e-9)
             pairs = zip(ours.tensors, theirs.tensors, strict=True)
             assert all(a.norm == pytest.approx(b.norm, rel=1e-9, nan_ok=True) for a, b in pairs)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
+def test_the_sign_of_a_zero_is_that_of_the_exact_mean(order):
+    """Also where the float64 sum loses the only term that does not cancel."""
+    values = [1.875 * 2.0**-20, -1.25 * 2.0**-130, -1.875 * 2.0**-20]
+    tensors = [torch.tensor([values[number]]) for number in order]
+    found, _, _ = averaged(tensors, Weights.uniform(3), "float16")
+    assert found.view(torch.int16).item() == -(1 << 15)
+    torched = RunningMean(3, torch.float16)
+    for tensor in tensors:
+        torched.update(tensor)
+    assert same(torched.result(lambda i: tensors[i]), found)

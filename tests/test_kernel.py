@@ -109,7 +109,7 @@ def test_a_sum_and_what_is_known(dtype, size, begun):
     factors = [3.0, -2.0, 7.0]
     total, known = room(size)
     total.copy_(torch.arange(size))
-    known[:] = torch.tensor([1000.0, 2.0, 0.0])
+    known[:] = torch.tensor([1000.0, 2.0**-90, 0.0])
     expected = total.clone() if begun else torch.full((size,), -0.0, dtype=torch.float64)
     for row, factor in zip(rows, factors, strict=True):
         expected += row.double() * factor
@@ -127,12 +127,39 @@ def test_a_sum_and_what_is_known(dtype, size, begun):
         assert bool(bad) == (len(good) < tile.numel())
         largest, least = max(good, default=0.0), min((x for x in good if x), default=0.0)
         if not largest:
-            assert (most, unit) == ((1000.0, 2.0) if begun else (0.0, math.inf))
+            assert (most, unit) == ((1000.0, 2.0**-90) if begun else (0.0, math.inf))
             continue
         above = 2.0 ** (max(math.frexp(largest)[1] - 1, form.emin) + 1)
         assert most == 12 * above + begun * 1000
         below = 2.0 ** (max(math.frexp(least)[1] - 1, form.emin) - form.bits + 1)
-        assert unit == (min(below, 2.0) if begun else below)
+        assert unit == (min(below, 2.0**-90) if begun else below)
+
+
+@needs_loops
+@dtypes
+def test_a_power_of_two_is_a_multiple_of_its_own_unit(dtype):
+    """The unit of numbers of which the least is a power of two is not that of those below."""
+    total, known = room(2)
+    assert summed(torch.tensor([2.0**-5, 1.5]).to(dtype), [1.0], total, known)
+    assert known[0].tolist() == [2.0, 2.0 ** (-5 - _FLOATS[dtype].bits + 1), 0]
+
+
+@needs_loops
+@dtypes
+def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
+    """Up to that many units a tie is one; above, it might be none, and so is what overflows."""
+    form = _FLOATS[dtype]
+    limit = float(torch.finfo(dtype).max)
+    beyond = limit + 2.0 ** (math.frexp(limit)[1] - form.bits - 1)  # the tie with what overflows
+    total = torch.tensor([1 + 2.0**-form.bits, 1.0, beyond], dtype=torch.float64)
+    out = torch.empty(3, dtype=dtype)
+    for most, expected in (2.0**53, []), (2.0**53 + 2, [0, 2]):
+        known = torch.tensor([[most, 1.0, 0.0]], dtype=torch.float64) * 2.0**-80
+        where = total.data_ptr(), known.data_ptr(), 2, 1.0, as_rows(out), 0
+        fits, at, open_ = LOOPS.mean(*where)
+        assert (at, open_) == (3, expected)
+        assert out.tolist() == [1, 1, math.inf]
+        assert fits == bool(expected)  # what is open is not known to overflow
 
 
 @needs_loops

@@ -322,3 +322,13 @@ def test_a_slice_of_a_larger_buffer_is_converted(tmp_path):
     torch.save({"w": torch.arange(10.0)[2:5]}, tmp_path / "a.pt")
     merge_checkpoints([tmp_path / "a.pt"] * 2, tmp_path / "out.pt", dtype="bfloat16")
     assert torch.load(tmp_path / "out.pt")["w"].tolist() == [2, 3, 4]
+
+
+def test_a_mean_that_does_not_fit_a_narrow_template_is_refused(tmp_path):
+    """A template of float16 and another of float32 with larger numbers: no silent infinity."""
+    torch.save({"w": torch.ones(4).half()}, tmp_path / "0.pt")
+    torch.save({"w": torch.full((4,), 1e6)}, tmp_path / "1.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    with pytest.raises(MergeError, match="the mean of tensor 'w' does not fit float16"):
+        merge_checkpoints(paths, tmp_path / "o.pt", dtype="template")
+    assert not (tmp_path / "o.pt").exists()

@@ -146,3 +146,25 @@ def test_a_tie_in_one_model_only_is_refused_unless_the_values_agree():
         AverageModelMerger([tied(), loose]).merge_models()
     loose[1].weight = nn.Parameter(loose[0].weight.detach().clone())
     AverageModelMerger([tied(), loose]).merge_models()
+
+
+class _Holder(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.p = nn.Parameter(values)
+
+
+STRIDED = {
+    "every second": lambda k: (torch.arange(8.0) * (k + 1))[::2],
+    "a column": lambda k: (torch.arange(12.0).reshape(3, 4) * (k + 1))[:, 1:2],
+    "expanded in one": lambda k: torch.ones(1).expand(6) if k else torch.zeros(6),
+    "negated": lambda k: torch.complex(torch.ones(5), torch.ones(5) * (k + 1)).conj().imag,
+}
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+def test_vectors_with_gaps_are_read_by_their_strides(kind):
+    """What does not lie in memory one after the other is averaged right all the same."""
+    tensors = [STRIDED[kind](k) for k in range(2)]
+    merged = AverageModelMerger([_Holder(tensor) for tensor in tensors]).merge_models()
+    assert torch.equal(merged.p.detach(), (tensors[0] + tensors[1]) / 2)

@@ -13,7 +13,7 @@ sum. No N x N matrix is kept for a tensor: with many of both that would be the l
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from merge_avg.budget import COMPARED, WHOLE
@@ -268,10 +268,12 @@ class Sampler:
 
     Args:
         comparison: where products are added.
+        load_torch: imports torch; only then it is used.
     """
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, load_torch: Callable[[], None]) -> None:
         self._comparison = comparison
+        self._load_torch = load_torch
         self._width = max(COMPARED // max(comparison.height, 1), 1)
         self._room = Buffer(8 * self._width * comparison.height)
         self._used = 0
@@ -306,6 +308,7 @@ class Sampler:
                 at = self._room.address + 8 * self._used
                 LOOPS.take(stack, self._segments, int64s(targets), at, self._width)
                 continue
+            self._load_torch()
             from merge_avg import products
 
             values = stack.tensor() if isinstance(stack, Rows) else stack
@@ -322,6 +325,8 @@ class Sampler:
     def flush(self) -> None:
         """Multiplies what is set aside."""
         if self._held:
+            if LOOPS is None:
+                self._load_torch()
             rows = self._room.rows(self._comparison.height, self._width, _WIDE)
             used = rows.part(0, self._used)
             self._comparison.multiply(used, self._held, based=self._based)

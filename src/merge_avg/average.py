@@ -612,7 +612,8 @@ def _snap_bounded(values: Tensor, target: _Float, bound: float) -> tuple[Tensor,
         return values, torch.ones_like(values, dtype=torch.bool)
     mean, unit = _snap(values, target)
     aside = (values - mean).abs_().sub_(unit / 2).abs_()
-    return mean, (aside <= bound) | (unit <= 8 * bound) | ~mean.isfinite()
+    sign = values.abs() <= bound  # of a zero, which may be that of the exact mean or not
+    return mean, (aside <= bound) | (unit <= 8 * bound) | sign | ~mean.isfinite()
 
 
 def _resolve_midpoints(

@@ -143,7 +143,7 @@ def _of_tensor(one: Products) -> TensorAgreement:
     count = len(one.squares)
     square, total = sum(one.squares), sum(one.products)
     norms = [math.sqrt(value) for value in one.squares]
-    between = sum(norms) ** 2 - square
+    between = sum(norms) * sum(norms) - square  # by **, what is too large would be an error
     mean = None
     if between > 0 and sum(norm > 0 for norm in norms) > 1 and one.elements >= min(one.size, _FEW):
         mean = _known((total - square) / between)

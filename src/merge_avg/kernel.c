@@ -205,7 +205,9 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
             double aside = as_double(double_word(off - half) & 0x7FFFFFFFFFFFFFFF);                \
             uint64_t nan = (double_word(quotient) & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000;      \
             WORD word = TO(mean), size = word & (WORD)~sign;                                       \
+            double least = as_double(double_word(quotient) & 0x7FFFFFFFFFFFFFFF);                  \
             uint64_t any = (aside <= bound) | (half <= 4 * bound) | (size >= SPECIAL);             \
+            any |= least <= bound; /* its sign is not known, and zero has one */                   \
             open[j] = any & (power_ < INFINITE);                                                   \
             out[j] = nan ? (WORD)(SPECIAL | SPECIAL >> 1) : word;                                  \
             size = nan ? SPECIAL : open[j] ? 0 : size;                                             \

@@ -109,7 +109,7 @@ class AverageModelMerger:
         dense = _is_dense(target) and target.stride() == first.stride()
         out = _flat(target, like=first) if dense else torch.empty_like(flats[0])
         dtype = str(first.dtype).removeprefix("torch.")
-        plain = all(type(one) is Tensor and one.device.type == "cpu" for one in (*flats, out))
+        plain = all(map(_is_plain, (*flats, out)))
         compiled = compiled_mean(self._weights, dtype, [dtype]) if plain else None
         mean = compiled or RunningMean(self._weights, first.dtype, target.device)
         for start in range(0, first.numel(), _CHUNK):
@@ -128,6 +128,13 @@ class AverageModelMerger:
                 place.copy_(mean.result(parts.__getitem__))
         if not dense:
             target.copy_(out.view(target.shape))
+
+
+def _is_plain(vector: Tensor) -> bool:
+    """Whether a vector is numbers in host memory, one after the other."""
+    # A subclass may have no memory, and a neg bit is no part of the bytes.
+    plain = type(vector) is Tensor and vector.device.type == "cpu"
+    return plain and vector.is_contiguous() and not vector.is_neg()
 
 
 def _rows(vector: Tensor) -> Rows:

@@ -85,11 +85,13 @@ class Maps:
 class _Recipe:
     """How a unit's windows are averaged; of each average, and of any, the sources that count.
 
-    `groups` are the numbers of sources that are read at a time, which have one dtype, and `taps`
-    where each source is read from, if not from parts of a storage or the scratch file.
+    `converted`: some sources have another dtype than the result. `groups` are the numbers of
+    sources that are read at a time, which have one dtype, and `taps` where each source is read
+    from, if not from parts of a storage or the scratch file.
     """
 
     unit: Unit
+    converted: bool
     counted: Sequence[Sequence[int]]
     averaged: frozenset[int]
     means: Sequence[CompiledMean | RunningMean]
@@ -132,7 +134,7 @@ class Worker:
         self._maps = maps
         self._ledger = ledger
         self._comparison = comparison
-        self._sampler = Sampler(comparison)
+        self._sampler = Sampler(comparison, load_torch)
         self._device = device
         self._load_torch = load_torch
         self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
@@ -221,7 +223,7 @@ class Worker:
                 revisit = functools.partial(self._revisit, window, ours)
                 values = mean.result(revisit, out=place if self._lane.host else None)
                 self._lane.fetch(values, place)
-            grows = unit.dtype != unit.sources[0].dtype or self._rows[number].divisor is not None
+            grows = recipe.converted or self._rows[number].divisor is not None
             if grows and not fits and not self._job.options.allow_nonfinite:
                 self._refuse_overflow(window, out)
             yield number
@@ -240,7 +242,8 @@ class Worker:
                 else None
                 for source in unit.sources
             ]
-            self._last = _Recipe(unit, counted, averaged, means, groups, taps)
+            converted = any(source.dtype != unit.dtype for source in unit.sources)
+            self._last = _Recipe(unit, converted, counted, averaged, means, groups, taps)
         return self._last
 
     def _read_all(self, window: Window, recipe: _Recipe) -> None:
