@@ -158,7 +158,10 @@ STRIDED = {
     "every second": lambda k: (torch.arange(8.0) * (k + 1))[::2],
     "a column": lambda k: (torch.arange(12.0).reshape(3, 4) * (k + 1))[:, 1:2],
     "expanded in one": lambda k: torch.ones(1).expand(6) if k else torch.zeros(6),
-    "negated": lambda k: torch.complex(torch.ones(5), torch.ones(5) * (k + 1)).conj().imag,
+    "negated": lambda k: torch._neg_view(torch.arange(5.0) + k),
+    "the imaginary part of a conjugate": lambda k: (
+        torch.complex(torch.ones(5), torch.ones(5) * (k + 1)).conj().imag
+    ),
 }
 
 

@@ -277,6 +277,7 @@ class Sampler:
         self._width = max(COMPARED // max(comparison.height, 1), 1)
         self._room = Buffer(8 * self._width * comparison.height)
         self._used = 0
+        self._columns = 0
         self._held: list[Run] = []
         self._based = False
         self._runs: list[Run] = []
@@ -290,13 +291,13 @@ class Sampler:
             return
         self._runs = list(self._comparison.runs(window))
         self._rows = self._comparison.rows(window[0].unit)
-        columns, based = sum(run.count for run in self._runs), bool(self._rows[1])
-        if self._used + columns > self._width or based != self._based:
+        self._columns, based = sum(run.count for run in self._runs), bool(self._rows[1])
+        if self._used + self._columns > self._width or based != self._based:
             self.flush()
             self._based = based
-        if columns > self._width:
-            self._width = columns
-            self._room = Buffer(8 * columns * self._comparison.height)
+        if self._columns > self._width:
+            self._width = self._columns
+            self._room = Buffer(8 * self._width * self._comparison.height)
 
     def take(self, group: Sequence[int], stack: Stack) -> None:
         """Sets aside elements of some of the window's sources, of which there is a row each."""
@@ -312,15 +313,15 @@ class Sampler:
             from merge_avg import products
 
             values = stack.tensor() if isinstance(stack, Rows) else stack
-            stop = self._used + sum(run.count for run in self._runs)
-            room = self._room.rows(self._comparison.height, self._width, _WIDE).tensor()
-            products.take(values, list(self._segments), targets, room[:, self._used : stop])
+            room = self._room.rows(self._comparison.height, self._width, _WIDE)
+            place = room.part(self._used, self._used + self._columns).tensor()
+            products.take(values, list(self._segments), targets, place)
 
     def end(self) -> None:
         """Ends a window."""
         if self._segments:
             self._held += self._runs
-            self._used += sum(run.count for run in self._runs)
+            self._used += self._columns
 
     def flush(self) -> None:
         """Multiplies what is set aside."""

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _MEMCMP = ctypes.CDLL(None).memcmp
 _MEMCMP.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-_VIEWS = 64  # how many are kept: making one takes as long as a read
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,6 @@ class Buffer:
         self._pages = mmap.mmap(-1, max(nbytes, 1))
         self._bytes = memoryview(self._pages)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        self._views: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -87,16 +85,10 @@ class Buffer:
 
     def tensor(self, numel: int, dtype: torch.dtype) -> Tensor:
         """The first bytes as a vector of `numel` elements of `dtype`."""
-        view = self._views.get((numel, dtype))
-        if view is None:
-            import torch
+        import torch
 
-            if len(self._views) >= _VIEWS:
-                self._views.clear()
-            flat = torch.frombuffer(self._pages, dtype=torch.uint8)
-            view = flat[: numel * dtype.itemsize].view(dtype)
-            self._views[numel, dtype] = view
-        return view
+        flat = torch.frombuffer(self._pages, dtype=torch.uint8)
+        return flat[: numel * dtype.itemsize].view(dtype)
 
 
 def same(ours: Buffer, theirs: Buffer, nbytes: int) -> bool:

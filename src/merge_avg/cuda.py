@@ -38,9 +38,8 @@ class CudaLane:
             raise MergeError(f"{device} has not enough free memory", hint=hint) from None
         for room in self._rooms:
             # Page-locked, so that copies need not wait; a failure costs speed only.
-            pointer = room.tensor(1, torch.uint8).data_ptr()
-            if torch.cuda.cudart().cudaHostRegister(pointer, nbytes, 0) == 0:
-                self._locked.append(pointer)
+            if torch.cuda.cudart().cudaHostRegister(room.address, nbytes, 0) == 0:
+                self._locked.append(room.address)
         self._entered.__enter__()
 
     def room(self, slot: int) -> Buffer:

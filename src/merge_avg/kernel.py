@@ -27,7 +27,6 @@ _PRODUCTS: tuple[Any, ...] = (*_ROWS, ctypes.c_int64, _SIZE, *6 * (_POINTER,))
 TILE = 1024  # how many columns are summed at a time
 KNOWN = 24  # bytes that are known of each of these
 
-
 Places = Sequence[int]
 Columns = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[float]]
 Int64s: TypeAlias = ctypes.Array[ctypes.c_int64]
@@ -90,9 +89,9 @@ class Kernel:
         """
         at, open_ = ctypes.c_size_t(start), ctypes.c_size_t()
         places = (ctypes.c_int64 * TILE)()
-        known_of = total, out.numel, known, count, divisor, out.address
         call = self._calls["mean", out.dtype.name]
-        fits = call(*known_of, ctypes.byref(at), places, ctypes.byref(open_))
+        where = ctypes.byref(at), places, ctypes.byref(open_)
+        fits = call(total, out.numel, known, count, divisor, out.address, *where)
         return bool(fits), at.value, places[: open_.value]
 
     def settle(

@@ -274,7 +274,7 @@ class Worker:
         k = counted[number]
         dtype = window[0].unit.sources[k].dtype
         part = self._peeked.bytes((stop - start) * dtype.itemsize)
-        self._fetch(_cut(window, start, stop), k, part, again=True)
+        self._fetch(_part(window, start, stop), k, part, again=True)
         return self._peeked.rows(1, stop - start, dtype)
 
     def _look_at_factors(self, window: Window, k: int, data: memoryview) -> None:
@@ -391,7 +391,7 @@ class Worker:
     def _unequal(self, window: Window, place: int, name: Name, info: TensorInfo) -> MergeError:
         values = []
         for k, source in enumerate(window[0].unit.sources):
-            data = self._read(_cut(window, place, place + 1), k, again=True)
+            data = self._read(_part(window, place, place + 1), k, again=True)
             values.append((source.checkpoint, values_of(data, info.dtype)[0]))
         ours = values[0][1]
         where, theirs = next((c, v) for c, v in values if v != ours)
@@ -577,7 +577,7 @@ def _extend(mean: CompiledMean | RunningMean, stack: Stack) -> None:
         mean.extend(stack)
 
 
-def _cut(window: Window, start: int, stop: int) -> Window:
+def _part(window: Window, start: int, stop: int) -> Window:
     """Elements `start` to `stop` of a window."""
     pieces = []
     at = 0
