@@ -199,6 +199,17 @@ def test_groups_are_of_no_matter(counts, size):
     assert same(whole, reference(tensors, weights, "float32"))
 
 
+def test_finite_numbers_after_others_do_not_hide_them():
+    """`finite` is about all vectors so far, and about none of the mean before."""
+    mean = CompiledMean(LOOPS, Weights.uniform(2))
+    mean.extend(as_rows(torch.tensor([[math.nan]])))
+    mean.extend(as_rows(torch.tensor([[1.0]])))
+    assert not mean.finite
+    mean.result(as_rows(torch.ones(1, 1)), None)
+    mean.extend(as_rows(torch.tensor([[1.0]])))
+    assert mean.finite
+
+
 def test_fewer_vectors_than_weights_is_an_error():
     """A mean is not of fewer vectors than it was told of."""
     mean = CompiledMean(LOOPS, Weights.uniform(3))

@@ -1,5 +1,6 @@
 """merge_avg.merge and its workers: files in, one file out, every mixture of formats."""
 
+import math
 import os
 import subprocess
 import zipfile
@@ -178,14 +179,6 @@ def test_progress_counts_every_byte(folds, tmp_path):
     assert folds
 
 
-def test_threads_of_torch_are_restored(folds, tmp_path):
-    """A merge inside a program leaves torch's thread count as it was."""
-    before = torch.get_num_threads()
-    merge_checkpoints([tmp_path / "0.ckpt"], tmp_path / "out.pt")
-    assert torch.get_num_threads() == before
-    assert folds
-
-
 def test_impossible_options_are_usage_errors(folds, tmp_path):
     """No checkpoints, a wrong number of weights, an unknown dtype: UsageError, nothing written."""
     path, out = tmp_path / "0.ckpt", tmp_path / "out.pt"
@@ -332,3 +325,44 @@ def test_a_mean_that_does_not_fit_a_narrow_template_is_refused(tmp_path):
     with pytest.raises(MergeError, match="the mean of tensor 'w' does not fit float16"):
         merge_checkpoints(paths, tmp_path / "o.pt", dtype="template")
     assert not (tmp_path / "o.pt").exists()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_low_rank_factors_are_compared_within_each_window(tmp_path, alike):
+    """Of factors A that are the same everywhere nothing is said, however many windows they take."""
+    paths = [tmp_path / f"{fold}.safetensors" for fold in range(2)]
+    for fold, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(0 if alike else fold)
+        a = torch.randn(8, 50_000, generator=generator)
+        save_file({"m.lora_A.weight": a, "m.lora_B.weight": torch.full((9, 8), fold + 1.0)}, path)
+    result = merge_checkpoints(paths, tmp_path / "o.safetensors", threads=1)
+    assert bool(result.warnings) != alike
+
+
+def test_the_tensor_that_is_named_holds_the_element(tmp_path):
+    """Of two tensors that share memory, NaN far behind the first window is the second one's."""
+    for fold in range(2):
+        flat = torch.ones(500_000)
+        flat[450_000] = math.nan if fold else 1
+        torch.save({"a": flat[:300_000], "b": flat[200_000:]}, tmp_path / f"{fold}.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    with pytest.raises(MergeError, match="tensor 'b' holds NaN"):
+        merge_checkpoints(paths, tmp_path / "o.pt", threads=1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_threads_of_torch_are_one_meanwhile(tmp_path, count):
+    """Whoever uses torch beside a merge finds as many threads afterwards as before."""
+    paths = [tmp_path / f"{fold}.pt" for fold in range(2)]
+    for path in paths:
+        torch.save({"w": torch.ones(9, dtype=torch.float64)}, path)
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        seen_of = lambda _: seen.append(torch.get_num_threads())  # noqa: E731
+        merge_checkpoints(paths, tmp_path / "o.pt", threads=1, progress=seen_of)
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
