@@ -76,3 +76,9 @@ def test_the_rooms_do_not_know_each_other():
         found = reached(room)
         others = rooms - {room}
         assert not others & found, (room, others & found)
+
+
+def test_a_format_waits_for_its_first_file():
+    """What a merge is made of imports no module of a format that its files are not of."""
+    some = {"dcp", "inert", "safetensors", "torch_legacy", "torch_objects", "torch_zip"}
+    assert not {f"merge_avg.formats.{name}" for name in some} & reached("merge_avg.merge")

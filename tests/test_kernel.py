@@ -129,10 +129,54 @@ def test_a_sum_and_what_is_known(dtype, size, begun):
         if not largest:
             assert (most, unit) == ((1000.0, 2.0**-90) if begun else (0.0, math.inf))
             continue
-        above = 2.0 ** (max(math.frexp(largest)[1] - 1, form.emin) + 1)
-        assert most == 12 * above + begun * 1000
+        above = 1000.0 * begun
+        for row, factor in zip(tile, factors, strict=True):
+            size = float(row[row.isfinite()].abs().max()) if row.isfinite().any() else 0.0
+            power = 2.0 ** (max(math.frexp(size)[1] - 1, form.emin) + 1) if size else 0.0
+            above += abs(factor) * power
+        assert most == above
         below = 2.0 ** (max(math.frexp(least)[1] - 1, form.emin) - form.bits + 1)
         assert unit == (min(below, 2.0**-90) if begun else below)
+
+
+@needs_loops
+@dtypes
+@pytest.mark.parametrize("spread", [0, 3, 8, 13, 14, 15, 16, 17, 30])
+@pytest.mark.parametrize("factors", [[1.0] * 9, [1.0, -3.0, 0.0, 250.0, 77777.0, -1.0, 5.0]])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_sum_is_exact_however_far_apart_its_terms_are(dtype, spread, factors, begun):
+    """What is summed in a narrower type on the way is what float64 has, the signs of zeros too."""
+    generator = torch.Generator().manual_seed(spread)
+    shape = len(factors), 2 * TILE + 5
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    values *= torch.exp2(torch.randint(-spread, 1, shape, generator=generator) - 3.0)
+    values[:, ::9] = torch.tensor([0.0, -0.0])[torch.randint(0, 2, shape, generator=generator)][
+        :, ::9
+    ].double()
+    values[2, TILE:] *= 2.0**-9  # one that is far below the others
+    rows = values.to(dtype)
+    total, known = room(shape[1])
+    total[:] = 0.75 if begun else math.nan
+    expected = total.clone() if begun else torch.full_like(total, -0.0)
+    for row, factor in zip(rows, factors, strict=True):
+        expected += row.double() * factor
+    assert summed(rows, factors, total, known, begun=begun)
+    assert same(total, expected)
+
+
+@needs_loops
+@dtypes
+def test_a_sum_of_subnormals_is_exact_where_floats_are_flushed(dtype):
+    """Subnormals of bfloat16 are those of float: what may be one is not summed as float."""
+    tiny = torch.finfo(torch.bfloat16).tiny if dtype == torch.bfloat16 else 2.0**-22
+    values = torch.tensor([[1.5 * tiny, tiny, -tiny], [-tiny, tiny * 1.25, tiny]]).to(dtype)
+    total, known = room(3)
+    try:
+        torch.set_flush_denormal(dtype != torch.float32)
+        assert summed(values, [1.0, 1.0], total, known)
+    finally:
+        torch.set_flush_denormal(False)
+    assert total.tolist() == [0.5 * tiny, 2.25 * tiny, 0.0]
 
 
 @needs_loops
@@ -164,8 +208,9 @@ def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
 
 @needs_loops
 @dtypes
-@given(data=st.data(), divisor=st.integers(1, (1 << 28) - 1))
-def test_a_quotient_is_rounded_once(dtype, data, divisor):
+@pytest.mark.parametrize("bits", [50, 53])
+@given(data=st.data(), divisor=st.integers(1, 99) | st.integers(1, (1 << 28) - 1))
+def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
     """Sums that are exact integers of some unit, ties and subnormals included, round right."""
     form = _FLOATS[dtype]
     power = data.draw(st.integers(form.emin - form.bits - 2, -form.emin // 2))
@@ -175,11 +220,12 @@ def test_a_quotient_is_rounded_once(dtype, data, divisor):
         st.booleans(),
     )
     near = st.builds(lambda tie, by: tie + by, ties, st.integers(-1, 1))
-    wholes = st.lists(near | st.integers(-(1 << 52), 1 << 52), min_size=1, max_size=40)
-    sums = [math.ldexp(whole, power) for whole in data.draw(wholes) if abs(whole) <= 1 << 53]
+    any_ = st.integers(-(1 << bits), 1 << bits)
+    wholes = st.lists(near | any_, min_size=1, max_size=40)
+    sums = [math.ldexp(whole, power) for whole in data.draw(wholes) if abs(whole) <= 1 << bits]
     total = torch.tensor(sums, dtype=torch.float64)
     out = torch.empty(len(sums), dtype=dtype)
-    known = torch.tensor([2.0**53, 1.0, 0.0], dtype=torch.float64)
+    known = torch.tensor([2.0**bits, 1.0, 0.0], dtype=torch.float64)
     fits, at, open_ = LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_rows(out), 0)
     exact = [rounded(Fraction(one) / divisor, form, one) for one in sums]
     expected = torch.tensor(exact, dtype=torch.float64).to(dtype)

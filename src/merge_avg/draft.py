@@ -13,10 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.formats import dcp, safetensors, torch_zip_write
 from merge_avg.formats.directory import INDEX, is_index, leads_out, read_index, relative, unsharded
-from merge_avg.formats.registry import rebuilt
-from merge_avg.formats.torch_pickle import FreshTensor
+from merge_avg.formats.registry import DCP, rebuilt
 from merge_avg.layout import MARK_FILE, Layout, Storage, TensorInfo, dotted, row_major
 from merge_avg.plan import Plan, Unit, tiled
 from merge_avg.roles import Name
@@ -244,6 +242,8 @@ def _fresh_safetensors(
     number: int,
     mark: str = "",
 ) -> Draft:
+    from merge_avg.formats import safetensors
+
     entries = [(short[name], plan.result(name), info.shape) for name, info in weights.items()]
     skeleton = safetensors.fresh(entries, safetensors.marked(plan.layouts[0], mark))
     targets: list[tuple[Target, ...]] = []
@@ -269,6 +269,9 @@ def _fresh_zip(
     number: int,
     mark: str = "",
 ) -> Draft:
+    from merge_avg.formats import torch_zip_write
+    from merge_avg.formats.torch_pickle import FreshTensor
+
     homes = {name: (i, unit) for i, unit in enumerate(plan.units) for name, _ in unit.members}
     tensors = []
     sizes: dict[str, int] = {}
@@ -317,7 +320,7 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int, ma
         files[f"{base}{suffix}{INDEX}"] = _literal(_as_json(index))
     for number, member in enumerate(template.members):
         name = relative(template, number)
-        if number in replaced or is_index(name) or (member and member.format == dcp.NAME):
+        if number in replaced or is_index(name) or (member and member.format == DCP):
             continue
         if name in files:
             what = f"the new file {name} would replace one that the template has"
@@ -325,7 +328,7 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int, ma
         files[name] = _copy(template, number)
     if mark:
         files[MARK_FILE] = _literal(mark.encode())
-    dropped = any(member and member.format == dcp.NAME for member in template.members)
+    dropped = any(member and member.format == DCP for member in template.members)
     whole = bool(template.members) and not dropped
     return Draft(files, tuple(map(tuple, targets)), whole=whole)
 

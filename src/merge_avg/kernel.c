@@ -100,54 +100,95 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
 #define EXPONENT(SIZE, FRACTION, SHIFT) \
     (((uint32_t)(SIZE) >> FRACTION ? (uint32_t)(SIZE) >> FRACTION : 1) + SHIFT)
 
+static inline void put(const float *restrict part, size_t n, double *restrict sum, int begun)
+{
+    if (begun)
+        for (size_t j = 0; j < n; j++)
+            sum[j] += part[j];
+    else
+        for (size_t j = 0; j < n; j++)
+            sum[j] = part[j];
+}
+
 /* total[j] = (begun ? total[j] : -0) + sum over rows of weights[row] * rows[row][j], row after row;
-   and what is known of each tile. Returns whether all numbers are finite. */
-#define SUM(NAME, WORD, FROM, FRACTION, SHIFT, SPECIAL)                                            \
+   and what is known of each tile. Returns whether all numbers are finite.
+
+   Numbers of 16 bits are summed in float first, twice as many at a time, for as many rows as that is
+   exact for: their terms are below 2^24 of the unit of all of them, which is not subnormal. */
+#define SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                                \
     VARIANTS int merge_avg_sum_##NAME(const WORD *rows, size_t count, size_t stride, size_t numel, \
                                       const double *weights, int begun, double *total,             \
                                       struct known *known)                                         \
     {                                                                                              \
         const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
-        double weight_sum = 0;                                                                     \
         int finite = 1;                                                                            \
-        for (size_t row = 0; row < count; row++)                                                   \
-            weight_sum += weights[row] < 0 ? -weights[row] : weights[row];                         \
         for (size_t at = 0; at < numel; at += TILE, known++) {                                     \
             size_t n = numel - at < TILE ? numel - at : TILE;                                      \
             double *restrict sum = total + at;                                                     \
-            WORD high = 0, low = (WORD)-1;                                                         \
+            float part[TILE];                                                                      \
+            double most = 0, unit = INFINITE; /* of the terms in `part` */                         \
+            int parted = 0, summed = begun;                                                        \
+            if (!begun)                                                                            \
+                *known = (struct known){0, INFINITE, 0};                                           \
             for (size_t row = 0; row < count; row++) {                                             \
                 const WORD *restrict x = rows + row * stride + at;                                 \
                 const double weight = weights[row];                                                \
-                if (begun || row)                                                                  \
-                    for (size_t j = 0; j < n; j++)                                                 \
-                        sum[j] += weight * FROM(x[j]);                                             \
-                else                                                                               \
-                    for (size_t j = 0; j < n; j++)                                                 \
-                        sum[j] = weight * FROM(x[j]);                                              \
+                WORD high = 0, low = (WORD)-1;                                                     \
                 for (size_t j = 0; j < n; j++) {                                                   \
                     WORD size = x[j] & (WORD)~sign, less = (WORD)(size - 1);                       \
                     high = size > high ? size : high;                                              \
                     low = less < low ? less : low;                                                 \
                 }                                                                                  \
-            }                                                                                      \
-            if (!begun)                                                                            \
-                *known = (struct known){0, INFINITE, 0};                                           \
-            if (high >= SPECIAL) { /* look again, at what is finite */                             \
-                known->bad = 1;                                                                    \
-                finite = 0;                                                                        \
-                high = 0;                                                                          \
-                for (size_t row = 0; row < count; row++)                                           \
+                int bad = high >= SPECIAL;                                                         \
+                if (bad) { /* look again, at what is finite */                                     \
+                    known->bad = 1;                                                                \
+                    finite = 0;                                                                    \
+                    high = 0;                                                                      \
                     for (size_t j = 0; j < n; j++) {                                               \
-                        WORD size = rows[row * stride + at + j] & (WORD)~sign;                     \
+                        WORD size = x[j] & (WORD)~sign;                                            \
                         high = size > high && size < SPECIAL ? size : high;                        \
                     }                                                                              \
+                }                                                                                  \
+                double row_most = 0, row_unit = INFINITE;                                          \
+                if (high) {                                                                        \
+                    row_most = power(EXPONENT(high, (BITS - 1), SHIFT), 1);                        \
+                    row_most *= weight < 0 ? -weight : weight;                                     \
+                    row_unit = power(EXPONENT(low + 1, (BITS - 1), SHIFT), 1 - BITS);              \
+                }                                                                                  \
+                known->most += row_most;                                                           \
+                known->unit = row_unit < known->unit ? row_unit : known->unit;                     \
+                int narrow = BITS < 24 && !bad && row_most <= row_unit * 0x1p24 &&                 \
+                             row_unit >= 0x1p-126;                                                 \
+                if (!narrow) {                                                                     \
+                    if (summed)                                                                    \
+                        for (size_t j = 0; j < n; j++)                                             \
+                            sum[j] += weight * FROM(x[j]);                                         \
+                    else                                                                           \
+                        for (size_t j = 0; j < n; j++)                                             \
+                            sum[j] = weight * FROM(x[j]);                                          \
+                    summed = 1;                                                                    \
+                    continue;                                                                      \
+                }                                                                                  \
+                most += row_most;                                                                  \
+                unit = row_unit < unit ? row_unit : unit;                                          \
+                if (parted && most > unit * 0x1p24) {                                              \
+                    put(part, n, sum, summed);                                                     \
+                    summed = 1;                                                                    \
+                    parted = 0;                                                                    \
+                    most = row_most;                                                               \
+                    unit = row_unit;                                                               \
+                }                                                                                  \
+                const float factor = (float)weight;                                                \
+                if (parted)                                                                        \
+                    for (size_t j = 0; j < n; j++)                                                 \
+                        part[j] += factor * FROM(x[j]);                                            \
+                else                                                                               \
+                    for (size_t j = 0; j < n; j++)                                                 \
+                        part[j] = factor * FROM(x[j]);                                             \
+                parted = 1;                                                                        \
             }                                                                                      \
-            if (high) {                                                                            \
-                double unit = power(EXPONENT(low + 1, FRACTION, SHIFT), -FRACTION);                \
-                known->unit = unit < known->unit ? unit : known->unit;                             \
-                known->most += weight_sum * power(EXPONENT(high, FRACTION, SHIFT), 1);             \
-            }                                                                                      \
+            if (parted)                                                                            \
+                put(part, n, sum, summed);                                                         \
         }                                                                                          \
         return finite;                                                                             \
     }
@@ -169,17 +210,19 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
 
 /* out[j] = total[j] / divisor, rounded to nearest, ties to even; returns the largest size.
 
-   If the sum is exact, so is this, though the quotient is rounded twice, to double first: in its
-   units the sum is an integer S of at most 2^53 and the divisor D is below 2^28, so S / D, if it is
-   not the middle between two numbers, is further from there than half a unit of a double. */
+   For exact sums S, which in their units are integers of at most 2^50, and a divisor D below 2^24.
+   S times the rounded 1 / D is off by less than 1.5 units of a double. It is rounded to 4 of these,
+   which makes it S / D where that is the middle between two numbers: of 25 bits, and off by no more
+   than one unit. Any other S / D is 4 units from there at least, and stays on its side. */
 #define EXACT(NAME, WORD, TO, BITS, NORMAL)                                                        \
     VARIANTS static WORD exact_##NAME(const double *restrict total, size_t numel, double divisor,  \
                                       WORD *restrict out)                                          \
     {                                                                                              \
         const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
+        const double inverse = 1 / divisor;                                                        \
         WORD high = 0;                                                                             \
         for (size_t j = 0; j < numel; j++) {                                                       \
-            double quotient = total[j] / divisor;                                                  \
+            double quotient = as_double((double_word(total[j] * inverse) + 2) & ~(uint64_t)3);     \
             ROUND(BITS, NORMAL, quotient, power_, mean)                                            \
             WORD word = TO(mean), size = word & (WORD)~sign;                                       \
             high = size > high ? size : high;                                                      \
@@ -188,8 +231,10 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
         return high;                                                                               \
     }
 
-/* The same for a tile of a sum that may be off: open[j] tells which quotients, off by `bound` at
-   most, might round otherwise. NaN and infinity, which come of such terms, are IEEE 754's. */
+/* The same for any tile of a sum: open[j] tells which quotients, off by `bound` at most, might round
+   otherwise or be a zero of another sign. A negative bound is that of a sum which is exact: of up
+   to 2^53 units, and D below 2^28, S / D is half a unit of a double from a middle, or is one. NaN
+   and infinity, which come of such terms, are IEEE 754's. */
 #define NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                \
     VARIANTS static WORD near_##NAME(const double *restrict total, size_t numel, double divisor,   \
                                      WORD *restrict out, double bound, uint64_t *restrict open)    \
@@ -206,8 +251,8 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
             uint64_t nan = (double_word(quotient) & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000;      \
             WORD word = TO(mean), size = word & (WORD)~sign;                                       \
             double least = as_double(double_word(quotient) & 0x7FFFFFFFFFFFFFFF);                  \
-            uint64_t any = (aside <= bound) | (half <= 4 * bound) | (size >= SPECIAL);             \
-            any |= least <= bound; /* its sign is not known, and zero has one */                   \
+            uint64_t any = (aside <= bound) | (half <= 4 * bound) | (least <= bound);              \
+            any |= (size >= SPECIAL) & (bound >= 0);                                               \
             open[j] = any & (power_ < INFINITE);                                                   \
             out[j] = nan ? (WORD)(SPECIAL | SPECIAL >> 1) : word;                                  \
             size = nan ? SPECIAL : open[j] ? 0 : size;                                             \
@@ -232,7 +277,8 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
             size_t n = numel - *at < TILE ? numel - *at : TILE;                                    \
             int exact = here->most <= here->unit * 0x1p53;                                         \
             WORD size;                                                                             \
-            if (exact && !here->bad) {                                                             \
+            int few = here->most <= here->unit * 0x1p50 && divisor < 0x1p24;                       \
+            if (few && !here->bad) {                                                               \
                 size = exact_##NAME(total + *at, n, divisor, out + *at);                           \
             } else {                                                                               \
                 uint64_t doubts[TILE];                                                             \
@@ -354,7 +400,7 @@ static double exact_mean(const double *values, size_t stride, size_t count,
     }
 
 #define FORMAT(NAME, WORD, FROM, TO, BITS, EMIN, NORMAL, SHIFT, SPECIAL)                           \
-    SUM(NAME, WORD, FROM, (BITS - 1), SHIFT, SPECIAL)                                              \
+    SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                              \
     EXACT(NAME, WORD, TO, BITS, NORMAL)                                                            \
     NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                    \
     MEAN(NAME, WORD, SPECIAL)                                                                      \

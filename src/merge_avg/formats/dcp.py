@@ -20,6 +20,7 @@ from merge_avg.dtypes import BY_NAME, DType
 from merge_avg.errors import MergeError
 from merge_avg.formats import torch_zip, torch_zip_write
 from merge_avg.formats.inert import Allowance, Global, Instance, PickleError, Value, load, shown
+from merge_avg.formats.registry import DCP, DCP_METADATA
 from merge_avg.layout import (
     Archive,
     File,
@@ -33,8 +34,6 @@ from merge_avg.layout import (
 from merge_avg.roles import is_kept
 from merge_avg.skeleton import Literal, Place, Skeleton
 
-NAME = "torch-dcp"
-METADATA = ".metadata"
 _LARGEST = 1 << 27
 _LONGEST_PATH = 200
 _METADATA = Global("torch.distributed.checkpoint.metadata", "Metadata")
@@ -91,7 +90,7 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
     Raises:
         MergeError: something is damaged, missing, or packed in a way that only torch can read.
     """
-    number, stamp = files[METADATA]
+    number, stamp = files[DCP_METADATA]
     if stamp.nbytes > _LARGEST:
         raise MergeError("it is absurdly large", where=stamp.path)
     try:
@@ -117,11 +116,11 @@ def _layouts(
         members = tuple(layout for _, layout in found)
         archive = Archive(records, b"", "", (), ())
         file = files[name][1]
-        layout = Layout(file.path, NAME, (file,), (), archive=archive, members=members)
+        layout = Layout(file.path, DCP, (file,), (), archive=archive, members=members)
         yield files[name][0], layout
     tensors = tuple(metadata.tensor(fqn, stored) for fqn in metadata.sizes)
-    stamp = files[METADATA][1]
-    yield number, Layout(stamp.path, NAME, (stamp,), tensors, metadata.others())
+    stamp = files[DCP_METADATA][1]
+    yield number, Layout(stamp.path, DCP, (stamp,), tensors, metadata.others())
 
 
 def _chunks(

@@ -15,9 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_avg.errors import MergeError, named
-from merge_avg.formats import dcp, json_text
-from merge_avg.formats.inert import DangerousPickleError
-from merge_avg.formats.registry import scan_file
+from merge_avg.formats import json_text
+from merge_avg.formats.registry import DCP, DCP_METADATA, scan_file
 from merge_avg.layout import (
     LARGEST_MARK,
     MARK,
@@ -170,7 +169,7 @@ def _nested(root: Path) -> set[str]:
     found = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and _OF_A_RUN.fullmatch(entry.name)
     )
-    if any(entry.suffix in SUFFIXES or entry.name == dcp.METADATA for entry in root.iterdir()):
+    if any(entry.suffix in SUFFIXES or entry.name == DCP_METADATA for entry in root.iterdir()):
         return set(found)
     if len(found) < 2:
         return set()
@@ -189,13 +188,15 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
     numbers = {name: number for number, name in enumerate(tree.files)}
     members: dict[int, Layout] = {}
     for name in tree.files:
-        if PurePosixPath(name).name == dcp.METADATA:
+        if PurePosixPath(name).name == DCP_METADATA:
             folder = str(PurePosixPath(name).parent)
             inside = {
                 PurePosixPath(other).name: (numbers[other], tree.files[other])
                 for other in tree.files
                 if str(PurePosixPath(other).parent) == folder
             }
+            from merge_avg.formats import dcp
+
             members |= dcp.scan_set(root / folder, inside)
     for name, number in numbers.items():
         if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
@@ -203,9 +204,11 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
         try:
             strict = name.endswith(".safetensors")
             layout = scan_file(tree.files[name], number, strict=strict)
-        except DangerousPickleError:
-            raise  # the output would carry it on
-        except MergeError:
+        except MergeError as error:
+            from merge_avg.formats.inert import DangerousPickleError
+
+            if isinstance(error, DangerousPickleError):
+                raise  # the output would carry it on
             if any(map(is_kept, _path_of(name))):
                 continue  # an optimizer's file and the like may be whatever it likes
             raise
@@ -232,7 +235,7 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
     for number, name in enumerate(names):
         if number not in members:
             continue
-        if members[number].format == dcp.NAME:
+        if members[number].format == DCP:
             prefixes[number] = PurePosixPath(name).parts[:-1]
             continue
         path = _path_of(name)

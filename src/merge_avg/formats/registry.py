@@ -1,46 +1,64 @@
 """The formats of single files. What a file is follows from its first bytes, never from its name.
 
-A format is a module with `looks_like(head)`, `scan(file, stamp, number) -> Layout` and
-`rebuilt(layout, converted, averaged, mark) -> Skeleton`. To add one, add a line to `FORMATS`.
+A format is a module with `scan(file, stamp, number) -> Layout` and, there or in another,
+`rebuilt(layout, converted, averaged, mark) -> Skeleton`. To add one, add what it looks like to
+`format_of`, and a line to `_FORMATS`. Modules are imported when the first file of theirs is met.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from merge_avg.dtypes import DType
 from merge_avg.errors import MergeError
-from merge_avg.formats import (
-    dcp,
-    safetensors,
-    strangers,
-    torch_legacy,
-    torch_zip,
-    torch_zip_write,
-)
 from merge_avg.layout import File, Layout
 from merge_avg.skeleton import Skeleton
 
+DCP = "torch-dcp"  # what the files of a set of torch.distributed.checkpoint are
+DCP_METADATA = ".metadata"  # the name of the file that tells of the others
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first that a legacy checkpoint pickles
+
 _HEAD = 512
+_LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
+_ZIP = b"PK\x03\x04"
+
+_Scan: TypeAlias = Callable[[BinaryIO, File, int], Layout]
+_Rebuilt: TypeAlias = Callable[[Layout, Mapping[str, DType], set[str], str], Skeleton]
 
 
-@dataclass(frozen=True)
-class Format:
-    """How files of a format are told, read, and written anew with other weights."""
+def format_of(head: bytes) -> str | None:
+    """What a file that begins so is, or is meant to be."""
+    if head.startswith(_ZIP):
+        return "torch-zip"
+    if head[:1] == b"\x80" and LEGACY_MAGIC.to_bytes(10, "little") in head[:40]:
+        return "torch-legacy"
+    header = int.from_bytes(head[:8], "little")
+    if len(head) > 8 and head[8:9] == b"{" and header <= _LARGEST_HEADER:
+        return "safetensors"
+    return None
 
-    name: str
-    looks_like: Callable[[bytes], bool]
-    scan: Callable[[BinaryIO, File, int], Layout]
-    rebuilt: Callable[[Layout, Mapping[str, DType], set[str], str], Skeleton]
+
+def _torch_zip() -> tuple[_Scan, _Rebuilt]:
+    from merge_avg.formats import torch_zip, torch_zip_write
+
+    return torch_zip.scan, torch_zip_write.rebuilt
 
 
-FORMATS = (
-    Format("torch-zip", torch_zip.looks_like, torch_zip.scan, torch_zip_write.rebuilt),
-    Format("torch-legacy", torch_legacy.looks_like, torch_legacy.scan, torch_legacy.rebuilt),
-    Format("safetensors", safetensors.looks_like, safetensors.scan, safetensors.rebuilt),
-)
+def _torch_legacy() -> tuple[_Scan, _Rebuilt]:
+    from merge_avg.formats import torch_legacy
+
+    return torch_legacy.scan, torch_legacy.rebuilt
+
+
+def _safetensors() -> tuple[_Scan, _Rebuilt]:
+    from merge_avg.formats import safetensors
+
+    return safetensors.scan, safetensors.rebuilt
+
+
+_FORMATS = {"torch-zip": _torch_zip, "torch-legacy": _torch_legacy, "safetensors": _safetensors}
 
 
 def scan_file(stamp: File, number: int = 0, *, strict: bool = True) -> Layout | None:
@@ -58,11 +76,14 @@ def scan_file(stamp: File, number: int = 0, *, strict: bool = True) -> Layout | 
         with stamp.path.open("rb") as file:
             head = file.read(_HEAD)
             file.seek(0)
-            for one in FORMATS:
-                if one.looks_like(head):
-                    return one.scan(file, stamp, number)
+            name = format_of(head)
+            if name is not None:
+                scan, _ = _FORMATS[name]()
+                return scan(file, stamp, number)
     except OSError as error:
         raise MergeError(error.strerror or str(error), where=stamp.path) from None
+    from merge_avg.formats import strangers
+
     if strict or strangers.is_placeholder(head):
         strangers.refuse(stamp.path, head, stamp.nbytes)
     return None
@@ -82,8 +103,9 @@ def rebuilt(
     Raises:
         MergeError: the format cannot hold the result.
     """
-    if layout.format == dcp.NAME:
+    if layout.format == DCP:
+        from merge_avg.formats import dcp
+
         return dcp.rebuilt(layout, converted, averaged)
-    return next(one for one in FORMATS if one.name == layout.format).rebuilt(
-        layout, converted, averaged, mark
-    )
+    _, build = _FORMATS[layout.format]()
+    return build(layout, converted, averaged, mark)

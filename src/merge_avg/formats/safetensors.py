@@ -17,17 +17,6 @@ from merge_avg.formats import json_text
 from merge_avg.layout import MARK, File, Layout, Storage, TensorInfo, impossible, row_major
 from merge_avg.skeleton import Place, Skeleton
 
-_LARGEST_HEADER = 100_000_000  # the format's own limit
-
-
-def looks_like(head: bytes) -> bool:
-    """Whether a file that starts so can be meant as safetensors."""
-    return len(head) > 8 and head[8:9] == b"{" and _length(head) <= _LARGEST_HEADER
-
-
-def _length(head: bytes) -> int:
-    return int.from_bytes(head[:8], "little")
-
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     """The layout of a safetensors file; `number` is that of the file in the checkpoint.
@@ -36,7 +25,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
         MergeError: the header is damaged, or the ranges leave holes, overlap or end elsewhere.
     """
     path, nbytes = stamp.path, stamp.nbytes
-    length = _length(file.read(8))
+    length = int.from_bytes(file.read(8), "little")
     base = 8 + length
     if base > nbytes:
         raise _cut_short(path, base, nbytes)

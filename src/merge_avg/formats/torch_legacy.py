@@ -13,21 +13,16 @@ from typing import BinaryIO
 from merge_avg.dtypes import BY_STORAGE, DType
 from merge_avg.errors import MergeError
 from merge_avg.formats.inert import CutShortError, Global, Loaded, Value, load
+from merge_avg.formats.registry import LEGACY_MAGIC
 from merge_avg.formats.torch_objects import Objects, objects_at, refuse_root
 from merge_avg.formats.torch_pickle import with_classes
 from merge_avg.layout import Archive, File, Layout, Storage
 from merge_avg.skeleton import Literal, Place, Skeleton
 
-_MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _FIRST_READ = 1 << 20
 _LARGEST = 1 << 27  # of all pickles together
 _COUNT = 8
-
-
-def looks_like(head: bytes) -> bool:
-    """Whether a file that starts so is a pickle of the magic number."""
-    return head[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in head[:40]
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
@@ -104,7 +99,7 @@ def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str
 
 def _parsed(data: bytes) -> tuple[bytes, int, Objects, list[str], int]:
     at = 0
-    for expected in (_MAGIC, _VERSION, None):
+    for expected in (LEGACY_MAGIC, _VERSION, None):
         loaded = _plain(data, at)
         if expected is not None and loaded.value != expected:
             raise MergeError("it starts like a legacy checkpoint, but is none")

@@ -19,18 +19,12 @@ from merge_avg.formats.zip_records import DEFLATED, STORED, Record
 from merge_avg.formats.zip_records import records as records_of
 from merge_avg.layout import LARGEST_MARK, MARK, MARK_FILE, Archive, File, Layout, Storage
 
-MAGIC = b"PK\x03\x04"
 _LARGEST_PICKLE = 1 << 27
 _LARGEST_UNPACKED = 1 << 26
 _LARGEST_ORDER = 16
 # Deflate packs at most 1,032 bytes into one, and weights hardly at all: what unpacks to many times
 # the file is an attack on the disk.
 _MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
-
-
-def looks_like(head: bytes) -> bool:
-    """Whether a file that starts so is a zip archive."""
-    return head.startswith(MAGIC)
 
 
 @dataclass(frozen=True)
