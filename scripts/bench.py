@@ -15,6 +15,7 @@ code.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+import merge_avg
 
 MB = 1_000_000
 
@@ -477,6 +480,8 @@ def main() -> None:
             contenders["mergekit"] = _mergekit(options.mergekit)
         if options.sd_mecha:
             contenders["sd-mecha"] = _sd_mecha(options.sd_mecha)
+    # pip does that with what it installs, but not with what is installed to be edited.
+    compileall.compile_dir(Path(merge_avg.__file__).parent, quiet=1)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)

@@ -18,6 +18,10 @@ from pathlib import Path
 
 # Imported before memory is limited, as what the command imports later.
 import merge_avg.choose
+import merge_avg.formats.dcp
+import merge_avg.formats.safetensors
+import merge_avg.formats.strangers
+import merge_avg.formats.torch_legacy
 import merge_avg.prepare
 import merge_avg.report
 from merge_avg.cli import main

@@ -38,6 +38,9 @@ def averaged(tensors, weights, name, groups=()):
     mean = CompiledMean(LOOPS, weights)
     at = 0
     for group in (*groups, len(tensors)):
+        if not groups:
+            mean.hold(as_rows(torch.stack(tensors)))
+            break
         if at < len(tensors):
             mean.extend(as_rows(torch.stack(tensors[at : at + group])))
         at = min(at + group, len(tensors))
@@ -66,8 +69,8 @@ WEIGHTS = [[1, 1, 1], [3, 0, 4], [1, 2, (1 << 20) - 1]]
 @pytest.mark.parametrize("target", NAMES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @settings(max_examples=20)
-@given(seed=st.integers(0, 1 << 30), spread=st.integers(0, 40))
-def test_the_mean_is_exact_and_rounded_once(name, target, weights, seed, spread):
+@given(seed=st.integers(0, 1 << 30), spread=st.integers(0, 40), held=st.booleans())
+def test_the_mean_is_exact_and_rounded_once(name, target, weights, seed, spread, held):
     """Of numbers near and far from each other, ties, zeros and subnormals, to the last bit."""
     choose = random.Random(seed)  # noqa: S311 - numbers for a test
     limit = torch.finfo(getattr(torch, name)).max
@@ -80,7 +83,7 @@ def test_the_mean_is_exact_and_rounded_once(name, target, weights, seed, spread)
         torch.tensor([value() for _ in range(60)], dtype=torch.float64).to(getattr(torch, name))
         for _ in weights
     ]
-    found, _, _ = averaged(tensors, Weights.of(weights), target, groups=(2,))
+    found, _, _ = averaged(tensors, Weights.of(weights), target, groups=() if held else (2,))
     assert same(found, reference(tensors, Weights.of(weights), target))
 
 
@@ -138,7 +141,8 @@ def test_all_may_be_in_doubt(count):
 
 @dtypes
 @pytest.mark.parametrize("exact", [True, False])
-def test_nan_and_infinity_are_those_of_ieee(name, exact):
+@pytest.mark.parametrize("held", [True, False])
+def test_nan_and_infinity_are_those_of_ieee(name, exact, held):
     """They touch only their own elements, and `finite` and `fits` tell of them."""
     dtype = getattr(torch, name)
     generator = torch.Generator().manual_seed(1)
@@ -152,14 +156,15 @@ def test_nan_and_infinity_are_those_of_ieee(name, exact):
         for tensor, value in zip(tensors, values, strict=False):
             tensor[place * 7] = value
     mean = CompiledMean(LOOPS, Weights.uniform(3))
-    mean.extend(as_rows(torch.stack(tensors)))
-    assert not mean.finite
+    (mean.hold if held else mean.extend)(as_rows(torch.stack(tensors)))
+    assert held or not mean.finite
     out = torch.empty(4000, dtype=dtype)
 
     def peek(number, start, stop):
         return as_rows(tensors[number][start:stop].view(1, -1))
 
     mean.result(as_rows(out.view(1, -1)), peek)
+    assert not mean.finite
     assert not mean.fits
     assert out[:28:7].tolist()[:2] == [math.inf, -math.inf]
     rest = torch.ones(4000, dtype=torch.bool)
@@ -208,6 +213,27 @@ def test_finite_numbers_after_others_do_not_hide_them():
     mean.result(as_rows(torch.ones(1, 1)), None)
     mean.extend(as_rows(torch.tensor([[1.0]])))
     assert mean.finite
+
+
+@dtypes
+@pytest.mark.parametrize("target", NAMES)
+def test_held_vectors_are_as_those_that_were_added(name, target):
+    """In one pass or in two: the same bits, the same elements looked at again, for each tile."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = [
+        torch.randn(5 * TILE + 9, generator=generator).to(getattr(torch, name)) for _ in range(3)
+    ]
+    for tile in (0, 2, 3):
+        tensors[tile % 3][tile * TILE + 5] = 2.0**15
+        tensors[1][tile * TILE + 6 : (tile + 1) * TILE : 90] *= 2.0**-12
+    weights = Weights.of([3, 1, 2])
+    held, first, seen = averaged(tensors, weights, target)
+    added, second, again = averaged(tensors, weights, target, groups=(1,))
+    assert same(held, added)
+    assert seen == again
+    assert (first.finite, first.fits) == (second.finite, second.fits) == (True, True)
+    if (name, target) == ("float32", "float32"):
+        assert {place // TILE for place in seen[::2]} == {0, 2, 3}
 
 
 def test_fewer_vectors_than_weights_is_an_error():

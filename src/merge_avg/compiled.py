@@ -8,11 +8,12 @@ otherwise are looked at once more, and computed in integers (Kulisch, 2002: the 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 
 from merge_avg.buffer import Buffer, Rows
 from merge_avg.dtypes import BY_NAME
-from merge_avg.kernel import KNOWN, LOOPS, TILE, Kernel, int64s, takes
+from merge_avg.kernel import KNOWN, LOOPS, TILE, Kernel, Places, int64s, takes
 from merge_avg.weights import Weights
 
 # Shows elements `start` to `stop` of vector number i once more, as a row; at most `TILE` of them.
@@ -32,7 +33,7 @@ class CompiledMean:
         weights: of the vectors; their products with 24-bit numbers have to fit float64.
 
     Attributes:
-        finite: whether every number so far was finite.
+        finite: whether every number so far was finite; of vectors that are held, after `result`.
         fits: whether all of the last result is finite.
     """
 
@@ -49,6 +50,11 @@ class CompiledMean:
         self.finite = True
         self.fits = True
         self._count = 0
+        self._whole: Rows | None = None
+
+    def hold(self, rows: Rows) -> None:
+        """Shows all vectors, which have to stay as they are until `result`: that is faster."""
+        self._whole, self._count = rows, rows.count
 
     def extend(self, rows: Rows) -> None:
         """Adds the next vectors, a row each."""
@@ -73,14 +79,34 @@ class CompiledMean:
         """
         if self._count != len(self._weights):
             raise ValueError(f"{self._count} of {len(self._weights)} vectors have been shown")
-        sums = self._total.address, self._known.address, self._count, float(self._weights.total)
+        step = self._step(out)
         self.fits, at = True, 0
         while at < out.numel:
-            fits, at, open_ = self._loops.mean(*sums, out, at)
+            fits, at, open_ = step(at)
             self.fits &= fits
             for first in range(0, len(open_), self._most):
                 self._settle(out, open_[first : first + self._most], peek)
         self._count = 0
+
+    def _step(self, out: Rows) -> Callable[[int], tuple[bool, int, Places]]:
+        """What writes the mean from a column on, and returns what `Kernel.mean` does."""
+        divisor = float(self._weights.total)
+        whole, self._whole = self._whole, None
+        if whole is None or whole.dtype != out.dtype:
+            if whole is not None:
+                self._count = 0
+                self.extend(whole)
+            sums = self._total.address, self._known.address, self._count, divisor
+            return functools.partial(self._loops.mean, *sums, out)
+        self.finite = True
+
+        def step(at: int) -> tuple[bool, int, Places]:
+            factors = ctypes.addressof(self._factors)
+            finite, written = self._loops.whole(whole, factors, divisor, out, at)
+            self.finite &= finite
+            return written
+
+        return step
 
     def _settle(self, out: Rows, places: Sequence[int], peek: Peek) -> None:
         """Writes some elements of a tile again."""

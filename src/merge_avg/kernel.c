@@ -296,6 +296,29 @@ static inline void put(const float *restrict part, size_t n, double *restrict su
         return high < SPECIAL;                                                                     \
     }
 
+/* The same where all rows are there at a time, as numbers of the mean's own format: a sum need not
+   leave the fastest cache. Returns whether all that was written is finite, and 2 if all rows are. */
+#define WHOLE(NAME, WORD)                                                                          \
+    int merge_avg_whole_##NAME(const WORD *rows, size_t count, size_t stride, size_t numel,        \
+                               const double *weights, double divisor, WORD *out, size_t *at,       \
+                               int64_t *places, size_t *open)                                      \
+    {                                                                                              \
+        double total[TILE];                                                                        \
+        int fits = 1, finite = 1;                                                                  \
+        *open = 0;                                                                                 \
+        for (size_t end; *at < numel && !*open; *at += end) {                                      \
+            struct known known;                                                                    \
+            size_t n = numel - *at < TILE ? numel - *at : TILE;                                    \
+            end = 0;                                                                               \
+            finite &= merge_avg_sum_##NAME(rows + *at, count, stride, n, weights, 0, total, &known); \
+            fits &= merge_avg_mean_##NAME(total, n, &known, count, divisor, out + *at, &end,       \
+                                          places, open);                                           \
+            for (size_t i = 0; i < *open; i++)                                                     \
+                places[i] += (int64_t)*at;                                                         \
+        }                                                                                          \
+        return fits | finite << 1;                                                                 \
+    }
+
 /* The mean of numbers of float32, float16 or bfloat16, computed in integers: Kulisch's accumulator,
    in digits of 32 bits that are carried at the end. */
 
@@ -404,6 +427,7 @@ static double exact_mean(const double *values, size_t stride, size_t count,
     EXACT(NAME, WORD, TO, BITS, NORMAL)                                                            \
     NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                    \
     MEAN(NAME, WORD, SPECIAL)                                                                      \
+    WHOLE(NAME, WORD)                                                                              \
     SETTLE(NAME, WORD, TO, BITS, EMIN, SPECIAL)                                                    \
     TAKE(NAME, WORD, FROM)
 

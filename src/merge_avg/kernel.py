@@ -20,9 +20,10 @@ _POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double
 _ROWS: tuple[Any, ...] = (_POINTER, _SIZE, _SIZE)
 _SUM: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, ctypes.c_int, _POINTER, _POINTER)
 _MEAN: tuple[Any, ...] = (_POINTER, _SIZE, _POINTER, _SIZE, _DOUBLE, *4 * (_POINTER,))
+_WHOLE: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, _DOUBLE, *4 * (_POINTER,))
 _SETTLE: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, ctypes.c_uint32, _POINTER, _POINTER)
 _TAKE: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE)
-_CALLS = {"sum": _SUM, "mean": _MEAN, "settle": _SETTLE, "take": _TAKE}
+_CALLS = {"sum": _SUM, "mean": _MEAN, "whole": _WHOLE, "settle": _SETTLE, "take": _TAKE}
 _PRODUCTS: tuple[Any, ...] = (*_ROWS, ctypes.c_int64, _SIZE, *6 * (_POINTER,))
 TILE = 1024  # how many columns are summed at a time
 KNOWN = 24  # bytes that are known of each of these
@@ -87,12 +88,32 @@ class Kernel:
             Whether all of what was written is finite; how far it got: to the end, or to that of a
             tile where some might round otherwise; and which.
         """
-        at, open_ = ctypes.c_size_t(start), ctypes.c_size_t()
-        places = (ctypes.c_int64 * TILE)()
+        at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), _places()
         call = self._calls["mean", out.dtype.name]
-        where = ctypes.byref(at), places, ctypes.byref(open_)
-        fits = call(total, out.numel, known, count, divisor, out.address, *where)
+        where = out.address, ctypes.byref(at), places, ctypes.byref(open_)
+        fits = call(total, out.numel, known, count, divisor, *where)
         return bool(fits), at.value, places[: open_.value]
+
+    def whole(
+        self, rows: Rows, factors: int, divisor: float, out: Rows, start: int
+    ) -> tuple[bool, tuple[bool, int, Places]]:
+        """Does what `add` and `mean` do for all rows together, in one pass.
+
+        Args:
+            rows: all of them, of the dtype of `out`.
+            factors: as for `add`.
+            divisor: as for `mean`.
+            out: a row.
+            start: as for `mean`.
+
+        Returns:
+            Whether all rows are finite, as far as it got, and what `mean` returns.
+        """
+        at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), _places()
+        call = self._calls["whole", out.dtype.name]
+        where = out.address, ctypes.byref(at), places, ctypes.byref(open_)
+        found = call(rows.address, rows.count, rows.stride, rows.numel, factors, divisor, *where)
+        return bool(found & 2), (bool(found & 1), at.value, places[: open_.value])
 
     def settle(
         self, values: Rows, weights: Int64s, divisor: int, places: Places, out: Rows
@@ -143,6 +164,10 @@ def _call(library: ctypes.CDLL, name: str, types: tuple[Any, ...]) -> Any:
     function = library[f"merge_avg_{name}"]
     function.argtypes = types
     return function
+
+
+def _places() -> Int64s:
+    return (ctypes.c_int64 * TILE)()
 
 
 def int64s(values: Sequence[int]) -> Int64s:

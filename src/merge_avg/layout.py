@@ -6,7 +6,7 @@ import errno
 import math
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_avg.dtypes import DType
@@ -115,7 +115,10 @@ class TensorInfo:
     @property
     def contiguous(self) -> bool:
         """Whether its elements lie one after the other, in row-major order."""
-        return not self.numel or self.geometry == _geometry(self.shape, row_major(self.shape))
+        usual = row_major(self.shape)
+        return (
+            self.stride == usual or not self.numel or self.geometry == _geometry(self.shape, usual)
+        )
 
     @property
     def overlaps_itself(self) -> bool:
@@ -213,6 +216,12 @@ class Layout:
     def nbytes(self) -> int:
         """The size of all its files."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def source(self) -> Layout:
+        """The same without its archives, which only a copy of the checkpoint needs."""
+        members = tuple(member and member.source for member in self.members)
+        return replace(self, archive=None, members=members)
 
     def where(self, info: TensorInfo) -> Path:
         """The file that a tensor lies in."""

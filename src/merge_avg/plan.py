@@ -367,18 +367,16 @@ def _unit(
             what = f"{tied} have different dtypes, but share memory in {layouts[0].path}"
             hint = "save them with one dtype, or choose a template where they are apart: --template"
             raise MergeError(what, where=layout.path, hint=hint)
-        if not _direct(members, infos):
-            for name, member in members:
-                if member.overlaps_itself:
-                    what = (
-                        f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
-                    )
-                    raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
         source, staging = _source(index, members, infos, start, stop, scratch)
         sources.append(source)
-        if staging is not None:
-            stagings.append(staging)
-            scratch = aligned_to_page(scratch + staging.nbytes)
+        if staging is None:
+            continue
+        for name, member in members:
+            if member.overlaps_itself:
+                what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
+                raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
+        stagings.append(staging)
+        scratch = aligned_to_page(scratch + staging.nbytes)
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
     if aligned.skipped.issuperset(names):
         kind, dtype = "keep", None
@@ -423,10 +421,13 @@ def _direct(members: Sequence[tuple[Name, TensorInfo]], infos: Sequence[TensorIn
     """Whether tensors lie to each other as the template's do, only elsewhere."""
     shift = infos[0].start - members[0][1].start
     return all(
-        info.storage == infos[0].storage
+        (info.storage is infos[0].storage or info.storage == infos[0].storage)
         and not info.storage.tiles
         and info.start - member.start == shift
-        and info.geometry == member.geometry
+        and (
+            (info.shape == member.shape and info.stride == member.stride)
+            or info.geometry == member.geometry
+        )
         for (_, member), info in zip(members, infos, strict=True)
     )
 

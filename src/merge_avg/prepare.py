@@ -197,7 +197,8 @@ def without_collector() -> Iterator[None]:
 def _prepared(
     inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Options, version: str
 ) -> Job:
-    layouts = [scan(path) for path in inputs]
+    template, *others = inputs
+    layouts = [scan(template), *(scan(path).source for path in others)]
     roles = [assign(layout, options.key) for layout in layouts]
     chosen = Chosen(tuple(options.include), tuple(options.exclude))
     aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
@@ -249,7 +250,7 @@ def _based(
     plan: Plan, path: Path, template: Roles, key: str | None
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan with a base, and what a person should hear of that."""
-    layout = scan(path)
+    layout = scan(path).source
     ours = template.weights
     weights, note = match(plan.layouts[0].path, ours, path, assign(layout, key).weights)
     based = with_base(plan, layout, weights)

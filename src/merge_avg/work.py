@@ -87,7 +87,8 @@ class _Recipe:
 
     `converted`: some sources have another dtype than the result. `groups` are the numbers of
     sources that are read at a time, which have one dtype, and `taps` where each source is read
-    from, if not from parts of a storage or the scratch file.
+    from, if not from parts of a storage or the scratch file. `owners`: whose hashes a source counts
+    for.
     """
 
     unit: Unit
@@ -97,6 +98,7 @@ class _Recipe:
     means: Sequence[CompiledMean | RunningMean]
     groups: Sequence[Sequence[int]]
     taps: Sequence[Tap | None]
+    owners: Sequence[Sequence[int]]
 
 
 class Worker:
@@ -161,7 +163,7 @@ class Worker:
             results = self._averaged(window)
         data = self._out_buffer.bytes(_length(window) * unit.dtype.itemsize)
         for number in results:
-            if any(id(piece.unit) in self._maps.masks for piece in window):
+            if self._maps.masks and any(id(piece.unit) in self._maps.masks for piece in window):
                 self._restore(window, first=not number)
             at = 0
             for piece in window:
@@ -212,19 +214,21 @@ class Worker:
         unit = window[0].unit
         recipe = self._recipe(unit)
         self._read_all(window, recipe)
+        allowed = self._job.options.allow_nonfinite
         out = self._out_buffer.rows(1, _length(window), unit.dtype)
         for number, (ours, mean) in enumerate(zip(recipe.counted, recipe.means, strict=True)):
-            fits = False
             if isinstance(mean, CompiledMean):
                 mean.result(out, functools.partial(self._peek, window, ours))
-                fits = mean.fits
+                finite, fits = mean.finite, mean.fits
             else:
-                place = out.tensor()[0]
+                place, finite, fits = out.tensor()[0], mean.finite, False
                 revisit = functools.partial(self._revisit, window, ours)
                 values = mean.result(revisit, out=place if self._lane.host else None)
                 self._lane.fetch(values, place)
             grows = recipe.converted or self._rows[number].divisor is not None
-            if grows and not fits and not self._job.options.allow_nonfinite:
+            if unit.kind == "mean" and not finite:
+                self._report_nonfinite(window, ours)
+            if grows and not fits and not allowed:
                 self._refuse_overflow(window, out)
             yield number
 
@@ -243,7 +247,8 @@ class Worker:
                 for source in unit.sources
             ]
             converted = any(source.dtype != unit.dtype for source in unit.sources)
-            self._last = _Recipe(unit, converted, counted, averaged, means, groups, taps)
+            owners = [_owners(unit, k) for k in range(len(unit.sources))]
+            self._last = _Recipe(unit, converted, counted, averaged, means, groups, taps, owners)
         return self._last
 
     def _read_all(self, window: Window, recipe: _Recipe) -> None:
@@ -252,14 +257,13 @@ class Worker:
         self._factors = None
         fill = functools.partial(self._stacked, window, recipe)
         for group, stack in travel(self._lane, recipe.groups, fill):
-            finite = True
             for mean, ours in zip(recipe.means, recipe.counted, strict=True):
-                for run in _runs(group, ours):
-                    _extend(mean, stack.run(run) if isinstance(stack, Rows) else stack[run])
-                finite = finite and mean.finite
+                runs = list(_runs(group, ours))
+                stays = len(recipe.means) == len(recipe.groups) == len(runs) == 1
+                for run in runs:
+                    rows = stack.run(run) if isinstance(stack, Rows) else stack[run]
+                    _extend(mean, rows, stays=stays)
             self._sampler.take(group, stack)
-            if recipe.unit.kind == "mean" and not finite:
-                self._report_nonfinite(window, recipe, group, stack)
         self._sampler.end()
 
     def _revisit(self, window: Window, counted: Sequence[int], number: int) -> Tensor:
@@ -414,6 +418,7 @@ class Worker:
         size = numel * dtype.itemsize
         data = room.bytes(size * len(group))
         start = window[0].start * dtype.itemsize if len(window) == 1 else None
+        chunk = self._chunk(window) if self._hashing else None
         for row, k in enumerate(group):
             part = data[row * size : (row + 1) * size]
             tap = recipe.taps[k]
@@ -421,8 +426,12 @@ class Worker:
                 tap.read(part, sources[k].offset + start)
             else:
                 self._fetch(window, k, part)
-            if self._hashing:
-                self._hash(window, k, part, *_owners(recipe.unit, k))
+            if chunk is not None:
+                value = xxh3_128_intdigest(part, chunk)
+                for owner in recipe.owners[k]:
+                    self._hashes[owner] += value
+            elif self._hashing:
+                self._hash(window, k, part, *recipe.owners[k])
             if self._job.plan.factors and k in recipe.averaged:
                 self._look_at_factors(window, k, part)
         self._ledger.count(len(data))
@@ -440,6 +449,12 @@ class Worker:
             if self._hashing:
                 self._hash(window, k, data, *_owners(window[0].unit, k))
         return data
+
+    def _chunk(self, window: Window) -> int | None:
+        """What the hash of a window begins with that is a whole chunk, as most are."""
+        (unit, start, stop), *more = ((p.unit, p.start, p.stop) for p in window)
+        whole = start % CHUNK == 0 and stop == min(start + CHUNK, len(unit)) and not more
+        return seed(self._numbers[id(unit)], start) if whole else None
 
     def _hash(self, window: Window, k: int, data: memoryview, *owners: int) -> None:
         """Adds the hashes of the chunks of a window, as a source has them, to those of owners."""
@@ -493,13 +508,13 @@ class Worker:
                 at = target.at + (start - target.start) * size
                 self._outs[number].write(target.file, target.place, at, part)
 
-    def _report_nonfinite(
-        self, window: Window, recipe: _Recipe, group: Sequence[int], stack: Stack
-    ) -> None:
+    def _report_nonfinite(self, window: Window, counted: Sequence[int]) -> None:
         """Raises for a tensor that holds NaN or infinity, or notes its name if that is allowed."""
-        for row, k in enumerate(group):
-            values = stack.run(slice(row, row + 1)) if isinstance(stack, Rows) else stack[row]
-            for name, count in self._bad_elements(window, values) if k in recipe.averaged else ():
+        for k in counted:
+            self._read(window, k, again=True)
+            dtype = window[0].unit.sources[k].dtype
+            values = self._lane.room(0).rows(1, _length(window), dtype)
+            for name, count in self._bad_elements(window, values):
                 if self._job.options.allow_nonfinite:
                     self._ledger.nonfinite.add(str(name))
                     continue
@@ -515,19 +530,19 @@ class Worker:
             hint = "choose a wider --dtype, such as float32 or bfloat16"
             raise MergeError(what, where=self._job.layouts[0].path, hint=hint)
 
-    def _bad_elements(self, window: Window, row: Stack) -> Iterator[tuple[Name, int]]:
+    def _bad_elements(self, window: Window, row: Rows) -> Iterator[tuple[Name, int]]:
         """The tensors of a window that reach elements which are not finite, and how many."""
         self._load_torch()
         import torch
 
-        values = row.tensor()[0] if isinstance(row, Rows) else row
+        values = row.tensor()[0]
         real = torch.view_as_real(values).flatten() if values.is_complex() else values
         real = real.float() if real.itemsize < 2 else real
         bad = ~real.isfinite()
         bad = bad.view(-1, 2).any(dim=1) if values.is_complex() else bad
         at = 0
         for piece in window:
-            found = bad[at : at + piece.stop - piece.start].nonzero().flatten().cpu()
+            found = bad[at : at + piece.stop - piece.start].nonzero().flatten()
             at += piece.stop - piece.start
             places = (ctypes.c_int64 * len(found)).from_address(found.data_ptr())
             shift = piece.start + piece.unit.start
@@ -569,12 +584,12 @@ def covers(info: TensorInfo, element: int) -> bool:
     return rest == 0
 
 
-def _extend(mean: CompiledMean | RunningMean, stack: Stack) -> None:
-    """Adds rows to a mean; those that have arrived on a device are no `CompiledMean`'s."""
+def _extend(mean: CompiledMean | RunningMean, stack: Stack, *, stays: bool) -> None:
+    """Adds rows to a mean, all of them if they stay; those on a device are no `CompiledMean`'s."""
     if not isinstance(mean, CompiledMean):
         mean.extend(stack.tensor() if isinstance(stack, Rows) else stack)
     elif isinstance(stack, Rows):
-        mean.extend(stack)
+        (mean.hold if stays else mean.extend)(stack)
 
 
 def _part(window: Window, start: int, stop: int) -> Window:
