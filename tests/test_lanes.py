@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from merge_avg import merge_checkpoints, work
 from merge_avg.budget import Budget, plan_budget
 from merge_avg.buffer import Buffer
 from merge_avg.dtypes import BY_NAME
 from merge_avg.errors import MergeError
+from merge_avg.files import Tap
 from merge_avg.lanes import HostLane, travel
 
 
@@ -122,6 +124,32 @@ def test_a_merge_by_way_of_a_device_is_the_same_to_the_bit(tmp_path, monkeypatch
     assert (tmp_path / "cpu.pt").read_bytes() == (tmp_path / "device.pt").read_bytes()
     assert lanes
     assert all(lane.closed for lane in lanes)
+
+
+@pytest.mark.parametrize("memory", [7 << 20, 64 << 20])
+def test_each_file_is_read_once_and_in_order(tmp_path, monkeypatch, memory):
+    """By way of a device too: every byte of the weights once, each file from front to back."""
+    paths = [tmp_path / f"{fold}.safetensors" for fold in range(3)]
+    for fold, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(fold)
+        big = torch.randn(600_000, generator=generator)
+        save_file({"a": big, "b": big[:70_001] * 2, "c": big[:9].bfloat16()}, path)
+    taken = {path: [] for path in paths}
+    read = Tap.read
+
+    def noted(self, into, at, *, again=False):
+        taken[self.path].append((self.offset + at, len(into)))
+        read(self, into, at, again=again)
+
+    monkeypatch.setattr(Tap, "read", noted)
+    monkeypatch.setattr(work, "make_lane", lambda nbytes, _: DelayedLane(nbytes))
+    result = merge_checkpoints(paths, tmp_path / "o.safetensors", threads=1, max_memory=memory)
+    assert result.nbytes == 3 * 4 * 670_001 + 3 * 2 * 9
+    for ranges in taken.values():
+        assert ranges == sorted(ranges)
+        ends = [at + nbytes for at, nbytes in ranges]
+        assert all(at >= end for (at, _), end in zip(ranges[1:], ends, strict=False))
+        assert sum(nbytes for _, nbytes in ranges) * 3 == result.nbytes
 
 
 def test_windows_fit_the_device():

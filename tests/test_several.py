@@ -102,6 +102,31 @@ def test_each_input_is_read_once(tmp_path, monkeypatch):
     assert result.nbytes == 8 * weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nonfinite_numbers_disturb_no_other_average(tmp_path, dtype):
+    """Looking for whose NaN it is leaves the other averages what they are; all names are told."""
+    paths = []
+    for fold in range(COUNT):
+        content = tensors(fold, dtype)
+        content["w"][fold * 700 : fold * 700 + 3] = torch.nan if fold % 2 else torch.inf
+        content["v"][0, 0] = torch.nan if fold == 2 else 0.5
+        paths.append(tmp_path / f"{fold}.pt")
+        torch.save(content, paths[-1])
+    options = {"allow_nonfinite": True, "int_policy": "template", "agreement": False}
+    rows = {tmp_path / f"o{k}.pt": [int(i != k) for i in range(COUNT)] for k in range(COUNT)}
+    rows[tmp_path / "far.pt"] = [1, 1 << 24, 1, 3]  # whose sums are left to torch
+    result = merge_checkpoints(paths, rows, **options)
+    assert result.nonfinite == ("v", "w")
+    for number, (path, weights) in enumerate(rows.items()):
+        alone = tmp_path / f"alone{number}.pt"
+        merge_checkpoints(paths, alone, weights=weights, template=1, **options)
+        assert torch.load(path)["w"].isfinite().sum() >= 3000 - 3 * COUNT
+        for name in ("w", "v"):
+            ours, theirs = torch.load(path)[name], torch.load(alone)[name]
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
 def test_the_same_checkpoint_may_differ_in_weight(tmp_path):
     """Outputs may weigh the same checkpoints differently."""
     paths = made(tmp_path, ".safetensors", count=2)
