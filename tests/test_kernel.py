@@ -180,6 +180,20 @@ def test_a_sum_of_subnormals_is_exact_where_floats_are_flushed(dtype):
 
 
 @needs_loops
+@pytest.mark.parametrize("factors", [[1.0] * 5, [1.0, 65537.0, 3.0, 1.0, 1.0]])
+@pytest.mark.parametrize("power", [125, 126, 127])
+def test_a_sum_beyond_float_is_exact(factors, power):
+    """Terms near bfloat16's largest number, whose sum no float holds."""
+    values = torch.tensor([[1.5], [1.25], [-1.75], [1.0], [1.75]]) * 2.0**power
+    rows = values.to(torch.bfloat16)
+    total, known = room(1)
+    assert summed(rows, factors, total, known)
+    terms = [float(value) * factor for value, factor in zip(values, factors, strict=True)]
+    assert total.item() == math.fsum(terms)
+    assert math.isfinite(total.item())
+
+
+@needs_loops
 @dtypes
 def test_a_power_of_two_is_a_multiple_of_its_own_unit(dtype):
     """The unit of numbers of which the least is a power of two is not that of those below."""

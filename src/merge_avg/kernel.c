@@ -100,6 +100,13 @@ static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + e
 #define EXPONENT(SIZE, FRACTION, SHIFT) \
     (((uint32_t)(SIZE) >> FRACTION ? (uint32_t)(SIZE) >> FRACTION : 1) + SHIFT)
 
+/* Whether sums of terms, of which this is known, are exact in float, whatever becomes of subnormals:
+   they are integers of some unit, below 2^24. */
+static inline int narrow(double most, double unit)
+{
+    return most <= unit * 0x1p24 && most <= 0x1p127 && unit >= 0x1p-126;
+}
+
 static inline void put(const float *restrict part, size_t n, double *restrict sum, int begun)
 {
     if (begun)
@@ -114,7 +121,7 @@ static inline void put(const float *restrict part, size_t n, double *restrict su
    and what is known of each tile. Returns whether all numbers are finite.
 
    Numbers of 16 bits are summed in float first, twice as many at a time, for as many rows as that is
-   exact for: their terms are below 2^24 of the unit of all of them, which is not subnormal. */
+   exact for. */
 #define SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                                \
     VARIANTS int merge_avg_sum_##NAME(const WORD *rows, size_t count, size_t stride, size_t numel, \
                                       const double *weights, int begun, double *total,             \
@@ -157,9 +164,7 @@ static inline void put(const float *restrict part, size_t n, double *restrict su
                 }                                                                                  \
                 known->most += row_most;                                                           \
                 known->unit = row_unit < known->unit ? row_unit : known->unit;                     \
-                int narrow = BITS < 24 && !bad && row_most <= row_unit * 0x1p24 &&                 \
-                             row_unit >= 0x1p-126;                                                 \
-                if (!narrow) {                                                                     \
+                if (BITS == 24 || bad || !narrow(row_most, row_unit)) {                            \
                     if (summed)                                                                    \
                         for (size_t j = 0; j < n; j++)                                             \
                             sum[j] += weight * FROM(x[j]);                                         \
@@ -171,7 +176,7 @@ static inline void put(const float *restrict part, size_t n, double *restrict su
                 }                                                                                  \
                 most += row_most;                                                                  \
                 unit = row_unit < unit ? row_unit : unit;                                          \
-                if (parted && most > unit * 0x1p24) {                                              \
+                if (parted && !narrow(most, unit)) {                                                \
                     put(part, n, sum, summed);                                                     \
                     summed = 1;                                                                    \
                     parted = 0;                                                                    \
