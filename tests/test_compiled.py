@@ -38,7 +38,7 @@ def averaged(tensors, weights, name, groups=()):
     mean = CompiledMean(LOOPS, weights)
     at = 0
     for group in (*groups, len(tensors)):
-        if not groups:
+        if not groups and name == str(tensors[0].dtype).removeprefix("torch."):
             mean.hold(as_rows(torch.stack(tensors)))
             break
         if at < len(tensors):

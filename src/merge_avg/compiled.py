@@ -53,7 +53,7 @@ class CompiledMean:
         self._whole: Rows | None = None
 
     def hold(self, rows: Rows) -> None:
-        """Shows all vectors, which have to stay as they are until `result`: that is faster."""
+        """Shows all vectors, of the result's dtype, which stay as they are until then: faster."""
         self._whole, self._count = rows, rows.count
 
     def extend(self, rows: Rows) -> None:
@@ -92,10 +92,7 @@ class CompiledMean:
         """What writes the mean from a column on, and returns what `Kernel.mean` does."""
         divisor = float(self._weights.total)
         whole, self._whole = self._whole, None
-        if whole is None or whole.dtype != out.dtype:
-            if whole is not None:
-                self._count = 0
-                self.extend(whole)
+        if whole is None:
             sums = self._total.address, self._known.address, self._count, divisor
             return functools.partial(self._loops.mean, *sums, out)
         self.finite = True

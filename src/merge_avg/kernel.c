@@ -238,7 +238,7 @@ static inline void put(const float *restrict part, size_t n, double *restrict su
 
 /* The same for any tile of a sum: open[j] tells which quotients, off by `bound` at most, might round
    otherwise or be a zero of another sign. A negative bound is that of a sum which is exact: of up
-   to 2^53 units, and D below 2^28, S / D is half a unit of a double from a middle, or is one. NaN
+   to 2^53 units, and D below 2^28, S / D is a middle, or half a unit of a double from it at least. NaN
    and infinity, which come of such terms, are IEEE 754's. */
 #define NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                \
     VARIANTS static WORD near_##NAME(const double *restrict total, size_t numel, double divisor,   \
@@ -428,7 +428,7 @@ static double exact_mean(const double *values, size_t stride, size_t count,
     }
 
 #define FORMAT(NAME, WORD, FROM, TO, BITS, EMIN, NORMAL, SHIFT, SPECIAL)                           \
-    SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                              \
+    SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                                    \
     EXACT(NAME, WORD, TO, BITS, NORMAL)                                                            \
     NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                    \
     MEAN(NAME, WORD, SPECIAL)                                                                      \

@@ -260,6 +260,7 @@ class Worker:
             for mean, ours in zip(recipe.means, recipe.counted, strict=True):
                 runs = list(_runs(group, ours))
                 stays = len(recipe.means) == len(recipe.groups) == len(runs) == 1
+                stays = stays and not recipe.converted
                 for run in runs:
                     rows = stack.run(run) if isinstance(stack, Rows) else stack[run]
                     _extend(mean, rows, stays=stays)
@@ -585,7 +586,7 @@ def covers(info: TensorInfo, element: int) -> bool:
 
 
 def _extend(mean: CompiledMean | RunningMean, stack: Stack, *, stays: bool) -> None:
-    """Adds rows to a mean, all of them if they stay; those on a device are no `CompiledMean`'s."""
+    """Adds rows to a mean: all, if they stay. Those on a device are no `CompiledMean`'s."""
     if not isinstance(mean, CompiledMean):
         mean.extend(stack.tensor() if isinstance(stack, Rows) else stack)
     elif isinstance(stack, Rows):

@@ -189,14 +189,14 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
     members: dict[int, Layout] = {}
     for name in tree.files:
         if PurePosixPath(name).name == DCP_METADATA:
+            from merge_avg.formats import dcp
+
             folder = str(PurePosixPath(name).parent)
             inside = {
                 PurePosixPath(other).name: (numbers[other], tree.files[other])
                 for other in tree.files
                 if str(PurePosixPath(other).parent) == folder
             }
-            from merge_avg.formats import dcp
-
             members |= dcp.scan_set(root / folder, inside)
     for name, number in numbers.items():
         if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
