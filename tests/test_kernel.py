@@ -247,6 +247,24 @@ def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
     assert (fits, at, open_) == (bool(expected.isfinite().all()), len(sums), [])
 
 
+@needs_loops
+@dtypes
+@pytest.mark.parametrize("limit", [50, 53])
+def test_ties_stay_ties(dtype, limit):
+    """Sums of which a quotient is the middle between two numbers, for divisors of all sizes."""
+    form = _FLOATS[dtype]
+    generator = torch.Generator().manual_seed(limit)
+    lowest = 1 << form.bits
+    middles = torch.randint(lowest, 2 * lowest, (TILE,), generator=generator).double()
+    middles += middles % 2 == 0  # odd, and of one bit more than the format has
+    middles *= 2.0 ** (-form.bits - 3)
+    known = torch.tensor([2.0**limit, 1.0, 0.0], dtype=torch.float64) * 2.0 ** (-form.bits - 3)
+    for divisor in (*range(3, 200, 2), 10_007, 99_991, 1_000_003, (1 << 24) - 3):
+        total, out = middles * divisor, torch.empty(TILE, dtype=dtype)
+        LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_rows(out), 0)
+        assert same(out, middles.float().to(dtype) if dtype.itemsize < 4 else middles.to(dtype))
+
+
 def rounded(value, form, signed):
     """A fraction rounded to a format by integers; what becomes zero keeps the sign of a float."""
     size = abs(value)
