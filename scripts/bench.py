@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import json
+import math
 import os
 import shutil
 import statistics
@@ -85,16 +86,42 @@ def _nested(path: Path, seed: int, nbytes: int) -> None:
 
 
 def _sharded(path: Path, seed: int, nbytes: int) -> None:
+    """A directory as of transformers, with the names and proportions of a Llama."""
     path.mkdir()
+    layers = 16
+    hidden = int((nbytes / 2 / (13 * layers + 4)) ** 0.5) // 64 * 64
+    square, wide, row = (hidden, hidden), (3 * hidden, hidden), (hidden,)
+    shapes: dict[str, tuple[int, ...]] = {"lm_head": (2 * hidden, hidden)}
+    shapes |= {"model.embed_tokens": (2 * hidden, hidden)}
+    for layer in range(layers):
+        parts: dict[str, tuple[int, ...]] = {}
+        parts |= {f"self_attn.{part}_proj": square for part in "qkvo"}
+        parts |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": (hidden, 3 * hidden)}
+        parts |= {"input_layernorm": row, "post_attention_layernorm": row}
+        shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
+    shapes |= {"model.norm": row}
     table: dict[str, str] = {}
     for shard in range(4):
-        tensors = _tensors(seed * 4 + shard, _split(nbytes // 4, 20), torch.bfloat16)
-        named = {f"shard{shard}.{key}": value for key, value in tensors.items()}
-        name = f"model-{shard + 1:05}-of-00004.safetensors"
-        save_file(named, path / name, metadata={"format": "pt"})
-        table |= dict.fromkeys(named, name)
+        chosen = list(shapes.items())[shard::4]
+        sizes = [2 * math.prod(shape) for _, shape in chosen]
+        values = _tensors(seed * 4 + shard, sizes, torch.bfloat16).values()
+        pairs = zip(chosen, values, strict=True)
+        tensors = {f"{name}.weight": value.view(shape) for (name, shape), value in pairs}
+        file = f"model-{shard + 1:05}-of-00004.safetensors"
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        table |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": nbytes}, "weight_map": table}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_attention_heads": hidden // 64,
+        "num_hidden_layers": layers,
+        "vocab_size": 2 * hidden,
+    }
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def _one(path: Path, seed: int, nbytes: int) -> None:
@@ -118,27 +145,40 @@ WORKLOADS = {
 # Contenders: ours, and what people use today
 
 _LOAD = """
-import sys, torch
+import json, pathlib, shutil, sys, torch
 from safetensors.torch import load_file, save_file
 *inputs, output = sys.argv[1:]
 def load(path, **options):
     if path.endswith(".safetensors"):
         return load_file(path)
+    if (folder := pathlib.Path(path)).is_dir():
+        state = {}
+        for file in folder.glob("*.safetensors"):
+            state |= load_file(file)
+        return state
     return torch.load(path, map_location="cpu", weights_only=True, **options)
 def weights(checkpoint):
     return checkpoint["state_dict"] if "state_dict" in checkpoint else checkpoint
 def save(checkpoint):
+    if (folder := pathlib.Path(inputs[0])).is_dir():
+        copied = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(folder, output, ignore=copied, dirs_exist_ok=True)
+        table = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        for name in set(table.values()):
+            shard = {key: value for key, value in checkpoint.items() if table[key] == name}
+            save_file(shard, output + "/" + name, metadata={"format": "pt"})
+        return
     (save_file if output.endswith(".safetensors") else torch.save)(checkpoint, output)
 """
 # A loop as the tools of today have it: the sum takes the dtype of the first checkpoint.
 _LOOP = (
     _LOAD
     + """
-first = load(inputs[0]{options})
+first = load(inputs[0] OPTIONS)
 total = weights(first)
-total.update({{key: value.clone() for key, value in total.items()}})
+total.update({key: value.clone() for key, value in total.items()})
 for path in inputs[1:]:
-    for key, value in weights(load(path{options})).items():
+    for key, value in weights(load(path OPTIONS)).items():
         total[key] += value
 for value in total.values():
     value /= len(inputs)
@@ -175,9 +215,7 @@ class Contender:
 
 
 def _python(code: str) -> Contender:
-    def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
-        if inputs[0].is_dir():
-            return None
+    def command(inputs: Sequence[Path], output: Path) -> list[str]:
         return [sys.executable, "-c", code, *map(str, inputs), str(output)]
 
     return Contender(command)
@@ -212,16 +250,19 @@ _IMPORT = Contender(lambda *_: [sys.executable, "-c", "import torch"])
 
 
 def _mergekit(program: Path) -> Contender:
-    """The linear method of mergekit for raw files; `program` is its mergekit-pytorch."""
+    """The linear method of mergekit; `program` is its mergekit-yaml, which takes directories."""
 
     def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
-        if inputs[0].is_dir() or inputs[0].suffix == ".ckpt":
+        if inputs[0].suffix == ".ckpt":
             return None
         models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in inputs]
         config = output.with_name("mergekit.yml")
-        value = {"merge_method": "linear", "dtype": None, "models": models}
-        config.write_text(json.dumps({key: v for key, v in value.items() if v is not None}))
-        return [str(program), str(config), str(output)]
+        value: dict[str, object] = {"merge_method": "linear", "models": models}
+        if inputs[0].is_dir():
+            config.write_text(json.dumps(value | {"dtype": "bfloat16"}))
+            return [str(program), "--no-copy-tokenizer", str(config), str(output)]
+        config.write_text(json.dumps(value))
+        return [str(program.with_name("mergekit-pytorch")), str(config), str(output)]
 
     return Contender(command)
 
@@ -262,8 +303,8 @@ class Reading:
     resident: float
 
 
-def measure(command: Sequence[str], log: Path) -> Reading | None:
-    """Runs a command; None if it fails."""
+def measure(command: Sequence[str], log: Path, patience: float) -> Reading | None:
+    """Runs a command; None if it fails, or takes more than `patience` seconds and is stopped."""
     with log.open("w") as file:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -275,6 +316,9 @@ def measure(command: Sequence[str], log: Path) -> Reading | None:
             found = _memory(process.pid)
             anonymous = max(anonymous, found.get("RssAnon", 0))
             resident = max(resident, found.get("VmHWM", 0))
+            if time.perf_counter() - started > patience:
+                process.kill()
+                file.write(f"\nstopped after {patience:.0f} s")
             time.sleep(0.004)
         wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -323,6 +367,7 @@ def race(
     *,
     repeat: int,
     cold: bool,
+    patience: float,
     needed: float = 1.0,
 ) -> dict[str, Reading]:
     """The median of each contender over interleaved runs; "limit" and "import torch" are two."""
@@ -338,7 +383,7 @@ def race(
             _clean(output)
             (_drop_cache if cold else _warm_cache)(inputs)
             log = inputs[0].parent / "log"
-            reading = measure(command, log)
+            reading = measure(command, log, patience if name in contenders else math.inf)
             if reading is None:
                 failed.add(name)
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -391,7 +436,14 @@ def _curves(
         with tempfile.TemporaryDirectory(dir=folder) as place:
             workload = WORKLOADS["float32"]
             inputs = _made(workload, Path(place), count, nbytes)
-            results = race(inputs, ".pt", contenders, repeat=options.repeat, cold=options.cold)
+            results = race(
+                inputs,
+                ".pt",
+                contenders,
+                repeat=options.repeat,
+                cold=options.cold,
+                patience=options.patience,
+            )
             show(f"{count} checkpoints of {nbytes // MB} MB", results)
             rows += [
                 {
@@ -413,36 +465,37 @@ def _plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     names = [name for name in _names(rows, "contender") if name != "import torch"]
-    if "workload" in rows[0]:
-        titles = _names(rows, "workload")
-        for axis, field in zip(axes, ("ratio", "anonymous"), strict=True):
+    bars = "workload" in rows[0]
+    kinds = _names(rows, "workload" if bars else "curve")
+    shape = (1, 2) if bars else (len(kinds), 2)
+    figure, grid = plt.subplots(*shape, figsize=(13, 5 * shape[0]), squeeze=False)
+    if bars:
+        for axis, field in zip(grid[0], ("ratio", "anonymous"), strict=True):
             for place, name in enumerate(names):
                 found = {str(r["workload"]): r[field] for r in rows if r["contender"] == name}
-                xs = [x + (place - len(names) / 2) * 0.8 / len(names) for x in range(len(titles))]
-                heights = [float(str(found.get(title, 0))) for title in titles]
+                xs = [x + (place - len(names) / 2) * 0.8 / len(names) for x in range(len(kinds))]
+                heights = [float(str(found.get(kind, 0))) for kind in kinds]
                 axis.bar(xs, heights, 0.8 / len(names), label=name)
-            axis.set_xticks(range(len(titles)), titles)
-        axes[0].set_ylabel("wall time / limit")
-    else:
+            axis.set_xticks(range(len(kinds)), kinds)
+    for kind, axes in [] if bars else zip(kinds, grid, strict=True):
         for axis, field in zip(axes, ("wall", "anonymous"), strict=True):
             for name in names:
-                for style, key in (("-o", "count"), ("--s", "nbytes")):
-                    points = sorted(
-                        (float(str(r["count"])) * float(str(r["nbytes"])), float(str(r[field])))
-                        for r in rows
-                        if r["contender"] == name and r["curve"] == key
-                    )
-                    label = f"{name}, over {'N' if key == 'count' else 'size'}"
-                    axis.plot(*zip(*points, strict=True), style, label=label)
+                drawn = [r for r in rows if r["contender"] == name and r["curve"] == kind]
+                points = sorted((float(str(r[kind])), float(str(r[field]))) for r in drawn)
+                axis.plot(*zip(*points, strict=True), "-o", label=name)
+            steps = sorted({int(str(r[kind])) for r in rows if r["curve"] == kind})
             axis.set_xscale("log")
-            axis.set_xlabel("bytes of all checkpoints")
-        axes[0].set_ylabel("wall time, s")
-    for axis in axes:
-        axis.set_yscale("log")
-    axes[1].set_ylabel("peak anonymous memory, MiB")
-    axes[0].legend(fontsize="small")
+            axis.set_xticks(steps, [str(n if kind == "count" else n // MB) for n in steps])
+            axis.minorticks_off()
+            axis.set_xlabel("checkpoints" if kind == "count" else "MB of a checkpoint")
+    for left, right in grid:
+        left.set_ylabel("wall time / limit" if bars else "wall time, s")
+        right.set_ylabel("peak anonymous memory, MiB")
+        left.set_yscale("log")
+        right.set_yscale("log")
+        right.set_ylim(bottom=10)
+        right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -460,8 +513,11 @@ def main() -> None:
     parser.add_argument("--curve", action="store_true", help="over N and over size instead")
     parser.add_argument("--ours", action="store_true", help="leave out the peers")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--patience", type=float, default=300.0, help="seconds that a contender may take"
+    )
     parser.add_argument("--folder", type=Path, help="where the files are made")
-    parser.add_argument("--mergekit", type=Path, help="mergekit-pytorch of an environment with it")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment with it")
     parser.add_argument("--sd-mecha", type=Path, help="python of an environment with sd-mecha")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--plot", type=Path, help="where a PNG goes (needs matplotlib)")
@@ -472,8 +528,8 @@ def main() -> None:
     contenders = {"merge-avg": _ours(), "less measuring": bare}
     if not options.ours:
         contenders |= {
-            "naive loop": _python(_LOOP.format(options="")),
-            "mmap loop": _python(_LOOP.format(options=", mmap=True")),
+            "naive loop": _python(_LOOP.replace("OPTIONS", "")),
+            "mmap loop": _python(_LOOP.replace("OPTIONS", ", mmap=True")),
             "AveragedModel": _python(_AVERAGED_MODEL),
         }
         if options.mergekit:
@@ -498,6 +554,7 @@ def main() -> None:
                     contenders,
                     repeat=options.repeat,
                     cold=options.cold,
+                    patience=options.patience,
                     needed=workload.needed,
                 )
             show(f"{name}: {workload.count} x {nbytes / MB:.1f} MB", results)
