@@ -36,7 +36,7 @@ from merge_avg.prepare import (
 )
 from merge_avg.scratch import Scratch
 from merge_avg.weights import Weight
-from merge_avg.work import CHUNK, KEPT, Ledger, Maps, Worker
+from merge_avg.work import KEPT, Ledger, Maps, Worker, chunk
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def single_threaded() -> Iterator[Callable[[], None]]:
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     """Runs all windows and copies on worker threads; the first error stops them all."""
     placed = [u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets]
-    work = batches(placed, job.budget.window, CHUNK)
+    work = batches(placed, job.budget.window, max(map(chunk, placed), default=1))
     copies = enumerate(job.draft.copies)
     lock, stop = threading.Lock(), threading.Event()
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from merge_avg.average import Buffers, RunningMean
 
 # Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
-# are read, are of no matter: so many elements of a unit, from its start.
-CHUNK = 1 << 18
+# are read, are of no matter. A chunk takes so many bytes in the template, as most windows do.
+_CHUNK = 1 << 19
 _SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 KEPT = -1  # stands for the number of a checkpoint, where hashes are of what the template gives
 
@@ -419,7 +419,7 @@ class Worker:
         size = numel * dtype.itemsize
         data = room.bytes(size * len(group))
         start = window[0].start * dtype.itemsize if len(window) == 1 else None
-        chunk = self._chunk(window) if self._hashing else None
+        first = self._chunk(window) if self._hashing else None
         for row, k in enumerate(group):
             part = data[row * size : (row + 1) * size]
             tap = recipe.taps[k]
@@ -427,8 +427,8 @@ class Worker:
                 tap.read(part, sources[k].offset + start)
             else:
                 self._fetch(window, k, part)
-            if chunk is not None:
-                value = xxh3_128_intdigest(part, chunk)
+            if first is not None:
+                value = xxh3_128_intdigest(part, first)
                 for owner in recipe.owners[k]:
                     self._hashes[owner] += value
             elif self._hashing:
@@ -454,8 +454,9 @@ class Worker:
     def _chunk(self, window: Window) -> int | None:
         """What the hash of a window begins with that is a whole chunk, as most are."""
         (unit, start, stop), *more = ((p.unit, p.start, p.stop) for p in window)
-        whole = start % CHUNK == 0 and stop == min(start + CHUNK, len(unit)) and not more
-        return seed(self._numbers[id(unit)], start) if whole else None
+        size = chunk(unit)
+        whole = start % size == 0 and stop == min(start + size, len(unit)) and not more
+        return seed(self._numbers[id(unit)], start // size) if whole else None
 
     def _hash(self, window: Window, k: int, data: memoryview, *owners: int) -> None:
         """Adds the hashes of the chunks of a window, as a source has them, to those of owners."""
@@ -463,18 +464,17 @@ class Worker:
         owner = owners[0]
         for piece in window:
             unit, start = piece.unit, piece.start
-            size, number = unit.sources[k].dtype.itemsize, self._numbers[id(unit)]
+            size, length = unit.sources[k].dtype.itemsize, chunk(unit)
             while start < piece.stop:
-                stop = min(start - start % CHUNK + CHUNK, piece.stop)
+                stop = min(start - start % length + length, piece.stop)
                 end = at + (stop - start) * size
                 part = data if end - at == len(data) else data[at:end]
-                begins, ends = start % CHUNK == 0, stop % CHUNK == 0 or stop == len(unit)
+                begins, ends = start % length == 0, stop % length == 0 or stop == len(unit)
+                first = seed(self._numbers[id(unit)], start // length)
                 if begins and ends:
-                    value = xxh3_128_intdigest(part, seed(number, start))
+                    value = xxh3_128_intdigest(part, first)
                 else:
-                    digest = (
-                        self._begun[owner] if not begins else xxh3_128(seed=seed(number, start))
-                    )
+                    digest = self._begun[owner] if not begins else xxh3_128(seed=first)
                     digest.update(part)
                     self._begun[owner] = digest
                     value = digest.intdigest() if ends else 0
@@ -563,9 +563,14 @@ class Worker:
                 yield name, info, count
 
 
-def seed(unit: int, start: int) -> int:
+def chunk(unit: Unit) -> int:
+    """How many elements of a unit are hashed at a time, from multiples of that on."""
+    return _CHUNK // unit.sources[0].dtype.itemsize
+
+
+def seed(unit: int, number: int) -> int:
     """What the hash of a chunk begins with: where it is, so that no two chunks can be swapped."""
-    return (unit << 32 | start // CHUNK) & 0xFFFFFFFFFFFFFFFF
+    return (unit << 32 | number) & 0xFFFFFFFFFFFFFFFF
 
 
 def _owners(unit: Unit, k: int) -> Sequence[int]:
