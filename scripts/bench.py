@@ -318,7 +318,7 @@ def measure(command: Sequence[str], log: Path, patience: float) -> Reading | Non
             resident = max(resident, found.get("VmHWM", 0))
             if time.perf_counter() - started > patience:
                 process.kill()
-                file.write(f"\nstopped after {patience:.0f} s")
+                file.write(f"\nstopped after {patience:g} s")
             time.sleep(0.004)
         wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)

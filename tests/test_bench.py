@@ -32,5 +32,17 @@ def test_small_sizes(tmp_path, curve):
         workloads = {workload for workload, _ in found}
         assert workloads == {"float32", "bfloat16", "nested", "sharded", "one", "tiny"}
         assert found >= {(workload, who) for workload in workloads for who in OURS}
-        assert ("float32", "AveragedModel") in found
+        assert found >= {(workload, "AveragedModel") for workload in workloads}
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.large
+def test_patience(tmp_path):
+    """A contender that takes longer than it may is stopped, which is said, and the rest goes on."""
+    options = ["bfloat16", "--quick", "--ours", "--repeat", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, str(BENCH), *options, "--patience", "0.01"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "merge-avg failed: stopped after 0.01 s" in lines
+    assert not any(line.startswith("merge-avg ") and "failed" not in line for line in lines)
+    assert any(line.startswith("limit") for line in lines)
