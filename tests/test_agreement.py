@@ -123,7 +123,7 @@ def test_checkpoints_without_a_weight_do_not_count(tmp_path):
     assert len(result.agreement.each) == 2
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.sampled_from([2, 5, 64]), st.integers(2, 5))
 def test_figures_do_not_depend_on_windows(tmp_path_factory, threads, mebibytes, count):
     """Threads and memory change which windows there are, and not what is looked at."""
@@ -146,7 +146,6 @@ def looked_at(sample, start, stop):
     return torch.cat([torch.arange(0), *found]) + start
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 1_500_000),
     st.integers(0, 1_500_000),
@@ -400,7 +399,7 @@ def test_it_can_be_left_out(tmp_path):
 ROW = st.lists(st.sampled_from([0.0, 1.0, -1.0, 3e-30, 1e30, 0.5]), min_size=6, max_size=6)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(ROW, min_size=1, max_size=4), ROW)
 def test_figures_are_numbers_whatever_there_is(tmp_path_factory, rows, base):
     """Of zeros, constants, copies, one checkpoint, huge and tiny values: in bounds, and no NaN."""

@@ -79,7 +79,7 @@ def test_formats_are_those_of_torch(dtype):
     assert min(e for e, count in binades.items() if count == binades[0]) == form.emin
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     dtype=st.sampled_from(DTYPES),
     count=st.integers(1, 9),

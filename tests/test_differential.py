@@ -180,9 +180,9 @@ def same_tensors(tmp_path, tensors, metadata):
     assert sorted(ours(path, path.parent)) == sorted(names(theirs))
 
 
-MANY = settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
-SOME = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-FEW = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=3000, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=300, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=200, suppress_health_check=list(HealthCheck))
 FILES = given(tree=trees(), protocol=st.integers(2, 5), zipped=st.booleans())
 TENSORS = given(
     tensors=st.dictionaries(

@@ -30,14 +30,12 @@ def read(data):
     return load(data, persistent=lambda pid: ("persistent", pid), call=lambda _f, _a: None).value
 
 
-@settings(deadline=None)
 @given(value=VALUES, protocol=st.integers(3, 5))
 def test_plain_values_are_read_as_pickle_reads_them(value, protocol):
     """Containers and scalars of protocols 3 to 5 come out as pickle.loads gives them."""
     assert read(pickle.dumps(value, protocol)) == value
 
 
-@settings(deadline=None)
 @given(
     value=st.recursive(
         SCALARS, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=20
@@ -157,7 +155,7 @@ def test_every_truncation_is_an_error(protocol):
             read(data[:end])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.binary(max_size=60), place=st.integers(0, 200), protocol=st.integers(0, 5))
 def test_any_bytes_end_in_a_value_or_a_pickle_error(data, place, protocol):
     """Noise, alone or inside a real pickle, never raises anything else."""

@@ -138,9 +138,7 @@ def test_the_same_checkpoint_may_differ_in_weight(tmp_path):
         assert content_of(alone) == content_of(path)
 
 
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.randoms(use_true_random=False), st.integers(1, 4), st.sampled_from([None, 1, 5, 12]))
 def test_no_bit_depends_on_how_it_is_done(tmp_path_factory, rng: random.Random, threads, mebibytes):
     """Threads, budget and the order of the inputs change no bit of any average."""

@@ -103,9 +103,7 @@ def test_the_result_is_the_mean_of_its_members(tmp_path, shared):
     assert (tmp_path / "o.pt").read_bytes() == (tmp_path / "plain.pt").read_bytes()
 
 
-@settings(
-    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(-20, 20), min_size=2, max_size=5),
     st.integers(0, 3),

@@ -319,9 +319,7 @@ def test_equal_merges_give_equal_bytes(tmp_path, suffix):
     assert len(set(outputs)) == 1
 
 
-@settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(
         st.sampled_from([1, 7, 1000, 131_072, 140_000, 270_000]), min_size=1, max_size=4
