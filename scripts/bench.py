@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import functools
 import json
 import math
 import os
@@ -363,8 +364,8 @@ def _clean(output: Path) -> None:
 def race(
     inputs: Sequence[Path],
     suffix: str,
-    contenders: dict[str, Contender],
     *,
+    contenders: dict[str, Contender],
     repeat: int,
     cold: bool,
     patience: float,
@@ -425,25 +426,17 @@ def _made(workload: Workload, folder: Path, count: int, nbytes: int) -> list[Pat
 
 
 def _curves(
-    contenders: dict[str, Contender], folder: Path, options: argparse.Namespace
+    run: Callable[[Sequence[Path], str], dict[str, Reading]], folder: Path, scale: int
 ) -> list[dict[str, object]]:
     """Time and memory over the number of checkpoints, and over their size."""
-    scale = 10 if options.quick else 1
-    rows = []
+    rows: list[dict[str, object]] = []
     grid = [("count", count, 100 * MB // scale) for count in (2, 4, 8, 16, 32, 64)]
     grid += [("nbytes", 4, nbytes * MB // scale) for nbytes in (50, 100, 200, 400, 800, 1600)]
     for curve, count, nbytes in grid:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             workload = WORKLOADS["float32"]
             inputs = _made(workload, Path(place), count, nbytes)
-            results = race(
-                inputs,
-                ".pt",
-                contenders,
-                repeat=options.repeat,
-                cold=options.cold,
-                patience=options.patience,
-            )
+            results = run(inputs, ".pt")
             show(f"{count} checkpoints of {nbytes // MB} MB", results)
             rows += [
                 {
@@ -538,25 +531,24 @@ def main() -> None:
             contenders["sd-mecha"] = _sd_mecha(options.sd_mecha)
     # pip does that with what it installs, but not with what is installed to be edited.
     compileall.compile_dir(Path(merge_avg.__file__).parent, quiet=1)
+    run = functools.partial(
+        race,
+        contenders=contenders,
+        repeat=options.repeat,
+        cold=options.cold,
+        patience=options.patience,
+    )
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         if options.curve:
-            rows = _curves(contenders, folder, options)
+            rows = _curves(run, folder, 10 if options.quick else 1)
         for name in [] if options.curve else options.workloads or list(WORKLOADS):
             workload = WORKLOADS[name]
             nbytes = workload.nbytes // (100 if options.quick else 1)
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 inputs = _made(workload, Path(place), workload.count, nbytes)
-                results = race(
-                    inputs,
-                    workload.suffix,
-                    contenders,
-                    repeat=options.repeat,
-                    cold=options.cold,
-                    patience=options.patience,
-                    needed=workload.needed,
-                )
+                results = run(inputs, workload.suffix, needed=workload.needed)
             show(f"{name}: {workload.count} x {nbytes / MB:.1f} MB", results)
             for who, reading in results.items():
                 whole, less = ratios(results, who)
