@@ -1,4 +1,4 @@
-"""Compiles src/merge_avg/kernel.c while a wheel is built.
+"""Compiles src/merge_avg/arithmetic/kernel.c while a wheel is built.
 
 Where there is no C compiler (or CC=false says so) the wheel is for any machine, and leaves these
 loops to torch.
@@ -38,10 +38,10 @@ class KernelHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles, and says for which machines the wheel is then."""
-        package = Path(self.root) / "src" / "merge_avg"
+        package = Path(self.root) / "src" / "merge_avg" / "arithmetic"
         self._made = tempfile.TemporaryDirectory()
         place = package if version == "editable" else Path(self._made.name)
-        library = place / "_kernel.so"
+        library = place / "_loops.so"
         library.unlink(missing_ok=True)
         try:
             compiled(package / "kernel.c", library)
@@ -52,7 +52,7 @@ class KernelHook(BuildHookInterface[Any]):
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{next(iter(platform_tags()))}"
         if version != "editable":
-            build_data["force_include"][str(library)] = "merge_avg/_kernel.so"
+            build_data["force_include"][str(library)] = "merge_avg/arithmetic/_loops.so"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
         """Removes what the wheel has by now."""

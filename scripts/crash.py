@@ -1,4 +1,4 @@
-"""Kills real runs of the command, and lets their system calls fail: tests/crashing.py says how.
+"""Kills real runs of the command, and lets their system calls fail: see tests/promises/crashing.py.
 
 python scripts/crash.py kill --count 300      SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments
 python scripts/crash.py calls                 SIGKILL at each system call (needs strace)
@@ -14,5 +14,5 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
-    command = [sys.executable, "-W", "ignore", "-m", "tests.crashing", *sys.argv[1:]]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.promises.crashing", *sys.argv[1:]]
     sys.exit(subprocess.run(command, cwd=ROOT, check=False).returncode)

@@ -3,9 +3,9 @@
     python scripts/fuzz.py pickle --runs 1000000 --corpus /tmp/corpus
 
 Targets: pickle, zip, legacy, safetensors, dcp. The seeds are the frozen checkpoints of tests/data
-and the small attacks of tests/attacks.py. A find is another exception than MergeError, more than
-256 MiB of memory, more than 10 s, or whatever `Fence` forbids: importing, executing, opening. It is
-kept in tests/data/attacks, where tests/test_attacks.py tries it from then on.
+and the small attacks of tests/promises/attacks.py. A find is another exception than MergeError,
+more than 256 MiB of memory, more than 10 s, or whatever `Fence` forbids: importing, executing,
+opening. It is kept in tests/data/attacks, where tests/promises/test_attacks.py tries it later.
 
 Needs atheris: pip install --group fuzz.
 """
@@ -44,7 +44,7 @@ _PLACE = 3  # bytes before a .metadata that tell its length, in the inputs of th
 def seeds(target: str) -> Iterator[bytes]:
     """Real files, and attacks, as inputs of a target."""
     sys.path.insert(0, str(ROOT))
-    from tests.attacks import ATTACKS, LARGE, PICKLES  # noqa: PLC0415
+    from tests.promises.attacks import ATTACKS, LARGE, PICKLES  # noqa: PLC0415
 
     if target == "pickle":
         yield from (data for data, _ in PICKLES.values() if isinstance(data, bytes))
@@ -127,11 +127,14 @@ class Fence:
 
 def _target(name: str, folder: Path) -> tuple[Callable[[bytes], object], set[str]]:
     """What reads an input, and the paths that it may open."""
+    from merge_avg.checkpoint._layout import File, dotted  # noqa: PLC0415
+    from merge_avg.checkpoint._roles import assign  # noqa: PLC0415
     from merge_avg.errors import MergeError  # noqa: PLC0415
-    from merge_avg.formats import dcp, safetensors, torch_legacy, torch_zip  # noqa: PLC0415
-    from merge_avg.formats.torch_objects import objects_at  # noqa: PLC0415
-    from merge_avg.layout import File, dotted  # noqa: PLC0415
-    from merge_avg.roles import assign  # noqa: PLC0415
+    from merge_avg.formats import distributed as dcp  # noqa: PLC0415
+    from merge_avg.formats import legacy as torch_legacy  # noqa: PLC0415
+    from merge_avg.formats import safetensors  # noqa: PLC0415
+    from merge_avg.formats.pickle.torch_objects import objects_at  # noqa: PLC0415
+    from merge_avg.formats.zip import read as torch_zip  # noqa: PLC0415
 
     def stamp(data: bytes, path: Path = Path("input")) -> File:
         return File(path, len(data), 0, 0, 0)

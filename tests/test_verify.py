@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import budget, verify_output
+from merge_avg import verify_output
+from merge_avg.arithmetic._weights import Weights
+from merge_avg.checkpoint._layout import MARK
+from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.layout import MARK
-from merge_avg.merge import merge_checkpoints
-from merge_avg.prepare import Hashes, Options, make_mark
-from merge_avg.scan import scan
+from merge_avg.formats._scan import scan
+from merge_avg.plan import _budget as budget
+from merge_avg.plan._job import Hashes, Options, make_mark
 from merge_avg.verify import read_record
-from merge_avg.weights import Weights
 
 KINDS = ["pt", "safetensors", "shards", "dcp", "one file of shards", "shards of one file", "bare"]
 
@@ -283,7 +284,7 @@ def test_each_input_is_read_once(tmp_path):
         save_file({"a": torch.randn(1_000_000, generator=generator)}, paths[-1])
     script = (
         "import os, sys\n"
-        "from merge_avg.merge import merge_checkpoints\n"
+        "from merge_avg.engine._run import merge_checkpoints\n"
         "def count(): return int(open('/proc/self/io').read().split()[1])\n"
         "before = count()\n"
         "result = merge_checkpoints(sys.argv[1:], 'o.safetensors', max_memory=11 << 20)\n"

@@ -11,17 +11,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from merge_avg._version import __version__
 from merge_avg.errors import MergeError, UsageError
 
 if TYPE_CHECKING:
-    from merge_avg.average import RunningMean
-    from merge_avg.batch_norm import recalibrate_batch_norm
-    from merge_avg.merge import Result, merge_checkpoints
-    from merge_avg.merger import AverageModelMerger
+    from merge_avg.arithmetic import Weights
+    from merge_avg.arithmetic.torch_mean import RunningMean
+    from merge_avg.engine import Result, merge_checkpoints
+    from merge_avg.merger import AverageModelMerger, recalibrate_batch_norm
     from merge_avg.verify import Verification, verify_output
-    from merge_avg.weights import Weights
 
-__version__ = "0.1.0"
 __all__ = [
     "AverageModelMerger",
     "MergeError",
@@ -30,6 +29,7 @@ __all__ = [
     "UsageError",
     "Verification",
     "Weights",
+    "__version__",
     "merge_checkpoints",
     "recalibrate_batch_norm",
     "verify_output",
@@ -38,12 +38,12 @@ __all__ = [
 # Imported when they are first asked for: torch takes seconds, and the command's help needs none.
 _HOMES = {
     "AverageModelMerger": "merger",
-    "Result": "merge",
-    "RunningMean": "average",
+    "Result": "engine",
+    "RunningMean": "arithmetic.torch_mean",
     "Verification": "verify",
-    "Weights": "weights",
-    "merge_checkpoints": "merge",
-    "recalibrate_batch_norm": "batch_norm",
+    "Weights": "arithmetic",
+    "merge_checkpoints": "engine",
+    "recalibrate_batch_norm": "merger",
     "verify_output": "verify",
 }
 

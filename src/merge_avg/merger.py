@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import update_bn
 
-from merge_avg.average import RunningMean
-from merge_avg.buffer import Rows
-from merge_avg.compiled import CompiledMean, compiled_mean
-from merge_avg.dtypes import BY_NAME
+from merge_avg.arithmetic import CompiledMean, Weight, Weights, compiled_mean, is_counter
+from merge_avg.arithmetic.torch_mean import RunningMean
+from merge_avg.checkpoint import BY_NAME
 from merge_avg.errors import MergeError
-from merge_avg.integers import is_counter
-from merge_avg.weights import Weight, Weights
+from merge_avg.io import Matrix
 
 _CHUNK = 1 << 17  # elements that are averaged at a time
 
@@ -137,13 +136,13 @@ def _is_plain(vector: Tensor) -> bool:
     return plain and vector.is_contiguous() and not vector.is_neg()
 
 
-def _rows(vector: Tensor) -> Rows:
+def _rows(vector: Tensor) -> Matrix:
     """A vector that lies in host memory without gaps, as a row."""
     dtype = BY_NAME[str(vector.dtype).removeprefix("torch.")]
-    return Rows(vector.data_ptr(), dtype, 1, len(vector), len(vector), vector)
+    return Matrix(vector.data_ptr(), dtype, 1, len(vector), len(vector), vector)
 
 
-def _peek(vectors: Sequence[Tensor], index: int, start: int, stop: int) -> Rows:
+def _peek(vectors: Sequence[Tensor], index: int, start: int, stop: int) -> Matrix:
     return _rows(vectors[index][start:stop])
 
 
@@ -254,3 +253,21 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
 def _place(tensor: Tensor) -> object:
     """What tensors that are tied have in common."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def recalibrate_batch_norm(
+    model: nn.Module,
+    loader: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]],
+    device: torch.device | str | None = None,
+) -> None:
+    """Computes the running statistics of a model's BatchNorm layers anew, in place.
+
+    This is torch's `update_bn` (Izmailov et al. 2018, arXiv:1803.05407, section 3.2): one pass over
+    the data in training mode, without gradients, after which the model's own mode is restored.
+
+    Args:
+        model: the averaged model.
+        loader: batches of training inputs, or tuples or lists that begin with one.
+        device: where the batches are moved to first, if anywhere.
+    """
+    update_bn(loader, model, None if device is None else torch.device(device))

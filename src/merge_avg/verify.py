@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_avg import __version__
+from merge_avg._version import __version__
+from merge_avg.checkpoint import MARK, File, Layout, Skeleton, dotted
+from merge_avg.engine import run
 from merge_avg.errors import MergeError, UsageError, failure
-from merge_avg.files import read_fully
-from merge_avg.layout import MARK, File, Layout, dotted
-from merge_avg.merge import run
-from merge_avg.output import OutputFile
-from merge_avg.prepare import RECORDED, Average, Hashes, Job, Options, prepare
-from merge_avg.scan import scan
-from merge_avg.skeleton import Skeleton
+from merge_avg.formats import scan
+from merge_avg.io import OutputFile, read_fully
+from merge_avg.plan import RECORDED, Average, Hashes, Job, Options, prepare
 
 _BLOCK = 1 << 20
 _MOST_INPUTS = 10_000

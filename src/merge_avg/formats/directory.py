@@ -14,10 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_avg.errors import MergeError, named
-from merge_avg.formats import json_text
-from merge_avg.formats.registry import DCP, DCP_METADATA, scan_file
-from merge_avg.layout import (
+from merge_avg.checkpoint import (
     LARGEST_MARK,
     MARK,
     MARK_FILE,
@@ -26,8 +23,11 @@ from merge_avg.layout import (
     TensorInfo,
     TreePath,
     dotted,
+    is_kept,
 )
-from merge_avg.roles import is_kept
+from merge_avg.errors import MergeError, named
+from merge_avg.formats import bounded_json as json_text
+from merge_avg.formats._registry import DCP, DCP_METADATA, scan_file
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
@@ -189,7 +189,7 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
     members: dict[int, Layout] = {}
     for name in tree.files:
         if PurePosixPath(name).name == DCP_METADATA:
-            from merge_avg.formats import dcp
+            from merge_avg.formats import distributed as dcp
 
             folder = str(PurePosixPath(name).parent)
             inside = {
@@ -205,7 +205,7 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
             strict = name.endswith(".safetensors")
             layout = scan_file(tree.files[name], number, strict=strict)
         except MergeError as error:
-            from merge_avg.formats.inert import DangerousPickleError
+            from merge_avg.formats.pickle.machine import DangerousPickleError
 
             if isinstance(error, DangerousPickleError):
                 raise  # the output would carry it on

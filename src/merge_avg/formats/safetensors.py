@@ -11,11 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from merge_avg.dtypes import BY_SAFETENSORS, DType
+from merge_avg.checkpoint import (
+    BY_SAFETENSORS,
+    MARK,
+    DType,
+    File,
+    Layout,
+    Place,
+    Skeleton,
+    Storage,
+    TensorInfo,
+    impossible,
+    row_major,
+)
 from merge_avg.errors import MergeError
-from merge_avg.formats import json_text
-from merge_avg.layout import MARK, File, Layout, Storage, TensorInfo, impossible, row_major
-from merge_avg.skeleton import Place, Skeleton
+from merge_avg.formats import bounded_json as json_text
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:

@@ -1,0 +1,141 @@
+"""Which tensors of a checkpoint are weights, and which are kept as the template has them.
+
+A state dict is a dict (or list) that holds tensors. All state dicts of a checkpoint are weights,
+but for those below a key of the table `KEPT`, and for single values that lie beside state dicts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from merge_avg.checkpoint._layout import ATTRIBUTES, Key, Layout, TensorInfo, TreePath, dotted
+from merge_avg.errors import MergeError, named
+
+# What is never averaged: the keys of containers, in any letter case, and what they hold.
+KEPT = (
+    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
+    ("learning-rate schedule", r".*sched.*"),
+    ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
+    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
+    ("callback state", r"callbacks?|callback_.*"),
+    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?"),
+    ("data order", r"samplers?(_\d+|_state.*)?|dataloader.*|dl_state_dict.*|datamodule.*"),
+    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
+    ("metrics", r"metrics?|loss(es)?|(.*_)?(loss|acc|accuracy|score)|history|logs?"),
+    ("the best so far", r"best_(metric|fitness|epoch|step).*"),
+    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
+    ("times", r"timestamps?|(.*_)?time"),
+    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
+)
+# What is averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
+MASTERS = r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups"
+_KEPT = re.compile("|".join(f"(?:{pattern})" for _, pattern in KEPT), re.IGNORECASE)
+_MASTERS = re.compile(MASTERS)
+_LONGEST = 200  # of a name that means something: matching takes the square of its length
+_RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True)
+class Name:
+    """A weight's name: the state dict it lies in, and its key there."""
+
+    state_dict: TreePath
+    key: str
+
+    def __str__(self) -> str:
+        return dotted((*self.state_dict, self.key))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tensors below one key that are not averaged: how many, and their bytes."""
+
+    key: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The weights of a checkpoint by name, in its order, and what is kept."""
+
+    weights: dict[Name, TensorInfo]
+    kept: tuple[Kept, ...]
+
+
+def assign(layout: Layout, key: str | None = None) -> Roles:
+    """The roles of a checkpoint's tensors.
+
+    Args:
+        layout: the scanned checkpoint.
+        key: the dotted path of the one state dict to average, or None for all of them.
+
+    Raises:
+        MergeError: there are no weights, none below `key`, or two have the same name.
+    """
+    chosen = [info for info in layout.tensors if _is_weight(info.path)]
+    groups = {info.path[:-1] for info in chosen}
+    chosen = [info for info in chosen if not _is_stray(info, groups)]
+    if key is not None:
+        below = [info for info in layout.tensors if dotted(info.path).startswith(f"{key}.")]
+        if not below:
+            have = sorted({dotted(info.path[:-1]) for info in chosen} - {""})
+            hint = f"its state dicts are {named(have, 8)}" if have else "it is itself a state dict"
+            raise MergeError(f"it has no state dict {key!r}", where=layout.path, hint=hint)
+        chosen = below
+    if not chosen:
+        held = sorted({str(info.path[0]) for info in layout.tensors if info.path})
+        what = f"it holds no weights, only {named(held, 5)}" if held else "it holds no tensors"
+        if held == ["state"] and "param_groups" in layout.others:
+            what = "it holds an optimizer's state and no weights"
+        hint = "pass checkpoints that hold a model's state dict, or name one with --key"
+        raise MergeError(what, where=layout.path, hint=hint)
+    weights: dict[Name, TensorInfo] = {}
+    for info in chosen:
+        name = Name(info.path[:-1], str(info.path[-1]))
+        if name in weights:
+            raise MergeError(f"two tensors are called {str(name)!r}", where=layout.path)
+        weights[name] = info
+    averaged = {info.path for info in chosen}
+    rest = [info for info in layout.tensors if info.path not in averaged]
+    return Roles(weights, tuple(_summary(rest)))
+
+
+def is_kept(key: Key) -> bool:
+    """Whether what lies below a key of a container, or in a file of that name, is no weight."""
+    return isinstance(key, str) and len(key) <= _LONGEST and bool(_KEPT.fullmatch(key))
+
+
+def _is_weight(path: TreePath) -> bool:
+    containers = path[:-1]
+    if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
+        return True
+    if any(map(is_kept, containers)):
+        return False
+    # torch.optim's state dict: {"state": {0: {"exp_avg": ...}}, "param_groups": ...}
+    pairs = itertools.pairwise(containers)
+    if any(a == "state" and isinstance(b, int) for a, b in pairs):
+        return False
+    last = path[-1]
+    return not (isinstance(last, str) and len(last) <= _LONGEST and _RANDOM.fullmatch(last))
+
+
+def _is_stray(info: TensorInfo, groups: set[TreePath]) -> bool:
+    """Whether a tensor is a single value beside state dicts, as {"model": {...}, "loss": ...}."""
+    here = info.path[:-1]
+    beside = any(len(group) > len(here) and group[: len(here)] == here for group in groups)
+    return beside and (not info.shape or is_kept(str(info.path[-1])))
+
+
+def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:
+    counts: dict[str, int] = {}
+    storages: dict[str, set[tuple[int, int]]] = {}
+    for info in tensors:
+        key = str(info.path[0])
+        counts[key] = counts.get(key, 0) + 1
+        storages.setdefault(key, set()).add((info.storage.offset, info.storage.nbytes))
+    for key, count in counts.items():
+        yield Kept(key, count, sum(nbytes for _, nbytes in storages[key]))

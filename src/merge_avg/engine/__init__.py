@@ -1,0 +1,8 @@
+"""Where is the loop? Opening, reading, averaging, writing and publishing."""
+
+from __future__ import annotations
+
+from merge_avg.engine._readahead import read_ahead
+from merge_avg.engine._run import Result, merge_checkpoints, run
+
+__all__ = ["Result", "merge_checkpoints", "read_ahead", "run"]

@@ -1,0 +1,110 @@
+"""Where a worker's elements travel: from files into host memory, and on to where sums are kept.
+
+On the CPU that is one step. For a GPU, elements are read into page-locked host memory and copied on
+a stream of their own, while the next ones are read and the last ones are added on another stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from merge_avg.io import Buffer, Matrix, Stack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Lane(Protocol):
+    """One worker's way to the device. `host`: the device is the CPU, whose memory is one."""
+
+    slots: int
+    host: bool
+
+    def room(self, slot: int) -> Buffer:
+        """Host memory to fill, once nothing reads from it any more."""
+
+    def send(self, slot: int, rows: Matrix) -> Stack:
+        """Starts a copy of what lies in a slot to the device; returns where it goes."""
+
+    def arrived(self, slot: int) -> None:
+        """Lets arithmetic that is asked for from now on wait for the copy."""
+
+    def release(self, slot: int) -> None:
+        """Lets the next copy into the slot wait for arithmetic that was asked for until now."""
+
+    def fetch(self, values: Tensor, out: Tensor) -> None:
+        """Copies a result to host memory, and waits for it."""
+
+    def close(self) -> None:
+        """Waits for everything, and gives the memory back."""
+
+
+def travel(
+    lane: Lane, items: Iterable[T], fill: Callable[[T, Buffer], Matrix]
+) -> Iterator[tuple[T, Stack]]:
+    """Each item with its elements on the device, while the next is read.
+
+    Args:
+        lane: the way.
+        items: what is to be read.
+        fill: reads an item into a slot's memory, and tells of that.
+    """
+    ahead: deque[tuple[int, T, Stack]] = deque()
+
+    def use() -> Iterator[tuple[T, Stack]]:
+        slot, item, stack = ahead.popleft()
+        lane.arrived(slot)
+        yield item, stack
+        lane.release(slot)
+
+    for number, item in enumerate(items):
+        slot = number % lane.slots
+        if len(ahead) == lane.slots:
+            yield from use()
+        ahead.append((slot, item, lane.send(slot, fill(item, lane.room(slot)))))
+        if lane.slots == 1:
+            yield from use()
+    while ahead:
+        yield from use()
+
+
+class HostLane:
+    """The CPU's: what was read is where it is needed."""
+
+    slots = 1
+    host = True
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = Buffer(nbytes)
+
+    def room(self, slot: int) -> Buffer:  # noqa: ARG002 - there is one
+        return self._buffer
+
+    def send(self, slot: int, rows: Matrix) -> Stack:  # noqa: ARG002
+        return rows
+
+    def arrived(self, slot: int) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def fetch(self, values: Tensor, out: Tensor) -> None:
+        if values.data_ptr() != out.data_ptr():
+            out.copy_(values)
+
+    def close(self) -> None:
+        pass
+
+
+def make_lane(nbytes: int, device: str) -> Lane:
+    """The lane of a device, for `nbytes` bytes at a time."""
+    if device == "cpu":
+        return HostLane(nbytes)
+    from merge_avg.engine._cuda import CudaLane
+
+    return CudaLane(nbytes, device)

@@ -1,0 +1,71 @@
+"""Asking the system to read the beginning of checkpoints before a merge comes to it.
+
+While the merge is set up, and torch is imported where it is needed, the disk would be idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+from merge_avg.plan import Job
+
+_STEP = 1 << 23  # bytes that are asked for at a time
+_MOST = 1 << 30  # bytes that are asked for in all: not to drive other things out of the cache
+
+
+def read_ahead(job: Job) -> None:
+    """Lets the system read what a merge reads first, from now on and in the background.
+
+    It is a hint: where it cannot be given, nothing happens.
+    """
+    if hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT"):
+        thread = threading.Thread(target=_ask, args=(job,), name="merge-avg-ahead", daemon=True)
+        with contextlib.suppress(RuntimeError):  # there may be no more threads
+            thread.start()
+
+
+def _ask(job: Job) -> None:
+    fds: dict[str, int] = {}
+    try:
+        for number, (path, offset) in enumerate(steps(job)):
+            if number * _STEP >= _MOST:
+                return
+            if path not in fds:
+                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if not _cached(fds[path], offset):
+                os.posix_fadvise(fds[path], offset, _STEP, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        return  # whoever reads it will say what is wrong
+    finally:
+        for fd in fds.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def steps(job: Job) -> Iterator[tuple[str, int]]:
+    """The files and offsets of what is read, a step each, about in the order of the merge."""
+    seen: set[tuple[str, int]] = set()
+    for unit in job.plan.units:
+        widest = max(source.dtype.itemsize for source in unit.sources)
+        for at in range(0, len(unit), _STEP // widest):
+            for source in unit.sources:
+                if source.storage is None:
+                    continue
+                storage = source.storage.ranges[0]
+                begin = storage.offset + source.offset + at * source.dtype.itemsize
+                path = os.fspath(job.layouts[source.checkpoint].files[storage.file].path)
+                step = path, begin // _STEP * _STEP
+                if step not in seen:
+                    seen.add(step)
+                    yield step
+
+
+def _cached(fd: int, offset: int) -> bool:
+    """Whether a byte can be read without the disk."""
+    with contextlib.suppress(BlockingIOError):
+        os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        return True
+    return False

@@ -1,0 +1,172 @@
+"""Legacy checkpoints: what torch.save wrote before torch 1.6, and writes still on request.
+
+Five pickles (magic number, protocol version, a note on the machine, the object, the storages' keys
+in order), then for each storage the number of its elements (64 bits) and its bytes, little-endian.
+Format: torch/serialization.py, _legacy_save and _legacy_load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import BinaryIO
+
+from merge_avg.checkpoint import (
+    BY_STORAGE,
+    Archive,
+    DType,
+    File,
+    Layout,
+    Literal,
+    Place,
+    Skeleton,
+    Storage,
+)
+from merge_avg.errors import MergeError
+from merge_avg.formats._registry import LEGACY_MAGIC
+from merge_avg.formats.pickle.machine import CutShortError, Global, Loaded, Value, load
+from merge_avg.formats.pickle.torch_objects import Objects, objects_at, refuse_root
+from merge_avg.formats.pickle.write import with_classes
+
+_VERSION = 1001
+_FIRST_READ = 1 << 20
+_LARGEST = 1 << 27  # of all pickles together
+_COUNT = 8
+
+
+def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
+    """The layout of a legacy checkpoint; `number` is that of its file in the checkpoint.
+
+    Raises:
+        MergeError: it is damaged, dangerous, or no checkpoint.
+    """
+    path = stamp.path
+    try:
+        data, start, objects, keys, end = _pickles(file, stamp.nbytes)
+    except MergeError as error:
+        raise type(error)(error.what, where=path, hint=error.hint) from None
+    refuse_root(objects, path)
+    found: dict[str, Storage] = {}
+    at = end
+    for key in keys:
+        if key not in objects.storages or key in found:
+            what = "twice" if key in found else "which nothing uses"
+            raise MergeError(f"it lists the storage {key!r}, {what}", where=path)
+        nbytes, dtype = objects.storages[key].storage.nbytes, objects.storages[key].dtype
+        itemsize = dtype.itemsize if dtype else 1
+        file.seek(at)
+        count = int.from_bytes(file.read(_COUNT), "little")
+        if at + _COUNT + nbytes > stamp.nbytes or count * itemsize != nbytes:
+            what = f"storage {key!r} is damaged, or the file is cut short"
+            raise MergeError(what, where=path, hint="fetch or save the file again")
+        found[key] = Storage(key, at + _COUNT, nbytes, file=number)
+        at += _COUNT + nbytes
+    lacking = sorted(objects.storages.keys() - found.keys())
+    if lacking:
+        raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
+    tensors = objects.placed(lambda key, _, __: found[key])
+    stop = start + objects.nbytes
+    archive = Archive(
+        tuple(found.items()),
+        data[start:stop],
+        "",
+        objects.classes,
+        objects.frames,
+        around=(data[:start], data[stop:end]),
+    )
+    return Layout(
+        path,
+        "torch-legacy",
+        (stamp,),
+        tensors,
+        objects.others,
+        archive=archive,
+        scalars=objects.scalars,
+    )
+
+
+def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str], int]:
+    """The five pickles.
+
+    Their bytes, where the object starts, what it holds, the storages' keys in order, and where the
+    pickles end.
+    """
+    size = _FIRST_READ
+    while True:
+        file.seek(0)
+        data = file.read(min(size, nbytes))
+        try:
+            return _parsed(data)
+        except CutShortError:
+            if len(data) == nbytes:
+                raise
+        if size == _LARGEST:
+            raise MergeError("its pickle is absurdly large")
+        size = min(8 * size, _LARGEST)
+        del data  # before more is read
+
+
+def _parsed(data: bytes) -> tuple[bytes, int, Objects, list[str], int]:
+    at = 0
+    for expected in (LEGACY_MAGIC, _VERSION, None):
+        loaded = _plain(data, at)
+        if expected is not None and loaded.value != expected:
+            raise MergeError("it starts like a legacy checkpoint, but is none")
+        at += loaded.nbytes
+    objects = objects_at(data, at)
+    end = at + objects.nbytes
+    keys = _plain(data, end)
+    end += keys.nbytes
+    if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):
+        raise MergeError("the list of its storages is damaged")
+    return data[:end], at, objects, keys.value, end
+
+
+def _plain(data: bytes, start: int) -> Loaded:
+    def call(_: Global, __: tuple[Value, ...]) -> None:
+        raise MergeError("it starts like a legacy checkpoint, but is none")
+
+    return load(data, start, persistent=lambda _: None, call=call)
+
+
+def rebuilt(
+    layout: Layout,
+    converted: Mapping[str, DType],
+    averaged: set[str],
+    mark: str = "",  # noqa: ARG001 - the format has no room for it
+) -> Skeleton:
+    """The skeleton of a copy of a legacy checkpoint whose averaged storages are to be filled.
+
+    Args:
+        layout: the checkpoint that is copied.
+        converted: the dtypes of storages that get another one, by name.
+        averaged: the names of the storages that hold weights.
+        mark: what other formats say about the merge.
+
+    Raises:
+        MergeError: a converted storage's dtype is not part of its class in the pickle.
+    """
+    archive = layout.archive
+    if archive is None:
+        raise ValueError("only a pickled checkpoint can be rebuilt")
+    pickle = with_classes(layout, archive, converted) if converted else archive.pickle
+    classes = {
+        span.storage: BY_STORAGE.get(span.cls.partition("\n")[2]) for span in archive.classes
+    }
+    before, after = archive.around
+    head = before + pickle + after
+    literals: list[Literal] = [(0, head)]
+    places: dict[str, Place] = {}
+    copies: list[tuple[Storage, Place]] = []
+    at = len(head)
+    for name, storage in archive.records:
+        dtype = classes[name]
+        count = storage.nbytes // (dtype.itemsize if dtype else 1)
+        nbytes = count * converted[name].itemsize if name in converted else storage.nbytes
+        literals.append((at, count.to_bytes(_COUNT, "little")))
+        place = Place(at + _COUNT, nbytes)
+        if name in averaged:
+            places[name] = place
+        else:
+            copies.append((storage, place))
+        at += _COUNT + nbytes
+    return Skeleton(at, tuple(literals), places, tuple(copies))

@@ -1,0 +1,89 @@
+"""Torch's pickles, written: a copy with other classes of storages, and a new state dict."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_avg.checkpoint import Archive, DType, Layout
+from merge_avg.errors import MergeError
+
+
+@dataclass(frozen=True)
+class FreshTensor:
+    """A tensor of a new state dict: a view of one of its storages, in elements."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    storage: str
+
+
+def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
+    """The pickle with the classes of some storages changed, and without frames.
+
+    Every class is spelled out where it was put on the stack, since a memo entry can serve storages
+    that change and storages that do not.
+    """
+    edits = [(at, at + 9, b"") for at in archive.frames]
+    for span in archive.classes:
+        cls = span.cls
+        name = f"{archive.prefix}{span.storage}"
+        if name in changed:
+            storage = changed[name].storage
+            if storage is None or cls.endswith("UntypedStorage"):
+                what = f"the dtype of record {name!r} cannot be changed in a copy of it"
+                hint = "write a bare state dict with --state-dict, or a .safetensors file"
+                raise MergeError(what, where=layout.path, hint=hint)
+            cls = f"torch\n{storage}"
+        edits.append((span.start, span.stop, f"c{cls}\n".encode()))
+    parts = []
+    at = 0
+    for start, stop, new in sorted(edits):
+        parts += [archive.pickle[at:start], new]
+        at = stop
+    return b"".join([*parts, archive.pickle[at:]])
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def _int(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def _ints(values: Sequence[int]) -> bytes:
+    return b"(" + b"".join(map(_int, values)) + b"t"
+
+
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def pickled(
+    tensors: Sequence[FreshTensor], numbers: Mapping[str, str], storages: Mapping[str, int]
+) -> bytes:
+    """A state dict as torch.save pickles it, in protocol 2."""
+    parts = [b"\x80\x02", _ORDERED_DICT, b"("]
+    for tensor in tensors:
+        size, typed = storages[tensor.storage], tensor.dtype.storage is not None
+        cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
+        count = size // tensor.dtype.itemsize if typed else size
+        parts += [
+            _text(tensor.name),
+            f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
+            b"(" + _text("storage") + cls.encode(),
+            _text(numbers[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
+            _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
+            b"\x89" + _ORDERED_DICT,
+            b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
+            b"tR",
+        ]
+    return b"".join([*parts, b"u."])

@@ -1,0 +1,1 @@
+"""Zip checkpoints, as torch.save has written them since torch 1.6."""

@@ -1,0 +1,217 @@
+"""Zip checkpoints: what torch.save has written since torch 1.6 (.pt, .pth, .bin, .ckpt).
+
+The archive holds ROOT/data.pkl, and for each storage a record ROOT/data/KEY of raw bytes. ROOT is
+the name that the file had when it was saved. Formats: PKWARE's APPNOTE.TXT and torch's
+torch/csrc/jit/serialization/docs/serialization.md.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from merge_avg.checkpoint import (
+    LARGEST_MARK,
+    MARK,
+    MARK_FILE,
+    Archive,
+    DType,
+    File,
+    Layout,
+    Storage,
+)
+from merge_avg.errors import MergeError
+from merge_avg.formats.pickle.torch_objects import read_objects, refuse_root
+from merge_avg.formats.zip.records import DEFLATED, STORED, Record
+from merge_avg.formats.zip.records import records as records_of
+
+_LARGEST_PICKLE = 1 << 27
+_LARGEST_UNPACKED = 1 << 26
+_LARGEST_ORDER = 16
+# Deflate packs at most 1,032 bytes into one, and weights hardly at all: what unpacks to many times
+# the file is an attack on the disk.
+_MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
+
+
+@dataclass(frozen=True)
+class Within:
+    """Where an archive lies that is a part of a file, and what its records are called there."""
+
+    offset: int
+    name: str
+
+
+def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = None) -> Layout:
+    """The layout of a zip checkpoint.
+
+    Args:
+        file: the archive, from its first byte.
+        stamp: the file that it is or is part of.
+        number: of that file in the checkpoint.
+        within: for a part of a file, which may be one tensor, where it lies.
+
+    Raises:
+        MergeError: it is damaged, encrypted, no checkpoint of torch.save, or dangerous.
+    """
+    path = stamp.path
+    records = _records(file, path, number, within or Within(0, ""))
+    root = _root(list(records), path)
+    # torch.serialization.set_crc32_options(False) leaves all checksums zero.
+    unchecked = all(record.crc == 0 for record in records.values())
+    if unchecked:
+        records = {name: replace(record, crc=None) for name, record in records.items()}
+    pickle_name = f"{root}data.pkl"
+    base = within.offset if within else 0
+    pickle = _bytes(file, records[pickle_name], path, base, _LARGEST_PICKLE)
+    big = _is_big_endian(file, records.get(f"{root}byteorder"), path, base)
+    prefix = within.name if within else ""
+
+    def find(key: str, size: int, dtype: DType | None) -> Storage:
+        name = f"{root}data/{key}"
+        record = records.get(name)
+        if record is None:
+            raise MergeError(f"the archive has no record for storage {key!r}")
+        if record.nbytes != size:
+            found = f"{record.nbytes:,} bytes long, expected {size:,}"
+            raise MergeError(f"record {record.name!r} is {found}")
+        if big and record.swapped == 1:
+            if dtype is None:
+                what = f"record {record.name!r} is in big-endian byte order and has no dtype"
+                raise MergeError(what, hint="load it with torch.load and save it again")
+            record = records[name] = replace(record, swapped=dtype.word)
+        return record
+
+    try:
+        objects = read_objects(pickle, _density(records[pickle_name]))
+        tensors = objects.placed(find)
+    except MergeError as error:
+        raise type(error)(error.what, where=path, hint=error.hint) from None
+    if within is None:
+        refuse_root(objects, path)
+    parts = Archive(
+        tuple(records.items()),
+        pickle,
+        pickle_name,
+        objects.classes,
+        objects.frames,
+        unchecked,
+        f"{prefix}{root}data/",
+    )
+    mark = records.get(f"{root}{MARK_FILE}") if within is None else None
+    metadata: tuple[tuple[str, str], ...] = ()
+    if mark is not None and mark.nbytes <= LARGEST_MARK:
+        metadata = (
+            (MARK, _bytes(file, mark, path, base, LARGEST_MARK).decode("utf-8", "replace")),
+        )
+    notes = []
+    if unchecked:
+        notes.append(f"{path} records no checksums, so damage would not show")
+    return Layout(
+        path,
+        "torch-zip",
+        (stamp,),
+        tensors,
+        objects.others,
+        metadata,
+        archive=parts,
+        notes=tuple(notes),
+        scalars=objects.scalars,
+    )
+
+
+def _records(file: BinaryIO, path: Path, number: int, within: Within) -> dict[str, Storage]:
+    """The records of an archive by name, in their order in the file."""
+    try:
+        found = {record.name: _storage(record, number, within) for record in records_of(file)}
+    except MergeError as error:
+        raise type(error)(error.what, where=path, hint=error.hint) from None
+    unpacked = sum(storage.nbytes for storage in found.values() if storage.packed is not None)
+    if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * file.seek(0, 2)):
+        what = f"its records would unpack to {unpacked:,} bytes, far more than weights do"
+        raise MergeError(what, where=path, hint="get the file from a source you trust")
+    return dict(sorted(found.items(), key=lambda item: item[1].offset))
+
+
+def _is_big_endian(file: BinaryIO, record: Storage | None, path: Path, base: int) -> bool:
+    order = b"little" if record is None else _bytes(file, record, path, base, _LARGEST_ORDER)
+    if order not in (b"little", b"big"):
+        raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
+    return order == b"big"
+
+
+def _root(names: list[str], path: Path) -> str:
+    """The prefix of the archive's records, up to and with its slash."""
+    folders = {name.partition("/")[0] + "/" for name in names if "/" in name}
+    roots = [root for root in folders if f"{root}data.pkl" in names]
+    if "data.pkl" in names:
+        roots.append("")
+    for ending, (what, hint) in _STRANGERS.items():
+        if any(name.endswith(ending) for name in names):
+            raise MergeError(what, where=path, hint=hint)
+    if len(roots) != 1:
+        hint = "pass files that torch.save wrote"
+        raise MergeError("a zip archive, but no checkpoint of torch.save", where=path, hint=hint)
+    return roots[0]
+
+
+# Archives of other programs, by the ending of a record's name.
+_STRANGERS = {
+    "constants.pkl": (
+        "a TorchScript program, not a checkpoint",
+        "save the model's state dict: torch.save(torch.jit.load(PATH).state_dict(), OUTPUT)",
+    ),
+    "archive_format": (
+        "a program saved by torch.export (.pt2), not a checkpoint",
+        "save the state dict: torch.save(torch.export.load(PATH).state_dict, OUTPUT)",
+    ),
+    ".npy": ("a NumPy archive (.npz), not a checkpoint", "save the arrays as safetensors"),
+    ".weights.h5": ("a Keras model", "save its weights as safetensors"),
+    "policy.pth": (
+        "an archive of Stable-Baselines3",
+        "unzip it and pass the policy.pth files inside",
+    ),
+}
+
+
+def _storage(record: Record, number: int, within: Within) -> Storage:
+    """A record as a storage, if it can be read by offset or unpacked."""
+    name, nbytes, packed = record.name, record.nbytes, record.packed
+    if record.encrypted or record.method not in (STORED, DEFLATED):
+        kind = "encrypted" if record.encrypted else "compressed in an unusual way"
+        hint = "unpack it, and pack it again without compression: zip -0 -r OUTPUT DIRECTORY"
+        raise MergeError(f"record {name!r} of the archive is {kind}", hint=hint)
+    deflated = record.method == DEFLATED
+    # Deflate packs 1,032 bytes into one at most, and adds few bytes to what it cannot pack.
+    lies = nbytes > 1032 * packed or packed > nbytes + (nbytes >> 10) + 64
+    if lies if deflated else packed != nbytes:
+        raise MergeError(f"record {name!r} of the archive lies about its size")
+    where = within.offset + record.offset
+    whole = within.name + name
+    return Storage(whole, where, nbytes, record.crc, number, packed if deflated else None)
+
+
+def _density(pickle: Storage) -> float:
+    """What each byte of a pickle counts for: where it was packed, what it took in the file."""
+    return 1.0 if pickle.packed is None else pickle.packed / max(pickle.nbytes, 1)
+
+
+def _bytes(file: BinaryIO, record: Storage, path: Path, base: int, largest: int) -> bytes:
+    """The content of a record that is no storage, of an archive at `base`."""
+    # A pickle that was packed well is one of few objects, or an attack.
+    if record.nbytes > (largest if record.packed is None else min(largest, _LARGEST_UNPACKED)):
+        raise MergeError(f"record {record.name!r} is absurdly large", where=path)
+    file.seek(record.offset - base)
+    if record.packed is None:
+        content = file.read(record.nbytes)
+    else:
+        try:
+            content = zlib.decompressobj(-15).decompress(file.read(record.packed), record.nbytes)
+        except zlib.error as error:
+            what = f"record {record.name!r} is damaged ({error})"
+            raise MergeError(what, where=path, hint="fetch or save the file again") from None
+    if len(content) != record.nbytes or record.crc not in (None, zlib.crc32(content)):
+        what = f"record {record.name!r} is damaged: its CRC-32 does not match"
+        raise MergeError(what, where=path, hint="fetch or save the file again")
+    return content

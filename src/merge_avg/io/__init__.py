@@ -1,0 +1,29 @@
+"""How are bytes read and published?
+
+Files are read by offset and checked on the way; an output appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+from merge_avg.io._buffer import Buffer, Matrix, Stack, same
+from merge_avg.io._output import Output, OutputFile, Sink, refuse_output
+from merge_avg.io._reader import Reader, Tap, read_fully
+from merge_avg.io._scratch import Scratch
+from merge_avg.io._temporary import TEMPORARY, remove
+
+__all__ = [
+    "TEMPORARY",
+    "Buffer",
+    "Matrix",
+    "Output",
+    "OutputFile",
+    "Reader",
+    "Scratch",
+    "Sink",
+    "Stack",
+    "Tap",
+    "read_fully",
+    "refuse_output",
+    "remove",
+    "same",
+]

@@ -1,0 +1,48 @@
+"""A nameless file for what is in between: tensors and results in another geometry.
+
+It is mapped, so that a copy of any size takes no memory of its own. The checkpoints themselves are
+never mapped: they might shrink under the mapping.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from pathlib import Path
+
+from merge_avg.errors import MergeError
+from merge_avg.io._reader import read_fully, reserve
+
+
+class Scratch:
+    """A file without a name on the disk of `directory`, gone when it is closed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by close()
+        self._size = 0
+
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fills `into` from `offset` on."""
+        read_fully(self._file.fileno(), into, offset, self._path)
+
+    def close(self) -> None:
+        """Gives the room back."""
+        self._file.close()
+
+    def map(self, offset: int, nbytes: int) -> mmap.mmap:
+        """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB.
+
+        Raises:
+            MergeError: there is no room; a hole that cannot be filled would kill the process.
+        """
+        if offset + nbytes > self._size:
+            # Writing to a mapped hole ends the process (SIGBUS) when the disk is full.
+            try:
+                reserve(self._file.fileno(), offset + nbytes - self._size, self._size)
+            except OSError as error:
+                what = f"no room for strided copies ({error.strerror})"
+                hint = f"{offset + nbytes:,} bytes are needed there for a while"
+                raise MergeError(what, where=self._path, hint=hint) from None
+            self._size = offset + nbytes
+        return mmap.mmap(self._file.fileno(), nbytes, offset=offset)

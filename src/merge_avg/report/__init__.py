@@ -1,0 +1,1 @@
+"""What is said of a merge? The report as values, and what renders it."""

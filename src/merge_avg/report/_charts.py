@@ -1,0 +1,126 @@
+"""Charts of the agreement, as SVG to put into a page. They need matplotlib."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from merge_avg.report.printable import printable
+
+_P = ParamSpec("_P")
+_NUMBERS = 12  # checkpoints up to which the cells of the heat map have numbers
+_LINES = 8  # checkpoints up to which each has a colour of its own
+_TICKS = 24  # names on an axis, at most
+# Okabe and Ito's colours, which most people can tell apart.
+_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8a8a00 #000000".split()
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa3ad",
+    "axes.labelcolor": "#3c4650",
+    "xtick.color": "#3c4650",
+    "ytick.color": "#3c4650",
+}
+
+
+def _drawn(draw: Callable[_P, Figure]) -> Callable[_P, str]:
+    """The figure as an element of a page, with ids of its own; the same for the same figures."""
+    name = draw.__name__
+
+    @functools.wraps(draw)
+    def svg(*args: _P.args, **kwargs: _P.kwargs) -> str:
+        file = io.StringIO()
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+            # Letters that its own font lacks are the browser's to draw.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            draw(*args, **kwargs).savefig(
+                file, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
+            )
+        text = file.getvalue()
+        return text[text.index("<svg") :]
+
+    return svg
+
+
+@_drawn
+def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) -> Figure:
+    """Cosines of checkpoints by checkpoints, on a scale that ends a step below the least."""
+    known = [value for row in pairs for value in row if value is not None]
+    bottom = min(int(min(known) * 10 - (min(known) < 0)) / 10, 0.9)
+    count = len(pairs)
+    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[:].set_visible(False)
+    colours = colormaps["viridis"].with_extremes(bad="#d5dae0")
+    cells = [[float("nan") if value is None else value for value in row] for row in pairs]
+    image = axes.imshow(cells, vmin=bottom, vmax=1, cmap=colours, interpolation="nearest")
+    step = -(-count // _TICKS)
+    axes.set_xticks(range(0, count, step), [str(number) for number in numbers[::step]])
+    axes.set_yticks(range(0, count, step), [str(number) for number in numbers[::step]])
+    axes.tick_params(length=0)
+    axes.set_xlabel("checkpoint #")
+    axes.set_ylabel("checkpoint #")
+    if count <= _NUMBERS:
+        for i, row in enumerate(pairs):
+            for j, value in enumerate(row):
+                light = value is None or (value - bottom) / (1 - bottom) > 0.7
+                axes.text(
+                    j,
+                    i,
+                    "" if value is None else f"{value:.2f}" if value < 0.995 else f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    fontsize=8 if count <= 8 else 6,
+                    color="#1f2933" if light else "white",
+                )
+    figure.colorbar(image, ax=axes, shrink=0.9).outline.set_visible(False)
+    return figure
+
+
+@_drawn
+def distances(
+    names: Sequence[str], rows: Sequence[Sequence[float]], numbers: Sequence[int]
+) -> Figure:
+    """A line for each checkpoint over the layers; of many, only the farthest have colours."""
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    columns = list(zip(*rows, strict=True))
+    order = sorted(range(len(columns)), key=lambda number: -max(columns[number]))
+    shown = order if len(order) <= _LINES else order[:3]
+    places = range(len(names))
+    for number in reversed(order):
+        if number not in shown:
+            axes.plot(places, columns[number], color="#c3cad2", linewidth=0.8)
+    marker = "o" if len(names) <= 2 * _TICKS else ""
+    for colour, number in zip(_COLOURS, sorted(shown), strict=False):
+        label = f"#{numbers[number]}"
+        axes.plot(places, columns[number], color=colour, label=label, marker=marker, ms=3.5, lw=1.5)
+    axes.set_ylim(bottom=0, top=max(1.1 * max(map(max, rows)), 1e-6))
+    axes.set_ylabel("distance / norm")
+    axes.grid(axis="y", color="#e8ecf0")
+    axes.set_axisbelow(True)
+    step = -(-len(names) // _TICKS)
+    labels = [_clipped(printable(name)) for name in names[::step]]
+    turned = 0 if sum(map(len, labels)) < 90 else 45
+    axes.set_xticks(
+        range(0, len(names), step), labels, rotation=turned, ha="right" if turned else "center"
+    )
+    axes.margins(x=0.02)
+    title = "checkpoint" if len(shown) == len(order) else "farthest"
+    axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.005, 1), frameon=False, fontsize=8)
+    return figure
+
+
+def _clipped(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -1,0 +1,180 @@
+"""Weights by rule: from the order of the checkpoints, from a metric, or for post-hoc EMA."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from merge_avg.errors import UsageError
+from merge_avg.options import Mode
+
+SCHEMES = ("uniform", "linear", "ema:DECAY", "1-sqrt", "metric")
+
+
+def resolve(
+    scheme: str,
+    count: int,
+    metrics: Sequence[float | None] = (),
+    mode: Mode | None = None,
+) -> tuple[Fraction, ...]:
+    """The weights of `count` checkpoints, the oldest first; they need not sum to one.
+
+    Args:
+        scheme: "uniform"; "linear": 1, 2, 3, ...; "ema:DECAY": the exponential moving average that
+            starts at the first checkpoint; "1-sqrt": merging in place of a 1 - sqrt decay of the
+            learning rate; "metric": in proportion to a metric, or to its inverse where lower is
+            better.
+        count: how many checkpoints there are.
+        metrics: their metrics.
+        mode: whether a metric is better where it is lower or higher.
+
+    Raises:
+        UsageError: there is no such scheme, or the metrics do not serve.
+    """
+    if scheme == "uniform":
+        return (Fraction(1),) * count
+    if scheme == "linear":
+        return tuple(Fraction(number) for number in range(1, count + 1))
+    if scheme == "1-sqrt":
+        return _decay(count)
+    if scheme == "metric":
+        return _by_metric(metrics, mode)
+    name, colon, number = scheme.partition(":")
+    if name == "ema" and colon:
+        return _moving(number, count)
+    raise UsageError(f"there is no weighting {scheme!r}", hint=f"choose of {', '.join(SCHEMES)}")
+
+
+def _moving(text: str, count: int) -> tuple[Fraction, ...]:
+    try:
+        decay = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        decay = Fraction(-1)
+    if not 0 < decay < 1 or len(text) > 20:
+        hint = "give a number between 0 and 1, as in ema:0.9"
+        raise UsageError(f"the decay {text!r} is not understood", hint=hint)
+    rest = [(1 - decay) * decay**age for age in reversed(range(count - 1))]
+    return (decay ** (count - 1), *rest)
+
+
+def _decay(count: int) -> tuple[Fraction, ...]:
+    """Weights c_j that stand for a decay g of the learning rate, from 1 to 0.
+
+    The mean of checkpoints x_1 ... x_N is x_1 plus the updates between neighbours, update j
+    (from x_j to x_{j+1}) scaled by the sum of the weights after j. For a decay g that scale is to
+    be g(j / N) = 1 - sqrt(j / N), so c_j = g((j-1) / N) - g(j / N): non-negative, and their sum is
+    1. Sources: Haegele et al. 2024 (arXiv:2405.18392) for the shape of the decay, WSM (Tian et al.
+    2025, arXiv:2507.17634) for merging in its place.
+    """
+    curve = [Fraction(1 - math.sqrt(j / count)) for j in range(count + 1)]
+    return tuple(a - b for a, b in itertools.pairwise(curve))
+
+
+def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Fraction, ...]:
+    if mode is None:
+        hint = "name the metric with --metric, and its direction with --mode min or --mode max"
+        raise UsageError("weights by a metric need one, and its direction", hint=hint)
+    found = []
+    for value in metrics:
+        if value is None or not math.isfinite(value) or value <= 0:
+            hint = "give the weights with --weights"
+            what = f"a metric of {value}" if value is not None else "an unknown metric"
+            raise UsageError(f"{what} makes no weight", hint=hint)
+        found.append(Fraction(str(value)))
+    return tuple(value if mode == "max" else 1 / value for value in found)
+
+
+# Post-hoc EMA
+
+
+def phema(
+    snapshots: Sequence[tuple[float, float]], sigma: float, at: float | None = None
+) -> tuple[Fraction, ...]:
+    """The weights of stored power-function EMAs that come nearest to one of another width.
+
+    A power-function EMA at step T has the profile p(t) = (g + 1) t^g / T^(g+1) over training steps
+    0 to T, and the relative width sigma. The weights minimise the squared distance between the sum
+    of the stored profiles and the one asked for. They may be negative. They are divided by their
+    sum, as every profile has the integral 1, so that what never changed stays as it is. Source:
+    Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section
+    3.2 and appendix C (arXiv:2312.02696).
+
+    Args:
+        snapshots: the step and the relative width of each stored average.
+        sigma: the relative width asked for, between 0 and 0.28.
+        at: the step of the average asked for; by default the last one stored.
+
+    Raises:
+        UsageError: a width is out of range, or two snapshots are of one step and width.
+    """
+    if len(set(snapshots)) < len(snapshots):
+        hint = "name each once"
+        raise UsageError("two stored averages are of one step and width", hint=hint)
+    end = Fraction(max(step for step, _ in snapshots) if at is None else at)
+    profiles = [(Fraction(step), Fraction(exponent(width))) for step, width in snapshots]
+    if any(step <= 0 for step, _ in profiles):
+        raise UsageError("a stored average is of step 0", hint="leave it out")
+    wanted = (end, Fraction(exponent(sigma)))
+    matrix = [[_inner(a, b) for b in profiles] for a in profiles]
+    weights = _solved(matrix, [_inner(profile, wanted) for profile in profiles])
+    total = sum(weights)
+    if not total:
+        raise UsageError("the stored averages cannot make this one", hint="choose another width")
+    return tuple((weight / total).limit_denominator(10**15) for weight in weights)
+
+
+def exponent(sigma: float) -> float:
+    """The exponent of the profile that has a relative width.
+
+    It is the positive root of sigma^2 (g + 2)^2 (g + 3) = g + 1, and falls as sigma grows.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not 0 < sigma < width(0):
+        hint = f"choose one above 0 and below {width(0):.4f}"
+        raise UsageError(f"no EMA has the relative width {sigma}", hint=hint)
+    low, high = 0.0, 1.0
+    while width(high) > sigma:
+        high *= 2
+        if high > 1e12:
+            raise UsageError(f"the width {sigma} is too small", hint="choose 0.001 or more")
+    while True:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            return middle
+        low, high = (middle, high) if width(middle) > sigma else (low, middle)
+
+
+def width(gamma: float) -> float:
+    """The relative width of the profile with an exponent: its standard deviation over its end."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def _inner(a: tuple[Fraction, Fraction], b: tuple[Fraction, Fraction]) -> Fraction:
+    """The integral of the product of two profiles, as an exact fraction of a float."""
+    (end_a, gamma_a), (end_b, gamma_b) = a, b
+    if end_a > end_b:
+        return _inner(b, a)
+    # (end_a / end_b)^gamma_b is at most 1.
+    power = math.exp(float(gamma_b) * math.log(end_a / end_b)) if end_a != end_b else 1.0
+    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return Fraction(power) * scale / end_b
+
+
+def _solved(matrix: list[list[Fraction]], right: list[Fraction]) -> list[Fraction]:
+    """The solution of linear equations, by elimination in exact fractions."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for column in range(len(rows)):
+        pivot = max(range(column, len(rows)), key=lambda i: abs(rows[i][column]))
+        if not rows[pivot][column]:
+            hint = "leave out one of two that are nearly of one step and width"
+            raise UsageError("the stored averages do not differ enough", hint=hint)
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        for i in range(len(rows)):
+            if i != column:
+                factor = rows[i][column] / rows[column][column]
+                rows[i] = [a - factor * b for a, b in zip(rows[i], rows[column], strict=True)]
+    return [row[-1] / row[column] for column, row in enumerate(rows)]

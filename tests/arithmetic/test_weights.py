@@ -1,0 +1,104 @@
+"""merge_avg.weights: weights as exact numbers."""
+
+from fractions import Fraction
+
+import pytest
+
+from merge_avg.arithmetic._weights import Weights
+from merge_avg.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("values", "integers"),
+    [
+        ([0.1, 0.2, 0.7], (1, 2, 7)),
+        (["0.5", "0.25", "0.25"], (2, 1, 1)),
+        ([Fraction(1, 3), 1], (1, 3)),
+        ([4, 2], (2, 1)),
+        ([0, 5], (0, 1)),
+    ],
+)
+def test_weights_are_exact_decimals(values, integers):
+    """A float or text stands for the decimal that it prints as, without a common factor."""
+    assert Weights.of(values).integers == integers
+
+
+@pytest.mark.parametrize(
+    "values", [[float("nan")], [float("inf")], ["x"], [-1, 2], [0, 0], ["1/0"]]
+)
+def test_impossible_weights_are_usage_errors(values):
+    """What is not finite, negative, or zero throughout is wrong usage."""
+    with pytest.raises(UsageError):
+        Weights.of(values)
+
+
+def test_normalized_weights_sum_to_one():
+    """Reports show weights as parts of one; a part of the checkpoints has its own weights."""
+    weights = Weights.of([1, 3, 0])
+    assert weights.normalized() == [0.25, 0.75, 0.0]
+    assert weights.subset([1]) == Weights((1,))
+    assert weights.subset([2]) is None
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 1000])
+def test_weights_beyond_all_measure_are_refused_at_once(text):
+    """An exponent that would take all memory is a usage error."""
+    with pytest.raises(UsageError, match="not a finite number"):
+        Weights.of([text, "1"])
+
+
+@pytest.mark.parametrize(
+    ("values", "integers", "divisor"),
+    [([1, -1], (1, -1), 1), ([0.5, 0.25], (2, 1), 4), ([2, 4], (2, 4), 1), ([3, 0], (3, 0), 1)],
+)
+def test_weights_that_are_not_normalized(values, integers, divisor):
+    """Linear combinations keep their sum: the divisor is only what makes them whole numbers."""
+    weights = Weights.of(values, normalize=False)
+    assert (weights.integers, weights.divisor, weights.total) == (integers, divisor, divisor)
+    assert isinstance(weights.divisor, int)
+    assert weights.subset([0]) == Weights((integers[0],), divisor)
+    assert weights.subset([1]) == (Weights((integers[1],), divisor) if integers[1] else None)
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [("1e30", False), ("9.9e29", True), ("-1e30", False), ("1e-30", False), ("1.1e-30", True)],
+)
+def test_combinations_have_a_range(value, fits):
+    """Weights that are not normalized lie between 1e-30 and 1e30; others may lie anywhere."""
+    if not value.startswith("-"):
+        assert Weights.of([value, value]).integers == (1, 1)
+    if fits:
+        Weights.of([value, 0], normalize=False)
+        return
+    with pytest.raises(UsageError, match="out of range"):
+        Weights.of([value, 0], normalize=False)
+
+
+def test_uniform_weights():
+    """Each counts once."""
+    assert Weights.uniform(3) == Weights((1, 1, 1))
+    assert Weights.uniform(3).normalized() == [1 / 3] * 3
+
+
+@pytest.mark.parametrize("text", ["0." + "1" * 150, "1e-3", "2e200", "1" * 101])
+def test_long_numbers_are_exact_too(text):
+    """A number with many digits or an exponent is taken as it is written, if a float64 holds it."""
+    assert Weights.of([text, 0, text]).integers == (1, 0, 1)
+    assert Weights.of([Fraction(text), text]).integers == (1, 1)
+
+
+@pytest.mark.parametrize(("count", "small"), [(1, True), (256, True), (257, False)])
+def test_small_weights(count, small):
+    """Weights are small where no product or sum of them leaves 53 bits."""
+    assert Weights(((1 << 20) - 1,) * count).small == small
+    assert not Weights((1 << 20,)).small
+    assert Weights(((1 << 20) - 1,), (1 << 28) - 1).small
+    assert not Weights((1,), 1 << 28).small
+
+
+def test_excess_of_long_weights():
+    """Bits beyond the 900 that leave float64 room count, of weights and of their sum."""
+    assert Weights(((1 << 900) - 1,)).excess == 0
+    assert Weights((-(1 << 900), 1 << 901), 1).excess == 2
+    assert Weights((1,), 1 << 905).excess == 6

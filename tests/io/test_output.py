@@ -1,0 +1,410 @@
+"""merge_avg.output: the result appears whole, or not at all."""
+
+import ctypes
+import dataclasses
+import errno
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from merge_avg.checkpoint._file_layout import Place, Skeleton
+from merge_avg.checkpoint._layout import Storage
+from merge_avg.errors import MergeError
+from merge_avg.io import _output as output
+from merge_avg.io import _reader as files
+from merge_avg.io._output import Output, refuse_output
+from merge_avg.io._temporary import Temporary
+
+SKELETON = Skeleton(6, ((0, b"ab"),), {"w": Place(2, 4)})
+
+
+def write(path, *, overwrite=False, commit=True):
+    with Output(path, {".": SKELETON}, overwrite=overwrite) as out:
+        out.write(0, "w", 0, memoryview(b"cdef"))
+        if commit:
+            out.commit()
+
+
+def test_without_commit_nothing_is_left(tmp_path):
+    """Leaving the context early removes the temporary file and keeps what was there."""
+    (tmp_path / "out").write_bytes(b"old")
+    write(tmp_path / "out", overwrite=True, commit=False)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("out", b"old")]
+
+
+def test_commit_publishes_by_name(tmp_path):
+    """After commit the file is complete under its name, with the usual permissions."""
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").read_bytes() == b"abcdef"
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o640
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
+    """Without overwrite, what another program wrote in the meantime stays."""
+    path = tmp_path / "out"
+    with Output(path, {".": SKELETON}, overwrite=False) as out:
+        path.write_bytes(b"theirs")
+        with pytest.raises(MergeError, match=": the output came into being") as caught:
+            out.commit()
+    assert caught.value.where == str(path)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("out", b"theirs")]
+
+
+def test_overwriting_a_link_replaces_its_target(tmp_path):
+    """A symbolic link stays one; the file that it points to is replaced."""
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    write(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"abcdef"
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    """No space shows before anything is read, and leaves nothing."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MergeError, match=r"No space left.*6 bytes are needed") as caught:
+        write(tmp_path / "out")
+    assert "free some space" in str(caught.value.hint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_impossible_outputs_are_refused(tmp_path):
+    """A directory, a missing directory, a device and an existing file are each named."""
+    (tmp_path / "file").touch()
+    for path, says in (
+        (tmp_path, "directory"),
+        (tmp_path / "none" / "out", "does not exist"),
+        (tmp_path / "file", "exists already"),
+    ):
+        with pytest.raises(MergeError, match=says):
+            refuse_output(path, directory=False, overwrite=False)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MergeError, match="no regular file"):
+        refuse_output(tmp_path / "pipe", directory=False, overwrite=True)
+
+
+def contents(path):
+    files = (p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+
+
+def write_directory(path, *, overwrite=False, commit=True):
+    files = {"w.bin": SKELETON, "sub/w.bin": SKELETON}
+    with Output(path, files, overwrite=overwrite) as out:
+        for number in range(2):
+            out.write(number, "w", 0, memoryview(b"cdef"))
+        if commit:
+            out.commit()
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
+    """A directory comes with one rename; an old one is replaced, an empty one filled."""
+    if not swaps:
+        monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+    whole = {"w.bin": b"abcdef", "sub/w.bin": b"abcdef"}
+    write_directory(tmp_path / "out", commit=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    write_directory(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    (tmp_path / "out" / "old").touch()
+    write_directory(tmp_path / "out", overwrite=True, commit=False)
+    assert contents(tmp_path / "out") == {**whole, "old": b""}
+    write_directory(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in whole.items()}
+
+
+def test_a_directory_that_came_meanwhile_is_not_replaced(tmp_path):
+    """Without overwrite, a directory that another program filled in the meantime stays."""
+    with Output(tmp_path / "out", {"a": SKELETON}, overwrite=False) as out:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+        with pytest.raises(MergeError, match=": the output came into being") as caught:
+            out.commit()
+    assert caught.value.where == str(tmp_path / "out")
+    assert contents(tmp_path) == {"out/theirs": b""}
+
+
+def test_checksums_of_places_and_copies(tmp_path):
+    """Whoever closes the file is told the CRC-32 of every place and copy, in whatever order."""
+    told = {}
+
+    def close(crcs):
+        told.update(crcs)
+        return ((9, b"end"),)
+
+    places = {"w": Place(1, 4), "none": Place(5, 0)}
+    copied = ((Storage("c", 0, 4), Place(5, 4)),)
+    skeleton = Skeleton(12, ((0, b"x"),), places, copied, checked=True, close=close)
+    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+        for name, at, data in (("w", 2, b"ef"), ("c", 0, b"1234"), ("w", 0, b"cd")):
+            out.write(0, name, at, memoryview(data))
+        out.commit()
+    assert (tmp_path / "out").read_bytes() == b"xcdef1234end"
+    assert told == {"w": zlib.crc32(b"cdef"), "c": zlib.crc32(b"1234"), "none": 0}
+
+
+FAILURES = [
+    (False, "open", 1, errno.EACCES, "cannot be written (Permission denied)"),
+    (True, "mkdir", 3, errno.EDQUOT, "cannot be written (Disk quota exceeded)"),
+    (True, "open", 2, errno.EMFILE, "cannot be written (Too many open files)"),
+    (False, "posix_fallocate", 1, errno.ENOSPC, "6 bytes are needed"),
+    (False, "pwrite", 1, errno.ENOSPC, "cannot be written (No space left on device)"),
+    (False, "fsync", 1, errno.EIO, "cannot be written (Input/output error)"),
+    (True, "fsync", 3, errno.EIO, "cannot be written (Input/output error)"),
+    (False, "replace", 1, errno.EACCES, "cannot be written (Permission denied)"),
+    (True, "rename", 1, errno.EACCES, "cannot be written (Permission denied)"),
+]
+
+
+def failing(monkeypatch, name, number, code):
+    """Lets the n-th call of a function of `os` fail."""
+    real, calls = getattr(os, name), []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize(("directory", "name", "number", "code", "says"), FAILURES)
+def test_failures_name_the_output(tmp_path, monkeypatch, directory, name, number, code, says):
+    """Whatever fails, the message is about the output, and only what was there stays."""
+    path = tmp_path / "out"
+    if directory:
+        path.mkdir()
+        (path / "old").touch()
+    else:
+        path.write_bytes(b"old")
+    before = contents(tmp_path)
+    failing(monkeypatch, name, number, code)
+    with pytest.raises(MergeError) as caught:
+        (write_directory if directory else write)(path, overwrite=True)
+    assert caught.value.where == str(path)
+    assert says in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_result_that_may_not_last_is_an_error(tmp_path, monkeypatch):
+    """Where the name cannot be forced to the disk the file is complete, and the message says so."""
+    failing(monkeypatch, "fsync", 2, errno.EIO)
+    with pytest.raises(
+        MergeError, match=f"^{tmp_path}/out: it is complete, but may not outlast"
+    ) as caught:
+        write(tmp_path / "out")
+    assert caught.value.where == str(tmp_path / "out")
+    assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_directories_that_cannot_be_forced_are_none(tmp_path, monkeypatch, code):
+    """A file system that cannot force a directory to the disk is no failure."""
+    failing(monkeypatch, "fsync", 2, code)
+    write(tmp_path / "out")
+    assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+def test_directories_that_cannot_be_opened_are_none(tmp_path, monkeypatch):
+    """Nor is a directory that may be written to and not read."""
+    failing(monkeypatch, "open", 2, errno.EACCES)
+    write(tmp_path / "out")
+    assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+def test_everything_is_forced_to_the_disk(tmp_path, monkeypatch):
+    """Each file and each directory of the result, before its name; its parent after."""
+    forced, real = [], os.fsync
+
+    def fsync(fd):
+        forced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))  # noqa: PTH115, PTH119
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_directory(tmp_path / "out")
+    temporary = forced[2]
+    assert temporary.endswith(".merge-avg-tmp")
+    assert forced == ["w.bin", "w.bin", temporary, "sub", tmp_path.name]
+
+
+def test_what_a_dead_run_left_is_removed(tmp_path):
+    """Making an output removes the temporary of a run that has died, there or beside it."""
+    for name in ("out", "other"):
+        dead = Temporary(tmp_path / name, directory=False)
+        dead.remove.detach()
+        dead.close()
+    assert len(contents(tmp_path)) == 2
+    write(tmp_path / "out")
+    assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_without_hard_links(tmp_path, monkeypatch, comes):
+    """Where there are no hard links a rename does it, unless a file came meanwhile."""
+    path = tmp_path / "out"
+    failing(monkeypatch, "link", 1, errno.EPERM)
+    with Output(path, {".": SKELETON}, overwrite=False) as out:
+        out.write(0, "w", 0, memoryview(b"cdef"))
+        if comes:
+            path.write_bytes(b"theirs")
+            with pytest.raises(MergeError, match="exists already"):
+                out.commit()
+        else:
+            out.commit()
+    assert contents(tmp_path) == {"out": b"theirs" if comes else b"abcdef"}
+
+
+def test_deep_directories_and_their_permissions(tmp_path):
+    """Files lie as deep as they are named, and get the permissions that files usually get."""
+    before = os.umask(0)
+    try:
+        with Output(tmp_path / "out", {"a/b/w.bin": SKELETON}, overwrite=False) as out:
+            out.write(0, "w", 0, memoryview(b"cdef"))
+            out.commit()
+    finally:
+        os.umask(before)
+    assert contents(tmp_path) == {"out/a/b/w.bin": b"abcdef"}
+    assert (tmp_path / "out/a/b/w.bin").stat().st_mode & 0o777 == 0o666
+
+
+def test_directories_are_exchanged_where_that_is_possible(tmp_path, monkeypatch):
+    """Linux swaps an old directory and the new one in one step; no moment is without one."""
+    one, other = (made(tmp_path / name) for name in "ab")
+    names = (-100, os.fsencode(one), -100, os.fsencode(other))
+    try:
+        able = not ctypes.CDLL(None).renameat2(*names, 2)
+    except AttributeError:  # not on Linux
+        able = False
+    (one / "more").touch()
+    assert output._exchanged(one, other) == able
+    assert not able or (other / "more").exists()
+    assert not output._exchanged(one, tmp_path / "none")
+    if able:
+        monkeypatch.setattr(Output, "_swap", lambda *_: pytest.fail("in two steps"))
+    made(tmp_path / "out")
+    write_directory(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "w.bin").exists()
+
+
+def made(path):
+    path.mkdir()
+    (path / "file").touch()
+    return path
+
+
+def test_two_steps_are_undone(tmp_path, monkeypatch):
+    """Where directories cannot be exchanged and the second step fails, the first is undone."""
+    made(tmp_path / "out")
+    monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+    failing(monkeypatch, "rename", 3, errno.EIO)
+    with pytest.raises(MergeError, match="Input/output"):
+        write_directory(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == {"out/file": b""}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_old_directory_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
+    """The result is in its place; what is left of the old one goes with the next run."""
+    made(tmp_path / "out")
+    monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        write_directory(tmp_path / "out", overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    write_directory(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path).keys() == {"out/w.bin", "out/sub/w.bin"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_outputs_that_are_directories(tmp_path):
+    """A file is no place for a directory, an empty directory is; a full one needs --overwrite."""
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    made(tmp_path / "full")
+    for overwrite in (False, True):
+        with pytest.raises(MergeError, match="it is a file"):
+            refuse_output(tmp_path / "file", directory=True, overwrite=overwrite)
+        refuse_output(tmp_path / "empty", directory=True, overwrite=overwrite)
+        refuse_output(tmp_path / "new", directory=True, overwrite=overwrite)
+    with pytest.raises(MergeError, match=r": the output exists already$") as caught:
+        refuse_output(tmp_path / "full", directory=True, overwrite=False)
+    assert caught.value.where == str(tmp_path / "full")
+    refuse_output(tmp_path / "full", directory=True, overwrite=True)
+
+
+def test_only_links_to_files_are_followed(tmp_path):
+    """A path through a linked directory stays as it was given."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "linked").symlink_to("folder")
+    with Output(tmp_path / "linked" / "out", {".": SKELETON}, overwrite=False) as out:
+        assert out.path == tmp_path / "linked" / "out"
+
+
+def test_many_threads_write_at_once(tmp_path):
+    """Parts from many threads at once make one file and one checksum."""
+    told = {}
+    skeleton = Skeleton(
+        4000, (), {"w": Place(0, 4000)}, checked=True, close=lambda crcs: told.update(crcs) or ()
+    )
+    data = bytes(range(250)) * 16
+    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+        with ThreadPoolExecutor(8) as pool:
+            parts = range(0, 4000, 10)
+            list(pool.map(lambda at: out.write(0, "w", at, memoryview(data)[at : at + 10]), parts))
+        out.commit()
+    assert (tmp_path / "out").read_bytes() == data
+    assert told == {"w": zlib.crc32(data)}
+
+
+def test_literals_may_change_before_the_end(tmp_path):
+    """What a header says in the end, such as hashes, is written over what it was laid out with."""
+    first = Skeleton(8, ((0, b"ab"), (6, b"yz")), {"w": Place(2, 4)})
+    last = Skeleton(8, ((0, b"AB"), (6, b"yz")), {"w": Place(2, 4)})
+    closed = []
+
+    def close(crcs):
+        closed.append(dict(crcs))
+        return ((7, b"!"),)
+
+    with Output(tmp_path / "out", {".": first}, overwrite=False) as out:
+        out.write(0, "w", 0, memoryview(b"cdef"))
+        out.complete({".": dataclasses.replace(last, close=close)})
+        out.publish()
+    assert (tmp_path / "out").read_bytes() == b"ABcdefy!"
+    assert closed == [{"w": 0}]  # no checksum was asked for
+
+
+def test_the_disk_begins_while_more_is_made(tmp_path, monkeypatch):
+    """Each 32 MiB the system is asked to write what it has, and nowhere else does that matter."""
+    nbytes = 80 << 20
+    skeleton = Skeleton(nbytes, (), {"w": Place(0, nbytes)})
+    asked = []
+    real = files.start_writeback
+    monkeypatch.setattr(output, "start_writeback", lambda fd: asked.append((fd, real(fd))))
+    block = memoryview(bytes(1 << 20))
+    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+        for at in range(0, nbytes, len(block)):
+            out.write(0, "w", at, block)
+            if at == 63 << 20:
+                assert asked == [(out._files[0].fd, None)] * 2
+    assert len(asked) == 2
+    monkeypatch.setattr(files, "_SYNC_FILE_RANGE", None)
+    files.start_writeback(-1)

@@ -1,0 +1,221 @@
+"""merge_avg.budget: memory is promised beforehand, and the promise holds in real processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.plan import _budget as budget
+from merge_avg.plan._budget import MIB, plan_budget
+
+
+@given(
+    checkpoints=st.integers(1, 100),
+    itemsize=st.sampled_from([1, 2, 4, 8, 16]),
+    entries=st.integers(0, 10_000),
+    memory=st.integers(1 << 20, 1 << 31),
+    threads=st.one_of(st.none(), st.integers(1, 64)),
+)
+def test_a_plan_keeps_to_the_budget(checkpoints, itemsize, entries, memory, threads):
+    """What is planned fits the budget, or the error says how much would, and that much does."""
+    try:
+        plan = plan_budget(checkpoints, itemsize, entries, memory, threads)
+    except MergeError as error:
+        least = int(str(error.hint).rpartition(" ")[2].removesuffix("KiB")) * 1024
+        assert least > memory
+        assert plan_budget(checkpoints, itemsize, entries, least, threads).threads == 1
+        return
+    assert plan.nbytes <= memory
+    assert plan.threads <= (threads or 64)
+    assert plan.window >= 1
+    assert 1 <= plan.rows <= checkpoints
+
+
+def test_the_default_is_64_mib_on_two_cores(monkeypatch):
+    """Two cores take 64 MiB; a machine of many does not take them all."""
+    monkeypatch.setattr(budget, "cores", lambda: 2)
+    assert plan_budget(8, 4, 100).nbytes <= 64 * MIB
+    assert plan_budget(8, 4, 100).threads == 2
+    monkeypatch.setattr(budget, "cores", lambda: 128)
+    assert plan_budget(8, 4, 100).threads == 8
+
+
+def test_no_threads_is_a_usage_error():
+    """--threads 0 is refused."""
+    with pytest.raises(UsageError, match="a thread at least"):
+        plan_budget(2, 4, 1, threads=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("150000 100000\n", 2), ("max 100000\n", None), ("nonsense", None)]
+)
+def test_cores_of_a_control_group(tmp_path, text, cores):
+    """The quota of a control group counts, rounded up."""
+    (tmp_path / "cpu.max").write_text(text)
+    assert budget._control_group(tmp_path / "cpu.max") == cores
+    assert budget._control_group(tmp_path / "none") is None
+
+
+MEASURE = """
+import json, sys, threading
+import torch  # which some of the merges need
+from merge_avg.engine._run import merge_checkpoints
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+*paths, output, memory = sys.argv[1:]
+floor, peak, stop = anonymous(), 0, threading.Event()
+def sample():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=sample)
+thread.start()
+try:
+    options = {"max_memory": int(memory) or None, "threads": 2, "allow_nonfinite": True}
+    options["int_policy"] = "mean"
+    base = next((path for path in paths if path.endswith("base.safetensors")), None)
+    if base is not None:
+        paths.remove(base)
+        options["base"] = base
+    if "{}" in output:
+        every = range(len(paths))
+        rows = {output.format(left): [int(i != left) for i in every] for left in every}
+        result = merge_checkpoints(paths, rows, **options)
+    else:
+        result = merge_checkpoints(paths, output, **options)
+finally:
+    stop.set()
+    thread.join()
+print(json.dumps([peak - floor, result.job.budget.nbytes]))
+"""
+
+
+def wide(generator, numel):
+    exponents = torch.randint(-40, 40, (numel,), generator=generator)
+    return torch.randn(numel, generator=generator) * torch.exp2(exponents.float())
+
+
+def matrices(kind):
+    """The same as matrices, which are compared as well; a sixth as small ones, looked at whole."""
+
+    def made(generator, numel):
+        (values,) = kind(generator, numel).values()
+        parts = values[: numel // 6].split(7)
+        small = {f"s{number}": part.view(-1, 1).clone() for number, part in enumerate(parts[:500])}
+        return {"a": values.view(-1, 100), **small}
+
+    return made
+
+
+KINDS = {
+    "float32": lambda g, n: {"a": torch.randn(n, generator=g)},
+    "wide float32": lambda g, n: {"a": wide(g, n)},
+    "float64": lambda g, n: {"a": torch.randn(n, generator=g, dtype=torch.float64)},
+    "float64 ties": lambda g, n: {"a": torch.randn(n, generator=g, dtype=torch.float64).round()},
+    "bfloat16": lambda g, n: {"a": torch.randn(n, generator=g).bfloat16()},
+    "float8": lambda g, n: {"a": torch.randn(n, generator=g).to(torch.float8_e4m3fn)},
+    "complex64": lambda g, n: {"a": torch.randn(n, generator=g, dtype=torch.complex64)},
+    "nan": lambda g, n: {
+        "a": torch.randn(n, generator=g).masked_fill(torch.rand(n) < 0.01, float("nan"))
+    },
+}
+KINDS = {kind: matrices(make) for kind, make in KINDS.items()}
+KINDS["all nan"] = lambda g, n: {"a": torch.full((n,), float("nan")).bfloat16()}
+KINDS["integers"] = lambda g, n: {
+    "a": torch.randint(99, (n,), generator=g).to(torch.int8),
+    "b": torch.randint(1 << 40, (n,), generator=g),
+}
+KINDS["many tensors"] = lambda g, n: {
+    f"k{i}": torch.randn(3, 9, generator=g) for i in range(n // 500)
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "memory"),
+    [(kind, memory) for kind in KINDS for memory in (0, 12 * MIB)]
+    + [(kind, 256 * MIB) for kind in ("float64 ties", "all nan", "integers")],
+)
+def test_the_promise_holds(tmp_path, kind, memory):
+    """The process takes no more anonymous memory, above the import, than the plan predicts."""
+    paths = []
+    for fold in range(5):
+        generator = torch.Generator().manual_seed(fold)
+        paths.append(tmp_path / f"{fold}.safetensors")
+        save_file(KINDS[kind](generator, 600_000), paths[-1])
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "o.pt"), str(memory)]
+    if kind == "many tensors" and memory:
+        command[-1] = str(20 * MIB)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted
+    assert not memory or predicted <= int(command[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["float32", "many tensors"])
+def test_the_promise_holds_with_a_base(tmp_path, kind):
+    """A base that the checkpoints are compared with takes no more than predicted either."""
+    paths = []
+    for name in ("0", "1", "2", "base"):
+        generator = torch.Generator().manual_seed(ord(name[0]))
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file(KINDS[kind](generator, 600_000), paths[-1])
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "o.pt"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "kind",
+    ["float32", "wide float32", "float64 ties", "bfloat16", "complex64"],
+)
+def test_the_promise_holds_for_several_averages(tmp_path, kind):
+    """Nine averages at a time take no more than predicted, within a budget of 20 MiB."""
+    paths = []
+    for fold in range(9):
+        generator = torch.Generator().manual_seed(fold)
+        paths.append(tmp_path / f"{fold}.safetensors")
+        save_file(KINDS[kind](generator, 400_000), paths[-1])
+    where = str(tmp_path / "o{}.pt")
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), where, str(20 * MIB)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted <= 20 * MIB
+    assert len(list(tmp_path.glob("o*.pt"))) == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("count", [2, 6])
+def test_the_promise_holds_for_very_many_tensors(tmp_path, count):
+    """What is known of 20,000 tensors of each checkpoint is part of the prediction."""
+    paths = [str(tmp_path / f"{fold}.pt") for fold in range(count)]
+    for fold, path in enumerate(paths):
+        torch.save({f"layers.{i}.w": torch.full((3, 9), float(fold)) for i in range(20_000)}, path)
+    command = [sys.executable, "-c", MEASURE, *paths, str(tmp_path / "o.pt"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_promise_holds_for_integers_of_many_checkpoints(tmp_path):
+    """Of integers that all differ only a few are Python's at a time, which take ten times more."""
+    paths = [str(tmp_path / f"{fold}.safetensors") for fold in range(16)]
+    for fold, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(fold)
+        numbers = torch.randint(300, 30_000, (300_000,), generator=generator)
+        save_file({"n": numbers.to(torch.int16)}, path)
+    command = [sys.executable, "-c", MEASURE, *paths, str(tmp_path / "o.pt"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted

@@ -1,0 +1,115 @@
+"""merge_avg.align: names that meet, and what becomes of those that do not."""
+
+import pytest
+import torch
+
+from merge_avg.engine._run import merge_checkpoints
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.report.report import describe, lines
+
+
+@pytest.fixture
+def merge(tmp_path):
+    def run(*states, **options):
+        paths = [tmp_path / f"{i}.pt" for i in range(len(states))]
+        for state, path in zip(states, paths, strict=True):
+            torch.save({key: torch.tensor(value) for key, value in state.items()}, path)
+        result = merge_checkpoints(paths, tmp_path / "out.pt", overwrite=True, **options)
+        values = {key: value.tolist() for key, value in torch.load(tmp_path / "out.pt").items()}
+        return values, result.job
+
+    return run
+
+
+def test_patterns_choose_what_is_averaged(merge):
+    """--include and --exclude take shell patterns; what they leave out is the template's."""
+    states = [
+        {"enc.w": 1.0, "enc.b": 1.0, "head.w": 1.0},
+        {"enc.w": 3.0, "enc.b": 3.0, "head.w": 3.0},
+    ]
+    assert merge(*states, include=["enc.*"])[0] == {"enc.w": 2.0, "enc.b": 2.0, "head.w": 1.0}
+    assert merge(*states, exclude=["*.b", "head*"])[0] == {
+        "enc.w": 2.0,
+        "enc.b": 1.0,
+        "head.w": 1.0,
+    }
+    values, job = merge(*states, include=["enc.*"], exclude=["*.b"])
+    assert values == {"enc.w": 2.0, "enc.b": 1.0, "head.w": 1.0}
+    assert "'enc.b' and 1 more is not to be averaged" in job.plan.aligned.notes[0]
+
+
+def test_what_is_excluded_need_not_match(merge):
+    """A head of another shape or name is no obstacle once it is excluded."""
+    states = [{"w": 1.0, "head": [1.0, 2.0]}, {"w": 3.0, "head": [1.0]}, {"w": 5.0, "other": 1.0}]
+    values, _ = merge(*states, exclude=["head", "other"])
+    assert values == {"w": 3.0, "head": [1.0, 2.0]}
+
+
+def test_a_pattern_that_fits_nothing_is_an_error(merge):
+    """The message shows names as patterns see them."""
+    with pytest.raises(MergeError, match="no tensor fits") as caught:
+        merge({"layer.w": 1.0}, {"layer.w": 2.0}, include=["w"])
+    assert "'layer.w'" in str(caught.value.hint)
+
+
+def test_another_template(merge, tmp_path):
+    """--template N copies another of the checkpoints; the mean and the weights stay the same."""
+    states = [{"a": 1.0, "n": 10}, {"n": 20, "a": 4.0}, {"a": 7.0, "n": 30}]
+    values, job = merge(*states, template=2, weights=[1, 2, 1])
+    assert values == {"n": 20, "a": 4.0}
+    assert list(values) == ["n", "a"]
+    assert job.layouts[0].path == tmp_path / "1.pt"
+    assert job.averages[0].weights.integers == (2, 1, 1)
+    values, _ = merge(*states, template=tmp_path / "2.pt", weights=[1, 0, 0])
+    assert values == {"a": 1.0, "n": 30}
+
+
+def test_a_template_that_is_not_averaged(merge, tmp_path):
+    """--template PATH takes everything but the weights from a checkpoint beside the inputs."""
+    torch.save({"state_dict": {"a": torch.tensor(99.0)}, "epoch": 7}, tmp_path / "frame.ckpt")
+    paths = [tmp_path / "x.pt", tmp_path / "y.pt"]
+    for value, path in zip((1.0, 2.0), paths, strict=True):
+        torch.save({"a": torch.tensor(value)}, path)
+    merge_checkpoints(paths, tmp_path / "out.ckpt", template=tmp_path / "frame.ckpt")
+    merged = torch.load(tmp_path / "out.ckpt")
+    assert merged["state_dict"]["a"].item() == 1.5
+    assert merged["epoch"] == 7
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_template_number_that_does_not_exist(merge, number):
+    """Numbers count from one, and the hint says up to where."""
+    with pytest.raises(UsageError, match=f"no checkpoint number {number}") as caught:
+        merge({"a": 1.0}, {"a": 2.0}, template=number)
+    assert "1 to 2" in str(caught.value.hint)
+
+
+def test_missing_tensors(merge):
+    """--missing says what becomes of names that some checkpoint lacks."""
+    states = [{"a": 1.0, "b": 1.0}, {"a": 2.0, "b": 3.0}, {"a": 6.0, "c": 9.0}]
+    with pytest.raises(MergeError, match="lacks 'b'"):
+        merge(*states)
+    assert merge(*states, missing="skip")[0] == {"a": 3.0, "b": 1.0}
+    values, job = merge(*states, missing="available")
+    assert values == {"a": 3.0, "b": 2.0}
+    report = describe(job, None, "0")
+    assert report["available"] == {"b": 2}
+    assert "  'b' is averaged over 2 of 3 checkpoints" in list(lines(report))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("w", "module.w"),
+        ("_orig_mod.module.layer.w", "module._orig_mod.layer.w"),
+        ("model._orig_mod.layer.w", "model.layer.w"),
+        ("layer.module.w", "layer.w"),
+        ("model.layer.w", "layer.w"),
+        ("_fsdp_wrapped_module.layer.w", "layer._checkpoint_wrapped_module.w"),
+    ],
+)
+def test_prefixes_of_wrappers_are_looked_through(merge, ours, theirs):
+    """Names that differ by wrappers only are the same tensor; the template's names stay."""
+    values, job = merge({ours: 1.0, f"{ours}2": 1.0}, {theirs: 3.0, f"{theirs}2": 5.0})
+    assert values == {ours: 2.0, f"{ours}2": 3.0}
+    assert "were matched without the prefix" in job.plan.aligned.notes[0]

@@ -1,0 +1,281 @@
+"""merge_avg.page: one page of HTML that needs no network, and whose text is only text."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from merge_avg.engine._run import run
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.plan._job import Options, prepare, refuse_report
+from merge_avg.report import html as page
+from merge_avg.report.report import describe
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+COMMAND = [sys.executable, "-m", "merge_avg"]
+
+
+def networks(folder, count=4, names=None, layers=5):
+    """Fine-tunes of one base, the last of which strays in one layer."""
+    base = {f"layers.{i}.weight": noise(i) for i in range(layers)} | {"norm": torch.ones(9)}
+    torch.save({"model": base}, folder / "base.pt")
+    paths = []
+    for number, name in enumerate(names or [f"fold{n}.pt" for n in range(count)]):
+        content = {
+            key: value + noise(99 * number + 70 + place) / 9 if value.dim() > 1 else value
+            for place, (key, value) in enumerate(base.items())
+        }
+        if number == count - 1:
+            content["layers.2.weight"] = noise(5000)
+        paths.append(folder / name)
+        torch.save({"model": content, "epoch": number}, paths[-1])
+    return paths
+
+
+def noise(seed):
+    return torch.randn(40, 50, generator=torch.Generator().manual_seed(seed))
+
+
+def report_of(paths, output, **options):
+    job = prepare(paths, output, Options(overwrite=True, **options))
+    return describe(job, run(job), "1.2.3")
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and all text that is shown."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_it_tells_all(tmp_path):
+    """Inputs, weights, policies, notes, warnings, agreement and errors are in the page."""
+    paths = networks(tmp_path)
+    base = tmp_path / "base.pt"
+    report = report_of(paths, tmp_path / "o.pt", weights=[1, 1, 1, 2], base=base, exclude=["norm"])
+    report["warnings"].append("a warning of the test")
+    elements = Elements(page.page(report))
+    text = " ".join(" ".join(elements.text).split())
+    for entry in report["inputs"]:
+        assert entry["path"] in text
+    assert f"{base} (base)" in text
+    figures = report["agreement"]
+    for one in (*figures["each"], *figures["centred"]["each"]):
+        assert f"{one['mean']:.3f}" in text
+    for what in ("a warning of the test", *report["notes"], "layers.2.weight", "0.4", "int_policy"):
+        assert what in text
+    ids = {attributes.get("id") for _, attributes in elements.found}
+    assert {"heat-map", "heat-map-centred", "distances", "checkpoints", "least", "what"} <= ids
+    assert sum(tag == "svg" for tag, _ in elements.found) == 3
+    described = json.loads(unescape(re.search(r"<pre>(.*)</pre>", page.page(report), re.DOTALL)[1]))
+    assert described["agreement"]["pairs"] == figures["pairs"]
+
+
+def test_sampled_figures_have_errors(tmp_path):
+    """Where a sample was looked at, the page says of how many elements, and the error."""
+    paths = []
+    for number in range(2):
+        paths.append(tmp_path / f"{number}.pt")
+        value = torch.randn(400, 500, generator=torch.Generator().manual_seed(number))
+        torch.save({"w": value}, paths[-1])
+    report = report_of(paths, tmp_path / "o.pt")
+    text = page.page(report)
+    assert f"{report['agreement']['elements']:,} of the 200,000 elements" in text
+    assert re.search(r"&plusmn; 0\.\d+ by sampling", text)
+
+
+def test_ids_are_distinct_and_nothing_is_loaded(tmp_path):
+    """No script, no style sheet, no address to load from; no id twice; small."""
+    paths = networks(tmp_path)
+    report = report_of(paths, tmp_path / "o.pt", base=tmp_path / "base.pt")
+    text = page.page(report)
+    elements = Elements(text)
+    tags = {tag for tag, _ in elements.found}
+    assert not tags & {"script", "link", "iframe", "object", "base", "form", "foreignobject"}
+    for tag, attributes in elements.found:
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), tag
+        assert not any(name.startswith("on") for name in attributes)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    assert {one or other for one, other in referred} <= set(ids)
+    assert len(text) < 300_000
+    assert page.page(report) == text
+
+
+NASTY = ["<script>alert(1)</script>", "a\"onload='x'&amp;", "$\\frac{1}{2}$", "\x1b[31mé漢\udc80"]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_names_are_text(tmp_path, nasty):
+    """HTML, formulas, controls and undecodable bytes in names of files and tensors are text."""
+    name = nasty.replace("/", "") + ".pt"
+    paths = networks(tmp_path, names=[name, "b.pt", "c.pt", "d.pt"])
+    for number, path in enumerate(paths):
+        torch.save({nasty: noise(number), f"{nasty}.1.w": noise(number + 9)}, path)
+    report = report_of(paths, tmp_path / "o.pt", template=paths[1], base=paths[0])
+    text = page.page(report)
+    text.encode()
+    elements = Elements(text)
+    assert "script" not in {tag for tag, _ in elements.found}
+    assert not any(name.startswith("on") for _, found in elements.found for name in found)
+    assert "\x1b" not in text
+    shown = "".join(elements.text)
+    assert page.printable(name) in shown
+    assert page.printable(nasty) in shown
+    ticks = [unescape(label) for label in re.findall(r"<text[^>]*>([^<]*)</text>", text)]
+    assert any(page.printable(nasty)[-12:] in label for label in ticks)
+
+
+def test_odd_numbers_of_everything(tmp_path):
+    """One checkpoint, many, identical ones, and zeros make pages too."""
+    paths = networks(tmp_path, count=26, layers=60)
+    for chosen in (paths[:1], paths, [paths[0], paths[0]]):
+        text = page.page(report_of(chosen, tmp_path / "o.pt"))
+        assert ("<svg" in text) == (len(chosen) > 1)
+    text = page.page(report_of(paths[:3], tmp_path / "o.pt", agreement=False))
+    assert "It was not measured" in text
+    for number in range(3):
+        value = {"w": noise(1) * (number > 0), "z": torch.zeros(3, 3)}
+        torch.save(value, tmp_path / f"z{number}.pt")
+    report = report_of([tmp_path / f"z{n}.pt" for n in range(3)], tmp_path / "o.pt")
+    assert report["agreement"]["pairs"][0] == [1, None, None]
+    assert "nan" not in page.page(report).lower().replace("nonfinite", "")
+
+
+# Before the merge, and the file
+
+
+def test_what_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """A page over an output, an input or an older page, elsewhere, or without matplotlib."""
+    paths = networks(tmp_path)
+    job = prepare(paths, tmp_path / "o.html", Options())
+    old = tmp_path / "old.html"
+    old.write_text("old")
+    linked = tmp_path / "linked.html"
+    linked.symlink_to(paths[0])
+    refuse_report(tmp_path / "r.html", job)
+    for path, kind, message in [
+        (tmp_path / "o.html", UsageError, "is the output"),
+        (tmp_path / "r.pt", UsageError, "another ending"),
+        (linked, MergeError, "the output is the input"),
+        (old, MergeError, "exists already"),
+        (tmp_path / "none" / "r.html", MergeError, "does not exist"),
+    ]:
+        with pytest.raises(kind, match=message):
+            refuse_report(path, job)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MergeError, match="needs matplotlib") as raised:
+        refuse_report(tmp_path / "r.html", job)
+    assert "merge-avg[report]" in raised.value.hint
+
+
+def test_the_command_writes_it(tmp_path):
+    """--report writes the page beside the output; a refusal leaves neither."""
+    networks(tmp_path)
+    folds = [f"fold{n}.pt" for n in range(4)]
+
+    def merge(*arguments):
+        command = [*COMMAND, *folds, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    for wrong, code in [
+        (["-o", "o.pt", "--report", "r.html", "--dry-run"], 2),
+        (["-o", "o.pt", "--report", "fold0.html/r.html"], 1),
+        (["-o", "o.pt", "--report", "r.html", "--min-agreement", "0.999"], 1),
+    ]:
+        assert merge(*wrong).returncode == code
+        assert not (tmp_path / "o.pt").exists()
+        assert not (tmp_path / "r.html").exists()
+    done = merge("-o", "o.pt", "--report", "r.html", "--base", "base.pt")
+    assert (done.returncode, done.stdout) == (0, "o.pt\n")
+    assert 'id="heat-map-centred"' in (tmp_path / "r.html").read_text()
+    assert merge("-o", "p.pt", "--report", "r.html").returncode == 1
+    assert not (tmp_path / "p.pt").exists()
+    assert merge("-o", "o.pt", "--report", "r.html", "--overwrite").returncode == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_page_that_cannot_be_written_is_an_error(tmp_path):
+    """Where the page fails after the merge, the error says that the average is there."""
+    report = report_of(networks(tmp_path), tmp_path / "o.pt")
+    (tmp_path / "r.html").write_text("made in the meantime")
+    with pytest.raises(MergeError, match="the average itself was written"):
+        page.write(tmp_path / "r.html", report, overwrite=False)
+    assert (tmp_path / "r.html").read_text() == "made in the meantime"
+
+
+# In a browser
+
+
+def browsed(path, folder):
+    """The page's elements as a browser made them, its console, and what the page asked for.
+
+    The browser has requests of its own, which no page initiates; none reaches a network here.
+    """
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    flags += " --disable-background-networking --disable-component-update --dump-dom"
+    flags += " --disable-dev-shm-usage --disable-extensions --enable-logging=stderr --v=0"
+    flags += " --proxy-server=http://127.0.0.1:9 --proxy-bypass-list=<-loopback>"
+    log = folder / "network.json"
+    command = [CHROMIUM, *flags.split(), f"--log-net-log={log}", f"--user-data-dir={folder / 'p'}"]
+    command.append(path.as_uri())
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
+    events = [event.get("params") or {} for event in json.loads(log.read_text())["events"]]
+    own = "not an origin"
+    requests = {event["url"] for event in events if event.get("initiator", own) != own}
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return Elements(done.stdout), console, requests
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
+def test_a_browser_shows_it(tmp_path):
+    """In Chromium: heat maps, chart and tables, a clean console, and nothing from the network."""
+    paths = networks(tmp_path)
+    report = report_of(paths, tmp_path / "o.pt", base=tmp_path / "base.pt")
+    page.write(tmp_path / "r.html", report, overwrite=False)
+    elements, console, requests = browsed(tmp_path / "r.html", tmp_path)
+    ids = {attributes.get("id") for _, attributes in elements.found}
+    assert {"heat-map", "heat-map-centred", "distances", "checkpoints", "least", "what"} <= ids
+    assert sum(tag == "svg" for tag, _ in elements.found) == 3
+    assert sum(tag == "image" for tag, _ in elements.found) >= 2
+    assert sum(tag == "table" for tag, _ in elements.found) == 3
+    assert sum(tag == "tr" for tag, _ in elements.found) > 5 + 5
+    text = " ".join(elements.text)
+    assert f"{report['agreement']['mean']:.3f}" in text
+    assert str(paths[0]) in text
+    assert console == []
+    assert requests == set()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
+def test_the_browser_would_tell(tmp_path):
+    """What loads something, or runs a script that fails, is seen by this very way of looking."""
+    path = tmp_path / "bad.html"
+    path.write_text('<img src="http://example.com/x.png"><script>throw Error("oh")</script>')
+    _, console, requests = browsed(path, tmp_path)
+    assert requests == {"http://example.com/x.png"}
+    assert any("oh" in line for line in console)
+    # The page's own policy forbids both.
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{page._POLICY}">'
+    path.write_text(policy + path.read_text())
+    _, console, requests = browsed(path, tmp_path)
+    assert requests == set()
+    assert len(console) == 2

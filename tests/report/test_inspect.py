@@ -1,0 +1,100 @@
+"""What --inspect sees in a checkpoint."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from merge_avg.engine._run import merge_checkpoints
+from merge_avg.errors import MergeError
+from merge_avg.report.inspect import contents, lines
+
+W = torch.arange(12.0).view(4, 3)
+STATE = {"a.weight": W, "b.weight": W, "part": W[1:3], "n": torch.tensor(3), "z": W.clone() * 1j}
+
+
+def saved(path, **more):
+    content = {"state_dict": STATE, "optimizer": {"state": {0: {"m": W + 1}}}, "epoch": 3, **more}
+    torch.save(content, path)
+    return path
+
+
+def test_roles_shapes_and_ties(tmp_path):
+    """Each tensor has its dtype, shape and role, and what shares memory has the same tie."""
+    found = contents(saved(tmp_path / "a.ckpt"))
+    table = {one["name"]: one for one in found["tensors"]}
+    assert {name: one["role"] for name, one in table.items()} == {
+        "state_dict.a.weight": "averaged",
+        "state_dict.b.weight": "averaged",
+        "state_dict.part": "averaged",
+        "state_dict.n": "compared",
+        "state_dict.z": "averaged",
+        "optimizer.state.0.m": "kept",
+    }
+    assert table["state_dict.part"]["shape"] == [2, 3]
+    assert table["state_dict.z"]["dtype"] == "complex64"
+    assert [name for name, one in table.items() if "tie" in one] == [
+        "state_dict.a.weight",
+        "state_dict.b.weight",
+        "state_dict.part",
+    ]
+    assert (found["format"], found["epoch"], found["merged"]) == ("torch-zip", 3, False)
+
+
+def test_a_key_decides_what_is_a_weight(tmp_path):
+    """With the name of one state dict, all other tensors are kept."""
+    path = saved(tmp_path / "a.ckpt", ema={"a.weight": W + 2})
+    roles = {one["name"]: one["role"] for one in contents(path, "ema")["tensors"]}
+    assert roles["ema.a.weight"] == "averaged"
+    assert roles["state_dict.a.weight"] == "kept"
+
+
+def test_unusual_tensors_are_named(tmp_path):
+    """What cannot be averaged is listed with the reason."""
+    torch.save({"w": W, "s": torch.eye(3).to_sparse()}, tmp_path / "a.pt")
+    table = {one["name"]: one for one in contents(tmp_path / "a.pt")["tensors"]}
+    assert table["s"]["trouble"] == "a sparse tensor"
+    assert any("a sparse tensor" in line for line in lines(contents(tmp_path / "a.pt")))
+
+
+def test_lines_for_a_person(tmp_path):
+    """The first line is about the file; then a line for each tensor, and what holds none."""
+    first, *rest = lines(contents(saved(tmp_path / "a.ckpt", global_step=70)))
+    assert first.startswith(f"{tmp_path / 'a.ckpt'}: torch-zip, ")
+    assert first.endswith("step 70, epoch 3")
+    assert len(rest) == 7
+    assert "4x3" in rest[0]
+    assert rest[-1] == "  without tensors: epoch, global_step"
+
+
+def test_an_output_says_so(tmp_path):
+    """What this program wrote is listed as that."""
+    save_file({"w": W}, tmp_path / "a.safetensors")
+    merge_checkpoints([tmp_path / "a.safetensors"], tmp_path / "o.safetensors")
+    assert next(lines(contents(tmp_path / "o.safetensors"))).endswith("an output of merge-avg")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    """A file of something else is the scan's own error."""
+    (tmp_path / "a.pt").write_text("hello")
+    with pytest.raises(MergeError):
+        contents(tmp_path / "a.pt")
+
+
+def test_the_command_needs_no_torch(tmp_path):
+    """--inspect prints a table or JSON, escapes control characters, and does not import torch."""
+    torch.save({"w": W, "\x1b[31mred\n": W + 1}, tmp_path / "a.pt")
+    code = "import sys; from merge_avg.cli._app import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "a.pt", "--inspect"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert len(done.stdout.splitlines()) == 3
+    assert "\\x1b[31mred\\n" in done.stdout
+    done = subprocess.run(
+        [*command, "--json"], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    (found,) = json.loads(done.stdout)
+    assert [one["name"] for one in found["tensors"]] == ["w", "\x1b[31mred\n"]

@@ -1,0 +1,106 @@
+"""merge_avg.merge_view: what a person at a terminal sees of a merge."""
+
+import io
+import os
+import re
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from merge_avg.engine._run import run
+from merge_avg.plan._job import Options, prepare
+from merge_avg.report.report import describe
+from merge_avg.report.terminal import show
+from tests.terminal import on_terminal
+
+NAMES = ["[red]a[bold] b.pt", "c\x1b[31m:smile:.pt", "plain.pt"]
+
+
+def networks(folder, names=NAMES, *, odd=True):
+    common = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    for number, name in enumerate(names):
+        own = torch.randn(30, 40, generator=torch.Generator().manual_seed(number + 1))
+        last = odd and number == len(names) - 1
+        content = {
+            "w": own * 2 if last else common + own / 9,
+            "[b]v\x1b[0m": own,
+            "n": torch.ones(3),
+        }
+        torch.save({"model": content, "epoch": number}, folder / name)
+    return [folder / name for name in names]
+
+
+def shown(paths, outputs, width=100, **options):
+    job = prepare(paths, outputs, Options(**options))
+    report = describe(job, run(job), "1.2.3")
+    file = io.StringIO()
+    show(report, Console(file=file, width=width, force_terminal=False))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_everything_is_told(tmp_path, monkeypatch, width):
+    """Checkpoints, weights, agreement, sizes, what was kept, notes and warnings, in the width."""
+    monkeypatch.chdir(tmp_path)
+    paths = [path.relative_to(tmp_path) for path in networks(tmp_path)]
+    text = shown(paths, "o.pt", width, exclude=["n"], weights=[1, 1, 2])
+    assert max(map(len, text.splitlines())) <= width
+    flat = "".join(text.split())
+    assert text.startswith("averaged 3 checkpoints into o.pt")
+    rows = [line for line in text.splitlines() if "plain.pt" in line]
+    assert re.search(r"0\.5 +-?0\.\d{3}", rows[0])
+    for what in ("2averaged(float32)", "parameters2,403", "kBin", "agreement0.", "(exact)"):
+        assert what in flat
+    assert "keptepoch(keptfrom" in flat
+    assert "isnottobeaveragedandiskeptfromthetemplate" in flat
+    assert "warning" in flat
+    assert "hardlyagree" in flat
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_names_stay_names(tmp_path, monkeypatch, width):
+    """Neither rich's markup and emoji nor a terminal's control in a name is anything but text."""
+    monkeypatch.chdir(tmp_path)
+    paths = [path.relative_to(tmp_path) for path in networks(tmp_path)]
+    text = shown(paths, "o.pt", width)
+    assert "\x1b" not in text
+    flat = "".join(text.split())
+    assert "c\\x1b[31m:smile:.pt" in flat
+    assert "[red]a[bold]" in flat
+
+
+def test_bars_show_who_agrees(tmp_path):
+    """The one that does not belong has the shortest bar."""
+    text = shown(networks(tmp_path, ["a.pt", "b.pt", "c.pt"]), tmp_path / "o.pt", 200)
+    bars = [line.count("━") for line in text.splitlines() if ".pt " in line and "0.333" in line]
+    assert len(bars) == 3
+    assert bars[2] < min(bars[:2])
+
+
+def test_a_base_and_several_averages(tmp_path):
+    """The base is marked, with a column of what was learned; several outputs have a line each."""
+    paths = networks(tmp_path, ["a.pt", "b.pt", "c.pt", "base.pt"], odd=False)
+    outputs = {str(tmp_path / "x.pt"): [1, 3, 0], str(tmp_path / "y.pt"): [0, 1, 1]}
+    text = shown(paths[:3], outputs, 200, base=paths[3])
+    assert "averaged 3 checkpoints into 2 averages" in text
+    assert "base.pt (base)" in text
+    assert "from base" in text
+    assert "(weights 0.25, 0.75, 0, 0)" in text
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_real_terminal_of_40_columns(tmp_path, term):
+    """On a narrow terminal the table fits; a dumb one gets neither colours nor box signs."""
+    networks(tmp_path, ["a.pt", "b.pt", "a-rather-long-name-of-a-checkpoint-of-many.pt"])
+    command = [sys.executable, "-m", "merge_avg", *sorted(tmp_path.glob("*.pt")), "-o", "o.pt"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+    environment["TERM"] = term
+    text = on_terminal(command, 40, cwd=tmp_path, env=environment)
+    summary = text[text.index("averaged 3") :]
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", summary)
+    assert max(len(line.rstrip("\r")) for line in plain.split("\n")) <= 40
+    assert "agrees" in plain
+    assert ("\x1b" in summary) == (term == "xterm")
+    assert term == "xterm" or plain.isascii()

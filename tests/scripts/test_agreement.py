@@ -1,0 +1,29 @@
+"""scripts/agreement.py: the warning comes for networks whose mean is broken, and for no other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "agreement.py"
+
+
+def test_the_warning_fires_for_the_broken_ones():
+    """Real networks: where the mean lost more than half its accuracy, and only there."""
+    pytest.importorskip("sklearn")
+    done = subprocess.run(
+        [sys.executable, SCRIPT],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_COLOR": "1"},
+    )
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.count("│") == 7]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    assert len(rows) == 5
+    for _, _, each, mean, _, warned in rows:
+        broken = float(mean.strip("%")) < float(each.strip("%")) / 2
+        assert warned == ("yes" if broken else "no")
+    assert [row[-1] for row in rows] == ["no", "no", "no", "yes", "yes"]

@@ -1,0 +1,264 @@
+"""Selection, weightings and series, through the command."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge_avg.cli._app import main
+from merge_avg.errors import UsageError
+from merge_avg.selection._choose import Weighting, choose
+from merge_avg.selection._select import Criteria
+from merge_avg.selection._series import Series
+
+
+@pytest.fixture
+def command(tmp_path, capsys, monkeypatch):
+    """Runs the command in a directory of its own; returns code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["merge-avg", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def lightning(epoch, value, extra=""):
+    path = Path(f"epoch={epoch}-step={epoch * 10}{extra}.ckpt")
+    content = {"state_dict": {"w": torch.full((2,), float(value))}, "epoch": epoch}
+    torch.save({**content, "global_step": epoch * 10, "callbacks": {}}, path)
+    return path
+
+
+def value(path):
+    return float(torch.load(path)["state_dict"]["w"][0])
+
+
+def test_b5_several_averages_stay_independent(command):
+    """B5: epochs 1, 2, 3; the last two and the last three, one criterion after the other."""
+    for epoch in (1, 2, 3):
+        lightning(epoch, epoch, f"-val_loss={epoch}.0")
+    assert command(".", "-o", "avg-{name}.ckpt", "--last", 3, "--last", 2)[0] == 0
+    assert (value("avg-last-3.ckpt"), value("avg-last-2.ckpt")) == (2.0, 2.5)
+    assert command(".", "-o", "best.ckpt", "--best", 2, "--metric", "val_loss")[0] == 0
+    assert command(".", "-o", "all.ckpt", "--best", 3, "--metric", "val_loss")[0] == 0
+    assert (value("best.ckpt"), value("all.ckpt")) == (1.5, 2.0)
+
+
+def test_b9_run_twice(command):
+    """B9: the second run leaves the first one's output out, and says so."""
+    for epoch in (1, 2):
+        lightning(epoch, epoch)
+    assert command(".", "-o", "a.ckpt")[0] == 0
+    code, _, err = command(".", "-o", "b.ckpt")
+    assert code == 0
+    assert value("b.ckpt") == 1.5
+    assert re.search(r"- a\.ckpt .* an earlier output of merge-avg", err)
+    code, out, _ = command(".", "-o", "b.ckpt", "--overwrite", "--json")
+    found = {entry["path"]: entry for entry in json.loads(out)["candidates"]}
+    assert found["b.ckpt"]["why"] == "an earlier output of merge-avg"
+
+
+@pytest.mark.parametrize(("metric", "mean"), [("bleu", 25.0), ("loss", 15.0)])
+def test_b10_the_best_two(command, metric, mean):
+    """B10: the best two by BLEU and by loss, and the direction is printed."""
+    for number in (10, 20, 30):
+        content = {"model": {"w": torch.full((2,), float(number))}}
+        torch.save(content, f"checkpoint_best_{metric}_{number}.pt")
+    code, _, err = command(".", "-o", "o.pt", "--best", 2)
+    assert code == 0
+    assert float(torch.load("o.pt")["model"]["w"][0]) == mean
+    assert f"best is the {'highest' if metric == 'bleu' else 'lowest'} {metric}" in err
+
+
+def test_b12_b13_b14_words(command):
+    """B12, B13, B14: steps are exact, gaps are mentioned, too few are an error with a list."""
+    for epoch in (1, 2, 50):
+        lightning(epoch, epoch)
+    code, out, _ = command(".", "-o", "x.ckpt", "--steps", 10, "--json")
+    assert [entry["step"] for entry in json.loads(out)["inputs"]] == [10]
+    code, _, err = command(".", "-o", "y.ckpt", "--last", 3)
+    assert "gap between epoch 2 and epoch 50" in err
+    code, _, err = command(".", "-o", "z.ckpt", "--last", 5)
+    assert code == 1
+    assert "the last 5 are asked for, and there are 3 checkpoints: 'epoch=1-step=10.ckpt'" in err
+    assert not Path("z.ckpt").exists()
+
+
+def test_a_dry_run_shows_the_candidates(command):
+    """Every candidate is a line: chosen or not, step, epoch, metric, and why."""
+    for epoch in (1, 2, 3):
+        lightning(epoch, epoch, f"-val_loss={epoch}.5")
+    code, _, err = command(".", "-o", "o.ckpt", "--best", 1, "--dry-run")
+    assert code == 0
+    assert re.search(
+        r"\+ epoch=1-step=10-val_loss=1\.5\.ckpt step 10 epoch 1 metric 1\.5 weight 1 among", err
+    )
+    assert re.search(r"- epoch=3-.* not among the best 1", err)
+    assert not Path("o.ckpt").exists()
+
+
+def test_files_one_by_one_need_no_table(command):
+    """Where the user named each file, the output says nothing of candidates."""
+    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    code, out, err = command(*paths, "-o", "o.ckpt", "--json")
+    assert code == 0
+    assert "asked for" not in err
+    assert json.loads(out)["candidates"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        (["--weighting", "linear"], [1 / 6, 2 / 6, 3 / 6]),
+        (["--weighting", "ema:0.5"], [0.25, 0.25, 0.5]),
+        (["-w", "1,0,1"], [0.5, 0, 0.5]),
+        (["-w", "1,0.5,-0.5", "--no-normalize"], [1, 0.5, -0.5]),
+        (["--weighting", "metric", "--metric", "val_acc"], [1 / 6, 2 / 6, 3 / 6]),
+    ],
+)
+def test_weightings(command, options, weights):
+    """Weights by rule go to the chosen checkpoints, and are printed and stored."""
+    for epoch in (1, 2, 3):
+        lightning(epoch, epoch, f"-val_acc={epoch}.0")
+    code, out, err = command(".", "-o", "o.ckpt", "--json", *options)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["outputs"][0]["weights"] == pytest.approx(weights)
+    mean = sum(weight * epoch for weight, epoch in zip(weights, (1, 2, 3), strict=True))
+    assert value("o.ckpt") == pytest.approx(mean)
+    assert "weights" in err
+
+
+def test_leave_one_out_and_prefixes(command):
+    """One reading makes an average without each fold, or of the first two, three and so on."""
+    for fold in (1, 2, 3):
+        save_file({"w": torch.full((2,), float(fold))}, f"fold{fold}.safetensors")
+    code, out, _ = command("fold*.safetensors", "-o", "oof-{name}.safetensors", "--leave-one-out")
+    assert code == 0
+    assert out.split() == [f"oof-without-fold{fold}.safetensors" for fold in (1, 2, 3)]
+    assert [float(load_file(path)["w"][0]) for path in out.split()] == [2.5, 2.0, 1.5]
+    code, out, _ = command("fold*.safetensors", "-o", "p-{name}.safetensors", "--prefixes")
+    assert [float(load_file(path)["w"][0]) for path in out.split()] == [1.5, 2.0]
+
+
+def test_post_hoc_ema(command):
+    """Stored averages make one of another width; a constant stays what it is."""
+    for step in (500, 1000):
+        for sigma in ("0.050", "0.100"):
+            path = f"snapshot-{step:07}-{sigma}.pt"
+            torch.save({"w": torch.ones(2), "v": torch.full((2,), step * float(sigma))}, path)
+    code, out, err = command(".", "-o", "o.pt", "--phema", "0.1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["outputs"][0]["weights"] == pytest.approx([0, 0, 0, 1], abs=1e-4)
+    assert torch.load("o.pt")["w"].tolist() == pytest.approx([1, 1])
+    torch.save({"w": torch.ones(2)}, "other.pt")
+    code, _, err = command("snapshot-0000500-0.050.pt", "other.pt", "-o", "p.pt", "--phema", "0.1")
+    assert code == 2
+    assert "the width of its EMA" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-w", "1,2", "--weighting", "linear"], "exclude each other"),
+        (["-w", "1,2,3"], "3 weights for 2 checkpoints"),
+        (["--leave-one-out"], "as many outputs"),
+        (["--eval", "x"], "needs --soup, --eval and --mode"),
+        (["--soup", "greedy"], "needs --soup, --eval and --mode"),
+        (["--soup", "greedy", "--eval", "x", "--mode", "min", "-w", "1,2"], "plain mean"),
+        (["--steps", "x"], "not understood"),
+        (["--weighting", "cosine"], "no weighting 'cosine'"),
+        (["-w", "2,-1"], "negative"),
+    ],
+)
+def test_options_that_do_not_fit(command, options, words):
+    """Options that exclude each other, or lack one, are usage errors: exit code 2."""
+    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    code, _, err = command(*paths, "-o", "o.ckpt", *options)
+    assert code == 2
+    assert words in err
+    assert not Path("o.ckpt").exists()
+
+
+def test_a_soup(command):
+    """The command evaluates, adds and keeps; its report has members, scores and trials."""
+    paths = [lightning(epoch, epoch * 3) for epoch in (1, 2, 3)]
+    code = "import sys, torch; print(abs(float(torch.load(sys.argv[1])['state_dict']['w'][0]) - 5))"
+    options = [
+        "--soup",
+        "greedy",
+        "--mode",
+        "min",
+        "--eval",
+        f'"{sys.executable}" -c "{code}" {{}}',
+    ]
+    done, out, err = command(*paths, "-o", "soup.ckpt", "--json", *options)
+    assert done == 0, err
+    report = json.loads(out)
+    assert report["members"] == [str(paths[1]), str(paths[0])]
+    assert (report["score"], value("soup.ckpt")) == (0.5, 4.5)
+    assert "[4/5] + epoch=1-step=10.ckpt (2 members): 0.5, kept" in err
+    done, _, err = command(*paths, "-o", "soup.ckpt", "--overwrite", *options)
+    assert done == 0
+    assert err.count("(from the log)") == 5
+
+
+def test_a_failing_evaluation(command):
+    """Its output is shown with the checkpoint's name; the log and nothing else is left."""
+    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    code = "import sys; sys.exit('out of memory')"
+    options = ["--soup", "greedy", "--mode", "min", "--eval", f'"{sys.executable}" -c "{code}"']
+    before = set(Path().iterdir())
+    done, out, err = command(*paths, "-o", "soup.ckpt", *options)
+    assert (done, out) == (1, "")
+    assert "error: epoch=1-step=10.ckpt: the evaluation" in err
+    assert "out of memory" in err
+    assert {path.name for path in set(Path().iterdir()) - before} == {"soup.ckpt.soup.jsonl"}
+
+
+def test_a_summary_for_github(command, monkeypatch):
+    """GITHUB_STEP_SUMMARY gets a table; a page that cannot be written is a note, no failure."""
+    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "page.md")
+    assert command(*paths, "-o", "a.ckpt")[0] == 0
+    assert "### merge-avg: 2 checkpoints averaged" in Path("page.md").read_text()
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "no/such/page.md")
+    code, _, err = command(*paths, "-o", "b.ckpt")
+    assert code == 0
+    assert "note: no/such/page.md: no summary was written" in err
+
+
+def test_schemes_apply_to_each_average(tmp_path, monkeypatch):
+    """Each average of a series is weighted on its own: the first of its checkpoints counts 1."""
+    monkeypatch.chdir(tmp_path)
+    paths = [lightning(epoch, epoch) for epoch in (1, 2, 3)]
+    series = Series(leave_one_out=True)
+    choice = choose(paths, Path("{name}.pt"), Criteria(), series, Weighting(scheme="linear"))
+    assert list(choice.outputs.values()) == [(0, 1, 2), (1, 0, 2), (1, 2, 0)]
+    with pytest.raises(UsageError, match="2 weights for 3"):
+        choose(paths, Path("o.pt"), Criteria(), Series(), Weighting(weights=[1, 2]))
+
+
+def test_choosing_needs_no_torch(tmp_path, monkeypatch):
+    """A dry run with a selection does not import torch."""
+    monkeypatch.chdir(tmp_path)
+    for epoch in (1, 2):
+        lightning(epoch, epoch)
+    code = "import sys; from merge_avg.cli._app import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", code, ".", "-o", "o.ckpt", "--last", "2", "--dry-run"]
+    subprocess.run(arguments, check=True, capture_output=True)

@@ -1,0 +1,137 @@
+"""Weights by rule, against what they stand for."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_avg.errors import UsageError
+from merge_avg.selection._schemes import exponent, phema, resolve, width
+
+
+def shares(weights):
+    return [weight / sum(weights) for weight in weights]
+
+
+def test_uniform_and_linear():
+    """Uniform weights are equal; linear ones grow with the place."""
+    assert resolve("uniform", 3) == (1, 1, 1)
+    assert resolve("linear", 4) == (1, 2, 3, 4)
+
+
+@given(st.integers(1, 12), st.sampled_from(["0.5", "0.9", "0.999", "1/3"]))
+def test_ema_is_the_running_average(count, decay):
+    """ema:D is what avg = D * avg + (1 - D) * x makes, beginning with the first."""
+    values = [Fraction(i * i + 1) for i in range(count)]
+    average = values[0]
+    for value in values[1:]:
+        average = Fraction(decay) * average + (1 - Fraction(decay)) * value
+    weights = resolve(f"ema:{decay}", count)
+    assert sum(weights) == 1
+    assert sum(w * x for w, x in zip(weights, values, strict=True)) == average
+
+
+@given(st.integers(1, 40))
+def test_one_minus_sqrt_scales_updates(count):
+    """Update j of a run counts with 1 - sqrt(j / N), as under a decaying learning rate."""
+    weights = resolve("1-sqrt", count)
+    assert sum(weights) == 1
+    assert min(weights) > 0
+    for j in range(count):
+        assert float(sum(weights[j:])) == pytest.approx(1 - math.sqrt(j / count))
+
+
+def test_by_metric():
+    """Weights are in proportion to a metric, or to its inverse where lower is better."""
+    assert resolve("metric", 2, [0.1, 0.3], "max") == (Fraction(1, 10), Fraction(3, 10))
+    assert shares(resolve("metric", 2, [1.0, 3.0], "min")) == [Fraction(3, 4), Fraction(1, 4)]
+
+
+@pytest.mark.parametrize("value", [None, 0.0, -1.0, math.nan, math.inf])
+def test_metrics_that_make_no_weight(value):
+    """A metric that is unknown, not positive or not finite is a usage error."""
+    with pytest.raises(UsageError, match="no weight"):
+        resolve("metric", 2, [0.5, value], "max")
+
+
+def test_a_metric_needs_a_direction():
+    """Without a direction a metric makes no weights."""
+    with pytest.raises(UsageError, match="direction"):
+        resolve("metric", 1, [0.5], None)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["", "ema", "ema:", "ema:1", "ema:0", "ema:x", "ema:1/0", "cosine"]
+)
+def test_unknown_schemes(scheme):
+    """What is no scheme is a usage error with a hint."""
+    with pytest.raises(UsageError) as caught:
+        resolve(scheme, 3)
+    assert caught.value.hint
+
+
+# Post-hoc EMA
+
+
+@given(st.floats(0.001, 0.28))
+def test_exponent_and_width_are_inverse(sigma):
+    """The profile of the exponent has the width."""
+    assert width(exponent(sigma)) == pytest.approx(sigma, rel=1e-9)
+
+
+def test_widths_of_the_paper():
+    """Karras et al. give the exponents 16.97 and 6.94 for the widths 0.05 and 0.10."""
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.01)
+    assert exponent(0.10) == pytest.approx(6.94, abs=0.01)
+
+
+def test_a_stored_average_is_itself():
+    """Where the average that is asked for is stored, it alone counts."""
+    snapshots = [(500.0, 0.05), (500.0, 0.1), (1000.0, 0.05), (1000.0, 0.1)]
+    found = phema(snapshots, 0.1)
+    assert [float(weight) for weight in found] == pytest.approx([0, 0, 0, 1], abs=1e-6)
+    found = phema(snapshots, 0.05, at=500.0)
+    assert [float(weight) for weight in found] == pytest.approx([1, 0, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.06, 0.075, 0.15])
+def test_a_width_between_is_made_from_those_stored(sigma):
+    """On a random walk, the synthesis is far nearer to a tracked EMA than any stored one."""
+    steps, every = 4000, 500
+    generator = torch.Generator().manual_seed(0)
+    walk = torch.randn(steps, generator=generator, dtype=torch.float64).cumsum(0).tolist()
+    tracked = {width_: exponent(width_) for width_ in (0.05, 0.1, sigma)}
+    averages = dict.fromkeys(tracked, 0.0)
+    stored = {}
+    for step, value in enumerate(walk, 1):
+        for width_, gamma in tracked.items():
+            beta = (1 - 1 / step) ** (gamma + 1)
+            averages[width_] = beta * averages[width_] + (1 - beta) * value
+        if step % every == 0:
+            for width_ in (0.05, 0.1):
+                stored[float(step), width_] = averages[width_]
+    weights = phema(list(stored), sigma)
+    assert float(sum(weights)) == pytest.approx(1)
+    made = sum(float(w) * value for w, value in zip(weights, stored.values(), strict=True))
+    nearest = min(abs(value - averages[sigma]) for value in stored.values())
+    assert abs(made - averages[sigma]) < nearest / 5
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "sigma"),
+    [
+        ([(10.0, 0.1), (10.0, 0.1)], 0.1),
+        ([(0.0, 0.1)], 0.1),
+        ([(10.0, 0.1)], 0.0),
+        ([(10.0, 0.1)], 0.4),
+        ([(10.0, 0.1)], math.nan),
+        ([(10.0, -0.1)], 0.1),
+    ],
+)
+def test_widths_and_steps_that_cannot_be(snapshots, sigma):
+    """A width out of range, step zero, or the same average twice is a usage error."""
+    with pytest.raises(UsageError):
+        phema(snapshots, sigma)
