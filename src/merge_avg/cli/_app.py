@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -437,8 +437,8 @@ def _soup(
         raise UsageError("a soup is one output", hint="leave out --leave-one-out or --prefixes")
     (output,) = choice.outputs
 
-    def merge(paths: Sequence[Path], output: Path, **others: Any) -> None:
-        alone = replace(options, min_agreement=None, agreement=False, **others)
+    def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
+        alone = replace(options, min_agreement=None, agreement=False, overwrite=overwrite)
         run(prepare(paths, output, alone))
 
     with watched(_say, quiet=quiet) as show:
