@@ -15,11 +15,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import update_bn
 
-from merge_avg.arithmetic import CompiledMean, Weight, Weights, compiled_mean, is_counter
-from merge_avg.arithmetic.torch_mean import RunningMean
-from merge_avg.checkpoint import BY_NAME
+from merge_avg.arithmetic import Mean, MeanFactory, Weight, Weights, is_counter
+from merge_avg.arithmetic.torch_mean import TorchMean
 from merge_avg.errors import MergeError
-from merge_avg.io import Matrix
 
 _CHUNK = 1 << 17  # elements that are averaged at a time
 
@@ -109,22 +107,18 @@ class AverageModelMerger:
         out = _flat(target, like=first) if dense else torch.empty_like(flats[0])
         dtype = str(first.dtype).removeprefix("torch.")
         plain = all(map(_is_plain, (*flats, out)))
-        compiled = compiled_mean(self._weights, dtype, [dtype]) if plain else None
-        mean = compiled or RunningMean(self._weights, first.dtype, target.device)
+        mean: Mean = (
+            MeanFactory()(self._weights, dtype, [dtype])
+            if plain
+            else TorchMean(self._weights, first.dtype, target.device)
+        )
         for start in range(0, first.numel(), _CHUNK):
-            parts = [flat[start : start + _CHUNK] for flat in flats]
+            parts = [flat[None, start : start + _CHUNK] for flat in flats]
             for index, part in enumerate(parts):
-                if isinstance(mean, CompiledMean):
-                    mean.extend(_rows(part))
-                else:
-                    mean.update(part)
+                mean.extend(part)
                 if not mean.finite and not self._allow_nonfinite:
                     raise MergeError(f"{name!r} of models[{index}] holds NaN or infinity")
-            place = out[start : start + _CHUNK]
-            if isinstance(mean, CompiledMean):
-                mean.result(_rows(place), functools.partial(_peek, parts))
-            else:
-                place.copy_(mean.result(parts.__getitem__))
+            mean.result(out[None, start : start + _CHUNK], functools.partial(_peek, parts))
         if not dense:
             target.copy_(out.view(target.shape))
 
@@ -136,14 +130,8 @@ def _is_plain(vector: Tensor) -> bool:
     return plain and vector.is_contiguous() and not vector.is_neg()
 
 
-def _rows(vector: Tensor) -> Matrix:
-    """A vector that lies in host memory without gaps, as a row."""
-    dtype = BY_NAME[str(vector.dtype).removeprefix("torch.")]
-    return Matrix(vector.data_ptr(), dtype, 1, len(vector), len(vector), vector)
-
-
-def _peek(vectors: Sequence[Tensor], index: int, start: int, stop: int) -> Matrix:
-    return _rows(vectors[index][start:stop])
+def _peek(rows: Sequence[Tensor], index: int, start: int, stop: int) -> Tensor:
+    return rows[index][:, start:stop]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

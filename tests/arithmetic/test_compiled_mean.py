@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from merge_avg import merge_checkpoints
 from merge_avg.agreement import _comparison as agreement
-from merge_avg.arithmetic import _compiled_mean as compiled
-from merge_avg.arithmetic._compiled_mean import CompiledMean, compiled_mean
+from merge_avg.arithmetic import _mean
+from merge_avg.arithmetic._compiled_mean import CompiledMean
 from merge_avg.arithmetic._kernel import LOOPS, TILE
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import _FLOATS, RunningMean, exact_mean
@@ -41,7 +41,7 @@ def averaged(tensors, weights, name, groups=()):
     at = 0
     for group in (*groups, len(tensors)):
         if not groups and name == str(tensors[0].dtype).removeprefix("torch."):
-            mean.hold(as_rows(torch.stack(tensors)))
+            mean.extend(as_rows(torch.stack(tensors)), whole=True)
             break
         if at < len(tensors):
             mean.extend(as_rows(torch.stack(tensors[at : at + group])))
@@ -158,7 +158,7 @@ def test_nan_and_infinity_are_those_of_ieee(name, exact, held):
         for tensor, value in zip(tensors, values, strict=False):
             tensor[place * 7] = value
     mean = CompiledMean(LOOPS, Weights.uniform(3))
-    (mean.hold if held else mean.extend)(as_rows(torch.stack(tensors)))
+    mean.extend(as_rows(torch.stack(tensors)), whole=held)
     assert held or not mean.finite
     out = torch.empty(4000, dtype=dtype)
 
@@ -246,17 +246,6 @@ def test_fewer_vectors_than_weights_is_an_error():
         mean.result(as_rows(torch.ones(1, 4)), None)
 
 
-def test_what_is_left_to_torch(monkeypatch):
-    """Other dtypes, and weights whose products do not fit float64, are not computed here."""
-    two = Weights.uniform(2)
-    assert compiled_mean(two, "float32", ["float16", "bfloat16"])
-    assert compiled_mean(two, "float64", ["float32", "float32"]) is None
-    assert compiled_mean(two, "float32", ["float32", "float64"]) is None
-    assert compiled_mean(Weights.of([1, 1 << 21]), "float32", ["float32"] * 2) is None
-    monkeypatch.setattr(compiled, "LOOPS", None)
-    assert compiled_mean(two, "float32", ["float32", "float32"]) is None
-
-
 @pytest.mark.parametrize("options", [{}, {"weights": [1, 0, 5, 2]}, {"dtype": "float16"}])
 def test_a_merge_has_the_same_bytes_without(tmp_path, monkeypatch, options):
     """Files of all kinds of numbers: the output of torch alone is that of the compiled loops."""
@@ -283,7 +272,7 @@ def test_a_merge_has_the_same_bytes_without(tmp_path, monkeypatch, options):
     if "dtype" not in options:
         options["dtype"] = "template"
     first = merge_checkpoints(paths, tmp_path / "loops.pt", **options)
-    monkeypatch.setattr(compiled, "LOOPS", None)
+    monkeypatch.setattr(_mean, "LOOPS", None)
     monkeypatch.setattr(agreement, "LOOPS", None)
     second = merge_checkpoints(paths, tmp_path / "torch.pt", **options)
     assert (tmp_path / "loops.pt").read_bytes() == (tmp_path / "torch.pt").read_bytes()

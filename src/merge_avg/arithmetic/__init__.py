@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from merge_avg.arithmetic._compiled_mean import CompiledMean, compiled_mean
 from merge_avg.arithmetic._integers import is_counter, settle, unequal, values_of
 from merge_avg.arithmetic._kernel import LOOPS, TILE, int64s, takes
+from merge_avg.arithmetic._mean import Mean, MeanFactory, Peek
 from merge_avg.arithmetic._weights import Weight, Weights
 
 __all__ = [
     "LOOPS",
     "TILE",
-    "CompiledMean",
+    "Mean",
+    "MeanFactory",
+    "Peek",
     "Weight",
     "Weights",
-    "compiled_mean",
     "int64s",
     "is_counter",
     "settle",

@@ -11,13 +11,12 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 
-from merge_avg.arithmetic._kernel import KNOWN, LOOPS, TILE, Kernel, Places, int64s, takes
+from merge_avg.arithmetic._kernel import KNOWN, TILE, Kernel, Places, int64s
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.checkpoint import BY_NAME
-from merge_avg.io import Buffer, Matrix
+from merge_avg.io import Buffer, Matrix, Stack
 
-# Shows elements `start` to `stop` of vector number i once more, as a row; at most `TILE` of them.
-Peek = Callable[[int, int, int], Matrix]
+Peek = Callable[[int, int, int], Stack]  # vector number, start, stop
 _FIRST = int64s([0])
 _HELD = 1 << 16  # how many numbers are held at a time for exact arithmetic
 
@@ -52,12 +51,12 @@ class CompiledMean:
         self._count = 0
         self._whole: Matrix | None = None
 
-    def hold(self, rows: Matrix) -> None:
-        """Shows all vectors, of the result's dtype, which stay as they are until then: faster."""
-        self._whole, self._count = rows, rows.count
-
-    def extend(self, rows: Matrix) -> None:
-        """Adds the next vectors, a row each."""
+    def extend(self, rows: Stack, *, whole: bool = False) -> None:
+        """Add the next vectors, a row each."""
+        rows = _matrix(rows)
+        if whole:
+            self._whole, self._count = rows, rows.count
+            return
         if len(self._total) < 8 * rows.numel:
             self._total = Buffer(8 * rows.numel)
             self._known = Buffer(KNOWN * -(-rows.numel // TILE))
@@ -67,16 +66,9 @@ class CompiledMean:
         self.finite = finite and (self.finite or not self._count)
         self._count += rows.count
 
-    def result(self, out: Matrix, peek: Peek) -> None:
-        """Writes the mean.
-
-        Args:
-            out: a row of as many numbers as those of the vectors.
-            peek: shows some elements again, where the float64 sum leaves their rounding open.
-
-        Raises:
-            ValueError: fewer vectors were shown than there are weights, or more.
-        """
+    def result(self, out: Stack, peek: Peek) -> None:
+        """Write the mean, and look again at elements whose rounding the float64 sum leaves open."""
+        out = _matrix(out)
         if self._count != len(self._weights):
             raise ValueError(f"{self._count} of {len(self._weights)} vectors have been shown")
         step = self._step(out)
@@ -111,13 +103,15 @@ class CompiledMean:
         runs = int64s([number for place in places for number in (place - start, 1)])
         for number in range(len(self._weights)):
             target = self._room.address + 8 * number * len(places)
-            self._loops.take(peek(number, start, stop), runs, _FIRST, target, len(places))
+            self._loops.take(_matrix(peek(number, start, stop)), runs, _FIRST, target, len(places))
         values = self._room.rows(len(self._weights), len(places), BY_NAME["float64"])
         self.fits &= self._loops.settle(values, self._integers, self._weights.total, places, out)
 
 
-def compiled_mean(weights: Weights, dtype: str, sources: Sequence[str]) -> CompiledMean | None:
-    """A mean of vectors of some dtypes, if the loops can compute it."""
-    if LOOPS is None or not weights.small or not all(map(takes, (dtype, *sources))):
-        return None
-    return CompiledMean(LOOPS, weights)
+def _matrix(rows: Stack) -> Matrix:
+    """Rows in host memory, where the loops find them."""
+    if isinstance(rows, Matrix):
+        return rows
+    dtype = BY_NAME[str(rows.dtype).removeprefix("torch.")]
+    count, numel = rows.shape
+    return Matrix(rows.data_ptr(), dtype, count, numel, rows.stride(0), rows)

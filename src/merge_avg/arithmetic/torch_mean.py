@@ -21,7 +21,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from merge_avg.arithmetic._mean import Peek
 from merge_avg.arithmetic._weights import Weights
+from merge_avg.io import Matrix, Stack
 from merge_avg.tuning import BLOCK, CONVERTED
 
 Revisit = Callable[[int], Tensor]
@@ -256,6 +258,52 @@ class RunningMean:
         return mean
 
 
+class TorchMean:
+    """`RunningMean` as a `Mean`, which is shown rows in host memory or on the device."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self._mean = RunningMean(weights, dtype, device, buffers)
+        self._on_host = device.type == "cpu"
+        self._written = torch.empty(0)
+        self.finite = True
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of the last result is finite; torch looks at it only when asked."""
+        out = self._written
+        real = torch.view_as_real(out) if out.is_complex() else out
+        real = real.float() if real.itemsize < 2 else real  # torch has no `isfinite` of float8
+        return bool(real.isfinite().all())
+
+    def extend(self, rows: Stack, *, whole: bool = False) -> None:  # noqa: ARG002
+        """Add the next vectors, a row each."""
+        self._mean.extend(_tensor(rows))
+        self.finite = self._mean.finite
+
+    def result(self, out: Stack, peek: Peek) -> None:
+        """Write the mean to `out`, which may lie elsewhere than the sum."""
+        self._written = _tensor(out)[0]
+        numel = len(self._written)
+
+        def revisit(number: int) -> Tensor:
+            return _tensor(peek(number, 0, numel))[0]
+
+        if isinstance(out, Matrix) and self._on_host:
+            self._mean.result(revisit, out=self._written)
+        else:
+            self._written.copy_(self._mean.result(revisit))
+
+
+def _tensor(rows: Stack) -> Tensor:
+    return rows.tensor() if isinstance(rows, Matrix) else rows
+
+
 def exact_mean(values: Sequence[float], weights: Weights, bits: int, emin: int) -> float:
     """The weighted mean of finite floats, rounded once, in integer arithmetic.
 
@@ -273,7 +321,9 @@ def exact_mean(values: Sequence[float], weights: Weights, bits: int, emin: int) 
         exponent -= 1
     step = max(exponent, emin) - bits + 1
     rounded = round(size / Fraction(2) ** step)  # ties to even
-    return math.copysign(math.ldexp(rounded, step), total)
+    # Only a linear combination can be beyond float64, where `ldexp` would raise.
+    mean = math.inf if rounded.bit_length() + step > 1024 else math.ldexp(rounded, step)
+    return mean if total > 0 else -mean
 
 
 def _blocks(flat: Tensor) -> Sequence[Tensor]:

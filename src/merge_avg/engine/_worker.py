@@ -11,16 +11,15 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128, xxh3_128_intdigest
 
 from merge_avg.agreement import Comparison, Sampler
 from merge_avg.arithmetic import (
     TILE,
-    CompiledMean,
+    Mean,
+    MeanFactory,
     Weights,
-    compiled_mean,
     is_counter,
     settle,
     unequal,
@@ -29,13 +28,8 @@ from merge_avg.arithmetic import (
 from merge_avg.checkpoint import Name, Storage, TensorInfo
 from merge_avg.engine._device import make_lane, travel
 from merge_avg.errors import MergeError
-from merge_avg.io import Buffer, Matrix, Reader, Scratch, Sink, Stack, Tap, same
+from merge_avg.io import Buffer, Matrix, Reader, Scratch, Sink, Tap, same
 from merge_avg.plan import Job, Piece, Unit, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from merge_avg.arithmetic.torch_mean import Buffers, RunningMean
 
 # Of each checkpoint the hashes of chunks are added, so that windows, and the order in which they
 # are read, are of no matter. A chunk takes so many bytes in the template, as most windows do.
@@ -96,7 +90,7 @@ class _Recipe:
     converted: bool
     counted: Sequence[Sequence[int]]
     averaged: frozenset[int]
-    means: Sequence[CompiledMean | RunningMean]
+    means: Sequence[Mean]
     groups: Sequence[Sequence[int]]
     taps: Sequence[Tap | None]
     owners: Sequence[Sequence[int]]
@@ -146,8 +140,8 @@ class Worker:
         self._lane = make_lane(self._room, device)
         self._out_buffer = Buffer(budget.window * budget.itemsize)
         self._peeked = Buffer(TILE * budget.itemsize)
-        self._means: dict[object, CompiledMean | RunningMean] = {}
-        self._buffers: Buffers | None = None
+        self._means: dict[object, Mean] = {}
+        self._make_mean = MeanFactory(device, load_torch)
         self._factors: int | None = None
         self._last: _Recipe | None = None
         self._numbers = {id(unit): number for number, unit in enumerate(job.plan.units)}
@@ -218,18 +212,11 @@ class Worker:
         allowed = self._job.options.allow_nonfinite
         out = self._out_buffer.rows(1, _length(window), unit.dtype)
         for number, (ours, mean) in enumerate(zip(recipe.counted, recipe.means, strict=True)):
-            if isinstance(mean, CompiledMean):
-                mean.result(out, functools.partial(self._peek, window, ours))
-                finite, fits = mean.finite, mean.fits
-            else:
-                place, finite, fits = out.tensor()[0], mean.finite, False
-                revisit = functools.partial(self._revisit, window, ours)
-                values = mean.result(revisit, out=place if self._lane.host else None)
-                self._lane.fetch(values, place)
+            mean.result(out, functools.partial(self._peek, window, ours))
             grows = recipe.converted or self._rows[number].divisor is not None
-            if unit.kind == "mean" and not finite:
+            if unit.kind == "mean" and not mean.finite:
                 self._report_nonfinite(window, ours)
-            if grows and not fits and not allowed:
+            if grows and not allowed and not mean.fits:
                 self._refuse_overflow(window, out)
             yield number
 
@@ -264,14 +251,9 @@ class Worker:
                 stays = stays and not recipe.converted
                 for run in runs:
                     rows = stack.run(run) if isinstance(stack, Matrix) else stack[run]
-                    _extend(mean, rows, stays=stays)
+                    mean.extend(rows, whole=stays)
             self._sampler.take(group, stack)
         self._sampler.end()
-
-    def _revisit(self, window: Window, counted: Sequence[int], number: int) -> Tensor:
-        self._read(window, counted[number], again=True)
-        dtype = window[0].unit.sources[counted[number]].dtype
-        return self._lane.room(0).rows(1, _length(window), dtype).tensor()[0]
 
     def _peek(
         self, window: Window, counted: Sequence[int], number: int, start: int, stop: int
@@ -279,9 +261,12 @@ class Worker:
         """Elements `start` to `stop` of a window once more, as a source has them."""
         k = counted[number]
         dtype = window[0].unit.sources[k].dtype
-        part = self._peeked.bytes((stop - start) * dtype.itemsize)
+        # Rows that a mean was shown whole are still needed: the little that is asked for then lies
+        # beside them. Only torch, which holds no rows, asks for more.
+        buffer = self._peeked if stop - start <= TILE else self._lane.room(0)
+        part = buffer.bytes((stop - start) * dtype.itemsize)
         self._fetch(_part(window, start, stop), k, part, again=True)
-        return self._peeked.rows(1, stop - start, dtype)
+        return buffer.rows(1, stop - start, dtype)
 
     def _look_at_factors(self, window: Window, k: int, data: memoryview) -> None:
         """Whether what belongs to factors A of low-rank products is the same in all sources."""
@@ -304,7 +289,7 @@ class Worker:
         some = [k for k, source in enumerate(unit.sources) if integers[source.checkpoint]]
         return some or range(len(unit.sources))
 
-    def _mean_for(self, unit: Unit, number: int) -> CompiledMean | RunningMean:
+    def _mean_for(self, unit: Unit, number: int) -> Mean:
         """A running mean for the checkpoints of a unit, with buffers that it used before."""
         row = self._rows[number]
         sources = [unit.sources[k] for k in self._counted(unit, row)]
@@ -319,20 +304,8 @@ class Worker:
                 raise MergeError(what, where=self._job.layouts[0].path)
             if unit.kind == "keep" or weights is None:
                 weights = Weights.uniform(len(chosen))
-            compiled = compiled_mean(weights, unit.dtype.name, dtypes) if self._lane.host else None
-            self._means[key] = compiled or self._torch_mean(weights, unit.dtype.name)
+            self._means[key] = self._make_mean(weights, unit.dtype.name, dtypes)
         return self._means[key]
-
-    def _torch_mean(self, weights: Weights, dtype: str) -> RunningMean:
-        """A mean by torch, where the compiled loops have none."""
-        self._load_torch()
-        import torch
-
-        from merge_avg.arithmetic.torch_mean import Buffers, RunningMean
-
-        self._buffers = self._buffers or Buffers()
-        device = torch.device(self._device)
-        return RunningMean(weights, getattr(torch, dtype), device, self._buffers)
 
     def _agreed(self, window: Window) -> Iterator[int]:
         """The same for integers and bools, and for what is kept.
@@ -591,14 +564,6 @@ def covers(info: TensorInfo, element: int) -> bool:
         if step:
             rest -= min(rest // step, extent - 1) * step
     return rest == 0
-
-
-def _extend(mean: CompiledMean | RunningMean, stack: Stack, *, stays: bool) -> None:
-    """Adds rows to a mean: all, if they stay. Those on a device are no `CompiledMean`'s."""
-    if not isinstance(mean, CompiledMean):
-        mean.extend(stack.tensor() if isinstance(stack, Matrix) else stack)
-    elif isinstance(stack, Matrix):
-        (mean.hold if stays else mean.extend)(stack)
 
 
 def _part(window: Window, start: int, stop: int) -> Window:
