@@ -19,7 +19,7 @@ from torch.optim.swa_utils import update_bn
 
 from kfold_demo import accuracy, batches, loaded, network, outputs, split, train
 from merge_avg import merge_checkpoints
-from merge_avg.options import LEAST_AGREEMENT
+from merge_avg.agreement import LEAST_AGREEMENT
 
 COUNT = 5
 (IMAGES, LABELS), _, (HELD_OUT, TRUTH) = split()

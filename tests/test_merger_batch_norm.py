@@ -6,7 +6,8 @@ from torch.optim.swa_utils import update_bn
 
 from merge_avg import recalibrate_batch_norm
 from merge_avg.engine._run import run
-from merge_avg.plan._job import Options, prepare
+from merge_avg.options import Options
+from merge_avg.plan import prepare
 from merge_avg.report.report import describe
 
 

@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 
 from merge_avg import verify_output
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.checkpoint._layout import MARK
+from merge_avg.checkpoint._layout import PROVENANCE
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 from merge_avg.plan import _budget as budget
-from merge_avg.plan._job import Hashes, Options, make_mark
+from merge_avg.options import Options
+from merge_avg.plan import Hashes
+from merge_avg.plan._provenance import write_record
 from merge_avg.verify import read_record
 
 KINDS = ["pt", "safetensors", "shards", "dcp", "one file of shards", "shards of one file", "bare"]
@@ -366,8 +368,8 @@ def damaged(folder, change):
     """An output whose record was changed."""
     paths, out, _ = made(folder, "safetensors")
     merge_checkpoints(paths, out)
-    record = json.loads(dict(scan(out).metadata)[MARK])
-    save_file(state(0), out, metadata={MARK: json.dumps(change(record))})
+    record = json.loads(dict(scan(out).metadata)[PROVENANCE])
+    save_file(state(0), out, metadata={PROVENANCE: json.dumps(change(record))})
     return out
 
 
@@ -418,7 +420,7 @@ def test_the_record_has_one_length(tmp_path):
     weights, options = Weights.uniform(3), Options()
     most = (1 << 128) - 1
     lengths = {
-        len(make_mark(layouts, weights, options, "0", hashes, agreement))
+        len(write_record(layouts, weights, options, "0", hashes, agreement))
         for hashes in (None, Hashes((0,) * 3, 0), Hashes((most,) * 3, most))
         for agreement in (None, 1.0, -1.0, 0.123456789, -1e-9)
     }

@@ -1,20 +1,297 @@
-"""The choices that a user has, by the words for them."""
+"""Every option of a merge, declared once.
+
+A field says what it means, what the command calls it, and whether it is part of an output's
+provenance and of the report. The command line, `merge_checkpoints`, the provenance record and
+`verify_output` are derived from these fields.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
 
-# What becomes of tensors that not every checkpoint has.
+from merge_avg.errors import UsageError
+
+# Tensors that not every checkpoint has.
 Missing = Literal["error", "skip", "available"]
-# What becomes of integers that differ.
+# Integers that differ between the checkpoints.
 IntPolicy = Literal["error", "template", "max", "mean"]
-# What averaged float tensors can be converted to: both file formats, and every torch, can hold it.
+# Dtypes that averaged float tensors can be converted to: every format, and every torch, holds them.
 FloatName = Literal["float64", "float32", "float16", "bfloat16"]
-# The same, or what each of the template's tensors has.
+# The same, or the dtype that each tensor has in the template.
 ResultDtype = Literal["float64", "float32", "float16", "bfloat16", "template"]
 # Whether a metric is better where it is lower, or where it is higher.
 Mode = Literal["min", "max"]
 # How a soup chooses its members.
 Recipe = Literal["greedy"]
-# The mean cosine between matrices below which the mean of networks is most likely none.
-LEAST_AGREEMENT = 0.5
+
+Weight = int | float | Fraction | str
+Location = str | os.PathLike[str]
+Outputs = Location | Mapping[str, Sequence[Weight]] | Mapping[Path, Sequence[Weight]]
+Bounds = tuple[int | None, int | None, int | None]  # first, last, and a divisor
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a field of an options class means.
+
+    Attributes:
+        help: one or two sentences, for the command's help and the library's documentation.
+        metavar: what stands for the value in the command's help.
+        names: what the command calls it, where that is not the field's name: "--output", "-o".
+        parse: turns the command's text into the value.
+        recorded: whether it decides which bytes are written, and so is part of the provenance.
+        reported: whether the report lists it among the policies.
+        command: whether the command has it.
+    """
+
+    help: str
+    metavar: str | None = None
+    names: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None
+    recorded: bool = False
+    reported: bool = False
+    command: bool = True
+
+
+def option(default: Any, help: str, **meaning: Any) -> Any:  # noqa: A002 - as in typer
+    """Return a dataclass field that knows its `Meaning`."""
+    return field(default=default, metadata={"meaning": Meaning(help, **meaning)})
+
+
+def meanings(cls: type) -> Iterator[tuple[str, Meaning]]:
+    """Yield the name and the meaning of each option of a class."""
+    for one in fields(cls):
+        if "meaning" in one.metadata:
+            yield one.name, one.metadata["meaning"]
+
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes in a text such as 512MiB, 2GB or 1.5G; K, M, G and T are powers of 1024.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:I?B)?)", text.strip().upper())
+    if match is None or match[2] not in _UNITS:
+        hint = "write a number and a unit, such as 512MiB or 2GB"
+        raise UsageError(f"{text!r} is not a size", hint=hint)
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_range(text: str) -> Bounds:
+    """Return the bounds in "A:B" or "A:B:EVERY"; each may be left out, and one number is both.
+
+    Raises:
+        UsageError: the text is not a range, or the range is empty.
+    """
+    parts = text.split(":")
+    try:
+        bounds = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        bounds = []
+    if len(bounds) == 1 and bounds[0] is not None:
+        bounds *= 2
+    if not 2 <= len(bounds) <= 3 or any(bound is not None and bound < 0 for bound in bounds):
+        hint = "write it as 1000:5000, 1000: or 1000:5000:500"
+        raise UsageError(f"the range {text!r} is not understood", hint=hint)
+    first, last, every = [*bounds, None][:3]
+    if every == 0 or (first is not None and last is not None and first > last):
+        raise UsageError(f"the range {text!r} is empty", hint="write it as FIRST:LAST[:EVERY]")
+    return first, last, every
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to merge: what is averaged, what is written, and with which means."""
+
+    weights: Sequence[Weight] | None = option(
+        None,
+        "One number per checkpoint, zero or above; they need not sum to one. By default all count "
+        "the same.",
+        command=False,  # there it belongs to the selection: see Weighting
+    )
+    normalize: bool = option(
+        True,
+        "Do not divide by the sum of the weights, which may then be negative.",
+        names=("--no-normalize",),
+        recorded=True,
+        reported=True,
+    )
+    dtype: ResultDtype | str | None = option(
+        None,
+        "Convert the averaged float tensors; template: where checkpoints differ in dtype.",
+        recorded=True,
+        reported=True,
+    )
+    key: str | None = option(
+        None,
+        "Average only this state dict, as in state_dict_ema.",
+        metavar="PATH",
+        recorded=True,
+        reported=True,
+    )
+    missing: Missing = option(
+        "error",
+        "Tensors that not every checkpoint has: refuse, keep the template's, or average where they "
+        "are present.",
+        recorded=True,
+        reported=True,
+    )
+    int_policy: IntPolicy = option(
+        "error",
+        "Integers that differ: refuse (but counters are the template's), the template's, the "
+        "largest, or the rounded mean.",
+        recorded=True,
+        reported=True,
+    )
+    state_dict: bool = option(
+        False,
+        "Write the averaged state dict and nothing around it.",
+        recorded=True,
+        reported=True,
+    )
+    allow_nonfinite: bool = option(
+        False, "Average NaN and infinity too.", recorded=True, reported=True
+    )
+    max_shard_size: int | None = option(
+        None,
+        "Write a directory of shards of this size, as in 5GB.",
+        metavar="SIZE",
+        parse=parse_size,
+        recorded=True,
+    )
+    include: Sequence[str] = option(
+        (),
+        "Average only tensors with such names, as in 'enc.*'.",
+        metavar="PATTERN",
+        recorded=True,
+        reported=True,
+    )
+    exclude: Sequence[str] = option(
+        (),
+        "Keep tensors with such names from the template.",
+        metavar="PATTERN",
+        recorded=True,
+        reported=True,
+    )
+    template: int | Location | None = option(
+        None,
+        "Copy checkpoint number N, or another one that is not averaged, instead of the first.",
+        metavar="N|PATH",
+    )
+    overwrite: bool = option(False, "Replace the output if it exists.")
+    device: str = option(
+        "cpu", "Where sums are kept: cpu, cuda or cuda:N.", metavar="DEVICE", reported=True
+    )
+    threads: int | None = option(
+        None, "Number of threads; by default one per core, up to 8.", metavar="N"
+    )
+    max_memory: int | None = option(
+        None,
+        "Memory to take beside torch's own, as in 32MiB; default 64MiB.",
+        metavar="SIZE",
+        parse=parse_size,
+    )
+    min_agreement: float | None = option(
+        None, "Refuse checkpoints whose matrices agree less (mean cosine).", metavar="X"
+    )
+    base: Location | None = option(
+        None,
+        "What the others were fine-tuned from: say how far what they learned agrees.",
+        metavar="CHECKPOINT",
+    )
+    agreement: bool = option(
+        True, "Do not measure how far checkpoints agree.", names=("--no-agreement",)
+    )
+    hashes: bool = option(True, "Do not record hashes of the checkpoints.", names=("--no-hashes",))
+
+
+# In this order they stand in the provenance of outputs, whose bytes must not change.
+RECORDED = tuple(name for name, meaning in meanings(Options) if meaning.recorded)
+REPORTED = tuple(name for name, meaning in meanings(Options) if meaning.reported)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criteria:
+    """Which of the checkpoints found are wanted; None where nothing is asked for."""
+
+    last: int | None = None  # the command takes several: see Series.lasts
+    best: int | None = option(None, "The best N by --metric.", metavar="N")
+    metric: str | None = option(None, "The metric that decides, as in val_loss.", metavar="NAME")
+    mode: Mode | None = option(None, "Whether lower or higher is better, where not obvious.")
+    steps: Bounds | None = option(
+        None, "Only checkpoints of these steps.", metavar="A:B[:EVERY]", parse=parse_range
+    )
+    epochs: Bounds | None = option(
+        None, "Only checkpoints of these epochs.", metavar="A:B", parse=parse_range
+    )
+    min_interval: int | None = option(
+        None, "Minimum number of steps between chosen checkpoints.", metavar="N"
+    )
+    metrics_file: Path | None = option(
+        None,
+        "A CSV or JSON log with steps, epochs and metrics.",
+        metavar="FILE",
+        names=("--metrics",),
+    )
+    one_best_per_fold: bool = option(False, "The best of each of the folders, as in fold*/.")
+
+    @property
+    def empty(self) -> bool:
+        """Return whether nothing is asked for, so that all are taken."""
+        return self == Criteria(mode=self.mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Which averages to make, where more than one is wanted."""
+
+    lasts: tuple[int, ...] = option(
+        (),
+        "The last N by step or epoch; twice for two averages.",
+        metavar="N",
+        names=("--last",),
+    )
+    leave_one_out: bool = option(False, "An average without each checkpoint, in one reading.")
+    prefixes: bool = option(False, "Averages of the first 2, 3, ... N, in one reading.")
+
+    @property
+    def several(self) -> bool:
+        """Return whether there is more than one output."""
+        return self.leave_one_out or self.prefixes or len(self.lasts) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """How much of each checkpoint: numbers, or a scheme, or a width for post-hoc EMA; or equal."""
+
+    weights: Sequence[Weight] | None = option(
+        None,
+        "One number per checkpoint, as in 0.5,0.3,0.2; they need not sum to one.",
+        metavar="W,W,...",
+        names=("--weights", "-w"),
+        parse=lambda text: text.split(","),
+    )
+    scheme: str | None = option(
+        None,
+        "Weights by order, the oldest first: uniform, linear, ema:DECAY, 1-sqrt, metric.",
+        metavar="SCHEME",
+        names=("--weighting",),
+    )
+    sigma: float | None = option(
+        None,
+        "Weights that make an EMA of this width from stored ones (EDM2).",
+        metavar="SIGMA",
+        names=("--phema",),
+    )

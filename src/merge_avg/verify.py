@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from merge_avg._version import __version__
-from merge_avg.checkpoint import MARK, File, Layout, Skeleton, dotted
+from merge_avg.checkpoint import File, FileLayout, Layout, dotted
 from merge_avg.engine import run
-from merge_avg.errors import MergeError, UsageError, failure
+from merge_avg.errors import MergeError, failure
 from merge_avg.formats import scan
 from merge_avg.io import OutputFile, read_fully
-from merge_avg.plan import RECORDED, Average, Hashes, Job, Options, prepare
+from merge_avg.plan import FILE, Hashes, Job, OutputSpec, Record, prepare, read_record
 
 _BLOCK = 1 << 20
-_MOST_INPUTS = 10_000
-
-
-@dataclass(frozen=True)
-class Input:
-    """What an output says of one of its inputs; `name` is a path from the directory of all.
-
-    The hash is that of the weights; of the template, as such, that of what else the output has.
-    """
-
-    name: str
-    nbytes: int
-    hash: int | None
-    weight: str = "0"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an output says about how it was made, and by which version."""
-
-    inputs: tuple[Input, ...]
-    template: Input
-    options: Options
-    version: str
-
-    @property
-    def all(self) -> tuple[Input, ...]:
-        """The inputs, and the template."""
-        return (*self.inputs, self.template)
 
 
 @dataclass(frozen=True)
@@ -98,23 +67,22 @@ def verify_output(
         if size != one.nbytes:
             what = f"it has {size:,} bytes, and had {one.nbytes:,} when {path} was made of it"
             raise MergeError(what, where=place, hint="find the checkpoint as it was then")
-    options = {
-        **{name: getattr(record.options, name) for name in (*RECORDED, "include", "exclude")},
-        "weights": [one.weight for one in record.inputs],
-        "template": folder / record.template.name,
-        "agreement": record.options.agreement,
-        "hashes": record.options.hashes,
-        "threads": threads,
-        "max_memory": max_memory,
-    }
+    options = replace(
+        record.options,
+        weights=[one.weight for one in record.inputs],
+        template=folder / record.template.name,
+        threads=threads,
+        max_memory=max_memory,
+    )
     paths = [folder / one.name for one in record.inputs]
-    job = prepare(paths, path, Options(**options), made_by=record.version)
+    job = prepare(paths, path, options, made_by=record.version)
     _refuse_others(layout, job)
     compared: list[_Compared] = []
 
     @contextlib.contextmanager
-    def opened(average: Average) -> Iterator[_Compared]:
-        with contextlib.closing(_Compared(path, average.draft.files)) as one:
+    def opened(output: OutputSpec) -> Iterator[_Compared]:
+        draft = job.record(output)
+        with contextlib.closing(_Compared(path, job.layout.files, draft)) as one:
             compared.append(one)
             yield one
 
@@ -124,88 +92,7 @@ def verify_output(
     differences = compared[0].differences
     if differences:
         raise _different(layout, differences, record.version)
-    return Verification(path, tuple(paths), job.averages[0].draft.nbytes, record.options.hashes)
-
-
-def read_record(layout: Layout) -> Record:
-    """What an output says about how it was made.
-
-    Raises:
-        MergeError: it says nothing, or nothing that makes sense.
-    """
-    text = dict(layout.metadata).get(MARK)
-    if text is None:
-        what = "it does not say what it was made of"
-        hint = (
-            "only what merge-avg wrote can be verified, and no file in the format before torch 1.6"
-        )
-        raise MergeError(what, where=layout.path, hint=hint)
-    try:
-        record = _record(json.loads(text))
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UsageError):
-        what = "what it says about how it was made is damaged, or of another version of merge-avg"
-        raise MergeError(what, where=layout.path) from None
-    return record
-
-
-def _record(value: Any) -> Record:
-    inputs = tuple(
-        Input(
-            _inside(one["name"]),
-            int(one["bytes"]),
-            _hash(one["hash"]),
-            _text(one["weight"]),
-        )
-        for one in value["inputs"]
-    )
-    if not 0 < len(inputs) <= _MOST_INPUTS:
-        raise ValueError("it has no inputs, or too many")
-    described = value["template"]
-    name, nbytes, kept = _inside(described["name"]), int(described["bytes"]), described["hash"]
-    template = Input(name, nbytes, _hash(kept))
-    options = Options(
-        normalize=bool(value["normalize"]),
-        dtype=_maybe(value["dtype"]),
-        key=_maybe(value["key"]),
-        missing=_one_of(value["missing"], ("error", "skip", "available")),
-        int_policy=_one_of(value["int_policy"], ("error", "template", "max", "mean")),
-        state_dict=bool(value["state_dict"]),
-        allow_nonfinite=bool(value["allow_nonfinite"]),
-        max_shard_size=None if value["max_shard_size"] is None else int(value["max_shard_size"]),
-        include=tuple(map(_text, value["include"])),
-        exclude=tuple(map(_text, value["exclude"])),
-        agreement=value["agreement"] is not None,
-        hashes=template.hash is not None,
-    )
-    return Record(inputs, template, options, _text(value["merge_avg"]))
-
-
-def _hash(value: Any) -> int | None:
-    return None if value is None else int(_text(value), 16)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("no text")
-    return value
-
-
-def _maybe(value: Any) -> str | None:
-    return None if value is None else _text(value)
-
-
-def _one_of(value: Any, allowed: Sequence[str]) -> Any:
-    if value not in allowed:
-        raise ValueError("an unknown option")
-    return value
-
-
-def _inside(value: Any) -> str:
-    """A path that stays within a directory."""
-    path = PurePosixPath(_text(value))
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError("a path that leads elsewhere")
-    return str(path)
+    return Verification(path, tuple(paths), compared[0].nbytes, record.options.hashes)
 
 
 def _there(path: Path) -> bool:
@@ -243,7 +130,7 @@ def _size(place: Path) -> int:
 def _refuse_others(layout: Layout, job: Job) -> None:
     """Raises MergeError for a file in an output that its inputs do not give."""
     for file in layout.files if layout.members else ():
-        if file.path.relative_to(layout.path).as_posix() not in job.draft.files:
+        if file.path.relative_to(layout.path).as_posix() not in job.layout.files:
             what = "its inputs give no such file"
             raise MergeError(what, where=file.path, hint="remove it if it is yours")
 
@@ -268,10 +155,10 @@ def _refuse_changed(job: Job, hashes: Hashes, record: Record, folder: Path, outp
 
 @dataclass(frozen=True)
 class _Difference:
-    """Bytes of an output that differ: in which file and place, from where on, and how many."""
+    """Bytes of an output that differ: in which file and slot, from where on, and how many."""
 
     file: str
-    place: str | None
+    slot: str | None
     offset: int
     count: int
 
@@ -280,14 +167,14 @@ def _different(layout: Layout, differences: Sequence[_Difference], version: str)
     first = min(differences, key=lambda one: (one.file, one.offset))
     total = sum(one.count for one in differences)
     where = "its header or what lies between the records"
-    if first.place is not None:
+    if first.slot is not None:
         names = [
             repr(dotted(info.path))
             for info in layout.tensors
-            if info.storage.name.rpartition("/")[2] == first.place.rpartition("/")[2]
+            if info.storage.name.rpartition("/")[2] == first.slot.rpartition("/")[2]
         ]
-        where = f"tensor {names[0]}" if names else f"record {first.place!r}"
-    path = layout.path if first.file == "." else layout.path / first.file
+        where = f"tensor {names[0]}" if names else f"record {first.slot!r}"
+    path = layout.path if first.file == FILE else layout.path / first.file
     what = f"{total:,} bytes are not what its inputs give, the first at {first.offset:,} in {where}"
     hint = "merge again, or fetch the file again"
     if version != __version__:
@@ -296,46 +183,51 @@ def _different(layout: Layout, differences: Sequence[_Difference], version: str)
 
 
 class _Compared:
-    """An output that is there already: what would be written is compared with it."""
+    """An output that exists: what would be written is compared with it."""
 
-    def __init__(self, path: Path, files: Mapping[str, Skeleton]) -> None:
+    def __init__(self, path: Path, files: Mapping[str, FileLayout], draft: bytes) -> None:
         self.folder = Path(tempfile.gettempdir())
         self._opened = contextlib.ExitStack()
         self._files: list[_ComparedFile] = []
-        for relative, skeleton in files.items():
-            place = path if relative == "." else path / relative
+        for relative, layout in files.items():
+            place = path if relative == FILE else path / relative
             try:
                 file = self._opened.enter_context(place.open("rb"))
             except OSError as error:
                 self._opened.close()
                 what = f"cannot be opened ({error.strerror})"
                 raise MergeError(what, where=place) from None
-            self._files.append(_ComparedFile(place, file.fileno(), skeleton, relative))
+            self._files.append(_ComparedFile(place, file.fileno(), layout, draft, relative))
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes are compared."""
+        return sum(file.nbytes for file in self._files)
 
     @property
     def differences(self) -> list[_Difference]:
-        """What differs."""
+        """Return what differs."""
         return [one for file in self._files for one in file.differences]
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
-        """Compares payload."""
+        """Compare payload."""
         self._files[number].fill(name, at, data)
 
-    def complete(self, files: Mapping[str, Skeleton] | None = None) -> None:
-        """Compares all the rest."""
-        for file, skeleton in zip(self._files, (files or {}).values(), strict=True):
-            file.finish(skeleton)
+    def complete(self, record: bytes) -> None:
+        """Compare all the rest."""
+        for file in self._files:
+            file.complete(record)
 
     def publish(self) -> None:
-        """Has nothing to do."""
+        """Do nothing: the output has its name."""
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._opened.close()
 
 
 def _gaps(spans: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """What lies between spans from start to stop, up to an end."""
+    """Yield what lies between spans from start to stop, up to an end."""
     at = 0
     for start, stop in sorted(spans):
         if start > at:
@@ -348,16 +240,22 @@ def _gaps(spans: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int
 class _ComparedFile(OutputFile):
     """One file of it."""
 
-    def __init__(self, path: Path, fd: int, skeleton: Skeleton, relative: str) -> None:
-        super().__init__(path, fd, skeleton)
+    def __init__(
+        self, path: Path, fd: int, layout: FileLayout, draft: bytes, relative: str
+    ) -> None:
+        super().__init__(path, fd, layout, draft)
         self._relative = relative
         self._where = path
         self._guard = threading.Lock()
         self._size = os.fstat(fd).st_size
+        self._spans = {
+            name: (self.start + slot.offset, self.start + slot.offset + slot.nbytes)
+            for name, slot in layout.rooms.items()
+        }
         self.differences: list[_Difference] = []
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Compares bytes."""
+        """Compare bytes."""
         there = memoryview(bytearray(max(min(len(data), self._size - offset), 0)))
         if there:
             read_fully(self.fd, there, offset, self._where)
@@ -368,31 +266,20 @@ class _ComparedFile(OutputFile):
         if differs:
             first = ((differs & -differs).bit_length() - 1) // 8
             count += len(there) - differs.to_bytes(len(there), "little").count(0)
-        place = self._place(offset)
+        spans = self._spans.items()
+        slot = next((name for name, (a, b) in spans if a <= offset < b), None)
         with self._guard:
-            self.differences.append(_Difference(self._relative, place, offset + first, count))
+            self.differences.append(_Difference(self._relative, slot, offset + first, count))
 
-    def _place(self, offset: int) -> str | None:
-        return next(
-            (
-                name
-                for name, place in self._places.items()
-                if place.offset <= offset < place.offset + place.nbytes
-            ),
-            None,
-        )
-
-    def finish(self, skeleton: Skeleton) -> None:
-        """Compares what is not payload: headers, padding, and the file's end."""
-        self.skeleton = skeleton
-        literals = [*skeleton.literals, *self.closing()]
-        spans = [(place.offset, place.offset + place.nbytes) for place in self._places.values()]
-        for offset, data in literals:
+    def complete(self, record: bytes) -> None:
+        """Compare all that is not payload: headers, padding, and the file's end."""
+        spans = list(self._spans.values())
+        for offset, data in (*self.layout.opening(), *self.closing(record)):
             self.write(memoryview(data), offset)
             spans.append((offset, offset + len(data)))
-        for start, stop in _gaps(spans, skeleton.nbytes):
+        for start, stop in _gaps(spans, self.nbytes):
             for at in range(start, stop, _BLOCK):
                 self.write(memoryview(bytes(min(_BLOCK, stop - at))), at)
-        if self._size > skeleton.nbytes:
-            extra = self._size - skeleton.nbytes
-            self.differences.append(_Difference(self._relative, None, skeleton.nbytes, extra))
+        if self._size > self.nbytes:
+            extra = self._size - self.nbytes
+            self.differences.append(_Difference(self._relative, None, self.nbytes, extra))

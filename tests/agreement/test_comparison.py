@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from merge_avg.agreement import _comparison as agreement
 from merge_avg.engine._run import merge_checkpoints, run
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.plan._job import Options, prepare
+from merge_avg.options import Options
+from merge_avg.plan import prepare
 from merge_avg.plan._units import windows
 from merge_avg.report.report import describe, lines
 

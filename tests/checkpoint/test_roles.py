@@ -6,7 +6,7 @@ import torch
 from merge_avg.checkpoint._roles import assign
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 
 
 def weights(value, tmp_path, key=None):

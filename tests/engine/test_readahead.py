@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from merge_avg.engine import _readahead as ahead
 from merge_avg.engine._readahead import read_ahead, steps
-from merge_avg.plan._job import Options, prepare
+from merge_avg.options import Options
+from merge_avg.plan import prepare
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_avg import MergeError, UsageError, merge_checkpoints
-from merge_avg.plan._job import Options, prepare
+from merge_avg.options import Options
+from merge_avg.plan import prepare
 
 
 def state(i):

@@ -59,7 +59,7 @@ def test_another_template(merge, tmp_path):
     assert values == {"n": 20, "a": 4.0}
     assert list(values) == ["n", "a"]
     assert job.layouts[0].path == tmp_path / "1.pt"
-    assert job.averages[0].weights.integers == (2, 1, 1)
+    assert job.outputs[0].weights.integers == (2, 1, 1)
     values, _ = merge(*states, template=tmp_path / "2.pt", weights=[1, 0, 0])
     assert values == {"a": 1.0, "n": 30}
 

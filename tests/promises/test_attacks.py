@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg.checkpoint._layout import MARK
+from merge_avg.checkpoint._layout import PROVENANCE
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
-from merge_avg.formats.pickle.machine import PickleError, load
+from merge_avg.formats import scan
+from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.values import PickleError
 from tests.promises.attacks import ATTACKS, DATA, LARGE, archive, made, record, state
 
 ROOT = Path(__file__).parents[2]
@@ -77,13 +78,13 @@ def names(path):
     out = path.with_name("out.safetensors")
     save_file({"w": torch.ones(4)}, path.with_name("other.safetensors"))
     merge_checkpoints([path.with_name("other.safetensors")] * 2, out)
-    said = json.loads(dict(scan(out).metadata)[MARK])
+    said = json.loads(dict(scan(out).metadata)[PROVENANCE])
     try:
         nbytes = scan(path).nbytes if path.is_dir() else path.stat().st_size
     except MergeError:
         nbytes = 0
     said["inputs"][1] |= {"name": path.name, "bytes": nbytes}
-    save_file({"w": torch.ones(4)}, out, {MARK: json.dumps(said)})
+    save_file({"w": torch.ones(4)}, out, {PROVENANCE: json.dumps(said)})
 
 
 @contextlib.contextmanager
@@ -246,7 +247,7 @@ def test_a_process_without_memory_says_so(tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr("merge_avg.formats._scan.scan_file", full)
+    monkeypatch.setattr("merge_avg.formats.scan_file", full)
     (tmp_path / "a.pt").write_bytes(b"PK\3\4")
     with pytest.raises(MergeError, match="more memory than this process may have"):
         scan(tmp_path / "a.pt")

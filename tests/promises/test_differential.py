@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from merge_avg.checkpoint._dtypes import BY_NAME
 from merge_avg.engine._restride import strided
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 from merge_avg.io._reader import Reader
 
 DTYPES = [

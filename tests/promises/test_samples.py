@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from merge_avg.engine._run import merge_checkpoints
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 
 DATA = Path(__file__).parents[1] / "data"
 SAMPLES = sorted(path.parent.name for path in DATA.glob("*/about.json"))

@@ -13,7 +13,9 @@ import torch
 
 from merge_avg.engine._run import run
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.plan._job import Options, prepare, refuse_report
+from merge_avg.options import Options
+from merge_avg.plan import prepare
+from merge_avg.report.html import refuse as refuse_report
 from merge_avg.report import html as page
 from merge_avg.report.report import describe
 

@@ -7,7 +7,8 @@ import torch
 
 from merge_avg.engine._run import run
 from merge_avg.errors import MergeError
-from merge_avg.plan._job import Options, prepare
+from merge_avg.options import Options
+from merge_avg.plan import prepare
 from merge_avg.report.markdown import append, markdown
 from merge_avg.report.report import describe
 

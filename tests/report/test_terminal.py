@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from merge_avg.engine._run import run
-from merge_avg.plan._job import Options, prepare
+from merge_avg.options import Options
+from merge_avg.plan import prepare
 from merge_avg.report.report import describe
 from merge_avg.report.terminal import show
 from tests.terminal import on_terminal

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from merge_avg.agreement._comparison import Comparison, Sampler
-from merge_avg.agreement._cosines import Agreement
+from merge_avg.agreement._cosines import LEAST_AGREEMENT, Agreement
 
-__all__ = ["Agreement", "Comparison", "Sampler"]
+__all__ = ["LEAST_AGREEMENT", "Agreement", "Comparison", "Sampler"]

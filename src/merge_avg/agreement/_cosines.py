@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from merge_avg.options import LEAST_AGREEMENT
-
+# The mean cosine between matrices below which the mean of networks is most likely none.
+LEAST_AGREEMENT = 0.5
 _FEW = 16  # of a tensor of which fewer elements are looked at, nothing is said
 
 

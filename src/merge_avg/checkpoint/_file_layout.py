@@ -1,39 +1,119 @@
-"""An output file before its weights: sizes, places, and the bytes around them."""
+"""An output file before its weights: slots for payload, and the bytes around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from merge_avg.checkpoint._dtypes import DType
 from merge_avg.checkpoint._layout import Storage
 
-Literal = tuple[int, bytes]  # where bytes go, and the bytes
+Literal = tuple[int, bytes]  # an offset in the file, and the bytes that belong there
 
 
-@dataclass(frozen=True)
-class Place:
-    """Room for payload in the output."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for payload in an output file.
 
+    Attributes:
+        number: its place among the slots of its file, from 0.
+        offset: of its first byte, from the file's `start`.
+        nbytes: its size.
+    """
+
+    number: int
     offset: int
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """What an output file is made of.
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor of a new file: a view of one of the file's storages.
 
     Attributes:
-        nbytes: its size.
-        literals: headers and the like, known before the weights.
-        copies: records of the template, and where they go.
-        places: room for weights, by the name of a storage (zip) or of a tensor (safetensors).
-        checked: whether the CRC-32 of every place and copy is needed to close.
-        close: makes the last literals from the CRC-32 of each place and copy.
+        name: its key in the state dict.
+        dtype: of its elements.
+        shape: extents in elements.
+        stride: steps in elements, one for each dimension.
+        start: of its first element in the storage, in elements.
+        storage: the storage's name.
+        storage_nbytes: the storage's size.
     """
 
-    nbytes: int
-    literals: tuple[Literal, ...]
-    places: Mapping[str, Place]
-    copies: tuple[tuple[Storage, Place], ...] = ()
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    storage: str
+    storage_nbytes: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """The layout of one output file.
+
+    All outputs of a merge share their layouts: outputs differ only in their provenance record,
+    which is known in full when everything has been read. Until then a draft of the same length
+    stands for it. A format whose files depend on the record or on checksums overrides the methods.
+
+    Attributes:
+        size: the file's size without a record.
+        literals: headers and the like, known before the weights.
+        slots: room for weights, by the name of a storage or of a tensor.
+        copies: bytes of the template, and the slots that they go to.
+        checked: whether `closing` needs the CRC-32 of every slot.
+    """
+
+    size: int
+    literals: tuple[Literal, ...] = ()
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    copies: tuple[tuple[Storage, Slot], ...] = ()
     checked: bool = False
-    close: Callable[[Mapping[str, int]], tuple[Literal, ...]] = field(default=lambda _: ())
+
+    @cached_property
+    def rooms(self) -> Mapping[str, Slot]:
+        """Return the slots of weights and of copies, by name."""
+        return {**self.slots, **{storage.name: slot for storage, slot in self.copies}}
+
+    @property
+    def count(self) -> int:
+        """Return how many numbers slots may have."""
+        return 1 + max((slot.number for slot in self.rooms.values()), default=-1)
+
+    def start(self, record: bytes) -> int:  # noqa: ARG002 - see the class
+        """Return the offset from which the slots' offsets count."""
+        return 0
+
+    def nbytes(self, record: bytes) -> int:  # noqa: ARG002
+        """Return the size of the file with a record."""
+        return self.size
+
+    def opening(self) -> Iterable[Literal]:
+        """Yield the bytes that are known before the weights."""
+        return self.literals
+
+    def closing(self, record: bytes, checksums: Sequence[int]) -> Iterable[Literal]:  # noqa: ARG002
+        """Yield the bytes that are known last.
+
+        Args:
+            record: the provenance of the output, as long as its draft was.
+            checksums: the CRC-32 of each slot, by its number; zeros where nothing is `checked`.
+        """
+        return ()
+
+
+@dataclass(frozen=True)
+class RecordFile(FileLayout):
+    """A file of a directory that holds the provenance record and nothing else."""
+
+    size: int = 0
+
+    def nbytes(self, record: bytes) -> int:
+        """Return the size of the record."""
+        return len(record)
+
+    def closing(self, record: bytes, checksums: Sequence[int]) -> Iterable[Literal]:  # noqa: ARG002
+        """Yield the record."""
+        return ((0, record),)

@@ -12,9 +12,9 @@ from pathlib import Path
 from merge_avg.checkpoint._dtypes import DType
 
 # In the metadata of a checkpoint, what an earlier merge wrote about itself.
-MARK = "merge_avg"
-MARK_FILE = "merge_avg.json"  # the same, as a file of a directory or a record of an archive
-LARGEST_MARK = 1 << 24  # bytes; what is longer was not written by a merge
+PROVENANCE = "merge_avg"
+PROVENANCE_FILE = "merge_avg.json"  # the same, as a file of a directory or a record of an archive
+LARGEST_PROVENANCE = 1 << 24  # bytes; what is longer was not written by a merge
 Key = str | int
 TreePath = tuple[Key, ...]
 Scalar = int | float | str
@@ -193,12 +193,15 @@ class Layout:
         files: what it is made of; one for a file.
         tensors: every tensor in it, weights or not, in the files' order.
         others: entries at the top level that hold no tensor, such as "epoch".
-        metadata: string to string, as safetensors files carry it; and `MARK` of an earlier merge.
+        metadata: string to string, as safetensors files carry it; and the `PROVENANCE` of an
+            earlier merge.
         archive: what a copy of a pickled checkpoint is made of; None for other formats.
         members: for a directory, the part of it that each file holds, in the order of `files`;
             None for files that hold no weights.
         notes: what a person should hear of, one sentence each.
         scalars: numbers and short texts beside the tensors, such as the epoch, by their paths.
+        set_member: whether it is a file of a set, whose tensors have names from the root of the set
+            and can be written only together.
     """
 
     path: Path
@@ -211,6 +214,7 @@ class Layout:
     members: tuple[Layout | None, ...] = ()
     notes: tuple[str, ...] = ()
     scalars: tuple[tuple[TreePath, Scalar], ...] = ()
+    set_member: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -28,7 +28,8 @@ from merge_avg.report import sizes
 from merge_avg.report.printable import printable
 
 if TYPE_CHECKING:
-    from merge_avg.plan import Job, Options
+    from merge_avg.options import Options
+    from merge_avg.plan import Job
     from merge_avg.report.report import Report
     from merge_avg.selection import Choice
 
@@ -272,9 +273,10 @@ def merge(
 ) -> None:
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
     from merge_avg.engine import read_ahead  # after --help has had its answer
-    from merge_avg.plan import Options, prepare, refuse_report
+    from merge_avg.options import Criteria, Options, Series, Weighting, parse_range
+    from merge_avg.plan import prepare
     from merge_avg.report.report import describe
-    from merge_avg.selection import Criteria, Series, Weighting, choose, parse_range
+    from merge_avg.selection import choose
 
     if inspect:
         _inspect(checkpoints, key, as_json=as_json)
@@ -322,8 +324,10 @@ def merge(
         checkpoints,
         output,
         criteria,
-        Series(lasts, leave_one_out=leave_one_out, prefixes=prefixes),
-        Weighting(None if weights is None else weights.split(","), weighting, phema),
+        Series(lasts=lasts, leave_one_out=leave_one_out, prefixes=prefixes),
+        Weighting(
+            weights=None if weights is None else weights.split(","), scheme=weighting, sigma=phema
+        ),
     )
     if (soup is not None or evaluation is not None) and not dry_run:
         if page is not None or base is not None:
@@ -337,7 +341,9 @@ def merge(
         return
     job = prepare(choice.paths, choice.outputs, options)
     if page is not None:
-        refuse_report(page, job, dry_run=dry_run)
+        from merge_avg.report import html
+
+        html.refuse(page, job, dry_run=dry_run)
     result = None
     if not dry_run:
         read_ahead(job)
@@ -370,7 +376,7 @@ def _tell(report: Report, job: Job, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         _print(_json(report))
     elif not report["dry_run"]:
-        _print("\n".join(printable(str(average.output)) for average in job.averages))
+        _print("\n".join(printable(str(output.path)) for output in job.outputs))
     if not report["dry_run"]:
         _summarise(report)
 

@@ -96,7 +96,7 @@ def spread(out: Sink, unit: Unit, targets: Sequence[Target], mapped: mmap.mmap) 
         ):
             nbytes = slab.numel() * slab.itemsize
             buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
-            out.write(target.file, target.place, at, buffer.bytes(nbytes))
+            out.write(target.file, target.slot, at, buffer.bytes(nbytes))
             at += nbytes
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import mmap
-import os
 import re
 import signal
 import sys
@@ -14,24 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import Any, Concatenate, ParamSpec
 
 from xxhash import xxh3_128_intdigest
 
 from merge_avg.agreement import Agreement, Comparison
-from merge_avg.arithmetic import Weight
 from merge_avg.engine._worker import KEPT, Findings, Maps, Worker, chunk
 from merge_avg.errors import MergeError, failure
 from merge_avg.io import Output, Reader, Scratch, Sink
-from merge_avg.options import IntPolicy, Missing
+from merge_avg.options import Location, Options, Outputs, meanings
 from merge_avg.plan import (
-    Average,
     Hashes,
     Job,
-    Options,
-    Outputs,
+    OutputSpec,
     aligned_to_page,
     batches,
-    marked,
     prepare,
     without_collector,
 )
@@ -67,33 +65,52 @@ class Result:
     hashes: Hashes | None
 
 
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call(Options):
+    """What `merge_checkpoints` takes by name: the options, and where to report progress."""
+
+    progress: Callable[[int], None] | None = None
+
+
+def _with_options(
+    options: Callable[P, _Call],
+) -> Callable[
+    [Callable[[Sequence[Location], Outputs, _Call], Result]],
+    Callable[Concatenate[Sequence[Location], Outputs, P], Result],
+]:
+    """Give a function the keywords of `Options`, so that each option is declared in one place."""
+
+    def decorate(
+        function: Callable[[Sequence[Location], Outputs, _Call], Result],
+    ) -> Callable[Concatenate[Sequence[Location], Outputs, P], Result]:
+        first, second, _ = inspect.signature(function).parameters.values()
+        named = inspect.signature(options).parameters.values()
+        signature = inspect.Signature([first, second, *named])
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Result:
+            given = signature.bind(*args, **kwargs).arguments
+            paths, output = given.pop("paths"), given.pop("output")
+            return function(paths, output, _Call(**given))
+
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        texts = "\n".join(f"        {name}: {one.help}" for name, one in meanings(Options))
+        called.__doc__ = str(function.__doc__).replace("        options: by name.", texts)
+        return called
+
+    return decorate
+
+
+@_with_options(_Call)
 def merge_checkpoints(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[Location],
     output: Outputs,
-    *,
-    weights: Sequence[Weight] | None = None,
-    normalize: bool = True,
-    dtype: str | None = None,
-    key: str | None = None,
-    missing: Missing = "error",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    template: int | str | os.PathLike[str] | None = None,
-    int_policy: IntPolicy = "error",
-    state_dict: bool = False,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    device: str = "cpu",
-    threads: int | None = None,
-    max_memory: int | None = None,
-    max_shard_size: int | None = None,
-    min_agreement: float | None = None,
-    base: str | os.PathLike[str] | None = None,
-    agreement: bool = True,
-    hashes: bool = True,
-    progress: Callable[[int], None] | None = None,
+    options: _Call,
 ) -> Result:
-    """Averages checkpoints into a new one, in bounded memory.
+    """Average checkpoints into a new one, in bounded memory.
 
     The output is the first checkpoint, the template, with its weights replaced by their mean. Float
     and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
@@ -105,67 +122,17 @@ def merge_checkpoints(
         output: the file or directory to write; the ending .safetensors asks for that format. Or
             several, with the weights of the checkpoints for each: all are made in one reading, and
             all are copies of one template.
-        weights: one number a checkpoint, zero or above; by default all count the same.
-        normalize: whether to divide by the sum of the weights. If not, the result is their linear
-            combination, and weights may be negative.
-        dtype: of the averaged float tensors: float64, float32, float16 or bfloat16; or "template",
-            where checkpoints have others than the template.
-        key: dotted path of the one state dict to average, such as "state_dict_ema".
-        missing: what becomes of tensors that not every checkpoint has: "error", "skip" (the
-            template's is kept) or "available" (averaged over those that have it).
-        include: shell patterns of the names of tensors to average; by default all.
-        exclude: shell patterns of the names of tensors to keep from the template.
-        template: which checkpoint the result is a copy of: a number from 1, or the path of one,
-            which may be none of those averaged; by default the first.
-        int_policy: what becomes of integers that differ: "error" (but counters are the template's),
-            "template", "max" or "mean".
-        state_dict: write a bare state dict, without what the template has around it.
-        allow_nonfinite: average NaN and infinity too, as IEEE 754 says.
-        overwrite: replace the output if it exists.
-        device: where sums are kept: "cpu", "cuda" or "cuda:N".
-        threads: how many windows are worked on at a time; by default one a core, but eight at most.
-        max_memory: bytes that may be taken beside what torch takes; by default 64 MiB, or more on
-            more than four cores.
-        max_shard_size: write a directory of safetensors shards of at most so many bytes, with an
-            index.
-        min_agreement: the least mean cosine between the checkpoints' matrices; below it nothing is
-            written.
-        base: a checkpoint that the others were fine-tuned from: how far they agree is also measured
-            by their differences to it. It is not averaged, but if it is one of `paths`.
-        agreement: whether to measure how far the checkpoints agree.
-        hashes: whether the output records a hash of each checkpoint.
+        options: by name.
         progress: called with the number of bytes read since the last call, from any thread.
 
     Raises:
         MergeError: nothing was written; the message names the file and the tensor.
         UsageError: the options do not fit each other.
     """
-    options = Options(
-        weights=weights,
-        normalize=normalize,
-        dtype=dtype,
-        key=key,
-        missing=missing,
-        include=include,
-        exclude=exclude,
-        template=template,
-        int_policy=int_policy,
-        state_dict=state_dict,
-        allow_nonfinite=allow_nonfinite,
-        overwrite=overwrite,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        max_shard_size=max_shard_size,
-        min_agreement=min_agreement,
-        base=base,
-        agreement=agreement,
-        hashes=hashes,
-    )
-    return run(prepare(paths, output, options), progress)
+    return run(prepare(paths, output, options), options.progress)
 
 
-Opened = Callable[[Average], contextlib.AbstractContextManager[Sink]]
+Opened = Callable[[OutputSpec], contextlib.AbstractContextManager[Sink]]
 
 
 def run(
@@ -185,7 +152,7 @@ def run(
         return _run(job, progress, opened)
     except OSError as error:  # of the scratch file, or of a file system that fails
         known = isinstance(error.filename, str)
-        raise failure(error, where=None if known else job.averages[0].output) from None
+        raise failure(error, where=None if known else job.outputs[0].path) from None
     except (MemoryError, RuntimeError) as error:  # torch and threads say it by the latter
         if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
             raise
@@ -204,8 +171,8 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None
     findings = Findings(progress)
     with contextlib.ExitStack() as stack:
         outs: list[Sink] = [
-            stack.enter_context(opened(average) if opened else _output(job, average))
-            for average in job.averages
+            stack.enter_context(opened(output) if opened else _output(job, output))
+            for output in job.outputs
         ]
         folder = outs[0].folder
         readers = [Reader(layout, folder) for layout in job.layouts]
@@ -235,8 +202,8 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened | None
         _refuse_strangers(job, agreement)
         hashes = _hashes(job, findings)
         cosine = None if agreement is None else agreement.mean
-        for out, average in zip(outs, job.averages, strict=True):
-            out.complete(marked(job, average, hashes, cosine))
+        for out, output in zip(outs, job.outputs, strict=True):
+            out.complete(job.record(output, hashes, cosine))
         for out in outs:
             out.publish()
     return Result(
@@ -266,7 +233,7 @@ def _spread(job: Job, outs: Sequence[Sink], maps: Maps) -> None:
     """Copies results to where outputs have them in another geometry."""
     from merge_avg.engine._restride import spread
 
-    for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
+    for unit, targets in zip(job.plan.units, job.layout.targets, strict=True):
         for number, out in enumerate(outs):
             if (number, id(unit)) in maps.results:
                 spread(out, unit, targets, maps.results[number, id(unit)])
@@ -279,8 +246,9 @@ def _hashes(job: Job, findings: Findings) -> Hashes:
     return Hashes(read, kept % (1 << 128))
 
 
-def _output(job: Job, average: Average) -> Output:
-    return Output(average.output, average.draft.files, overwrite=job.options.overwrite)
+def _output(job: Job, output: OutputSpec) -> Output:
+    draft = job.record(output)
+    return Output(output.path, job.layout.files, draft, overwrite=job.options.overwrite)
 
 
 def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
@@ -289,7 +257,7 @@ def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
     if least is not None and agreement is not None and agreement.mean < least:
         what = f"the checkpoints agree by {agreement.mean:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
-        raise MergeError(what, where=job.averages[0].output, hint=hint)
+        raise MergeError(what, where=job.outputs[0].path, hint=hint)
 
 
 def _maps(job: Job, scratch: Scratch, load_torch: Callable[[], None]) -> Maps:
@@ -304,9 +272,9 @@ def _maps(job: Job, scratch: Scratch, load_torch: Callable[[], None]) -> Maps:
         offset = aligned_to_page(offset + nbytes)
         return place
 
-    for unit, targets in zip(job.plan.units, job.draft.targets, strict=True):
+    for unit, targets in zip(job.plan.units, job.layout.targets, strict=True):
         if any(target.view is not None for target in targets):
-            for number in range(len(job.averages)):
+            for number in range(len(job.outputs)):
                 results[number, id(unit)] = room(len(unit) * unit.dtype.itemsize)
         if unit.holed:
             load_torch()
@@ -347,9 +315,9 @@ def single_threaded() -> Iterator[Callable[[], None]]:
 
 def _in_parallel(job: Job, make_worker: Callable[[], Worker]) -> None:
     """Runs all windows and copies on worker threads; the first error stops them all."""
-    placed = [u for u, targets in zip(job.plan.units, job.draft.targets, strict=True) if targets]
+    placed = [u for u, targets in zip(job.plan.units, job.layout.targets, strict=True) if targets]
     work = batches(placed, job.budget.window, max(map(chunk, placed), default=1))
-    copies = enumerate(job.draft.copies)
+    copies = enumerate(job.layout.copies)
     lock, stop = threading.Lock(), threading.Event()
 
     # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on

@@ -126,7 +126,7 @@ class Worker:
         self._job = job
         self._readers = readers
         self._outs = outs
-        self._rows = [average.weights for average in job.averages]
+        self._rows = [output.weights for output in job.outputs]
         self._scratch = scratch
         self._maps = maps
         self._findings = findings
@@ -134,7 +134,7 @@ class Worker:
         self._sampler = Sampler(comparison, load_torch)
         self._device = device
         self._load_torch = load_torch
-        self._targets = dict(zip(map(id, job.plan.units), job.draft.targets, strict=True))
+        self._targets = dict(zip(map(id, job.plan.units), job.layout.targets, strict=True))
         budget = job.budget
         self._room = budget.window * budget.rows * budget.itemsize
         self._lane = make_lane(self._room, device)
@@ -483,7 +483,7 @@ class Worker:
             if target.view is None and start < stop:
                 part = data[(start - piece.start) * size : (stop - piece.start) * size]
                 at = target.at + (start - target.start) * size
-                self._outs[number].write(target.file, target.place, at, part)
+                self._outs[number].write(target.file, target.slot, at, part)
 
     def _report_nonfinite(self, window: Window, counted: Sequence[int]) -> None:
         """Raises for a tensor that holds NaN or infinity, or notes its name if that is allowed."""

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_avg.checkpoint import (
-    LARGEST_MARK,
-    MARK,
-    MARK_FILE,
+    LARGEST_PROVENANCE,
+    PROVENANCE,
+    PROVENANCE_FILE,
     File,
     Layout,
     TensorInfo,
@@ -27,7 +27,7 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError, named
 from merge_avg.formats import bounded_json as json_text
-from merge_avg.formats._registry import DCP, DCP_METADATA, scan_file
+from merge_avg.formats._table import scan_file, set_format
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
@@ -42,7 +42,7 @@ _OF_A_RUN = re.compile(
 # Files that only a checkpoint has, not a run that holds several.
 _OF_ONE = re.compile(
     r"(adapter_)?config\.json|model_index\.json|modules\.json|trainer_state\.json|CKPT\.yaml"
-    r"|\.metadata|latest|mp_rank_.*|.*\.index\.json|.+-\d{5}-of-\d{5}\..*"
+    r"|latest|mp_rank_.*|.*\.index\.json|.+-\d{5}-of-\d{5}\..*"
     r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
 _LARGEST_INDEX = 100_000_000
@@ -64,8 +64,8 @@ def scan_directory(path: Path) -> Layout:
             twice, or it holds no checkpoint or several.
     """
     tree = _walk(path)
-    mark = tree.files.pop(MARK_FILE, None)
-    if mark is not None and mark.nbytes > LARGEST_MARK:
+    mark = tree.files.pop(PROVENANCE_FILE, None)
+    if mark is not None and mark.nbytes > LARGEST_PROVENANCE:
         mark = None
     stamps = tuple(tree.files.values())
     names = list(tree.files)
@@ -101,7 +101,7 @@ def scan_directory(path: Path) -> Layout:
         stamps,
         tuple(tensors),
         tuple(others),
-        () if mark is None else ((MARK, mark.path.read_text("utf-8", "replace")),),
+        () if mark is None else ((PROVENANCE, mark.path.read_text("utf-8", "replace")),),
         members=tuple(members.get(number) for number in range(len(names))),
         notes=tuple(notes),
     )
@@ -114,7 +114,8 @@ def of_a_run(name: str) -> bool:
 
 def is_one(path: Path) -> bool:
     """Whether a directory is one checkpoint by its name or its files, and not a run of many."""
-    return of_a_run(path.name) or any(_OF_ONE.fullmatch(one.name) for one in path.iterdir())
+    names = [entry.name for entry in path.iterdir()]
+    return of_a_run(path.name) or any(_OF_ONE.fullmatch(n) or set_format(n) for n in names)
 
 
 def leads_out(root: Path, path: Path) -> bool:
@@ -169,7 +170,7 @@ def _nested(root: Path) -> set[str]:
     found = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and _OF_A_RUN.fullmatch(entry.name)
     )
-    if any(entry.suffix in SUFFIXES or entry.name == DCP_METADATA for entry in root.iterdir()):
+    if any(entry.suffix in SUFFIXES or set_format(entry.name) for entry in root.iterdir()):
         return set(found)
     if len(found) < 2:
         return set()
@@ -188,16 +189,15 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
     numbers = {name: number for number, name in enumerate(tree.files)}
     members: dict[int, Layout] = {}
     for name in tree.files:
-        if PurePosixPath(name).name == DCP_METADATA:
-            from merge_avg.formats import distributed as dcp
-
+        found = set_format(PurePosixPath(name).name)
+        if found is not None:
             folder = str(PurePosixPath(name).parent)
             inside = {
                 PurePosixPath(other).name: (numbers[other], tree.files[other])
                 for other in tree.files
                 if str(PurePosixPath(other).parent) == folder
             }
-            members |= dcp.scan_set(root / folder, inside)
+            members |= found.code.scan_set(root / folder, inside)
     for name, number in numbers.items():
         if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
@@ -205,7 +205,7 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
             strict = name.endswith(".safetensors")
             layout = scan_file(tree.files[name], number, strict=strict)
         except MergeError as error:
-            from merge_avg.formats.pickle.machine import DangerousPickleError
+            from merge_avg.formats.pickle.values import DangerousPickleError
 
             if isinstance(error, DangerousPickleError):
                 raise  # the output would carry it on
@@ -235,7 +235,7 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
     for number, name in enumerate(names):
         if number not in members:
             continue
-        if members[number].format == DCP:
+        if members[number].set_member:
             prefixes[number] = PurePosixPath(name).parts[:-1]
             continue
         path = _path_of(name)

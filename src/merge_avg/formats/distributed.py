@@ -21,10 +21,10 @@ from merge_avg.checkpoint import (
     Archive,
     DType,
     File,
+    FileLayout,
     Layout,
     Literal,
-    Place,
-    Skeleton,
+    Slot,
     Storage,
     TensorInfo,
     TreePath,
@@ -33,19 +33,14 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats._registry import DCP, DCP_METADATA
-from merge_avg.formats.pickle.machine import (
-    Allowance,
-    Global,
-    Instance,
-    PickleError,
-    Value,
-    load,
-    shown,
-)
-from merge_avg.formats.zip import read as torch_zip
-from merge_avg.formats.zip import write as torch_zip_write
+from merge_avg.formats.pickle.allowance import Allowance
+from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.values import Global, Instance, PickleError, Value, shown
+from merge_avg.formats.zip import Within, ZipLayout
+from merge_avg.formats.zip import copy as zip_copy
+from merge_avg.formats.zip import scan as zip_scan
 
+_NAME, _MARKER = "torch-dcp", ".metadata"
 _LARGEST = 1 << 27
 _LONGEST_PATH = 200
 _METADATA = Global("torch.distributed.checkpoint.metadata", "Metadata")
@@ -102,7 +97,7 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
     Raises:
         MergeError: something is damaged, missing, or packed in a way that only torch can read.
     """
-    number, stamp = files[DCP_METADATA]
+    number, stamp = files[_MARKER]
     if stamp.nbytes > _LARGEST:
         raise MergeError("it is absurdly large", where=stamp.path)
     try:
@@ -128,11 +123,13 @@ def _layouts(
         members = tuple(layout for _, layout in found)
         archive = Archive(records, b"", "", (), ())
         file = files[name][1]
-        layout = Layout(file.path, DCP, (file,), (), archive=archive, members=members)
+        layout = Layout(
+            file.path, _NAME, (file,), (), archive=archive, members=members, set_member=True
+        )
         yield files[name][0], layout
     tensors = tuple(metadata.tensor(fqn, stored) for fqn in metadata.sizes)
-    stamp = files[DCP_METADATA][1]
-    yield number, Layout(stamp.path, DCP, (stamp,), tensors, metadata.others())
+    stamp = files[_MARKER][1]
+    yield number, Layout(stamp.path, _NAME, (stamp,), tensors, metadata.others(), set_member=True)
 
 
 def _chunks(
@@ -156,9 +153,9 @@ def _chunks(
             if chunk.offset is None or chunk.fqn not in metadata.sizes:
                 yield whole, None
                 continue
-            within = torch_zip.Within(chunk.start, f"{name}: ")
+            within = Within(chunk.start, f"{name}: ")
             section = io.BufferedReader(_Section(file, chunk.start, chunk.nbytes))
-            layout = torch_zip.scan(section, stamp, number, within)
+            layout = zip_scan(section, stamp, number, within)
             if len(layout.tensors) != 1 or layout.tensors[0].path:
                 raise MergeError(f"the chunk of {chunk.fqn!r} is no tensor", where=stamp.path)
             stored[chunk.fqn, chunk.offset] = layout.tensors[0]
@@ -355,46 +352,74 @@ def _attributes(value: Value) -> dict[Value, Value]:
     return _table(value.state if isinstance(value, Instance) else value)
 
 
-def rebuilt(layout: Layout, converted: Mapping[str, DType], averaged: set[str]) -> Skeleton:
-    """The skeleton of a copy of one file of chunks; every chunk stays where it is.
+@dataclass(frozen=True)
+class _ChunksLayout(FileLayout):
+    """The layout of a file of chunks.
+
+    Attributes:
+        chunks: the archives in it that are written anew, and their offsets.
+    """
+
+    chunks: tuple[tuple[int, ZipLayout], ...] = ()
+
+    def opening(self) -> Iterator[Literal]:
+        """Yield what the archives open with."""
+        for base, chunk in self.chunks:
+            yield from ((base + at, data) for at, data in chunk.opening())
+
+    def closing(self, record: bytes, checksums: Sequence[int]) -> Iterator[Literal]:  # noqa: ARG002
+        """Yield what the archives close with."""
+        first = 0
+        for base, chunk in self.chunks:
+            sums = checksums[first : first + len(chunk.entries)]
+            yield from ((base + at, data) for at, data in chunk.closing(b"", sums))
+            first += len(chunk.entries)
+
+
+def copy(
+    layout: Layout,
+    converted: Mapping[str, DType],
+    averaged: set[str],
+    *,
+    recorded: bool = True,  # noqa: ARG001 - a file beside the set holds the provenance
+) -> FileLayout:
+    """Return the layout of a copy of one file of chunks; every chunk stays where it is.
 
     Raises:
         MergeError: a dtype is to change, or a chunk would not take the room that it has.
     """
     archive = layout.archive
     if archive is None:
-        raise ValueError("a file of chunks is needed")
-    inside = zip(archive.records, layout.members, strict=True)
-    literals: list[Literal] = []
-    places: dict[str, Place] = {}
-    copies: list[tuple[Storage, Place]] = []
-    made: list[tuple[int, Skeleton]] = []
-    end = 0
-    for (_, record), member in inside:
+        raise ValueError("only a file of chunks can be copied as one")
+    slots: dict[str, Slot] = {}
+    copies: list[tuple[Storage, Slot]] = []
+    copied: list[tuple[Storage, int, int]] = []  # with the offset and the size in the copy
+    chunks: list[tuple[int, ZipLayout]] = []
+    end = number = 0
+    for (_, record), member in zip(archive.records, layout.members, strict=True):
         if record.offset > end:
             gap = Storage(f"bytes from {end}", end, record.offset - end, file=record.file)
-            copies.append((gap, Place(end, gap.nbytes)))
+            copied.append((gap, end, gap.nbytes))
         end = record.offset + record.nbytes
         names = {info.storage.name for info in member.tensors} if member else set()
         if member is None or not names & averaged:
-            copies.append((record, Place(record.offset, record.nbytes)))
+            copied.append((record, record.offset, record.nbytes))
             continue
-        skeleton = torch_zip_write.rebuilt(member, {}, averaged)
-        if names & converted.keys() or skeleton.nbytes != record.nbytes:
+        chunk = zip_copy(member, {}, averaged, recorded=False)
+        if names & converted.keys() or chunk.nbytes(b"") != record.nbytes:
             hint = "write one file instead: end the output's name in .safetensors or .pt"
             what = "the chunks of this directory cannot be written anew"
             raise MergeError(what, where=layout.path, hint=hint)
-        made.append((record.offset, skeleton))
-    for base, skeleton in made:
-        literals += [(base + at, data) for at, data in skeleton.literals]
-        for name, place in skeleton.places.items():
-            places[name] = Place(base + place.offset, place.nbytes)
-        for storage, place in skeleton.copies:
-            copies.append((storage, Place(base + place.offset, place.nbytes)))
-
-    def close(crcs: Mapping[str, int]) -> tuple[Literal, ...]:
-        return tuple(
-            (base + at, data) for base, skeleton in made for at, data in skeleton.close(crcs)
-        )
-
-    return Skeleton(end, tuple(literals), places, tuple(copies), checked=True, close=close)
+        # The slots of the chunks come first, so that each chunk finds its checksums in a row.
+        for name, slot in chunk.slots.items():
+            slots[name] = Slot(number + slot.number, record.offset + slot.offset, slot.nbytes)
+        for storage, slot in chunk.copies:
+            moved = Slot(number + slot.number, record.offset + slot.offset, slot.nbytes)
+            copies.append((storage, moved))
+        number += len(chunk.entries)
+        chunks.append((record.offset, chunk))
+    copies += [
+        (storage, Slot(number + n, offset, nbytes))
+        for n, (storage, offset, nbytes) in enumerate(copied)
+    ]
+    return _ChunksLayout(end, (), slots, tuple(copies), checked=True, chunks=tuple(chunks))

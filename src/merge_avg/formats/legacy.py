@@ -15,16 +15,17 @@ from merge_avg.checkpoint import (
     Archive,
     DType,
     File,
+    FileLayout,
     Layout,
     Literal,
-    Place,
-    Skeleton,
+    Slot,
     Storage,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats._registry import LEGACY_MAGIC
-from merge_avg.formats.pickle.machine import CutShortError, Global, Loaded, Value, load
+from merge_avg.formats._table import LEGACY_MAGIC
+from merge_avg.formats.pickle.load import Loaded, load
 from merge_avg.formats.pickle.torch_objects import Objects, objects_at, refuse_root
+from merge_avg.formats.pickle.values import CutShortError, Global, Value
 from merge_avg.formats.pickle.write import with_classes
 
 _VERSION = 1001
@@ -128,45 +129,45 @@ def _plain(data: bytes, start: int) -> Loaded:
     return load(data, start, persistent=lambda _: None, call=call)
 
 
-def rebuilt(
+def copy(
     layout: Layout,
     converted: Mapping[str, DType],
     averaged: set[str],
-    mark: str = "",  # noqa: ARG001 - the format has no room for it
-) -> Skeleton:
-    """The skeleton of a copy of a legacy checkpoint whose averaged storages are to be filled.
+    *,
+    recorded: bool = True,  # noqa: ARG001 - the format has no room for the provenance
+) -> FileLayout:
+    """Return the layout of a copy of a legacy checkpoint whose averaged storages are to be filled.
 
     Args:
         layout: the checkpoint that is copied.
         converted: the dtypes of storages that get another one, by name.
         averaged: the names of the storages that hold weights.
-        mark: what other formats say about the merge.
+        recorded: whether other formats hold the provenance.
 
     Raises:
         MergeError: a converted storage's dtype is not part of its class in the pickle.
     """
     archive = layout.archive
     if archive is None:
-        raise ValueError("only a pickled checkpoint can be rebuilt")
+        raise ValueError("only a pickled checkpoint can be copied as one")
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
     classes = {
         span.storage: BY_STORAGE.get(span.cls.partition("\n")[2]) for span in archive.classes
     }
     before, after = archive.around
-    head = before + pickle + after
-    literals: list[Literal] = [(0, head)]
-    places: dict[str, Place] = {}
-    copies: list[tuple[Storage, Place]] = []
-    at = len(head)
-    for name, storage in archive.records:
+    literals: list[Literal] = [(0, before + pickle + after)]
+    slots: dict[str, Slot] = {}
+    copies: list[tuple[Storage, Slot]] = []
+    at = len(literals[0][1])
+    for number, (name, storage) in enumerate(archive.records):
         dtype = classes[name]
         count = storage.nbytes // (dtype.itemsize if dtype else 1)
         nbytes = count * converted[name].itemsize if name in converted else storage.nbytes
         literals.append((at, count.to_bytes(_COUNT, "little")))
-        place = Place(at + _COUNT, nbytes)
+        slot = Slot(number, at + _COUNT, nbytes)
         if name in averaged:
-            places[name] = place
+            slots[name] = slot
         else:
-            copies.append((storage, place))
+            copies.append((storage, slot))
         at += _COUNT + nbytes
-    return Skeleton(at, tuple(literals), places, tuple(copies))
+    return FileLayout(at, tuple(literals), slots, tuple(copies))

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from merge_avg.checkpoint import (
     BY_SAFETENSORS,
-    MARK,
+    PROVENANCE,
     DType,
     File,
+    FileLayout,
     Layout,
-    Place,
-    Skeleton,
+    Literal,
+    NewTensor,
+    Slot,
     Storage,
     TensorInfo,
     impossible,
@@ -96,66 +99,109 @@ def _tensor(path: Path, name: str, entry: Any, base: int, number: int) -> Tensor
     return TensorInfo((name,), dtype, extents, row_major(extents), 0, storage, trouble)
 
 
-def fresh(
-    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> Skeleton:
-    """The skeleton of a safetensors file.
+@dataclass(frozen=True)
+class SafetensorsLayout(FileLayout):
+    """The layout of a safetensors file, whose header holds the provenance among its metadata.
+
+    Attributes:
+        metadata: the header up to the end of its metadata.
+        tensors: the rest of the header.
+        recorded: whether the provenance is part of the metadata.
+    """
+
+    metadata: bytes = b""
+    tensors: bytes = b""
+    recorded: bool = True
+
+    def start(self, record: bytes) -> int:
+        """Return the offset of the first tensor, which the length of the record decides."""
+        return len(self._head(record))
+
+    def nbytes(self, record: bytes) -> int:
+        """Return the size of the file with a record."""
+        return self.size + self.start(record)
+
+    def closing(self, record: bytes, checksums: Sequence[int]) -> Iterator[Literal]:  # noqa: ARG002
+        """Yield the header."""
+        yield 0, self._head(record)
+
+    def _head(self, record: bytes) -> bytes:
+        provenance = b""
+        if self.recorded and record:
+            text = json.dumps(record.decode(), ensure_ascii=False)
+            provenance = f',"{PROVENANCE}":{text}'.encode()
+        header = self.metadata + provenance + self.tensors
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header
+
+
+def create(
+    tensors: Sequence[NewTensor], metadata: Mapping[str, str], *, recorded: bool = True
+) -> SafetensorsLayout:
+    """Return the layout of a safetensors file; its slots have the names of the tensors.
 
     Args:
-        tensors: name, dtype and shape of each, in the order of their bytes.
+        tensors: its entries, in the order of their bytes; each has a storage of its own.
         metadata: texts for `__metadata__`; "format": "pt" is added, as transformers asks for it.
+        recorded: whether the metadata holds the provenance.
 
     Raises:
         MergeError: the format has no code for a dtype.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    places: dict[str, Place] = {}
+    return _layout([(one.name, one.dtype, one.shape) for one in tensors], metadata, recorded)
+
+
+def copy(
+    layout: Layout, converted: Mapping[str, DType], averaged: set[str], *, recorded: bool = True
+) -> SafetensorsLayout:
+    """Return the layout of a copy of a safetensors file whose averaged tensors are to be filled.
+
+    Args:
+        layout: the file that is copied.
+        converted: the dtypes of tensors that get another one.
+        averaged: the names of the tensors that are weights.
+        recorded: whether the metadata holds the provenance.
+    """
+    entries = [
+        (info.storage.name, converted.get(info.storage.name, info.dtype), info.shape)
+        for info in layout.tensors
+    ]
+    whole = _layout(entries, dict(layout.metadata), recorded)
+    kept = [info.storage for info in layout.tensors if info.storage.name not in averaged]
+    slots = {name: slot for name, slot in whole.slots.items() if name in averaged}
+    copies = tuple((storage, whole.slots[storage.name]) for storage in kept)
+    return replace(whole, slots=slots, copies=copies)
+
+
+def _layout(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    recorded: bool,
+) -> SafetensorsLayout:
+    texts = {key: value for key, value in metadata.items() if key != PROVENANCE}
+    header: dict[str, Any] = {}
+    slots: dict[str, Slot] = {}
     at = 0
-    for name, dtype, shape in tensors:
+    for number, (name, dtype, shape) in enumerate(tensors):
         if name == "__metadata__":
             raise MergeError("safetensors cannot hold a tensor of the name '__metadata__'")
         if dtype.safetensors is None:
             hint = "write a .pt file, which can"
             raise MergeError(f"safetensors cannot hold {name!r}: {dtype.name}", hint=hint)
         end = at + math.prod(shape) * dtype.itemsize
-        places[name] = Place(at, end - at)
+        slots[name] = Slot(number, at, end - at)
         entry = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, end]}
         header[name] = entry
         at = end
     try:
-        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        before, after = _encoded({"__metadata__": {"format": "pt", **texts}}), _encoded(header)
     except UnicodeEncodeError:
         bad = next(name for name in header if name != name.encode("utf-8", "replace").decode())
         raise MergeError(f"safetensors cannot hold the name {bad!a}") from None
-    raw += b" " * (-len(raw) % 8)
-    base = 8 + len(raw)
-    moved = {name: Place(base + place.offset, place.nbytes) for name, place in places.items()}
-    return Skeleton(base + at, ((0, len(raw).to_bytes(8, "little") + raw),), moved)
+    # Both texts are cut where the provenance goes: before the brace that ends the metadata.
+    rest = b"}," + after[1:] if header else b"}}"
+    return SafetensorsLayout(at, (), slots, metadata=before[:-2], tensors=rest, recorded=recorded)
 
 
-def rebuilt(
-    layout: Layout, converted: Mapping[str, DType], averaged: set[str], mark: str = ""
-) -> Skeleton:
-    """The skeleton of a copy of a safetensors file whose averaged tensors are to be filled.
-
-    Args:
-        layout: the file that is copied.
-        converted: the dtypes of tensors that get another one.
-        averaged: the names of the tensors that are weights.
-        mark: what to say in the metadata about this merge.
-    """
-    entries = [
-        (info.storage.name, converted.get(info.storage.name, info.dtype), info.shape)
-        for info in layout.tensors
-    ]
-    skeleton = fresh(entries, marked(layout, mark))
-    kept = [info.storage for info in layout.tensors if info.storage.name not in averaged]
-    places = {name: place for name, place in skeleton.places.items() if name in averaged}
-    copies = tuple((storage, skeleton.places[storage.name]) for storage in kept)
-    return Skeleton(skeleton.nbytes, skeleton.literals, places, copies)
-
-
-def marked(layout: Layout, mark: str) -> dict[str, str]:
-    """A checkpoint's metadata with another mark, or with none."""
-    metadata = {key: value for key, value in layout.metadata if key != MARK}
-    return metadata | ({MARK: mark} if mark else {})
+def _encoded(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

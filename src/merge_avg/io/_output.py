@@ -7,14 +7,15 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from zlib_ng import zlib_ng
 
-from merge_avg.checkpoint import Literal, Skeleton
+from merge_avg.checkpoint import FileLayout, Literal
 from merge_avg.errors import MergeError, failure
 from merge_avg.io._reader import Checksum, reserve, start_writeback, write_fully
 from merge_avg.io._temporary import Temporary, lock, remove, sweep
@@ -56,8 +57,8 @@ class Sink(Protocol):
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
         """Takes payload."""
 
-    def complete(self, files: Mapping[str, Skeleton] | None = None) -> None:
-        """Takes the final skeletons, after all payload."""
+    def complete(self, record: bytes) -> None:
+        """Takes the provenance record, after all payload."""
 
     def publish(self) -> None:
         """Takes the end."""
@@ -68,11 +69,14 @@ class Output:
 
     Args:
         path: what it will be called.
-        files: its skeletons by relative path; a single one called "." is a file, not a directory.
+        files: their layouts by relative path; a single one called "." is a file, not a directory.
+        draft: stands for its provenance record, which is as long.
         overwrite: whether it may replace what is there.
     """
 
-    def __init__(self, path: Path, files: Mapping[str, Skeleton], *, overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, files: Mapping[str, FileLayout], draft: bytes = b"", *, overwrite: bool
+    ) -> None:
         self.path = Path(os.path.realpath(path)) if path.is_symlink() else path
         self._overwrite = overwrite
         self._directory = set(files) != {"."}
@@ -81,9 +85,9 @@ class Output:
         with _explained(self.path):
             self._temporary = Temporary(self.path, directory=self._directory)
         try:
-            for relative, skeleton in files.items():
+            for relative, layout in files.items():
                 fd = self._opened(relative) if self._directory else self._temporary.fd
-                self._files.append(OutputFile(self.path, fd, skeleton))
+                self._files.append(OutputFile(self.path, fd, layout, draft))
             self._reserve()
         except BaseException:  # Ctrl-C as well must leave nothing behind; it goes on from here
             self._discard()
@@ -97,21 +101,21 @@ class Output:
 
     def _reserve(self) -> None:
         """Claims the space, so that a full disk shows before anything is read."""
-        nbytes = sum(file.skeleton.nbytes for file in self._files)
+        nbytes = sum(file.nbytes for file in self._files)
         with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
             for file in self._files:
-                reserve(file.fd, file.skeleton.nbytes)
+                reserve(file.fd, file.nbytes)
         for file in self._files:
-            for offset, data in file.skeleton.literals:
+            for offset, data in file.layout.opening():
                 file.write(memoryview(data), offset)
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
-        """Writes payload `at` bytes into a place of a file, from any thread.
+        """Writes payload `at` bytes into a slot of a file, from any thread.
 
         Args:
             number: of the file.
-            name: the skeleton's name for a place in it, or for a copy.
-            at: where in the place, in bytes.
+            name: of a slot in its layout.
+            at: where in the slot, in bytes.
             data: the bytes.
         """
         self._files[number].fill(name, at, data)
@@ -123,19 +127,13 @@ class Output:
 
     def commit(self) -> None:
         """Completes the files, forces them to the disk and gives the result its name."""
-        self.complete()
+        self.complete(b"")
         self.publish()
 
-    def complete(self, files: Mapping[str, Skeleton] | None = None) -> None:
-        """Completes the files and forces them to the disk.
-
-        Args:
-            files: the skeletons, where their literals are others by now; places are the same.
-        """
-        for file, skeleton in zip(self._files, (files or {}).values(), strict=files is not None):
-            file.replace_literals(skeleton)
+    def complete(self, record: bytes) -> None:
+        """Completes the files with the provenance record and forces them to the disk."""
         for file in self._files:
-            file.close_skeleton()
+            file.complete(record)
         with _explained(self.path):
             for file in self._files:
                 os.fsync(file.fd)
@@ -220,29 +218,31 @@ class Output:
 class OutputFile:
     """One file of the result."""
 
-    def __init__(self, path: Path, fd: int, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
+    def __init__(self, path: Path, fd: int, layout: FileLayout, draft: bytes = b"") -> None:
+        self.layout = layout
         self.fd = fd
+        self.nbytes = layout.nbytes(draft)
+        self.start = layout.start(draft)
         self._path = path  # what messages call it
         self._lock = threading.Lock()
-        self._crcs: dict[str, int] = {}  # of places that were filled at once
-        self._sums: dict[str, Checksum] = {}  # of others
+        # By the numbers of slots. There may be very many slots, and each output has its own sums:
+        # four bytes are held for each. Slots that nothing is written to are empty, with CRC-32 0.
+        self._crcs = array("I", bytes(4 * layout.count)) if layout.checked else array("I")
+        self._sums: dict[int, Checksum] = {}  # of slots that are filled in parts
         self._waiting = 0  # bytes; two threads may miscount it a little
-        self._places = dict(skeleton.places)
-        self._places |= {storage.name: place for storage, place in skeleton.copies}
 
     def fill(self, name: str, at: int, data: memoryview) -> None:
-        """Writes payload `at` bytes into a place."""
-        place = self._places[name]
-        self.write(data, place.offset + at)
-        if not self.skeleton.checked:
+        """Writes payload `at` bytes into a slot."""
+        slot = self.layout.rooms[name]
+        self.write(data, self.start + slot.offset + at)
+        if not self.layout.checked:
             return
         crc = zlib_ng.crc32(data)
-        if len(data) == place.nbytes:
-            self._crcs[name] = crc
+        if len(data) == slot.nbytes:
+            self._crcs[slot.number] = crc
             return
         with self._lock:
-            sums = self._sums.setdefault(name, Checksum(place.nbytes))
+            sums = self._sums.setdefault(slot.number, Checksum(slot.nbytes))
         sums.add(at, len(data), crc)
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -253,23 +253,15 @@ class OutputFile:
             self._waiting = 0
             start_writeback(self.fd)
 
-    def replace_literals(self, skeleton: Skeleton) -> None:
-        """Takes the literals of a skeleton that has the same places."""
-        for old, (offset, data) in zip(self.skeleton.literals, skeleton.literals, strict=True):
-            if old != (offset, data):
-                self.write(memoryview(data), offset)
-        self.skeleton = skeleton
+    def closing(self, record: bytes) -> Iterable[Literal]:
+        """Returns the last literals, made from the record and the checksums of what was written."""
+        for number, sums in self._sums.items():
+            self._crcs[number] = sums.value()
+        return self.layout.closing(record, self._crcs)
 
-    def closing(self) -> tuple[Literal, ...]:
-        """The last literals, made from the checksums of what was written."""
-        # Empty places are never written to.
-        crcs = dict.fromkeys(self._places, 0) | self._crcs
-        crcs |= {name: sums.value() for name, sums in self._sums.items()}
-        return self.skeleton.close(crcs)
-
-    def close_skeleton(self) -> None:
+    def complete(self, record: bytes) -> None:
         """Writes the last literals."""
-        for offset, data in self.closing():
+        for offset, data in self.closing(record):
             self.write(memoryview(data), offset)
 
     def close(self) -> None:

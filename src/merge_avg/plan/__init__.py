@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from merge_avg.plan._job import (
-    RECORDED,
-    Average,
-    Hashes,
-    Job,
-    Options,
-    Outputs,
-    marked,
-    prepare,
-    refuse_report,
-    without_collector,
+from merge_avg.plan._budget import Budget
+from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
+from merge_avg.plan._provenance import Hashes, Record, RecordedInput, read_record
+from merge_avg.plan._targets import FILE, OutputLayout, Target
+from merge_avg.plan._units import (
+    Piece,
+    Staging,
+    Unit,
+    Window,
+    aligned_to_page,
+    batches,
+    is_matrix,
 )
-from merge_avg.plan._targets import Target
-from merge_avg.plan._units import Piece, Staging, Unit, Window, aligned_to_page, batches, is_matrix
 
 __all__ = [
-    "RECORDED",
-    "Average",
+    "FILE",
+    "Budget",
     "Hashes",
     "Job",
-    "Options",
-    "Outputs",
+    "OutputLayout",
+    "OutputSpec",
     "Piece",
+    "Record",
+    "RecordedInput",
     "Staging",
     "Target",
     "Unit",
@@ -32,8 +33,8 @@ __all__ = [
     "aligned_to_page",
     "batches",
     "is_matrix",
-    "marked",
     "prepare",
-    "refuse_report",
+    "read_record",
+    "refuse_inputs",
     "without_collector",
 ]

@@ -1,90 +1,54 @@
-"""Everything about a merge that is known before a byte of payload is read. Without torch."""
+"""The job: everything about a merge that is known before a byte of payload is read."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_avg._version import __version__
-from merge_avg.arithmetic import Weight, Weights
-from merge_avg.checkpoint import CONVERTIBLE, MARK, TEMPLATE, Layout, Roles, Skeleton, assign
+from merge_avg.arithmetic import Weights
+from merge_avg.checkpoint import CONVERTIBLE, PROVENANCE, TEMPLATE, Layout, Roles, assign
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import refuse_output
-from merge_avg.options import IntPolicy, Missing
+from merge_avg.options import Location, Options, Outputs, Weight
 from merge_avg.plan._budget import Budget, plan_budget
 from merge_avg.plan._names import NameFilter, align, match
-from merge_avg.plan._targets import Draft, make_draft
+from merge_avg.plan._provenance import Hashes, write_record
+from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._units import Plan, make_plan, with_base
 
-# One output, or several with the weights of the checkpoints for each.
-Outputs = str | os.PathLike[str] | Mapping[str, Sequence[Weight]] | Mapping[Path, Sequence[Weight]]
-
 
 @dataclass(frozen=True)
-class Options:
-    """How to merge. The names and meanings are those of the command's options."""
+class OutputSpec:
+    """One of the outputs of a merge: where it goes, and the weights of the checkpoints in it."""
 
-    weights: Sequence[Weight] | None = None
-    normalize: bool = True
-    dtype: str | None = None
-    key: str | None = None
-    missing: Missing = "error"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    template: int | str | os.PathLike[str] | None = None
-    int_policy: IntPolicy = "error"
-    state_dict: bool = False
-    allow_nonfinite: bool = False
-    overwrite: bool = False
-    device: str = "cpu"
-    threads: int | None = None
-    max_memory: int | None = None
-    max_shard_size: int | None = None
-    min_agreement: float | None = None
-    base: str | os.PathLike[str] | None = None
-    agreement: bool = True
-    hashes: bool = True
-
-
-@dataclass(frozen=True)
-class Average:
-    """One of the averages that a merge makes: where it goes, and the weights of the checkpoints."""
-
-    output: Path
+    path: Path
     weights: Weights
-    draft: Draft
-
-
-@dataclass(frozen=True)
-class Hashes:
-    """What was read, as sums of the XXH3 of its chunks modulo 2^128.
-
-    Attributes:
-        read: of each checkpoint: its weights, in the order of the job's layouts.
-        kept: of what the outputs have from the template beside the weights that were averaged.
-    """
-
-    read: tuple[int, ...]
-    kept: int
 
 
 @dataclass(frozen=True)
 class Job:
     """A merge that is ready to run.
 
-    `base` is the number of the checkpoint that options call so, and `version` the one of merge-avg
-    that the outputs name.
+    Attributes:
+        outputs: what is written.
+        layout: of every output.
+        options: how the checkpoints are merged.
+        roles: of the template's tensors.
+        plan: what is averaged.
+        budget: threads and windows.
+        notes: for the user, one sentence each.
+        base: the number of the checkpoint that the others were fine-tuned from, if it is named.
+        version: the version of merge-avg that the outputs name.
     """
 
-    averages: tuple[Average, ...]
+    outputs: tuple[OutputSpec, ...]
+    layout: OutputLayout
     options: Options
     roles: Roles
     plan: Plan
@@ -95,53 +59,59 @@ class Job:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """The checkpoints, the template first; a base that is none of them is the last."""
+        """Return the checkpoints, the template first; a base that is none of them is the last."""
         return self.plan.layouts
 
     @property
-    def kept_texts(self) -> Iterator[bytes]:
-        """What the outputs have of the template beside its records: pickles and metadata."""
-        for layout in self.layouts[0].members or self.layouts[:1]:
-            if layout is not None and layout.archive is not None and self.draft.whole:
-                yield layout.archive.pickle
-                yield from layout.archive.around
-            metadata = () if layout is None else layout.metadata
-            yield repr([pair for pair in metadata if pair[0] != MARK]).encode()
-
-    @property
     def averaged(self) -> tuple[int, ...]:
-        """The numbers of the checkpoints that some average is of."""
-        rows = [average.weights.integers for average in self.averages]
+        """Return the numbers of the checkpoints that have a weight in some output."""
+        rows = [output.weights.integers for output in self.outputs]
         return tuple(k for k in range(len(self.layouts)) if any(row[k] for row in rows))
 
     @property
-    def draft(self) -> Draft:
-        """What the outputs have in common: all but what each says about itself."""
-        return self.averages[0].draft
+    def kept_texts(self) -> Iterator[bytes]:
+        """Yield what the outputs have of the template beside its records: pickles and metadata."""
+        for layout in self.layouts[0].members or self.layouts[:1]:
+            if layout is not None and layout.archive is not None and self.layout.whole:
+                yield layout.archive.pickle
+                yield from layout.archive.around
+            metadata = () if layout is None else layout.metadata
+            yield repr([pair for pair in metadata if pair[0] != PROVENANCE]).encode()
 
     @property
     def nbytes(self) -> int:
-        """How many bytes are read: each checkpoint's weights, and what is copied."""
+        """Return how many bytes are read: each checkpoint's weights, and what is copied."""
         units = sum(
             len(unit) * source.dtype.itemsize for unit in self.plan.units for source in unit.sources
         )
-        return units + sum(storage.nbytes for _, storage in self.draft.copies)
+        return units + sum(storage.nbytes for _, storage in self.layout.copies)
+
+    def record(
+        self, output: OutputSpec, hashes: Hashes | None = None, agreement: float | None = None
+    ) -> bytes:
+        """Return the provenance record of an output; without hashes a draft of the same length."""
+        merged = self.layouts[: self.plan.aligned.checkpoints]
+        found = self.version, hashes, agreement
+        single = len(self.outputs) == 1
+        return write_record(merged, output.weights, self.options, *found, compared=single)
 
 
 def prepare(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[Location],
     outputs: Outputs,
     options: Options,
     *,
     made_by: str | None = None,
+    layouts: Mapping[Path, Layout] | None = None,
 ) -> Job:
-    """Scans the checkpoints and plans the merge.
+    """Scan the checkpoints and plan the merge.
 
     Args:
         paths: the checkpoints.
         outputs: the output; or several, with the weights of the checkpoints for each.
         options: how to merge; its weights are those of a single output.
-        made_by: where the output is there and to be compared, the version that made it.
+        made_by: where the output exists and is to be compared, the version that made it.
+        layouts: of checkpoints that have been scanned already.
 
     Raises:
         UsageError: the options do not fit each other or the number of checkpoints.
@@ -168,7 +138,7 @@ def prepare(
             order = [*order, None]
         ordered = {path: _ordered(weights, order, options) for path, weights in rows.items()}
         with without_collector():
-            job = _prepared(inputs, ordered, options, made_by or __version__)
+            job = _prepared(inputs, ordered, options, made_by or __version__, layouts or {})
             if made_by is None:
                 _refuse_outputs(job)
             return job
@@ -192,10 +162,16 @@ def without_collector() -> Iterator[None]:
 
 
 def _prepared(
-    inputs: Sequence[Path], rows: Mapping[Path, Weights], options: Options, version: str
+    inputs: Sequence[Path],
+    rows: Mapping[Path, Weights],
+    options: Options,
+    version: str,
+    scanned: Mapping[Path, Layout],
 ) -> Job:
-    template, *others = inputs
-    layouts = [scan(template), *(scan(path).source for path in others)]
+    options = replace(options, include=[*options.include], exclude=[*options.exclude])
+    found = (scanned.get(path) or scan(path) for path in inputs)
+    # Only a copy of the template needs its pickle and list of records.
+    layouts = [layout.source if number else layout for number, layout in enumerate(found)]
     roles = [assign(layout, options.key) for layout in layouts]
     chosen = NameFilter(tuple(options.include), tuple(options.exclude))
     aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
@@ -214,33 +190,31 @@ def _prepared(
         options.threads,
         len(rows),
     )
-    averages = []
-    for path, weights in rows.items():
-        draft = make_draft(
-            path,
-            plan,
-            roles[0].weights,
-            state_dict=options.state_dict,
-            shard_size=options.max_shard_size,
-            mark=make_mark(layouts, weights, options, version, compared=len(rows) == 1),
-        )
-        averages.append(Average(path, weights, draft))
-        if path.suffix != averages[0].output.suffix:
+    first, *more = rows
+    for path in more:
+        if path.suffix != first.suffix:
             hint = "averages that are made at a time are of one format"
-            names = f"{averages[0].output.name} and {path.name}"
-            raise UsageError(f"{names} end differently", hint=hint)
-    notes = (*_notes(layouts, options, draft), *notes)
-    return Job(tuple(averages), options, roles[0], plan, budget, notes, base, version)
+            raise UsageError(f"{first.name} and {path.name} end differently", hint=hint)
+    layout = lay_out(
+        first,
+        plan,
+        roles[0].weights,
+        state_dict=options.state_dict,
+        shard_size=options.max_shard_size,
+    )
+    outputs = tuple(OutputSpec(path, weights) for path, weights in rows.items())
+    notes = (*_notes(layouts, options, layout), *notes)
+    return Job(outputs, layout, options, roles[0], plan, budget, notes, base, version)
 
 
 def _refuse_outputs(job: Job) -> None:
     """Raises MergeError where an output cannot or must not be written."""
-    for average in job.averages:
-        path, directory = average.output, average.draft.directory
-        _refuse_inputs(path, job.layouts)
+    directory = job.layout.directory
+    for path in (output.path for output in job.outputs):
+        refuse_inputs(path, job.layouts)
         refuse_output(path, directory=directory, overwrite=job.options.overwrite)
         if directory and path.is_dir():
-            _refuse_loss(path, average.draft)
+            _refuse_loss(path, job.layout)
 
 
 def _based(
@@ -265,7 +239,7 @@ def _based(
 
 
 def _template_first(
-    inputs: list[Path], template: int | str | os.PathLike[str] | None
+    inputs: list[Path], template: int | Location | None
 ) -> tuple[list[Path], list[int | None]]:
     """The checkpoints with the template in front, and the number that each had, if it had one."""
     numbers: list[int | None] = list(range(len(inputs)))
@@ -301,94 +275,7 @@ def _number_of(inputs: Sequence[Path], path: Path) -> int | None:
     return next((i for i, one in enumerate(inputs) if one.exists() and one.samefile(path)), None)
 
 
-def make_mark(
-    layouts: Sequence[Layout],
-    weights: Weights,
-    options: Options,
-    version: str = __version__,
-    hashes: Hashes | None = None,
-    agreement: float | None = None,
-    *,
-    compared: bool = True,
-) -> str:
-    """What an output says about how it was made, as JSON; the same for the same inputs.
-
-    Hashes and agreement are known only after the reading. Until then, zeros of the same length
-    stand for them, so that the output can be laid out before. Inputs are named from the deepest
-    directory that holds all of them: moving it changes nothing.
-
-    Args:
-        layouts: the checkpoints, the template first.
-        weights: of the checkpoints. One with the weight zero is named only where it had a say: as
-            the template, or in what every checkpoint has.
-        options: how they are merged.
-        version: of merge-avg.
-        hashes: of what was read of each.
-        agreement: the mean cosine, if it was measured.
-        compared: whether it is recorded; of several averages it is not that of each.
-    """
-    all_named = options.missing != "error"
-    numbers = [k for k in range(len(layouts)) if all_named or weights.integers[k]]
-    places = {k: Path(os.path.abspath(layouts[k].path)) for k in {0, *numbers}}  # noqa: PTH100 - links stay
-    root = os.path.commonpath([place.parent for place in places.values()])
-    names = {k: place.relative_to(root).as_posix() for k, place in places.items()}
-
-    def digest(value: int) -> str | None:
-        return f"{value:032x}" if options.hashes else None
-
-    inputs = [
-        {
-            "name": names[k],
-            "bytes": layouts[k].nbytes,
-            "weight": f"{weights.integers[k]}/{weights.total}",
-            # How much is read of what has no weight depends on what else is made of it.
-            "hash": digest(hashes.read[k] if hashes else 0) if weights.integers[k] else None,
-        }
-        for k in numbers
-    ]
-    template = {
-        "name": names[0],
-        "bytes": layouts[0].nbytes,
-        "hash": digest(hashes.kept if hashes else 0),
-    }
-    cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
-    return json.dumps(
-        {
-            "merge_avg": version,
-            "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
-            "template": template,
-            "agreement": cosine if options.agreement and compared else None,
-            **{name: getattr(options, name) for name in RECORDED},
-            "include": list(options.include),
-            "exclude": list(options.exclude),
-        }
-    )
-
-
-# The options that decide which bytes come out; --include and --exclude too.
-RECORDED = tuple(
-    "normalize dtype key missing int_policy state_dict allow_nonfinite max_shard_size".split()
-)
-
-
-def marked(
-    job: Job, average: Average, hashes: Hashes, agreement: float | None
-) -> Mapping[str, Skeleton]:
-    """The skeletons of an output once more, with what it says about itself now complete."""
-    weights, options = average.weights, job.options
-    merged = job.layouts[: job.plan.aligned.checkpoints]
-    single = len(job.averages) == 1
-    return make_draft(
-        average.output,
-        job.plan,
-        job.roles.weights,
-        state_dict=options.state_dict,
-        shard_size=options.max_shard_size,
-        mark=make_mark(merged, weights, options, job.version, hashes, agreement, compared=single),
-    ).files
-
-
-def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
+def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
     """Raises MergeError where the output is an input, lies within one, or holds one."""
     for layout in layouts:
         path = layout.path
@@ -409,35 +296,11 @@ def _refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
                     raise MergeError(what, where=target, hint=hint)
 
 
-def refuse_report(path: Path, job: Job, *, dry_run: bool = False) -> None:
-    """Refuses a page about a merge that cannot or must not be written, before the merge.
-
-    Raises:
-        UsageError: its name is none of a page, or is an output's; or the merge is not run.
-        MergeError: matplotlib is not installed, it is an input or a part of one, it exists and may
-            not be overwritten, or there is no such directory.
-    """
-    if dry_run:
-        raise UsageError("a dry run has no results for a page", hint="leave out --report")
-    if path.suffix.lower() not in (".html", ".htm"):
-        hint = "give it a name such as report.html"
-        raise UsageError(f"the report {path} is a page and has another ending", hint=hint)
-    for average in job.averages:
-        if path.resolve().is_relative_to(average.output.resolve()):
-            hint = "choose another name for one of them"
-            raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
-    if importlib.util.find_spec("matplotlib") is None:
-        hint = "pip install 'merge-avg[report]'"
-        raise MergeError("a report needs matplotlib, which is not installed", hint=hint)
-    _refuse_inputs(path, job.layouts)
-    refuse_output(path, directory=False, overwrite=job.options.overwrite)
-
-
-def _refuse_loss(target: Path, draft: Draft) -> None:
+def _refuse_loss(target: Path, layout: OutputLayout) -> None:
     """Raises MergeError where replacing a directory would lose what the new one does not have."""
     found = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
     names = [path.relative_to(target).as_posix() for path in found]
-    lost = [name for name in names if name not in draft.files]
+    lost = [name for name in names if name not in layout.files]
     if lost:
         what = f"it holds {named(lost)}, which would be lost"
         raise MergeError(what, where=target, hint="choose another output, or remove this one")
@@ -445,7 +308,7 @@ def _refuse_loss(target: Path, draft: Draft) -> None:
         raise MergeError("it is the current directory", where=target, hint="choose another output")
 
 
-def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[str, ...]:
+def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> tuple[str, ...]:
     """What a person should hear of beside what the names needed."""
     notes = [note for layout in layouts for note in layout.notes]
     shards = [layout for layout in layouts if not layout.members and shard_of(layout.path)]
@@ -453,7 +316,7 @@ def _notes(layouts: Sequence[Layout], options: Options, draft: Draft) -> tuple[s
         path = shards[0].path
         what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
         notes.append(f"{path} is {what}")
-    if draft.directory:
+    if output.directory:
         for name in ("config.json", "adapter_config.json"):
             found = [layout.path / name for layout in layouts]
             texts = {path.read_bytes() for path in found if path.is_file()}

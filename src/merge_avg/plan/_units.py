@@ -60,6 +60,7 @@ class Unit:
         dtype: of the result.
         members: the template's tensors in it, by name.
         sources: one for each checkpoint that takes part.
+        number: its place among the units of the plan.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class Unit:
     dtype: DType
     members: tuple[tuple[Name, TensorInfo], ...]
     sources: tuple[Source, ...]
+    number: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -201,7 +203,8 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     for staging in _ties(aligned.rows, scratch):
         stagings.append(staging)
         scratch = aligned_to_page(staging.offset + staging.nbytes)
-    return Plan(tuple(layouts), aligned, tuple(units), tuple(stagings), scratch, factors, dtype)
+    numbered = tuple(replace(unit, number=number) for number, unit in enumerate(units))
+    return Plan(tuple(layouts), aligned, numbered, tuple(stagings), scratch, factors, dtype)
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:

@@ -6,6 +6,7 @@ megabytes of script into every page, and a page that holds scripts could not for
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -14,11 +15,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from merge_avg.checkpoint import Skeleton
-from merge_avg.errors import MergeError
-from merge_avg.io import Output
-from merge_avg.options import LEAST_AGREEMENT
-from merge_avg.report import _charts as charts
+from merge_avg.agreement import LEAST_AGREEMENT
+from merge_avg.checkpoint import FileLayout
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.io import Output, refuse_output
+from merge_avg.plan import FILE, Job, refuse_inputs
 from merge_avg.report import sizes
 from merge_avg.report.printable import printable
 from merge_avg.report.report import (
@@ -71,6 +72,30 @@ pre { overflow-x: auto; font-size: .8rem; }
 """
 
 
+def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
+    """Refuses a page about a merge that cannot or must not be written, before the merge.
+
+    Raises:
+        UsageError: its name is none of a page, or is an output's; or the merge is not run.
+        MergeError: matplotlib is not installed, it is an input or a part of one, it exists and may
+            not be overwritten, or there is no such directory.
+    """
+    if dry_run:
+        raise UsageError("a dry run has no results for a page", hint="leave out --report")
+    if path.suffix.lower() not in (".html", ".htm"):
+        hint = "give it a name such as report.html"
+        raise UsageError(f"the report {path} is a page and has another ending", hint=hint)
+    for output in job.outputs:
+        if path.resolve().is_relative_to(output.path.resolve()):
+            hint = "choose another name for one of them"
+            raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
+    if importlib.util.find_spec("matplotlib") is None:
+        hint = "pip install 'merge-avg[report]'"
+        raise MergeError("a report needs matplotlib, which is not installed", hint=hint)
+    refuse_inputs(path, job.layouts)
+    refuse_output(path, directory=False, overwrite=job.options.overwrite)
+
+
 def write(path: Path, report: Report, *, overwrite: bool) -> None:
     """Writes the page at once or not at all.
 
@@ -79,7 +104,7 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
     """
     data = page(report).encode()
     try:
-        files = {".": Skeleton(len(data), ((0, data),), {})}
+        files = {FILE: FileLayout(len(data), ((0, data),))}
         with Output(path, files, overwrite=overwrite) as output:
             output.commit()
     except MergeError as error:
@@ -201,6 +226,8 @@ def _agreement(agreement: Mapping[str, Any], numbers: Sequence[int]) -> Iterator
         f"the same direction, 0 nothing in common; below {LEAST_AGREEMENT:g} the mean is most "
         f"likely no working network. Here {looked}.</p>"
     )
+    from merge_avg.report import _charts as charts  # needs matplotlib
+
     yield '<div class="charts">'
     caption = f"Cosine of each checkpoint with each ({_precise(agreement)} on the mean)"
     yield _figure("heat-map", caption, charts.heat_map(agreement["pairs"], numbers))

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from merge_avg.agreement import LEAST_AGREEMENT
 from merge_avg.errors import named
-from merge_avg.options import LEAST_AGREEMENT
+from merge_avg.options import REPORTED
 from merge_avg.plan import Job
 from merge_avg.report import sizes
 
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 _KNOWN = ("step", "epoch", "metric")
 _WIDEST = 100  # characters that a column is padded to
-_POLICIES = (
-    "key",
-    "missing",
-    "include",
-    "exclude",
-    "int_policy",
-    "dtype",
-    "normalize",
-    "state_dict",
-    "allow_nonfinite",
-    "device",
-)
 
 
 def describe(job: Job, result: Result | None, version: str, choice: Choice | None = None) -> Report:
@@ -57,7 +46,7 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
     )
     report: Report = {
         "merge_avg": version,
-        "output": str(job.averages[0].output),
+        "output": str(job.outputs[0].path),
         "dry_run": result is None,
         "inputs": [
             {
@@ -69,8 +58,8 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
             for number, layout in enumerate(job.layouts)
         ],
         "outputs": [
-            {"path": str(average.output), "weights": average.weights.normalized()}
-            for average in job.averages
+            {"path": str(output.path), "weights": output.weights.normalized()}
+            for output in job.outputs
         ],
         "template": str(template.path),
         "base": None if job.base is None else str(job.layouts[job.base].path),
@@ -82,24 +71,24 @@ def describe(job: Job, result: Result | None, version: str, choice: Choice | Non
             for kept in job.roles.kept
         ],
         "others": list(template.others),
-        "whole": job.draft.whole,
+        "whole": job.layout.whole,
         "available": {
             str(name): sum(row[number] is not None for number in averaged)
             for name, row in plan.aligned.rows.items()
             if None in row and name not in plan.aligned.skipped
         },
         "bytes_to_read": job.nbytes,
-        "bytes_to_write": sum(average.draft.nbytes for average in job.averages),
+        "bytes_to_write": sum(job.layout.nbytes(job.record(output)) for output in job.outputs),
         "threads": job.budget.threads,
         "memory": job.budget.nbytes,
         "int_policy": job.options.int_policy,
-        "policies": {key: getattr(job.options, key) for key in _POLICIES},
+        "policies": {key: getattr(job.options, key) for key in REPORTED},
         "notes": [*plan.aligned.notes, *job.notes],
         "warnings": list(plan.warnings if result is None else result.warnings),
     }
-    if len(job.averages) == 1:
+    if len(job.outputs) == 1:
         for entry, weight in zip(
-            report["inputs"], job.averages[0].weights.normalized(), strict=True
+            report["inputs"], job.outputs[0].weights.normalized(), strict=True
         ):
             entry["weight"] = weight
     report["candidates"] = _candidates(choice)

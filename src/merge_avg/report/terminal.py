@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from merge_avg.options import LEAST_AGREEMENT
+from merge_avg.agreement import LEAST_AGREEMENT
 from merge_avg.report import sizes
 from merge_avg.report.printable import printable
 from merge_avg.report.report import (

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from merge_avg.checkpoint import Archive, DType, Layout
+from merge_avg.checkpoint import Archive, DType, Layout, NewTensor
 from merge_avg.errors import MergeError
-
-
-@dataclass(frozen=True)
-class FreshTensor:
-    """A tensor of a new state dict: a view of one of its storages, in elements."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    start: int
-    storage: str
 
 
 def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
@@ -67,20 +54,23 @@ def _ints(values: Sequence[int]) -> bytes:
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
-def pickled(
-    tensors: Sequence[FreshTensor], numbers: Mapping[str, str], storages: Mapping[str, int]
-) -> bytes:
-    """A state dict as torch.save pickles it, in protocol 2."""
+def pickled(tensors: Sequence[NewTensor], keys: Mapping[str, str]) -> bytes:
+    """Return a state dict as torch.save pickles it, in protocol 2.
+
+    Args:
+        tensors: its entries, in order.
+        keys: the pickle's key of each storage, by the storage's name.
+    """
     parts = [b"\x80\x02", _ORDERED_DICT, b"("]
     for tensor in tensors:
-        size, typed = storages[tensor.storage], tensor.dtype.storage is not None
+        size, typed = tensor.storage_nbytes, tensor.dtype.storage is not None
         cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
         count = size // tensor.dtype.itemsize if typed else size
         parts += [
             _text(tensor.name),
             f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
             b"(" + _text("storage") + cls.encode(),
-            _text(numbers[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
+            _text(keys[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
             _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
             b"\x89" + _ORDERED_DICT,
             b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from merge_avg.checkpoint import (
-    LARGEST_MARK,
-    MARK,
-    MARK_FILE,
+    LARGEST_PROVENANCE,
+    PROVENANCE,
+    PROVENANCE_FILE,
     Archive,
     DType,
     File,
@@ -99,11 +99,11 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         unchecked,
         f"{prefix}{root}data/",
     )
-    mark = records.get(f"{root}{MARK_FILE}") if within is None else None
+    mark = records.get(f"{root}{PROVENANCE_FILE}") if within is None else None
     metadata: tuple[tuple[str, str], ...] = ()
-    if mark is not None and mark.nbytes <= LARGEST_MARK:
+    if mark is not None and mark.nbytes <= LARGEST_PROVENANCE:
         metadata = (
-            (MARK, _bytes(file, mark, path, base, LARGEST_MARK).decode("utf-8", "replace")),
+            (PROVENANCE, _bytes(file, mark, path, base, LARGEST_PROVENANCE).decode("utf-8", "replace")),
         )
     notes = []
     if unchecked:

@@ -1,18 +1,31 @@
-"""Skeletons of zip checkpoints, laid out as torch.save does it.
+"""Zip checkpoints, laid out as torch.save does it.
 
-Local header, the name, padding so that the data starts at a multiple of 64, the data, and a data
-descriptor that holds the CRC-32. Source: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
+    for each record   local header   name   zip64 field, padding   data   data descriptor
+    then              central directory   zip64 end   locator   end of central directory
+
+The padding makes the data start at a multiple of 64 bytes. The descriptor after the data holds the
+CRC-32, which is known only then. The record with the provenance comes last, so that no slot depends
+on its length. Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from merge_avg.checkpoint import MARK_FILE, DType, Layout, Literal, Place, Skeleton, Storage
-from merge_avg.formats.pickle.write import FreshTensor, pickled, with_classes
+from merge_avg.checkpoint import (
+    PROVENANCE_FILE,
+    DType,
+    FileLayout,
+    Layout,
+    Literal,
+    NewTensor,
+    Slot,
+    Storage,
+)
+from merge_avg.formats.pickle.write import pickled, with_classes
 
 _ALIGNMENT = 64
 _FLAGS = 0x0808  # sizes and CRC-32 in a data descriptor; names in UTF-8
@@ -25,34 +38,97 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A record to be: its bytes where they are known, else how many there will be."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A record to be written.
+
+    Attributes:
+        name: in the archive.
+        start: offset of its local header.
+        slot: of its data.
+        content: the data, where it is known before the weights.
+    """
 
     name: str
-    nbytes: int
+    start: int
+    slot: Slot
     content: bytes | None = None
-    copied: Storage | None = None
-    place: str = ""  # what the skeleton calls it, where its bytes come later
+
+    @property
+    def stop(self) -> int:
+        """Return the offset behind its data descriptor."""
+        return self.slot.offset + self.slot.nbytes + len(_descriptor(self, 0))
+
+    @property
+    def big(self) -> bool:
+        """Return whether its size or offset needs the fields of zip64."""
+        return self.slot.nbytes >= _LIMIT or self.start >= _LIMIT
 
 
-def rebuilt(
-    layout: Layout, converted: Mapping[str, DType], averaged: set[str], mark: str = ""
-) -> Skeleton:
-    """The skeleton of a copy of a zip checkpoint whose averaged records are to be filled.
+@dataclass(frozen=True)
+class ZipLayout(FileLayout):
+    """The layout of a zip archive.
+
+    Attributes:
+        entries: its records, but for that of the provenance.
+        record_name: the name of that one; empty where there is none.
+    """
+
+    entries: tuple[_Entry, ...] = ()
+    record_name: str = ""
+
+    def nbytes(self, record: bytes) -> int:
+        """Return the size of the archive with a record."""
+        entries = self._recorded(record)
+        return self.size + sum(one.stop - one.start + len(_central(one, 0)) for one in entries)
+
+    def opening(self) -> Iterator[Literal]:
+        """Yield local headers, and the records that are known."""
+        for entry in self.entries:
+            yield entry.start, _local_header(entry.name, entry.start, entry.slot.nbytes)
+            if entry.content is not None:
+                yield entry.slot.offset, entry.content
+
+    def closing(self, record: bytes, checksums: Sequence[int]) -> Iterator[Literal]:
+        """Yield data descriptors, the record, and the central directory."""
+        directory = []
+        recorded = self._recorded(record)
+        for entry in (*self.entries, *recorded):
+            content = entry.content
+            crc = checksums[entry.slot.number] if content is None else zlib.crc32(content)
+            yield entry.slot.offset + entry.slot.nbytes, _descriptor(entry, crc)
+            directory.append(_central(entry, crc))
+        for entry in recorded:
+            yield entry.start, _local_header(entry.name, entry.start, entry.slot.nbytes)
+            yield entry.slot.offset, record
+        start = max((entry.stop for entry in (*self.entries, *recorded)), default=0)
+        yield start, b"".join(directory) + _end(directory, start)
+
+    def _recorded(self, record: bytes) -> tuple[_Entry, ...]:
+        """Return the entry of the provenance, behind all others."""
+        if not self.record_name:
+            return ()
+        start = self.entries[-1].stop if self.entries else 0
+        return (_entry(self.record_name, start, len(self.entries), record),)
+
+
+def copy(
+    layout: Layout, converted: Mapping[str, DType], averaged: set[str], *, recorded: bool = True
+) -> ZipLayout:
+    """Return the layout of a copy of a zip checkpoint whose averaged records are to be filled.
 
     Args:
         layout: the checkpoint that is copied.
         converted: the dtypes of storages that get another one, by name.
         averaged: the names of the records that hold weights.
-        mark: what to say about this merge, in a record of its own.
+        recorded: whether it holds the provenance, in a record of its own.
 
     Raises:
         MergeError: a converted storage's dtype is not part of its class in the pickle.
     """
     archive = layout.archive
     if archive is None:
-        raise ValueError("only a zip checkpoint can be rebuilt")
+        raise ValueError("only a zip checkpoint can be copied as one")
     sizes = {}
     for info in layout.tensors:
         dtype = converted.get(info.storage.name)
@@ -60,95 +136,91 @@ def rebuilt(
             count = info.storage.nbytes // info.dtype.itemsize
             sizes[info.storage.name] = count * dtype.itemsize
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
-    entries = []
-    mark_name = archive.pickle_name.removesuffix("data.pkl") + MARK_FILE
+    record_name = archive.pickle_name.removesuffix("data.pkl") + PROVENANCE_FILE
+    contents: list[tuple[str, bytes | Storage, int]] = []
     for name, record in archive.records:
-        if name == mark_name:
-            continue
+        if name == record_name:
+            continue  # of the merge that made the template
         if name == archive.pickle_name:
-            entries.append(Entry(name, len(pickle), pickle))
+            contents.append((name, pickle, 0))
         elif name.endswith("byteorder") and record.nbytes < len(_ORDER):  # "big"
-            entries.append(Entry(name, len(_ORDER), _ORDER))
-        elif record.name in averaged:
-            size = sizes.get(record.name, record.nbytes)
-            entries.append(Entry(name, size, place=record.name))
+            contents.append((name, _ORDER, 0))
         else:
-            entries.append(Entry(name, record.nbytes, copied=record, place=record.name))
-    return _skeleton([*entries, *_mark(mark_name, mark)])
+            contents.append((name, record, sizes.get(record.name, record.nbytes)))
+    return _layout(contents, averaged, record_name if recorded else "")
 
 
-def _mark(name: str, mark: str) -> Iterator[Entry]:
-    if mark:
-        content = mark.encode()
-        yield Entry(name, len(content), content)
+def create(
+    tensors: Sequence[NewTensor], metadata: Mapping[str, str], *, recorded: bool = True
+) -> ZipLayout:
+    """Return the layout of a checkpoint that is a bare state dict.
 
-
-def fresh(tensors: Sequence[FreshTensor], storages: Mapping[str, int], mark: str = "") -> Skeleton:
-    """The skeleton of a checkpoint that is a bare state dict.
+    Storages become data/0, data/1, ...; the slots have the names of the tensors' storages.
 
     Args:
         tensors: its entries, in order.
-        storages: the size of each storage in bytes; they become data/0, data/1, ...
-        mark: what to say about this merge, in a record of its own.
+        metadata: texts for which the format has no room.
+        recorded: whether it holds the provenance, in a record of its own.
     """
-    numbers = {name: str(number) for number, name in enumerate(storages)}
-    pickle = pickled(tensors, numbers, storages)
-    entries = [
-        Entry("archive/data.pkl", len(pickle), pickle),
-        Entry("archive/.format_version", 1, b"1"),
-        Entry("archive/.storage_alignment", 2, b"64"),
-        Entry("archive/byteorder", 6, _ORDER),
-        *(
-            Entry(f"archive/data/{numbers[name]}", size, place=name)
-            for name, size in storages.items()
-        ),
-        Entry("archive/version", 2, b"3\n"),
-        *_mark(f"archive/{MARK_FILE}", mark),
+    del metadata
+    sizes = {tensor.storage: tensor.storage_nbytes for tensor in tensors}
+    numbers = {name: str(number) for number, name in enumerate(sizes)}
+    contents: list[tuple[str, bytes | Storage, int]] = [
+        ("archive/data.pkl", pickled(tensors, numbers), 0),
+        ("archive/.format_version", b"1", 0),
+        ("archive/.storage_alignment", b"64", 0),
+        ("archive/byteorder", _ORDER, 0),
     ]
-    return _skeleton(entries)
+    for name, size in sizes.items():
+        contents.append((f"archive/data/{numbers[name]}", Storage(name, 0, size), size))
+    contents.append(("archive/version", b"3\n", 0))
+    return _layout(contents, sizes.keys(), f"archive/{PROVENANCE_FILE}" if recorded else "")
 
 
-def _skeleton(entries: Sequence[Entry]) -> Skeleton:
-    literals: list[Literal] = []
-    places: dict[str, Place] = {}
-    copies: list[tuple[Storage, Place]] = []
-    headers: list[tuple[Entry, int, Place]] = []
+def _layout(
+    contents: Sequence[tuple[str, bytes | Storage, int]],
+    averaged: Set[str],
+    record_name: str,
+) -> ZipLayout:
+    """Lay records out one after the other: known bytes, or storages with the sizes they get."""
+    entries: list[_Entry] = []
+    slots: dict[str, Slot] = {}
+    copies: list[tuple[Storage, Slot]] = []
     at = 0
-    for entry in entries:
-        header = _local_header(entry, at)
-        literals.append((at, header))
-        place = Place(at + len(header), entry.nbytes)
-        headers.append((entry, at, place))
-        if entry.content is not None:
-            literals.append((place.offset, entry.content))
-        elif entry.copied is not None:
-            copies.append((entry.copied, place))
-        else:
-            places[entry.place] = place
-        at = place.offset + entry.nbytes + len(_descriptor(entry, at, 0))
-    known = {e.name: zlib.crc32(e.content) for e in entries if e.content is not None}
-
-    def close(crcs: Mapping[str, int]) -> tuple[Literal, ...]:
-        sums = known | {e.name: crcs[e.place] for e in entries if e.content is None}
-        ends = [
-            (place.offset + entry.nbytes, _descriptor(entry, start, sums[entry.name]))
-            for entry, start, place in headers
-        ]
-        return (*ends, (at, _directory(headers, sums, at)))
-
-    size = at + len(_directory(headers, dict.fromkeys([e.name for e in entries], 0), at))
-    return Skeleton(size, tuple(literals), places, tuple(copies), checked=True, close=close)
+    for number, (name, content, size) in enumerate(contents):
+        known = content if isinstance(content, bytes) else None
+        entry = _entry(name, at, number, known, size)
+        entries.append(entry)
+        if isinstance(content, Storage):
+            if content.name in averaged:
+                slots[content.name] = entry.slot
+            else:
+                copies.append((content, entry.slot))
+        at = entry.stop
+    directory = [_central(entry, 0) for entry in entries]
+    size = at + sum(map(len, directory)) + len(_end(directory, at))
+    return ZipLayout(
+        size,
+        (),
+        slots,
+        tuple(copies),
+        checked=True,
+        entries=tuple(entries),
+        record_name=record_name,
+    )
 
 
-def _is_big(entry: Entry, start: int) -> bool:
-    return entry.nbytes >= _LIMIT or start >= _LIMIT
+def _entry(name: str, start: int, number: int, content: bytes | None, nbytes: int = 0) -> _Entry:
+    nbytes = nbytes if content is None else len(content)
+    offset = start + len(_local_header(name, start, nbytes))
+    return _Entry(name, start, Slot(number, offset, nbytes), content)
 
 
-def _local_header(entry: Entry, start: int) -> bytes:
-    name = entry.name.encode()
+def _local_header(text: str, start: int, nbytes: int) -> bytes:
+    name = text.encode()
     wide = b""
-    if _is_big(entry, start):
-        wide = struct.pack("<HHQQ", 1, 16, entry.nbytes, entry.nbytes)
+    if nbytes >= _LIMIT or start >= _LIMIT:
+        wide = struct.pack("<HHQQ", 1, 16, nbytes, nbytes)
     fixed = start + _LOCAL.size + len(name) + len(wide) + 4
     padding = b"Z" * (-fixed % _ALIGNMENT)
     extra = wide + struct.pack("<2sH", b"FB", len(padding)) + padding
@@ -157,28 +229,27 @@ def _local_header(entry: Entry, start: int) -> bytes:
     return _LOCAL.pack(*head) + name + extra
 
 
-def _descriptor(entry: Entry, start: int, crc: int) -> bytes:
-    form = "<4sIQQ" if _is_big(entry, start) else "<4sIII"
-    return struct.pack(form, b"PK\x07\x08", crc, entry.nbytes, entry.nbytes)
+def _descriptor(entry: _Entry, crc: int) -> bytes:
+    nbytes = entry.slot.nbytes
+    return struct.pack("<4sIQQ" if entry.big else "<4sIII", b"PK\x07\x08", crc, nbytes, nbytes)
 
 
-def _directory(
-    headers: Sequence[tuple[Entry, int, Place]], crcs: Mapping[str, int], start: int
-) -> bytes:
-    parts = []
-    for entry, offset, _ in headers:
-        name = entry.name.encode()
-        # What does not fit 32 bits stands in the ZIP64 extra field, in this order.
-        wide = [n for n in (entry.nbytes, entry.nbytes, offset) if n >= _LIMIT]
-        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        size, place = min(entry.nbytes, _LIMIT), min(offset, _LIMIT)
-        crc = crcs[entry.name]
-        fields = (0, 45 if wide else 0, _FLAGS, 0, 0, 0, crc, size, size, len(name), len(extra))
-        parts.append(_CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, place) + name + extra)
-    directory = b"".join(parts)
-    count, size = len(headers), len(directory)
-    # torch writes the ZIP64 end whether it is needed or not: so a copy has the original's size.
+def _central(entry: _Entry, crc: int) -> bytes:
+    """Return the entry of a record in the central directory."""
+    name, nbytes = entry.name.encode(), entry.slot.nbytes
+    # What does not fit 32 bits stands in the ZIP64 extra field, in this order.
+    wide = [n for n in (nbytes, nbytes, entry.start) if n >= _LIMIT]
+    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    size, place = min(nbytes, _LIMIT), min(entry.start, _LIMIT)
+    fields = (0, 45 if wide else 0, _FLAGS, 0, 0, 0, crc, size, size, len(name), len(extra))
+    return _CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, place) + name + extra
+
+
+def _end(directory: Sequence[bytes], start: int) -> bytes:
+    """Return the bytes behind a central directory that begins at `start`."""
+    count, size = len(directory), sum(map(len, directory))
+    # Torch writes the ZIP64 end whether it is needed or not: so a copy has the original's size.
     end = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
     end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
     count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
-    return directory + end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
+    return end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)

@@ -1,0 +1,202 @@
+"""The provenance record: what an output says about how it was made, written and read.
+
+It is JSON, the same for the same inputs and options, so that merging again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
+
+from merge_avg._version import __version__
+from merge_avg.arithmetic import Weights
+from merge_avg.checkpoint import PROVENANCE, Layout
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.options import RECORDED, IntPolicy, Missing, Options
+
+_MOST_INPUTS = 10_000
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Hashes of what was read, as sums of the XXH3 of its chunks modulo 2^128.
+
+    Attributes:
+        read: of each checkpoint's weights, in the order of the job's layouts.
+        kept: of what the outputs have from the template beside the weights that were averaged.
+    """
+
+    read: tuple[int, ...]
+    kept: int
+
+
+def write_record(
+    layouts: Sequence[Layout],
+    weights: Weights,
+    options: Options,
+    version: str = __version__,
+    hashes: Hashes | None = None,
+    agreement: float | None = None,
+    *,
+    compared: bool = True,
+) -> bytes:
+    """Return the provenance record of an output.
+
+    Hashes and agreement are known only after the reading. Until then, zeros of the same length
+    stand for them, so that the output can be laid out before. Inputs are named from the deepest
+    directory that holds all of them: moving it changes nothing.
+
+    Args:
+        layouts: the checkpoints, the template first.
+        weights: of the checkpoints. One with the weight zero is named only where it had a say: as
+            the template, or in what every checkpoint has.
+        options: how they are merged.
+        version: of merge-avg.
+        hashes: of what was read; None for a draft.
+        agreement: the mean cosine, if it was measured.
+        compared: whether the agreement is recorded; with several outputs it is not that of each.
+    """
+    all_named = options.missing != "error"
+    numbers = [k for k in range(len(layouts)) if all_named or weights.integers[k]]
+    places = {k: Path(os.path.abspath(layouts[k].path)) for k in {0, *numbers}}  # noqa: PTH100 - links stay
+    root = os.path.commonpath([place.parent for place in places.values()])
+    names = {k: place.relative_to(root).as_posix() for k, place in places.items()}
+
+    def digest(value: int) -> str | None:
+        return f"{value:032x}" if options.hashes else None
+
+    inputs = [
+        {
+            "name": names[k],
+            "bytes": layouts[k].nbytes,
+            "weight": f"{weights.integers[k]}/{weights.total}",
+            # How much is read of what has no weight depends on what else is made of it.
+            "hash": digest(hashes.read[k] if hashes else 0) if weights.integers[k] else None,
+        }
+        for k in numbers
+    ]
+    template = {
+        "name": names[0],
+        "bytes": layouts[0].nbytes,
+        "hash": digest(hashes.kept if hashes else 0),
+    }
+    # As long as a number, for the output has been laid out with one.
+    cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
+    record = {
+        "merge_avg": version,
+        "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
+        "template": template,
+        "agreement": cosine if options.agreement and compared else None,
+        **{name: getattr(options, name) for name in RECORDED},
+    }
+    return json.dumps(record).encode()
+
+
+@dataclass(frozen=True)
+class RecordedInput:
+    """An input as a record names it.
+
+    Attributes:
+        name: a path from the directory that holds all inputs.
+        nbytes: its size.
+        hash: of its weights; of the template, as such, that of all else that the output has of it.
+        weight: as a fraction.
+    """
+
+    name: str
+    nbytes: int
+    hash: int | None
+    weight: str = "0"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A provenance record that was read; `version` wrote it."""
+
+    inputs: tuple[RecordedInput, ...]
+    template: RecordedInput
+    options: Options
+    version: str
+
+    @property
+    def all(self) -> tuple[RecordedInput, ...]:
+        """Return the inputs and the template."""
+        return (*self.inputs, self.template)
+
+
+def read_record(layout: Layout) -> Record:
+    """Return the provenance record of an output.
+
+    Raises:
+        MergeError: there is none, or it makes no sense.
+    """
+    text = dict(layout.metadata).get(PROVENANCE)
+    if text is None:
+        what = "it does not say what it was made of"
+        hint = "only outputs of merge-avg can be verified, and none in the format before torch 1.6"
+        raise MergeError(what, where=layout.path, hint=hint)
+    try:
+        return _record(json.loads(text))
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UsageError):
+        what = "what it says about how it was made is damaged, or of another version of merge-avg"
+        raise MergeError(what, where=layout.path) from None
+
+
+def _record(value: Any) -> Record:
+    inputs = tuple(
+        RecordedInput(
+            _inside(one["name"]), int(one["bytes"]), _hash(one["hash"]), _text(one["weight"])
+        )
+        for one in value["inputs"]
+    )
+    if not 0 < len(inputs) <= _MOST_INPUTS:
+        raise ValueError("it has no inputs, or too many")
+    described = value["template"]
+    template = RecordedInput(
+        _inside(described["name"]), int(described["bytes"]), _hash(described["hash"])
+    )
+    options = Options(
+        **{name: _checked(name, value[name]) for name in RECORDED},
+        agreement=value["agreement"] is not None,
+        hashes=template.hash is not None,
+    )
+    return Record(inputs, template, options, _text(value["merge_avg"]))
+
+
+_CHOICES = {"missing": get_args(Missing), "int_policy": get_args(IntPolicy)}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Return the recorded value of an option, if it is of the type of the option's default."""
+    default = getattr(Options(), name)
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError("an unknown option")
+    if isinstance(default, bool):
+        return bool(value)
+    if isinstance(default, tuple):
+        return tuple(map(_text, value))
+    if name == "max_shard_size":
+        return None if value is None else int(value)
+    return None if value is None else _text(value)
+
+
+def _hash(value: Any) -> int | None:
+    return None if value is None else int(_text(value), 16)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _inside(value: Any) -> str:
+    """Return a path that stays within a directory."""
+    path = PurePosixPath(_text(value))
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("a path that leads elsewhere")
+    return str(path)
