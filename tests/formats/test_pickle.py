@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg.formats.pickle.machine import Global, Instance, PickleError, load
+from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.values import Global, Instance, PickleError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 KEYS = st.text() | st.integers()
@@ -177,7 +178,7 @@ def test_nothing_is_imported():
     """Reading a pickle of a class leaves its module unimported."""
     code = (
         "import sys\n"
-        "from merge_avg.formats.pickle.machine import load\n"
+        "from merge_avg.formats.pickle.load import load\n"
         "load(b'cantigravity\\nX\\n)R.', persistent=None, call=lambda f, a: None)\n"
         "assert not {'antigravity', 'torch', 'numpy'} & set(sys.modules)\n"
     )

@@ -1,0 +1,200 @@
+"""Storages and tensors, as torch pickles them.
+
+    ('storage', torch.FloatStorage, '0', 'cpu', 6)   BINPERSID
+                |                   |           elements (bytes, for an UntypedStorage)
+                class: the dtype    key: the bytes are record data/0 of a zip archive
+
+    torch._utils._rebuild_tensor_v2(storage, start, shape, stride, requires_grad, hooks[, metadata])
+    torch._utils._rebuild_tensor_v3(... hooks, dtype[, metadata])     on an UntypedStorage
+    torch._utils._rebuild_parameter(tensor, requires_grad, hooks)
+
+Specification: torch/_utils.py, torch/_tensor.py, torch/storage.py, and persistent_load in
+torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from merge_avg.checkpoint import (
+    BY_NAME,
+    BY_STORAGE,
+    ClassSpan,
+    DType,
+    Storage,
+    TensorInfo,
+    impossible,
+)
+from merge_avg.formats.pickle.allowance import Allowance
+from merge_avg.formats.pickle.machine import inert_dict
+from merge_avg.formats.pickle.values import Global, InertDict, PickleError, Value, shown
+
+_LARGEST = 1 << 63  # every number in a pickle of torch is smaller
+_NOWHERE = Storage("", 0, 0)
+_UNKNOWN = DType("unknown", 1, "code")
+
+_ORDERED_DICT = Global("collections", "OrderedDict")
+_DEFAULT_DICT = Global("collections", "defaultdict")
+_LOAD_FROM_BYTES = Global("torch.storage", "_load_from_bytes")
+
+# Functions that rebuild tensors whose bytes are not plain numbers, and what users call these.
+_UNUSUAL = {
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_sparse_csr_tensor": "a sparse tensor",
+    "_rebuild_qtensor": "a quantised tensor",
+    "_rebuild_nested_tensor": "a nested tensor",
+    "_rebuild_meta_tensor_no_storage": "a meta tensor without data",
+    "_rebuild_wrapper_subclass": "a tensor subclass without a storage of its own",
+    "_rebuild_device_tensor_from_numpy": "a tensor of a device without storages",
+    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device without storages",
+}
+# Subclasses that wrap other tensors, by the start of their module's name.
+_WRAPPED = {
+    "torch.distributed": "one rank's part of a distributed tensor, not the whole",
+    "torch.nested": "a nested tensor",
+    "torchao": "a tensor quantised by torchao",
+}
+
+
+@dataclass(eq=False, slots=True)
+class Stored:
+    """A storage as a pickle names it, without the place of its bytes.
+
+    Attributes:
+        dtype: None for an untyped storage.
+        storage: under the pickle's key for it.
+        start: the number of its first element: not 0 for a view of another storage, as torch wrote
+            them before version 0.4.
+    """
+
+    dtype: DType | None
+    storage: Storage
+    start: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Tensor:
+    """A tensor in the object tree. Its path is known only when the tree is complete."""
+
+    info: TensorInfo
+
+
+@dataclass
+class TorchHooks:
+    """The hooks that make storages and tensors of what a pickle of torch would call.
+
+    Attributes:
+        allowance: pays for them.
+        storages: by their keys.
+        classes: each place where the pickle names a storage's class.
+    """
+
+    allowance: Allowance
+    storages: dict[str, Stored] = field(default_factory=dict)
+    classes: list[ClassSpan] = field(default_factory=list)
+    # One text for each class: a pickle of a million tensors names perhaps three.
+    _names: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def persistent(self, pid: Value) -> Value:
+        """Return the storage that a persistent id describes."""
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # a legacy file keeps the source of a module's class beside it
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise PickleError("the pickle refers to something that is not a storage")
+        cls, key, numel = pid[1], pid[2], pid[4]
+        if not isinstance(cls, Global) or not _is_number(numel) or not isinstance(key, str | int):
+            raise PickleError("the pickle describes a storage in an unknown way")
+        key = shown(key)
+        dtype = None
+        if cls.name != "UntypedStorage":
+            dtype = BY_STORAGE.get(cls.name)
+            if dtype is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
+                raise PickleError(f"storage {key!r} is of the unknown class {cls}")
+        nbytes = numel * (dtype.itemsize if dtype else 1)
+        stored = self.storages.get(key)
+        self.allowance.used += 400 if stored is None else 200
+        if stored is None:
+            stored = self.storages[key] = Stored(dtype, Storage(key, 0, nbytes))
+        elif stored.storage.nbytes != nbytes:
+            raise PickleError(f"the pickle gives storage {key!r} two sizes")
+        name = self._names.setdefault((cls.module, cls.name), f"{cls.module}\n{cls.name}")
+        self.classes.append(ClassSpan(cls.start, cls.stop, name, key))
+        start = 0
+        match pid[5:]:
+            case ((_, first, _),) if _is_number(first):
+                start = first
+            case ((_, _, _),):
+                raise PickleError(f"storage {key!r} is a view of another in an unknown way")
+        # Tensors of two dtypes may share the bytes of one storage.
+        same = (stored.dtype, start) == (dtype, 0)
+        return stored if same else Stored(dtype, stored.storage, start)
+
+    def call(self, function: Global, args: tuple[Value, ...]) -> Value | None:
+        """Return the dict or tensor that a call would make, or None for an unknown function."""
+        self.allowance.used += 120 if function == _ORDERED_DICT else 200
+        if function == _ORDERED_DICT:
+            return inert_dict(args[0], self.allowance) if args else InertDict()
+        if function == _DEFAULT_DICT:
+            return InertDict()
+        if function == _LOAD_FROM_BYTES:
+            hint = "load them with pickle and save them again with torch.save"
+            raise PickleError("its tensors were pickled without torch.save", hint=hint)
+        if function.module not in ("torch._utils", "torch._tensor"):
+            return None
+        if function.name in _UNUSUAL:
+            return _unusual(_UNUSUAL[function.name])
+        match function.name, args:
+            case "_rebuild_tensor", (stored, start, shape, stride, *_):
+                return _tensor(stored, start, shape, stride, None, None)
+            case "_rebuild_tensor_v2", (stored, start, shape, stride, _, _, *more):
+                return _tensor(stored, start, shape, stride, None, more[0] if more else None)
+            case "_rebuild_tensor_v3", (stored, start, shape, stride, _, _, dtype, *more):
+                return _tensor(stored, start, shape, stride, dtype, more[0] if more else None)
+            case "_rebuild_parameter" | "_rebuild_parameter_with_state", (Tensor() as data, *_):
+                return data
+            case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *_):
+                if inner.name == "_rebuild_wrapper_subclass":
+                    return _unusual(_subclass(inner_args or (cls,)))
+                return self.call(inner, inner_args) or _unusual(_subclass((cls,)))
+        return None
+
+
+def _unusual(what: str) -> Tensor:
+    """Return a tensor that cannot be averaged, and why; it is an error only among the weights."""
+    return Tensor(TensorInfo((), _UNKNOWN, (), (), 0, _NOWHERE, what))
+
+
+def _subclass(args: tuple[Value, ...]) -> str:
+    name = shown(args[0])
+    return next((what for start, what in _WRAPPED.items() if name.startswith(start)), f"a {name}")
+
+
+def _tensor(
+    stored: Value, start: Value, shape: Value, stride: Value, dtype: Value, metadata: Value
+) -> Tensor:
+    if not isinstance(stored, Stored):
+        raise PickleError("a tensor is rebuilt from something that is not a storage")
+    element = stored.dtype
+    if dtype is not None:
+        element = BY_NAME.get(dtype.name) if isinstance(dtype, Global) else None
+    if element is None:
+        what = f"storage {stored.storage.name!r} holds the unknown dtype {shown(dtype)}"
+        raise PickleError(what)
+    start = start + stored.start if _is_number(start) else start
+    held = stored.storage.nbytes // element.itemsize
+    trouble = impossible(shape, stride, start, held)
+    if trouble:
+        raise PickleError(f"a tensor on storage {stored.storage.name!r} has {trouble}")
+    # Conjugation and negation may be pending: then the bytes are not yet those of the tensor.
+    bits = metadata if isinstance(metadata, dict) else {}
+    flipped = [bit for bit in ("conj", "neg") if bits.get(bit)]
+    trouble = f"a lazy view (its {flipped[0]} bit is set)" if flipped else None
+    if element.kind == "code":
+        trouble = f"a tensor of {element.name} codes"
+    return Tensor(
+        TensorInfo((), element, tuple(shape), tuple(stride), start, stored.storage, trouble)
+    )
+
+
+def _is_number(value: Value) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST

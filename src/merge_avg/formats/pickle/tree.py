@@ -1,0 +1,208 @@
+"""The tree of objects in a pickle: its tensors and scalars, each with the path that leads to it.
+
+    {"epoch": 3,                            ("epoch",)                   a scalar
+     "model": {"conv.weight": tensor},      ("model", "conv.weight")     a tensor
+     "ema": [tensor],                       ("ema", 0)
+     "net": an nn.Module}                   ("net", "conv.weight")       as its state dict names it
+
+What lies in an object's state or arguments counts as lying in the object. The tree may have loops,
+and may share parts, so that it unfolds to far more than was read: each step costs something.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from merge_avg.checkpoint import ATTRIBUTES, Scalar, TreePath
+from merge_avg.formats.pickle.allowance import Allowance
+from merge_avg.formats.pickle.tensors import Tensor
+from merge_avg.formats.pickle.values import Global, Instance, PickleError, Value, shown
+
+_DEEPEST = 200
+_VISIT = 20  # bytes that one step through the tree costs
+_OPENED = 300  # bytes that a look into an object costs
+_MODULE = ("_parameters", "_buffers", "_modules")  # in the state of a pickled nn.Module
+
+# Scalars are a courtesy: the search for them stops early rather than late.
+_DEEPEST_SCALAR = 6
+_MOST_SCALARS = 1000
+_MOST_CHILDREN = 10_000
+_MOST_VISITS = 200_000
+_LONGEST_TEXT = 200
+_NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of the dtypes of its scalars
+
+
+def tensors_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Tensor]]:
+    """Yield every tensor below `root` with its path, in order."""
+    if isinstance(root, Tensor):
+        yield (), root
+        return
+    # A stack of iterators instead of recursion: Python's own stack is too small for a tree that
+    # is deep on purpose, and a loop is found by the objects above.
+    above: set[int] = {id(root)}
+    levels: list[tuple[TreePath, int, Iterator[tuple[str | int, Value]]]]
+    levels = [((), id(root), _children(root, allowance))]
+    while levels:
+        path, owner, children = levels[-1]
+        for key, child in children:
+            allowance.spend(_VISIT)
+            if isinstance(child, Tensor):
+                yield (*path, key), child
+            elif isinstance(child, dict | list | tuple | Instance) and id(child) not in above:
+                if len(levels) == _DEEPEST:
+                    raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
+                above.add(id(child))
+                levels.append(((*path, key), id(child), _children(child, allowance)))
+                break
+        else:
+            levels.pop()
+            above.discard(owner)
+
+
+def key_of(key: Value) -> str | int:
+    """Return the key of a dict as a part of a path."""
+    small = isinstance(key, int) and key.bit_length() <= 64
+    return key if small or isinstance(key, str) else shown(key)
+
+
+def paid(text: str, allowance: Allowance) -> str:
+    """Pay for a text that is about to be kept, and return it."""
+    allowance.spend(100 + 4 * len(text))
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """The entries that a pickle sets on an object that may be a kind of dict."""
+
+    pairs: list[tuple[Value, Value]]
+
+
+def _children(value: Value, allowance: Allowance) -> Iterator[tuple[str | int, Value]]:
+    """Yield what lies in a container or an object, by key or number."""
+    opened: set[int] = set()
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        allowance.spend(_VISIT)
+        if isinstance(one, dict):
+            yield from ((key_of(key), child) for key, child in one.items())
+        elif isinstance(one, Instance) and _is_module(one):
+            yield from _module(one, allowance)
+        elif isinstance(one, Instance):
+            if id(one) in opened:
+                continue
+            allowance.spend(_OPENED)
+            opened.add(id(one))
+            pending += (_Pairs(one.pairs), one.items, one.args, one.state)
+        elif isinstance(one, list | tuple):
+            yield from enumerate(one)
+        elif isinstance(one, _Pairs):
+            yield from ((key_of(key), child) for key, child in one.pairs)
+
+
+def _is_module(value: Value) -> bool:
+    return (
+        isinstance(value, Instance)
+        and isinstance(value.state, dict)
+        and all(isinstance(value.state.get(key), dict) for key in _MODULE)
+    )
+
+
+def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]:
+    """Yield a pickled nn.Module's tensors as its state dict names them, then its other attributes.
+
+    Specification: torch/nn/modules/module.py, state_dict.
+    """
+    rest: dict[str, Value] = {}
+    stack: list[tuple[str, Instance, frozenset[int]]] = [("", root, frozenset())]
+    while stack:
+        prefix, module, above = stack.pop()
+        if id(module) in above or len(above) == _DEEPEST:
+            what = f"its modules are parts of themselves, or nested more than {_DEEPEST} deep"
+            raise PickleError(what)
+        state = module.state
+        unsaved = state.get("_non_persistent_buffers_set")
+        unsaved = unsaved if isinstance(unsaved, set) else set()
+        inside = above | {id(module)}
+        # Names take the most memory, since each begins with those of all the modules above.
+        entries = sum(len(state[kind]) for kind in _MODULE) + len(state)
+        allowance.spend((_OPENED + len(prefix)) * entries + 100 * len(inside))
+        for kind in ("_parameters", "_buffers"):
+            for key, child in state[kind].items():
+                name = f"{prefix}{paid(str(key_of(key)), allowance)}"
+                if kind == "_buffers" and key in unsaved:
+                    rest[name] = child
+                else:
+                    yield name, child
+        for key, child in state.items():
+            if key not in _MODULE and isinstance(child, Tensor | dict | list | tuple | Instance):
+                rest[f"{prefix}{paid(str(key_of(key)), allowance)}"] = child
+        children = [
+            (f"{prefix}{paid(str(key_of(key)), allowance)}.", child)
+            for key, child in state["_modules"].items()
+            if _is_module(child)
+        ]
+        stack += reversed([(name, child, inside) for name, child in children])
+    yield ATTRIBUTES, rest
+
+
+def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
+    """Yield numbers and short texts near the root, the nearest first."""
+    level: list[tuple[TreePath, Value]] = [((), root)]
+    left, visits = _MOST_SCALARS, _MOST_VISITS
+    for _ in range(_DEEPEST_SCALAR):
+        below: list[tuple[TreePath, Value]] = []
+        for path, value in level:
+            children = _children(value, Allowance(limit=_MOST_VISITS * _VISIT))
+            for key, child in itertools.islice(children, _MOST_CHILDREN):
+                visits -= 1
+                plain = _plain(child)
+                if plain is not None:
+                    yield (*path, key), plain
+                    left -= 1
+                elif len(below) < _MOST_SCALARS and isinstance(
+                    child, dict | list | tuple | Instance
+                ):
+                    below.append(((*path, key), child))
+                if not left or not visits:
+                    return
+        level = below
+
+
+def _plain(value: Value) -> Scalar | None:
+    """Return a number or a short text as it is, and None for anything else.
+
+    NumPy's scalars are numbers too: numpy.core.multiarray.scalar(dtype('f8'), bytes).
+    """
+    match value:
+        case bool():
+            return None
+        case int() if value.bit_length() <= 64:
+            return value
+        case float():
+            return value
+        case str() if len(value) <= _LONGEST_TEXT:
+            return value
+        case Instance(
+            function=Global(name="scalar"), args=(Instance(args=(str() as code, *_)), raw)
+        ):
+            raw = _encoded(raw)
+            form = _NUMPY.get(code)
+            if form is not None and len(raw) == struct.calcsize(form):
+                number: int | float = struct.unpack(form, raw)[0]
+                return number
+    return None
+
+
+def _encoded(value: Value) -> bytes:
+    """Return bytes, which protocols 0 to 2 hold as a text that a codec turns into bytes."""
+    match value:
+        case bytes():
+            return value
+        case Instance(function=Global("_codecs", "encode"), args=(str() as text, "latin1")):
+            return text.encode("latin1", "replace")
+    return b""

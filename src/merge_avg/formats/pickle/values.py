@@ -1,0 +1,96 @@
+"""The values that a pickle describes, held inert, and the errors of a bad one.
+
+in the pickle                       here
+----------------------------------  ------------------------------------------------------
+None, a bool, a number              itself
+a text or bytes up to 1 MiB         itself
+a longer one                        Omitted: its length
+a list, tuple, set or frozenset     itself
+a dict                              InertDict
+a class or function                 Global: its module and name
+a call, an object                   Instance: the callable, its arguments, and its later state
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_avg.errors import MergeError
+
+Value = Any  # a pickle can hold anything; consumers narrow it before use
+
+_LONGEST_SHOWN = 200
+
+
+class PickleError(MergeError):
+    """A pickle that is damaged, or that asks for what no checkpoint needs."""
+
+
+class CutShortError(PickleError):
+    """A pickle that continues past the end of the data."""
+
+
+class DangerousPickleError(PickleError):
+    """A pickle that names a callable known to run code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function by name, and the bytes of the pickle that put it on the stack here."""
+
+    module: str
+    name: str
+    start: int = field(default=0, compare=False, repr=False)
+    stop: int = field(default=0, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+# Compared by identity: two objects with the same arguments are still two objects, and comparing
+# nested arguments could take as long as whoever wrote the pickle likes.
+@dataclass(eq=False, slots=True)
+class Instance:
+    """A call of `function` that was not made, with all that the pickle does to its result."""
+
+    function: Value
+    args: Value
+    state: Value = None
+    items: list[Value] = field(default_factory=list)
+    pairs: list[tuple[Value, Value]] = field(default_factory=list)
+
+
+class InertDict(dict[Value, Value]):
+    """A dict, with the attributes that a pickle sets on it (an OrderedDict's) kept apart."""
+
+    state: Value = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Omitted:
+    """The length of a text or bytes too long to be of use here."""
+
+    nbytes: int
+
+
+def shown(value: Value) -> str:
+    """Describe a value in a few words, however large or deep it is."""
+    match value:
+        case str():
+            text = value
+        case Global():
+            text = str(value)
+        case bool() | float() | None:
+            text = repr(value)
+        case int() if value.bit_length() <= 64:
+            text = str(value)
+        case bytes():
+            text = repr(value[:_LONGEST_SHOWN])
+        case tuple() if len(value) <= 8 and not any(isinstance(one, tuple) for one in value):
+            text = f"({', '.join(repr(shown(one)) for one in value)})"
+        case Instance(function=Global() as function):
+            text = f"a {function}"
+        case _:
+            text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
