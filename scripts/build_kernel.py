@@ -1,7 +1,6 @@
-"""Compiles src/merge_avg/arithmetic/kernel.c while a wheel is built.
+"""Compiles the loops of merge_avg.arithmetic while a wheel is built.
 
-Where there is no C compiler (or CC=false says so) the wheel is for any machine, and leaves these
-loops to torch.
+Without a C compiler, or with CC=false, the wheel is for any machine and leaves the loops to torch.
 """
 
 from __future__ import annotations
@@ -17,34 +16,42 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
+# No result of these loops sets errno or a floating-point exception that anybody reads. Nothing here
+# lets a compiler change a rounding: -ffast-math would.
 FLAGS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 
 
-def compiled(source: Path, library: Path) -> None:
-    """Makes the library, which knows the digest of its source.
+def digest(folder: Path) -> str:
+    """Return the digest of the sources, which the library knows: tests refuse one of others."""
+    sources = (folder / name for name in ("kernel.c", "loops.h"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def build(folder: Path, library: Path) -> None:
+    """Compile the sources in a folder.
 
     Raises:
         OSError: there is no compiler.
-        subprocess.CalledProcessError: it refuses.
+        subprocess.CalledProcessError: it fails.
     """
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    command = [*compiler, *FLAGS, f'-DSOURCE="{digest}"', "-o", str(library), str(source)]
+    flags = [*FLAGS, f'-DSOURCE="{digest(folder)}"']
+    command = [*compiler, *flags, "-o", str(library), str(folder / "kernel.c")]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 class KernelHook(BuildHookInterface[Any]):
-    """What hatchling calls."""
+    """The build hook that hatchling calls."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compiles, and says for which machines the wheel is then."""
+        """Compile, and say for which machines the wheel is."""
         package = Path(self.root) / "src" / "merge_avg" / "arithmetic"
         self._made = tempfile.TemporaryDirectory()
         place = package if version == "editable" else Path(self._made.name)
         library = place / "_loops.so"
         library.unlink(missing_ok=True)
         try:
-            compiled(package / "kernel.c", library)
+            build(package, library)
         except (OSError, subprocess.CalledProcessError) as error:
             what = getattr(error, "stderr", None) or error
             self.app.display_warning(f"the loops of merge-avg are left to torch: {what}")
@@ -55,5 +62,5 @@ class KernelHook(BuildHookInterface[Any]):
             build_data["force_include"][str(library)] = "merge_avg/arithmetic/_loops.so"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
-        """Removes what the wheel has by now."""
+        """Remove the library, which the wheel has by now."""
         self._made.cleanup()

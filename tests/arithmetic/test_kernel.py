@@ -62,10 +62,11 @@ def room(numel):
 
 
 @needs_loops
-def test_the_library_is_that_of_the_source():
-    """What is tested here was compiled from kernel.c as it is."""
-    source = Path(kernel.__file__).with_name("kernel.c")
-    assert LOOPS.source.decode() == hashlib.sha256(source.read_bytes()).hexdigest()
+def test_the_library_is_that_of_the_sources():
+    """What is tested here was compiled from kernel.c and loops.h as they are."""
+    folder = Path(kernel.__file__).parent
+    sources = [(folder / name).read_bytes() for name in ("kernel.c", "loops.h")]
+    assert LOOPS.source.decode() == hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 @needs_loops

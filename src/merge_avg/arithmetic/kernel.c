@@ -1,64 +1,92 @@
-/* The loops that take the time of a merge, over numbers that lie in the processor's cache.
+/* The loops that take the time of a merge: sums, quotients, and products of rows of numbers.
 
-   A sum in double of rows of float32, float16 or bfloat16 times their weights, with the sizes from
-   which it follows whether that sum is exact; its quotient, rounded to nearest, ties to even, and
-   where it might have rounded otherwise; and products of some of the elements. What average.py and
-   products.py compute by torch is the same. Torch takes six passes over memory for a sum and seven
-   for a quotient, and is not imported for a merge that these can do. */
+   Torch computes the same (torch_mean.py, _torch_products.py), to the bit. But it has no operation
+   that converts, multiplies and adds at once, so that it takes six passes over memory for a sum and
+   seven for a quotient; and importing it takes seconds, which a merge that these loops can do alone
+   need not wait for.
+
+   The mean is the exact weighted mean, rounded once to nearest, ties to even. A sum is kept in
+   double, and of each tile of a sum it is known whether it is exact (`struct known`). Nearly always
+   it is. If not, the few elements whose rounding it leaves open are reported, and computed again in
+   integers (`exact_mean`). What a function promises therefore holds for any input, in any order.
+
+   A sum, once for each format, is in loops.h. This file has what the formats share. Callers check
+   nothing here: addresses, sizes and weights are those of _kernel.py. */
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-/* GCC makes one variant for each set of instructions and chooses when the library is loaded. */
+/* GCC compiles these functions once for each set of instructions, and the loader chooses when the
+   library is loaded: one wheel uses AVX-512 where there is any. Not on clang, whose target_clones
+   need resolvers that not all of its versions have. */
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VARIANTS
 #endif
 
-const char *merge_avg_source(void) { return SOURCE; } /* the digest of this file */
+/* What such a function calls has to become part of it: left to itself GCC may compile one function
+   for all of them, for the oldest processor. */
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
 
-enum { TILE = 1024 }; /* numbers that are summed at a time: in the fastest cache */
+/* The digest of kernel.c and loops.h: tests refuse a library of other sources. */
+const char *merge_avg_source(void) { return SOURCE; }
 
-#define INFINITE as_double(0x7FF0000000000000)
+/* How many columns are summed at a time: 8 KiB of double, so that the sum stays in the fastest
+   cache while row after row is added to it. What is known of a sum, too, is known by tile: a single
+   number far from the others leaves only its own tile in doubt. */
+enum { TILE = 1024 };
 
-static inline float as_float(uint32_t word)
+INLINE float as_float(uint32_t word)
 {
     float value;
     memcpy(&value, &word, sizeof value);
     return value;
 }
 
-static inline uint32_t float_word(float value)
+INLINE uint32_t float_word(float value)
 {
     uint32_t word;
     memcpy(&word, &value, sizeof word);
     return word;
 }
 
-static inline double as_double(uint64_t word)
+INLINE double as_double(uint64_t word)
 {
     double value;
     memcpy(&value, &word, sizeof value);
     return value;
 }
 
-static inline uint64_t double_word(double value)
+INLINE uint64_t double_word(double value)
 {
     uint64_t word;
     memcpy(&word, &value, sizeof word);
     return word;
 }
 
-/* Each format's numbers as float. Subnormal halves are added to 0.5, where their unit is a float's:
-   nothing here depends on whether the processor takes subnormal floats for zero. */
+#define DOUBLE_SIGN ((uint64_t)1 << 63)
+#define INFINITE as_double(0x7FF0000000000000) /* and the exponent field of a double */
 
-static inline float from_float32(uint32_t word) { return as_float(word); }
+/* Integer operations on sizes, as here, become vector instructions where fabs may not. */
+INLINE double size_of(double value) { return as_double(double_word(value) & ~DOUBLE_SIGN); }
 
-static inline float from_bfloat16(uint16_t word) { return as_float((uint32_t)word << 16); }
+INLINE double power_of_two(int exponent) { return as_double((uint64_t)(exponent + 1023) << 52); }
 
-static inline float from_float16(uint16_t word)
+/* Each format's numbers as float, which holds them all. Subnormals of float16 are added to 0.5,
+   whose neighbours are as far apart as these are: so nothing here depends on whether the processor
+   takes subnormal floats for zero, as torch.set_flush_denormal makes it. */
+
+INLINE float from_float32(uint32_t word) { return as_float(word); }
+
+INLINE float from_bfloat16(uint16_t word) { return as_float((uint32_t)word << 16); }
+
+INLINE float from_float16(uint16_t word)
 {
     uint32_t size = word & 0x7FFF, sign = (uint32_t)(word & 0x8000) << 16;
     uint32_t small = float_word(as_float(0x3F000000 | size) - 0.5f);
@@ -66,48 +94,52 @@ static inline float from_float16(uint16_t word)
     return as_float((size < 0x0400 ? small : usual) | sign);
 }
 
-/* And the other way, for numbers that the format can hold: `mean` has been rounded to it. */
+/* And the other way, for a mean that was rounded to the format: float holds it, so that converting
+   it to float changes nothing, but to infinity what is too large. Only float32 is rounded here. */
 
-static inline uint32_t to_float32(double mean) { return float_word((float)mean); }
+INLINE uint32_t to_float32(double mean) { return float_word((float)mean); }
 
-static inline uint16_t to_bfloat16(double mean)
+INLINE uint16_t to_bfloat16(double mean) { return (uint16_t)(float_word((float)mean) >> 16); }
+
+INLINE uint16_t to_float16(double mean)
 {
-    return (uint16_t)(float_word((float)mean) >> 16);
-}
-
-static inline uint16_t to_float16(double mean)
-{
-    double size = as_double(double_word(mean) & 0x7FFFFFFFFFFFFFFF);
+    double size = size_of(mean);
+    /* A subnormal counts units of 2^-24: added to 2^52 they are the last bits of a double. */
     uint32_t small = (uint32_t)double_word(size * 0x1p24 + 0x1p52);
     uint32_t usual = (float_word((float)size) >> 13) - 0x1C000;
     uint32_t word = size < 0x1p-14 ? small : size < 0x1p16 ? usual : 0x7C00;
     return (uint16_t)(word | (uint32_t)(double_word(mean) >> 48 & 0x8000));
 }
 
-/* What is known of a tile of a sum: the most that its terms can come to, what all of them are
-   multiples of, and whether one of them was not finite. A sum below 2^53 units is exact. */
+/* What is known of a tile of a sum, or of a row of it.
+
+   All terms are multiples of `unit`, and in no column do the sizes of the terms add up to more than
+   `most`. So every partial sum is a multiple of `unit` as well, and no larger than `most`. If that
+   is 2^53 units or fewer, a double holds every partial sum: no addition has rounded, and the sum is
+   exact in whatever order it was added. `bad` is not zero if a term was not finite. */
 struct known {
     double most, unit, bad;
 };
 
-static inline double power(uint32_t biased, int exponent) /* 2^(biased - 127 + exponent) */
+/* A sum of no terms: a multiple of anything. */
+INLINE struct known nothing(void) { return (struct known){0, INFINITE, 0}; }
+
+INLINE void include(struct known *known, struct known more)
 {
-    return as_double((uint64_t)(biased + 896 + exponent) << 52);
+    known->most += more.most;
+    known->unit = more.unit < known->unit ? more.unit : known->unit;
 }
 
-/* The exponent of a number's size, as float32 biases it: FRACTION bits of it are the significand's,
-   and the exponent of float16 is biased by SHIFT less. */
-#define EXPONENT(SIZE, FRACTION, SHIFT) \
-    (((uint32_t)(SIZE) >> FRACTION ? (uint32_t)(SIZE) >> FRACTION : 1) + SHIFT)
-
-/* Whether sums of terms, of which this is known, are exact in float, whatever becomes of subnormals:
-   they are integers of some unit, below 2^24. */
-static inline int narrow(double most, double unit)
+/* Return whether such a sum is exact in float as well, whose significand has 24 bits. Neither it
+   nor a term may overflow, or be subnormal: that may count as zero. */
+INLINE int exact_in_float(struct known known)
 {
-    return most <= unit * 0x1p24 && most <= 0x1p127 && unit >= 0x1p-126;
+    return known.most <= known.unit * 0x1p24 && known.most <= 0x1p127 && known.unit >= 0x1p-126;
 }
 
-static inline void put(const float *restrict part, size_t n, double *restrict sum, int begun)
+/* Add `part` to `sum`, or begin it. A sum that begins with its first term, not with zero, is -0
+   where all terms are. */
+INLINE void add_part(const float *restrict part, size_t n, double *restrict sum, int begun)
 {
     if (begun)
         for (size_t j = 0; j < n; j++)
@@ -117,254 +149,61 @@ static inline void put(const float *restrict part, size_t n, double *restrict su
             sum[j] = part[j];
 }
 
-/* total[j] = (begun ? total[j] : -0) + sum over rows of weights[row] * rows[row][j], row after row;
-   and what is known of each tile. Returns whether all numbers are finite.
+/* The long accumulator of Kulisch (2002): a number of 416 bits in digits of 32, whose lowest bit
+   counts 2^-181. No input and no result has a bit below 2^-149; the digit below that shows how a
+   quotient rounds. At the top, 2^31 inputs below 2^128, with weights below 2^20, leave bits to
+   spare. */
+enum { DIGITS = 13, UNIT = 181 };
 
-   Numbers of 16 bits are summed in float first, twice as many at a time, for as many rows as that is
-   exact for. */
-#define SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                                \
-    VARIANTS int merge_avg_sum_##NAME(const WORD *rows, size_t count, size_t stride, size_t numel, \
-                                      const double *weights, int begun, double *total,             \
-                                      struct known *known)                                         \
-    {                                                                                              \
-        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
-        int finite = 1;                                                                            \
-        for (size_t at = 0; at < numel; at += TILE, known++) {                                     \
-            size_t n = numel - at < TILE ? numel - at : TILE;                                      \
-            double *restrict sum = total + at;                                                     \
-            float part[TILE];                                                                      \
-            double most = 0, unit = INFINITE; /* of the terms in `part` */                         \
-            int parted = 0, summed = begun;                                                        \
-            if (!begun)                                                                            \
-                *known = (struct known){0, INFINITE, 0};                                           \
-            for (size_t row = 0; row < count; row++) {                                             \
-                const WORD *restrict x = rows + row * stride + at;                                 \
-                const double weight = weights[row];                                                \
-                WORD high = 0, low = (WORD)-1;                                                     \
-                for (size_t j = 0; j < n; j++) {                                                   \
-                    WORD size = x[j] & (WORD)~sign, less = (WORD)(size - 1);                       \
-                    high = size > high ? size : high;                                              \
-                    low = less < low ? less : low;                                                 \
-                }                                                                                  \
-                int bad = high >= SPECIAL;                                                         \
-                if (bad) { /* look again, at what is finite */                                     \
-                    known->bad = 1;                                                                \
-                    finite = 0;                                                                    \
-                    high = 0;                                                                      \
-                    for (size_t j = 0; j < n; j++) {                                               \
-                        WORD size = x[j] & (WORD)~sign;                                            \
-                        high = size > high && size < SPECIAL ? size : high;                        \
-                    }                                                                              \
-                }                                                                                  \
-                double row_most = 0, row_unit = INFINITE;                                          \
-                if (high) {                                                                        \
-                    row_most = power(EXPONENT(high, (BITS - 1), SHIFT), 1);                        \
-                    row_most *= weight < 0 ? -weight : weight;                                     \
-                    row_unit = power(EXPONENT(low + 1, (BITS - 1), SHIFT), 1 - BITS);              \
-                }                                                                                  \
-                known->most += row_most;                                                           \
-                known->unit = row_unit < known->unit ? row_unit : known->unit;                     \
-                if (BITS == 24 || bad || !narrow(row_most, row_unit)) {                            \
-                    if (summed)                                                                    \
-                        for (size_t j = 0; j < n; j++)                                             \
-                            sum[j] += weight * FROM(x[j]);                                         \
-                    else                                                                           \
-                        for (size_t j = 0; j < n; j++)                                             \
-                            sum[j] = weight * FROM(x[j]);                                          \
-                    summed = 1;                                                                    \
-                    continue;                                                                      \
-                }                                                                                  \
-                most += row_most;                                                                  \
-                unit = row_unit < unit ? row_unit : unit;                                          \
-                if (parted && !narrow(most, unit)) {                                                \
-                    put(part, n, sum, summed);                                                     \
-                    summed = 1;                                                                    \
-                    parted = 0;                                                                    \
-                    most = row_most;                                                               \
-                    unit = row_unit;                                                               \
-                }                                                                                  \
-                const float factor = (float)weight;                                                \
-                if (parted)                                                                        \
-                    for (size_t j = 0; j < n; j++)                                                 \
-                        part[j] += factor * FROM(x[j]);                                            \
-                else                                                                               \
-                    for (size_t j = 0; j < n; j++)                                                 \
-                        part[j] = factor * FROM(x[j]);                                             \
-                parted = 1;                                                                        \
-            }                                                                                      \
-            if (parted)                                                                            \
-                put(part, n, sum, summed);                                                         \
-        }                                                                                          \
-        return finite;                                                                             \
-    }
-
-/* The quotient of a sum, rounded to BITS significand bits, or fewer below NORMAL.
-
-   Adding and subtracting 1.5 * 2^52 units rounds to whole units; what becomes zero keeps its sign.
-   Converting to float does it for float32. */
-#define ROUND(BITS, NORMAL, QUOTIENT, POWER, MEAN)                                                 \
-    double POWER = as_double(double_word(QUOTIENT) & 0x7FF0000000000000);                          \
-    POWER = POWER < NORMAL ? NORMAL : POWER;                                                       \
-    double MEAN = QUOTIENT;                                                                        \
-    if (BITS != 24) {                                                                              \
-        double big_ = POWER * (1.5 * (double)((uint64_t)1 << (53 - BITS)));                        \
-        double size_ = as_double(double_word(QUOTIENT) & 0x7FFFFFFFFFFFFFFF);                      \
-        uint64_t sign_ = double_word(QUOTIENT) & 0x8000000000000000;                               \
-        MEAN = as_double(double_word((size_ + big_) - big_) | sign_);                              \
-    }
-
-/* out[j] = total[j] / divisor, rounded to nearest, ties to even; returns the largest size.
-
-   For exact sums S, which in their units are integers of at most 2^50, and a divisor D below 2^24.
-   S times the rounded 1 / D is off by less than 1.5 units of a double. It is rounded to 4 of these,
-   which makes it S / D where that is the middle between two numbers: of 25 bits, and off by no more
-   than one unit. Any other S / D is 4 units from there at least, and stays on its side. */
-#define EXACT(NAME, WORD, TO, BITS, NORMAL)                                                        \
-    VARIANTS static WORD exact_##NAME(const double *restrict total, size_t numel, double divisor,  \
-                                      WORD *restrict out)                                          \
-    {                                                                                              \
-        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
-        const double inverse = 1 / divisor;                                                        \
-        WORD high = 0;                                                                             \
-        for (size_t j = 0; j < numel; j++) {                                                       \
-            double quotient = as_double((double_word(total[j] * inverse) + 2) & ~(uint64_t)3);     \
-            ROUND(BITS, NORMAL, quotient, power_, mean)                                            \
-            WORD word = TO(mean), size = word & (WORD)~sign;                                       \
-            high = size > high ? size : high;                                                      \
-            out[j] = word;                                                                         \
-        }                                                                                          \
-        return high;                                                                               \
-    }
-
-/* The same for any tile of a sum: open[j] tells which quotients, off by `bound` at most, might round
-   otherwise or be a zero of another sign. A negative bound is that of a sum which is exact: of up
-   to 2^53 units, and D below 2^28, S / D is a middle, or half a unit of a double from it at least. NaN
-   and infinity, which come of such terms, are IEEE 754's. */
-#define NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                \
-    VARIANTS static WORD near_##NAME(const double *restrict total, size_t numel, double divisor,   \
-                                     WORD *restrict out, double bound, uint64_t *restrict open)    \
-    {                                                                                              \
-        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
-        WORD high = 0;                                                                             \
-        for (size_t j = 0; j < numel; j++) {                                                       \
-            double quotient = total[j] / divisor;                                                  \
-            ROUND(BITS, NORMAL, quotient, power_, mean)                                            \
-            mean = BITS == 24 ? (float)mean : power_ < INFINITE ? mean : quotient;                 \
-            double half = power_ * (1.0 / (double)((uint64_t)1 << BITS));                          \
-            double off = as_double(double_word(quotient - mean) & 0x7FFFFFFFFFFFFFFF);             \
-            double aside = as_double(double_word(off - half) & 0x7FFFFFFFFFFFFFFF);                \
-            uint64_t nan = (double_word(quotient) & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000;      \
-            WORD word = TO(mean), size = word & (WORD)~sign;                                       \
-            double least = as_double(double_word(quotient) & 0x7FFFFFFFFFFFFFFF);                  \
-            uint64_t any = (aside <= bound) | (half <= 4 * bound) | (least <= bound);              \
-            any |= (size >= SPECIAL) & (bound >= 0);                                               \
-            open[j] = any & (power_ < INFINITE);                                                   \
-            out[j] = nan ? (WORD)(SPECIAL | SPECIAL >> 1) : word;                                  \
-            size = nan ? SPECIAL : open[j] ? 0 : size;                                             \
-            high = size > high ? size : high;                                                      \
-        }                                                                                          \
-        return high;                                                                               \
-    }
-
-/* The mean of rows, from their sum and what is known of its tiles; `count` rows were added.
-
-   places[0 .. *open) are the elements of the first tile on, from `*at` on, which has any that might
-   round otherwise; *at is where to go on, and `numel` at the end. Returns whether all is finite. */
-#define MEAN(NAME, WORD, SPECIAL)                                                                  \
-    int merge_avg_mean_##NAME(const double *total, size_t numel, const struct known *known,        \
-                              size_t count, double divisor, WORD *out, size_t *at,                 \
-                              int64_t *places, size_t *open)                                       \
-    {                                                                                              \
-        WORD high = 0;                                                                             \
-        *open = 0;                                                                                 \
-        while (*at < numel && !*open) {                                                            \
-            const struct known *here = known + *at / TILE;                                         \
-            size_t n = numel - *at < TILE ? numel - *at : TILE;                                    \
-            int exact = here->most <= here->unit * 0x1p53;                                         \
-            WORD size;                                                                             \
-            int few = here->most <= here->unit * 0x1p50 && divisor < 0x1p24;                       \
-            if (few && !here->bad) {                                                               \
-                size = exact_##NAME(total + *at, n, divisor, out + *at);                           \
-            } else {                                                                               \
-                uint64_t doubts[TILE];                                                             \
-                /* Of products, additions, divisor, division; and of this line. */                 \
-                double bound = here->most * (double)(count + 6) / divisor * 0x1p-52;               \
-                bound = exact ? -1 : bound;                                                        \
-                size = near_##NAME(total + *at, n, divisor, out + *at, bound, doubts);             \
-                for (size_t j = 0; j < n; j++)                                                     \
-                    if (doubts[j])                                                                 \
-                        places[(*open)++] = (int64_t)(*at + j);                                    \
-            }                                                                                      \
-            high = size > high ? size : high;                                                      \
-            *at += n;                                                                              \
-        }                                                                                          \
-        return high < SPECIAL;                                                                     \
-    }
-
-/* The same where all rows are there at a time, as numbers of the mean's own format: a sum need not
-   leave the fastest cache. Returns whether all that was written is finite, and 2 if all rows are. */
-#define WHOLE(NAME, WORD)                                                                          \
-    int merge_avg_whole_##NAME(const WORD *rows, size_t count, size_t stride, size_t numel,        \
-                               const double *weights, double divisor, WORD *out, size_t *at,       \
-                               int64_t *places, size_t *open)                                      \
-    {                                                                                              \
-        double total[TILE];                                                                        \
-        int fits = 1, finite = 1;                                                                  \
-        *open = 0;                                                                                 \
-        for (size_t end; *at < numel && !*open; *at += end) {                                      \
-            struct known known;                                                                    \
-            size_t n = numel - *at < TILE ? numel - *at : TILE;                                    \
-            end = 0;                                                                               \
-            finite &= merge_avg_sum_##NAME(rows + *at, count, stride, n, weights, 0, total, &known); \
-            fits &= merge_avg_mean_##NAME(total, n, &known, count, divisor, out + *at, &end,       \
-                                          places, open);                                           \
-            for (size_t i = 0; i < *open; i++)                                                     \
-                places[i] += (int64_t)*at;                                                         \
-        }                                                                                          \
-        return fits | finite << 1;                                                                 \
-    }
-
-/* The mean of numbers of float32, float16 or bfloat16, computed in integers: Kulisch's accumulator,
-   in digits of 32 bits that are carried at the end. */
-
-enum { DIGITS = 13, UNIT = 181 }; /* the first digit counts units of 2^-181 */
-
-static double exact_mean(const double *values, size_t stride, size_t count,
-                         const int64_t *weights, uint32_t divisor, int bits, int emin)
+/* Add a number of at most 24 significand bits times a weight, a digit of 32 bits at a time. The
+   digits are signed and have 64 bits, so that they are carried once, at the end. */
+static void accumulate(int64_t *sum, uint64_t word, int64_t weight, int sign)
 {
-    int64_t sum[DIGITS] = {0}, carry = 0;
-    int minus = 1;
-    for (size_t i = 0; i < count; i++) {
-        uint64_t word = double_word(values[i * stride]);
-        int negative = (int)(word >> 63) != (weights[i] < 0);
-        minus &= negative;
-        if (!(word << 1))
-            continue;
-        uint64_t product = (word & 0xFFFFFFFFFFFFF) | 0x10000000000000;
-        int place = (int)(word >> 52 & 0x7FF) - 1075 + 29 + UNIT;
-        product = (product >> 29) * (uint64_t)(weights[i] < 0 ? -weights[i] : weights[i]);
-        uint64_t low = (product & 0xFFFFFFFF) << place % 32, high = (product >> 32) << place % 32;
-        int64_t *digit = sum + place / 32, sign = negative ? -1 : 1;
-        high += low >> 32;
-        digit[0] += sign * (int64_t)(low & 0xFFFFFFFF);
-        digit[1] += sign * (int64_t)(high & 0xFFFFFFFF);
-        digit[2] += sign * (int64_t)(high >> 32);
-    }
-    uint32_t digits[DIGITS];
-    int sign = 1;
-    for (int again = 0; again < 2; again++) {
-        carry = 0;
+    uint64_t significand = ((word & 0xFFFFFFFFFFFFF) | 0x10000000000000) >> 29; /* 24 bits */
+    uint64_t product = significand * (uint64_t)(weight < 0 ? -weight : weight); /* 44 bits */
+    int place = (int)(word >> 52 & 0x7FF) - 1075 + 29 + UNIT;
+    uint64_t low = (product & 0xFFFFFFFF) << place % 32, high = (product >> 32) << place % 32;
+    int64_t *digit = sum + place / 32;
+    high += low >> 32;
+    digit[0] += sign * (int64_t)(low & 0xFFFFFFFF);
+    digit[1] += sign * (int64_t)(high & 0xFFFFFFFF);
+    digit[2] += sign * (int64_t)(high >> 32);
+}
+
+/* Carry a sum into digits of its size; return its sign. */
+static int carry_over(int64_t *sum, uint32_t *digits)
+{
+    for (int sign = 1;; sign = -1) {
+        int64_t carry = 0;
         for (int d = 0; d < DIGITS; d++) {
             carry += sum[d];
             digits[d] = (uint32_t)carry;
             carry = (carry - (int64_t)digits[d]) / 4294967296;
         }
-        if (carry >= 0)
-            break;
-        sign = -1;
-        for (int d = 0; d < DIGITS; d++)
+        if (carry >= 0 || sign < 0)
+            return sign;
+        for (int d = 0; d < DIGITS; d++) /* a negative sum borrows from above: take its size */
             sum[d] = -sum[d];
     }
+}
+
+/* Compute the mean of a column of finite numbers of float32, float16 or bfloat16 in integers, and
+   round it once, to a format of `bits` significand bits whose smallest normal number is 2^emin. */
+static double exact_mean(const double *values, size_t stride, size_t count,
+                         const int64_t *weights, uint32_t divisor, int bits, int emin)
+{
+    int64_t sum[DIGITS] = {0};
+    int all_negative = 1;
+    for (size_t i = 0; i < count; i++) {
+        uint64_t word = double_word(values[i * stride]);
+        int negative = (int)(word >> 63) != (weights[i] < 0);
+        all_negative &= negative;
+        if (word & ~DOUBLE_SIGN)
+            accumulate(sum, word, weights[i], negative ? -1 : 1);
+    }
+    uint32_t digits[DIGITS];
+    int sign = carry_over(sum, digits);
+    /* Long division, by a divisor of at most 28 bits; `top` is the place of the highest bit. */
     uint64_t rest = 0;
     int top = -1;
     for (int d = DIGITS - 1; d >= 0; d--) {
@@ -374,75 +213,45 @@ static double exact_mean(const double *values, size_t stride, size_t count,
         for (int bit = 31; digits[d] && top < 0; bit--)
             top = digits[d] >> bit & 1 ? 32 * d + bit : top;
     }
-    if (top < 0 && !rest)
-        return minus ? -0.0 : 0.0;
-    /* The place of the last bit that stays; there are more below it, as it is 2^-149 at least. */
+    if (top < 0 && !rest) /* IEEE 754: what cancels is +0, and a sum of -0 alone is -0 */
+        return all_negative ? -0.0 : 0.0;
+    /* The place of the last bit that stays: at least 32, as it counts 2^-149 or more. */
     int last = (top - UNIT > emin ? top : emin + UNIT) - bits + 1;
     uint64_t kept = 0;
     for (int place = last + bits - 1; place >= last; place--)
         kept = kept << 1 | (digits[place / 32] >> place % 32 & 1);
+    /* Ties to even: up if the first bit that goes is set, and so is any below or the last kept. */
     int half = digits[(last - 1) / 32] >> (last - 1) % 32 & 1, below = rest != 0;
     for (int d = 0; d < (last - 1) / 32; d++)
         below |= digits[d] != 0;
     below |= (digits[(last - 1) / 32] & (((uint32_t)1 << (last - 1) % 32) - 1)) != 0;
     kept += half && (below || kept & 1);
-    return sign * (double)kept * as_double((uint64_t)(last - UNIT + 1023) << 52);
+    return sign * (double)kept * power_of_two(last - UNIT);
 }
 
-/* out[places[i]] = the exact mean of column i of `values`, rounded; tells whether all fit. */
-#define SETTLE(NAME, WORD, TO, BITS, EMIN, SPECIAL)                                                \
-    int merge_avg_settle_##NAME(const double *values, size_t count, size_t width, size_t columns,  \
-                                const int64_t *weights, uint32_t divisor, const int64_t *places,   \
-                                WORD *out)                                                         \
-    {                                                                                              \
-        const WORD sign = (WORD)((WORD)1 << (8 * sizeof(WORD) - 1));                               \
-        int fits = 1;                                                                              \
-        for (size_t i = 0; i < columns; i++) {                                                     \
-            double mean = exact_mean(values + i, width, count, weights, divisor, BITS, EMIN);      \
-            WORD word = TO(mean);                                                                  \
-            fits &= (word & (WORD)~sign) < SPECIAL;                                                \
-            out[places[i]] = word;                                                                 \
-        }                                                                                          \
-        return fits;                                                                               \
-    }
+#define NAME float32
+#define WORD uint32_t
+#define BITS 24
+#define EMIN (-126)
+#include "loops.h"
 
-/* Some elements of rows as doubles: of `segments` runs, each with where it begins and how long it
-   is, those of row r go to targets[r] of `room`, if that is not negative. */
-#define TAKE(NAME, WORD, FROM)                                                                     \
-    VARIANTS void merge_avg_take_##NAME(const WORD *rows, size_t count, size_t stride,             \
-                                        size_t segments, const int64_t *runs,                      \
-                                        const int64_t *targets, double *room, size_t width)        \
-    {                                                                                              \
-        for (size_t row = 0; row < count; row++) {                                                 \
-            if (targets[row] < 0)                                                                  \
-                continue;                                                                          \
-            double *restrict to = room + (size_t)targets[row] * width;                             \
-            for (size_t s = 0; s < segments; s++) {                                                \
-                const WORD *restrict x = rows + row * stride + runs[2 * s];                        \
-                size_t n = (size_t)runs[2 * s + 1];                                                \
-                for (size_t j = 0; j < n; j++)                                                     \
-                    to[j] = FROM(x[j]);                                                            \
-                to += n;                                                                           \
-            }                                                                                      \
-        }                                                                                          \
-    }
+#define NAME float16
+#define WORD uint16_t
+#define BITS 11
+#define EMIN (-14)
+#include "loops.h"
 
-#define FORMAT(NAME, WORD, FROM, TO, BITS, EMIN, NORMAL, SHIFT, SPECIAL)                           \
-    SUM(NAME, WORD, FROM, BITS, SHIFT, SPECIAL)                                                    \
-    EXACT(NAME, WORD, TO, BITS, NORMAL)                                                            \
-    NEAR(NAME, WORD, TO, BITS, NORMAL, SPECIAL)                                                    \
-    MEAN(NAME, WORD, SPECIAL)                                                                      \
-    WHOLE(NAME, WORD)                                                                              \
-    SETTLE(NAME, WORD, TO, BITS, EMIN, SPECIAL)                                                    \
-    TAKE(NAME, WORD, FROM)
+#define NAME bfloat16
+#define WORD uint16_t
+#define BITS 8
+#define EMIN (-126)
+#include "loops.h"
 
-FORMAT(float32, uint32_t, from_float32, to_float32, 24, -126, 0x1p-126, 0, 0x7F800000)
-FORMAT(float16, uint16_t, from_float16, to_float16, 11, -14, 0x1p-14, 112, 0x7C00)
-FORMAT(bfloat16, uint16_t, from_bfloat16, to_bfloat16, 8, -126, 0x1p-126, 0, 0x7F80)
+/* Partial sums of a product: as many as the widest register has doubles. Compilers may not reorder
+   additions, so that one sum would take one addition after the other. */
+enum { LANES = 8 };
 
-enum { LANES = 8 }; /* sums that are kept at a time, as wide as a register may be */
-
-static inline double product(const double *restrict a, const double *restrict b, size_t numel)
+INLINE double product(const double *restrict a, const double *restrict b, size_t numel)
 {
     double part[LANES] = {0}, sum = 0;
     size_t j = 0;
@@ -456,11 +265,12 @@ static inline double product(const double *restrict a, const double *restrict b,
     return sum;
 }
 
-/* Products of rows with each other, over runs of columns: of run r, lengths[r] columns long, they
-   are added, times scales[r], to matrix groups[r] of `grams`. And of each row its square, and its
-   product with the sum of all, to line numbers[r] of `sums`.
+/* Add the products of rows with each other, over runs of columns.
 
-   With `less`, row `less` is subtracted from the others first, which changes them. */
+   Run r is lengths[r] columns long. Its Gram matrix, times scales[r], is added to matrix groups[r]
+   of `grams`; of each row its square, and its product with the sum of all, to line numbers[r] of
+   `sums`. If `less` is not negative, row `less` is subtracted from the others first, which changes
+   them. The columns are cut into tiles so that all rows of one, too, stay in a cache. */
 VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64_t less,
                                  size_t runs, const int64_t *lengths, const int64_t *groups,
                                  const int64_t *numbers, const double *scales, double *grams,
@@ -485,7 +295,7 @@ VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64
                     line[count + i] += value;
                     if (i == k) {
                         line[i] += value;
-                    } else {
+                    } else { /* a Gram matrix is symmetric */
                         gram[k * count + i] += value;
                         line[count + k] += value;
                     }
