@@ -4,43 +4,23 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_avg.cli._app import main
+from merge_avg.checkpoint import File
 from merge_avg.errors import UsageError
-from merge_avg.selection._choose import Weighting, choose
-from merge_avg.selection._select import Criteria
-from merge_avg.selection._series import Series
+from merge_avg.options import Criteria, Options, Series, Weighting
+from merge_avg.plan import prepare
+from merge_avg.selection import _choose, choose
+from tests.selection.helpers import lightning
 
 
-@pytest.fixture
-def command(tmp_path, capsys, monkeypatch):
-    """Runs the command in a directory of its own; returns code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merge-avg", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-def lightning(epoch, value, extra=""):
-    path = Path(f"epoch={epoch}-step={epoch * 10}{extra}.ckpt")
-    content = {"state_dict": {"w": torch.full((2,), float(value))}, "epoch": epoch}
-    torch.save({**content, "global_step": epoch * 10, "callbacks": {}}, path)
-    return path
+def of_epoch(epoch, value, extra=""):
+    return lightning(Path(), epoch, epoch * 10, extra, value)
 
 
 def value(path):
@@ -50,7 +30,7 @@ def value(path):
 def test_b5_several_averages_stay_independent(command):
     """B5: epochs 1, 2, 3; the last two and the last three, one criterion after the other."""
     for epoch in (1, 2, 3):
-        lightning(epoch, epoch, f"-val_loss={epoch}.0")
+        of_epoch(epoch, epoch, f"-val_loss={epoch}.0")
     assert command(".", "-o", "avg-{name}.ckpt", "--last", 3, "--last", 2)[0] == 0
     assert (value("avg-last-3.ckpt"), value("avg-last-2.ckpt")) == (2.0, 2.5)
     assert command(".", "-o", "best.ckpt", "--best", 2, "--metric", "val_loss")[0] == 0
@@ -61,7 +41,7 @@ def test_b5_several_averages_stay_independent(command):
 def test_b9_run_twice(command):
     """B9: the second run leaves the first one's output out, and says so."""
     for epoch in (1, 2):
-        lightning(epoch, epoch)
+        of_epoch(epoch, epoch)
     assert command(".", "-o", "a.ckpt")[0] == 0
     code, _, err = command(".", "-o", "b.ckpt")
     assert code == 0
@@ -87,7 +67,7 @@ def test_b10_the_best_two(command, metric, mean):
 def test_b12_b13_b14_words(command):
     """B12, B13, B14: steps are exact, gaps are mentioned, too few are an error with a list."""
     for epoch in (1, 2, 50):
-        lightning(epoch, epoch)
+        of_epoch(epoch, epoch)
     code, out, _ = command(".", "-o", "x.ckpt", "--steps", 10, "--json")
     assert [entry["step"] for entry in json.loads(out)["inputs"]] == [10]
     code, _, err = command(".", "-o", "y.ckpt", "--last", 3)
@@ -101,7 +81,7 @@ def test_b12_b13_b14_words(command):
 def test_a_dry_run_shows_the_candidates(command):
     """Every candidate is a line: chosen or not, step, epoch, metric, and why."""
     for epoch in (1, 2, 3):
-        lightning(epoch, epoch, f"-val_loss={epoch}.5")
+        of_epoch(epoch, epoch, f"-val_loss={epoch}.5")
     code, _, err = command(".", "-o", "o.ckpt", "--best", 1, "--dry-run")
     assert code == 0
     assert re.search(
@@ -113,7 +93,7 @@ def test_a_dry_run_shows_the_candidates(command):
 
 def test_files_one_by_one_need_no_table(command):
     """Where the user named each file, the output says nothing of candidates."""
-    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
     code, out, err = command(*paths, "-o", "o.ckpt", "--json")
     assert code == 0
     assert "asked for" not in err
@@ -133,7 +113,7 @@ def test_files_one_by_one_need_no_table(command):
 def test_weightings(command, options, weights):
     """Weights by rule go to the chosen checkpoints, and are printed and stored."""
     for epoch in (1, 2, 3):
-        lightning(epoch, epoch, f"-val_acc={epoch}.0")
+        of_epoch(epoch, epoch, f"-val_acc={epoch}.0")
     code, out, err = command(".", "-o", "o.ckpt", "--json", *options)
     assert code == 0, err
     report = json.loads(out)
@@ -187,52 +167,16 @@ def test_post_hoc_ema(command):
 )
 def test_options_that_do_not_fit(command, options, words):
     """Options that exclude each other, or lack one, are usage errors: exit code 2."""
-    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
     code, _, err = command(*paths, "-o", "o.ckpt", *options)
     assert code == 2
     assert words in err
     assert not Path("o.ckpt").exists()
 
 
-def test_a_soup(command):
-    """The command evaluates, adds and keeps; its report has members, scores and trials."""
-    paths = [lightning(epoch, epoch * 3) for epoch in (1, 2, 3)]
-    code = "import sys, torch; print(abs(float(torch.load(sys.argv[1])['state_dict']['w'][0]) - 5))"
-    options = [
-        "--soup",
-        "greedy",
-        "--mode",
-        "min",
-        "--eval",
-        f'"{sys.executable}" -c "{code}" {{}}',
-    ]
-    done, out, err = command(*paths, "-o", "soup.ckpt", "--json", *options)
-    assert done == 0, err
-    report = json.loads(out)
-    assert report["members"] == [str(paths[1]), str(paths[0])]
-    assert (report["score"], value("soup.ckpt")) == (0.5, 4.5)
-    assert "[4/5] + epoch=1-step=10.ckpt (2 members): 0.5, kept" in err
-    done, _, err = command(*paths, "-o", "soup.ckpt", "--overwrite", *options)
-    assert done == 0
-    assert err.count("(from the log)") == 5
-
-
-def test_a_failing_evaluation(command):
-    """Its output is shown with the checkpoint's name; the log and nothing else is left."""
-    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
-    code = "import sys; sys.exit('out of memory')"
-    options = ["--soup", "greedy", "--mode", "min", "--eval", f'"{sys.executable}" -c "{code}"']
-    before = set(Path().iterdir())
-    done, out, err = command(*paths, "-o", "soup.ckpt", *options)
-    assert (done, out) == (1, "")
-    assert "error: epoch=1-step=10.ckpt: the evaluation" in err
-    assert "out of memory" in err
-    assert {path.name for path in set(Path().iterdir()) - before} == {"soup.ckpt.soup.jsonl"}
-
-
 def test_a_summary_for_github(command, monkeypatch):
     """GITHUB_STEP_SUMMARY gets a table; a page that cannot be written is a note, no failure."""
-    paths = [lightning(epoch, epoch) for epoch in (1, 2)]
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "page.md")
     assert command(*paths, "-o", "a.ckpt")[0] == 0
     assert "### merge-avg: 2 checkpoints averaged" in Path("page.md").read_text()
@@ -245,7 +189,7 @@ def test_a_summary_for_github(command, monkeypatch):
 def test_schemes_apply_to_each_average(tmp_path, monkeypatch):
     """Each average of a series is weighted on its own: the first of its checkpoints counts 1."""
     monkeypatch.chdir(tmp_path)
-    paths = [lightning(epoch, epoch) for epoch in (1, 2, 3)]
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3)]
     series = Series(leave_one_out=True)
     choice = choose(paths, Path("{name}.pt"), Criteria(), series, Weighting(scheme="linear"))
     assert list(choice.outputs.values()) == [(0, 1, 2), (1, 0, 2), (1, 2, 0)]
@@ -253,11 +197,74 @@ def test_schemes_apply_to_each_average(tmp_path, monkeypatch):
         choose(paths, Path("o.pt"), Criteria(), Series(), Weighting(weights=[1, 2]))
 
 
+@pytest.fixture
+def scans(monkeypatch):
+    """Count the scans of each file."""
+    found = Counter()
+    of = File.of
+
+    def counting(path):
+        found[path.name] += 1
+        return of(path)
+
+    monkeypatch.setattr(File, "of", counting)
+    return found
+
+
+def chosen(criteria=None, weighting=None):
+    return choose(["."], Path("o.ckpt"), criteria or Criteria(), Series(), weighting or Weighting())
+
+
+def test_each_checkpoint_is_scanned_once(tmp_path, monkeypatch, scans):
+    """Planning takes the layouts of a selection: no header and no pickle is read twice."""
+    monkeypatch.chdir(tmp_path)
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3)]
+    choice = chosen(Criteria(last=2))
+    assert list(choice.layouts) == list(choice.paths) == paths[1:]
+    job = prepare(choice.paths, choice.outputs, Options(), layouts=choice.layouts)
+    assert [layout.path for layout in job.layouts] == paths[1:]
+    assert scans == dict.fromkeys([path.name for path in paths], 1)
+
+
+def test_post_hoc_ema_scans_once_too(tmp_path, monkeypatch, scans):
+    """Steps and widths are read from layouts that planning takes as well."""
+    monkeypatch.chdir(tmp_path)
+    paths = [f"snapshot-{step:07}-0.100.pt" for step in (500, 1000)]
+    for path in paths:
+        torch.save({"w": torch.ones(2)}, path)
+    choice = choose(
+        paths, Path("{name}.pt"), Criteria(), Series(prefixes=True), Weighting(sigma=0.1)
+    )
+    prepare(choice.paths, choice.outputs, Options(), layouts=choice.layouts)
+    assert scans == dict.fromkeys(paths, 1)
+
+
+def test_files_that_are_named_are_left_to_planning(tmp_path, monkeypatch, scans):
+    """Where nothing is asked about checkpoints, choosing them scans none."""
+    monkeypatch.chdir(tmp_path)
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
+    choice = choose(paths, Path("o.ckpt"), Criteria(), Series(), Weighting())
+    assert not choice.layouts
+    assert not scans
+
+
+def test_layouts_are_kept_while_there_is_room(tmp_path, monkeypatch, scans):
+    """With more tensors than are kept, the layouts of the last checkpoints are those at hand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_choose, "_MOST_TENSORS", 2)
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3)]
+    choice = chosen()
+    assert choice.paths == tuple(paths)
+    assert list(choice.layouts) == paths[1:]
+    prepare(choice.paths, choice.outputs, Options(), layouts=choice.layouts)
+    assert scans == {paths[0].name: 2, paths[1].name: 1, paths[2].name: 1}
+
+
 def test_choosing_needs_no_torch(tmp_path, monkeypatch):
     """A dry run with a selection does not import torch."""
     monkeypatch.chdir(tmp_path)
     for epoch in (1, 2):
-        lightning(epoch, epoch)
+        of_epoch(epoch, epoch)
     code = "import sys; from merge_avg.cli._app import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     arguments = [sys.executable, "-c", code, ".", "-o", "o.ckpt", "--last", "2", "--dry-run"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg.engine._run import merge_checkpoints
-from merge_avg.formats._scan import scan
+from merge_avg import merge_checkpoints
+from merge_avg.formats import scan
 from merge_avg.selection._metadata import Metadata, name_metadata, read_metadata
 
 WEIGHTS = {"w": torch.ones(3)}

@@ -53,7 +53,7 @@ def test_by_metric():
 @pytest.mark.parametrize("value", [None, 0.0, -1.0, math.nan, math.inf])
 def test_metrics_that_make_no_weight(value):
     """A metric that is unknown, not positive or not finite is a usage error."""
-    with pytest.raises(UsageError, match="no weight"):
+    with pytest.raises(UsageError, match="cannot be a weight"):
         resolve("metric", 2, [0.5, value], "max")
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_avg.errors import UsageError
-from merge_avg.selection._series import Series, distinct_names, members, outputs
+from merge_avg.options import Series
+from merge_avg.selection._series import distinct_names, members, outputs
 
 
 def paths(count):
@@ -43,7 +44,7 @@ def test_otherwise_there_is_one_average_of_all(series):
     [
         (Series(leave_one_out=True, prefixes=True), 3, "exclude each other"),
         (Series(lasts=(2, 3), prefixes=True), 3, "exclude each other"),
-        (Series(leave_one_out=True), 1, "two checkpoints at least"),
+        (Series(leave_one_out=True), 1, "at least two checkpoints"),
         (Series(lasts=(2, 9)), 3, "--last 9 of 3 checkpoints"),
         (Series(lasts=(0, 2)), 3, "--last 0 of 3 checkpoints"),
     ],

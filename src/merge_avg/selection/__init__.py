@@ -1,10 +1,13 @@
-"""Which checkpoints, and how much of each?"""
+"""Which checkpoints, and how much of each?
+
+`choose` answers both. It expands what the user named, reads what each checkpoint says about itself,
+picks what is asked for, and weighs it.
+"""
 
 from __future__ import annotations
 
-from merge_avg.selection._choose import Choice, Weighting, choose
-from merge_avg.selection._metadata import read_metadata
-from merge_avg.selection._select import Criteria, parse_range
-from merge_avg.selection._series import Series
+from merge_avg.selection._candidates import Candidate
+from merge_avg.selection._choose import Choice, choose
+from merge_avg.selection._metadata import Metadata, read_metadata
 
-__all__ = ["Choice", "Criteria", "Series", "Weighting", "choose", "parse_range", "read_metadata"]
+__all__ = ["Candidate", "Choice", "Metadata", "choose", "read_metadata"]

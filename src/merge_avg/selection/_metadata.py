@@ -1,6 +1,7 @@
 """What a checkpoint says about itself: step, epoch and metrics, as frameworks write them.
 
-What is inside counts first, then the name. Numbers are read as numbers: step 10 is not step 100.
+What is inside counts first, then a Trainer's state beside it, then the name. Numbers are read as
+numbers: step 10 is not step 100.
 """
 
 from __future__ import annotations
@@ -13,26 +14,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_avg.checkpoint import MARK, Layout, Scalar, TreePath
-from merge_avg.formats import bounded_json as json_text
+from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath
+from merge_avg.formats import bounded_json
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
 _LARGEST_STATE = 100_000_000
 _LONGEST_NAME = 200  # of a metric
+
+# Entries at the top of a checkpoint, or in its name. `global_step`: Lightning, and the state of
+# transformers' Trainer; `num_updates`: fairseq; `iteration`: Megatron-LM, detectron2; the others
+# are what people call it in training loops of their own. Where there are several the first counts:
+# Lightning's global_step is a step of the optimizer, and a `step` beside it may be anything.
 _STEPS = ("global_step", "num_updates", "step", "iteration", "iter", "n_updates")
+# `epoch`: Lightning, timm, Ultralytics, torchvision's references; `current_epoch`: Lightning's name
+# for it on a trainer, which other loops have taken over.
 _EPOCHS = ("epoch", "current_epoch")
-# Where fairseq keeps them.
+# fairseq keeps both further in: a list of optimizers, the last of which counts, and the iterator.
 _UPDATES = ("optimizer_history", "num_updates")
 _EPOCH_WITHIN = ("extra_state", "train_iterator", "epoch")
-# Names of entries that hold the values of metrics by name.
+# Entries that hold metrics by name. `callback_metrics` and `logs` are what Lightning's trainer and
+# Keras-like callbacks call them; the others are common in training loops of people's own.
 _TABLES = ("metrics", "metric", "scores", "results", "callback_metrics", "logs", "eval")
-# Names of single entries that are metrics.
+# Entries at the top that are metrics, with whatever is put before or after: val_loss, acc@1. By
+# task: losses; classification; translation and summaries; detection and segmentation; speech;
+# language models; regression; generated images. `metric` is timm's, `fitness` Ultralytics'.
 _METRIC = re.compile(
-    r"(.*[_/.-])?(loss|acc|accuracy|bleu|f1|auc|auroc|miou|iou|dice|map|wer|cer|ppl|perplexity|mse|mae"
-    r"|rmse|nll|fid|psnr|ssim|rouge[a-z0-9]*|score|error|fitness|metric|top[-_]?[15]|precision"
-    r"|recall|r2)([_/.@-].*)?",
+    r"(.*[_/.-])?("
+    r"loss|error|score|metric|fitness"
+    r"|acc|accuracy|top[-_]?[15]|precision|recall|f1|auc|auroc"
+    r"|bleu|rouge[a-z0-9]*"
+    r"|map|miou|iou|dice"
+    r"|wer|cer"
+    r"|ppl|perplexity|nll"
+    r"|mse|mae|rmse|r2"
+    r"|fid|psnr|ssim"
+    r")([_/.@-].*)?",
     re.IGNORECASE,
 )
+
+# Names. Lightning's ModelCheckpoint writes pairs, epoch=3-step=1000-val_loss=0.12.ckpt. Others put
+# a number after a word: checkpoint-1000 of transformers, checkpoint12.pt of fairseq,
+# model_step_1000.pt of OpenNMT. A number that goes on after a dot, as in epoch-2.5, is no count.
 _NUMBER = r"[-+]?(?:\d+\.\d+|\d+|\.\d+)(?:[eE][-+]?\d+)?"
 _PAIR = re.compile(
     rf"(?P<name>[A-Za-z][\w/@.]*?)=(?P<value>{_NUMBER}|nan|inf)(?=[-_.=,]|$)", re.IGNORECASE
@@ -41,18 +63,20 @@ _NAMED = re.compile(
     r"(?:^|[-_./])(?P<kind>step|epoch|iter|checkpoint|ckpt)s?[-_]?(?P<n>\d+)(?!\.?\d)",
     re.IGNORECASE,
 )
+# fairseq: checkpoint.best_bleu_27.5.pt and checkpoint_3_5000.pt, epoch and step.
 _FAIRSEQ_BEST = re.compile(rf"^checkpoint[._]best_(?P<name>[A-Za-z][\w/]*)_(?P<value>{_NUMBER})$")
 _FAIRSEQ = re.compile(r"^checkpoint_?(?P<epoch>\d+)_(?P<step>\d+)$")
+# EDM2: network-snapshot-0002147-0.100.pkl, thousands of images and the relative width of the EMA.
 _SNAPSHOT = re.compile(r"snapshot-(?P<step>\d+)-(?P<sigma>\d*\.\d+)$")
 _SUFFIXES = re.compile(r"(\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th))+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is known of a checkpoint.
+    """Step, epoch and metrics of a checkpoint, as far as they are known.
 
     Attributes:
-        step: optimizer steps until then.
+        step: the number of optimizer steps so far; EDM2 counts thousands of images instead.
         epoch: as the framework counts it.
         metrics: values by the names that the framework uses.
         sigma: the relative width of a stored power-function EMA (Karras et al. 2024).
@@ -67,7 +91,7 @@ class Metadata:
 
 
 def read_metadata(layout: Layout) -> Metadata:
-    """What a scanned checkpoint says about itself, inside first and then by its name."""
+    """Return what a scanned checkpoint says about itself, inside, beside it and by its name."""
     scalars = dict(layout.scalars)
     inside = _inside(scalars | _scores(layout))
     state = _trainer_state(layout.path) if layout.members else Metadata()
@@ -78,12 +102,12 @@ def read_metadata(layout: Layout) -> Metadata:
         _first(inside.epoch, state.epoch, name.epoch),
         metrics,
         name.sigma,
-        any(key == MARK for key, _ in layout.metadata),
+        any(key == PROVENANCE for key, _ in layout.metadata),
     )
 
 
 def name_metadata(path: Path) -> Metadata:
-    """What a name says, in the ways of Lightning, fairseq, timm and transformers."""
+    """Return what a name says, in the ways of Lightning, fairseq, timm and transformers."""
     stem = _SUFFIXES.sub("", path.name)
     step = epoch = None
     metrics: dict[str, float] = {}
@@ -117,17 +141,17 @@ def name_metadata(path: Path) -> Metadata:
 
 
 def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
+    """Return what the numbers and texts beside the tensors say."""
     metrics: dict[str, float] = {}
     for path, value in scalars.items():
         name = str(path[-1])
-        if isinstance(value, str):
+        if isinstance(value, str) or len(name) > _LONGEST_NAME:
             continue
         table = len(path) == 2 and str(path[0]).lower() in _TABLES
-        if len(name) > _LONGEST_NAME:
-            continue
         if table or (len(path) == 1 and _METRIC.fullmatch(name)):
             metrics[name] = float(value)
-    for path, value in scalars.items():  # Lightning's ModelCheckpoint: its monitor and score
+    # Lightning's ModelCheckpoint keeps the name of its metric and the score side by side.
+    for path, value in scalars.items():
         if len(path) == 3 and path[0] == "callbacks" and path[2] == "monitor":
             score = scalars.get((*path[:2], "current_score"))
             if isinstance(value, str) and isinstance(score, int | float):
@@ -141,7 +165,10 @@ def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
 
 
 def _scores(layout: Layout) -> dict[TreePath, Scalar]:
-    """The scores of Lightning's callbacks, which are tensors of one number."""
+    """Return the scores of Lightning's callbacks, which are tensors of one number.
+
+    They are the only payload that is read here: a few bytes each.
+    """
     found: dict[TreePath, Scalar] = {}
     for info in layout.tensors:
         path, storage = info.path, info.storage
@@ -159,27 +186,29 @@ def _scores(layout: Layout) -> dict[TreePath, Scalar]:
 
 
 def _counted(scalars: Mapping[TreePath, Scalar], names: tuple[str, ...]) -> int | None:
-    """The value of the first of these names at the top."""
+    """Return the value of the first of these names at the top."""
     return _first(*(_whole(scalars.get((name,))) for name in names))
 
 
 def _whole(value: object) -> int | None:
+    """Return a count, which some frameworks store as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return int(value) if math.isfinite(value) and value == int(value) and value >= 0 else None
 
 
 def _trainer_state(folder: Path) -> Metadata:
-    """What transformers' Trainer wrote beside a checkpoint."""
+    """Return what transformers' Trainer wrote beside a checkpoint."""
     path = folder / STATE
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_STATE:
             return Metadata()
-        state = json_text.table(path.read_bytes())
+        state = bounded_json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return Metadata()  # it decides nothing: the name or a log may
+        return Metadata()  # a broken state is no reason to refuse weights that can be read
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
+    # The log holds the whole run up to here: only rows of this very step are of this checkpoint.
     for row in log_rows(state):
         if _whole(row.get("step")) in (None, step):
             metrics |= {name: value for name, value in numbers(row) if name not in _STEPS + _EPOCHS}
@@ -187,7 +216,7 @@ def _trainer_state(folder: Path) -> Metadata:
 
 
 def log_rows(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The rows of a Trainer's log."""
+    """Yield the rows of a Trainer's log."""
     rows = state.get("log_history")
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict):
@@ -195,7 +224,7 @@ def log_rows(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The entries of a row that are numbers, or texts of numbers."""
+    """Yield the entries of a row that are numbers, or texts of numbers as in CSV."""
     for name, value in row.items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             continue

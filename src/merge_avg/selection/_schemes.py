@@ -19,7 +19,7 @@ def resolve(
     metrics: Sequence[float | None] = (),
     mode: Mode | None = None,
 ) -> tuple[Fraction, ...]:
-    """The weights of `count` checkpoints, the oldest first; they need not sum to one.
+    """Return the weights of `count` checkpoints, the oldest first; they need not sum to one.
 
     Args:
         scheme: "uniform"; "linear": 1, 2, 3, ...; "ema:DECAY": the exponential moving average that
@@ -27,11 +27,11 @@ def resolve(
             learning rate; "metric": in proportion to a metric, or to its inverse where lower is
             better.
         count: how many checkpoints there are.
-        metrics: their metrics.
+        metrics: the checkpoints' metrics, for the scheme "metric".
         mode: whether a metric is better where it is lower or higher.
 
     Raises:
-        UsageError: there is no such scheme, or the metrics do not serve.
+        UsageError: there is no such scheme, or a metric cannot be a weight.
     """
     if scheme == "uniform":
         return (Fraction(1),) * count
@@ -44,7 +44,9 @@ def resolve(
     name, colon, number = scheme.partition(":")
     if name == "ema" and colon:
         return _moving(number, count)
-    raise UsageError(f"there is no weighting {scheme!r}", hint=f"choose of {', '.join(SCHEMES)}")
+    raise UsageError(
+        f"there is no weighting {scheme!r}", hint=f"choose one of {', '.join(SCHEMES)}"
+    )
 
 
 def _moving(text: str, count: int) -> tuple[Fraction, ...]:
@@ -52,15 +54,17 @@ def _moving(text: str, count: int) -> tuple[Fraction, ...]:
         decay = Fraction(text)
     except (ValueError, ZeroDivisionError):
         decay = Fraction(-1)
+    # A decay such as 0.999...9 of a million digits would make fractions that never end.
     if not 0 < decay < 1 or len(text) > 20:
         hint = "give a number between 0 and 1, as in ema:0.9"
         raise UsageError(f"the decay {text!r} is not understood", hint=hint)
+    # avg = decay * avg + (1 - decay) * x, unrolled from the first checkpoint on.
     rest = [(1 - decay) * decay**age for age in reversed(range(count - 1))]
     return (decay ** (count - 1), *rest)
 
 
 def _decay(count: int) -> tuple[Fraction, ...]:
-    """Weights c_j that stand for a decay g of the learning rate, from 1 to 0.
+    """Return weights c_j that stand for a decay g of the learning rate, from 1 to 0.
 
     The mean of checkpoints x_1 ... x_N is x_1 plus the updates between neighbours, update j
     (from x_j to x_{j+1}) scaled by the sum of the weights after j. For a decay g that scale is to
@@ -81,7 +85,8 @@ def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Frac
         if value is None or not math.isfinite(value) or value <= 0:
             hint = "give the weights with --weights"
             what = f"a metric of {value}" if value is not None else "an unknown metric"
-            raise UsageError(f"{what} makes no weight", hint=hint)
+            raise UsageError(f"{what} cannot be a weight", hint=hint)
+        # By way of its shortest decimal, 0.1 is 1/10: the weights are those that the log shows.
         found.append(Fraction(str(value)))
     return tuple(value if mode == "max" else 1 / value for value in found)
 
@@ -92,7 +97,7 @@ def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Frac
 def phema(
     snapshots: Sequence[tuple[float, float]], sigma: float, at: float | None = None
 ) -> tuple[Fraction, ...]:
-    """The weights of stored power-function EMAs that come nearest to one of another width.
+    """Return the weights of stored power-function EMAs that come nearest to one of another width.
 
     A power-function EMA at step T has the profile p(t) = (g + 1) t^g / T^(g+1) over training steps
     0 to T, and the relative width sigma. The weights minimise the squared distance between the sum
@@ -107,26 +112,28 @@ def phema(
         at: the step of the average asked for; by default the last one stored.
 
     Raises:
-        UsageError: a width is out of range, or two snapshots are of one step and width.
+        UsageError: a width is out of range, or two snapshots have the same step and width.
     """
     if len(set(snapshots)) < len(snapshots):
         hint = "name each once"
-        raise UsageError("two stored averages are of one step and width", hint=hint)
+        raise UsageError("two stored averages have the same step and width", hint=hint)
     end = Fraction(max(step for step, _ in snapshots) if at is None else at)
     profiles = [(Fraction(step), Fraction(exponent(width))) for step, width in snapshots]
     if any(step <= 0 for step, _ in profiles):
-        raise UsageError("a stored average is of step 0", hint="leave it out")
+        raise UsageError("a stored average has step 0", hint="leave it out")
     wanted = (end, Fraction(exponent(sigma)))
     matrix = [[_inner(a, b) for b in profiles] for a in profiles]
+    # The normal equations of the least squares.
     weights = _solved(matrix, [_inner(profile, wanted) for profile in profiles])
     total = sum(weights)
     if not total:
         raise UsageError("the stored averages cannot make this one", hint="choose another width")
+    # The exact fractions have hundreds of digits, far beyond what their float exponents justify.
     return tuple((weight / total).limit_denominator(10**15) for weight in weights)
 
 
 def exponent(sigma: float) -> float:
-    """The exponent of the profile that has a relative width.
+    """Return the exponent of the profile that has a relative width.
 
     It is the positive root of sigma^2 (g + 2)^2 (g + 3) = g + 1, and falls as sigma grows.
 
@@ -141,6 +148,7 @@ def exponent(sigma: float) -> float:
         high *= 2
         if high > 1e12:
             raise UsageError(f"the width {sigma} is too small", hint="choose 0.001 or more")
+    # Bisect down to neighbouring floats, so that the result does not depend on a tolerance.
     while True:
         middle = (low + high) / 2
         if middle in (low, high):
@@ -149,28 +157,33 @@ def exponent(sigma: float) -> float:
 
 
 def width(gamma: float) -> float:
-    """The relative width of the profile with an exponent: its standard deviation over its end."""
+    """Return the relative width of a profile: its standard deviation, divided by its end."""
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 def _inner(a: tuple[Fraction, Fraction], b: tuple[Fraction, Fraction]) -> Fraction:
-    """The integral of the product of two profiles, as an exact fraction of a float."""
+    """Return the integral of the product of two profiles, whose power is rounded to a float."""
     (end_a, gamma_a), (end_b, gamma_b) = a, b
     if end_a > end_b:
         return _inner(b, a)
-    # (end_a / end_b)^gamma_b is at most 1.
+    # The profiles overlap from 0 to the earlier end. With that as end_a the integral is
+    # (g_a + 1) (g_b + 1) / (g_a + g_b + 1) / end_b * (end_a / end_b)^g_b, whose power is at most 1
+    # and cannot overflow, however large an exponent is.
     power = math.exp(float(gamma_b) * math.log(end_a / end_b)) if end_a != end_b else 1.0
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
     return Fraction(power) * scale / end_b
 
 
 def _solved(matrix: list[list[Fraction]], right: list[Fraction]) -> list[Fraction]:
-    """The solution of linear equations, by elimination in exact fractions."""
+    """Solve linear equations by elimination.
+
+    In exact fractions, because profiles of similar width make the matrix all but singular.
+    """
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     for column in range(len(rows)):
         pivot = max(range(column, len(rows)), key=lambda i: abs(rows[i][column]))
         if not rows[pivot][column]:
-            hint = "leave out one of two that are nearly of one step and width"
+            hint = "leave out one of two whose step and width are nearly the same"
             raise UsageError("the stored averages do not differ enough", hint=hint)
         rows[column], rows[pivot] = rows[pivot], rows[column]
         for i in range(len(rows)):

@@ -1,43 +1,22 @@
-"""Several averages over the same checkpoints: which checkpoints go into each, and its name.
+"""Several averages of the same checkpoints: which go into each, and what it is called.
 
-A merge is a matrix of weights, outputs by inputs, over one reading of the inputs. Here its rows are
-made; nothing here knows of files' contents.
+A merge is a matrix of weights, outputs by inputs, over one reading of the inputs. This module makes
+its rows; it never opens a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from merge_avg.arithmetic import Weight
 from merge_avg.errors import UsageError
+from merge_avg.options import Series, Weight
 
-PLACEHOLDER = "{name}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """Which averages are asked for.
-
-    Attributes:
-        lasts: of the last so many checkpoints, for each number.
-        leave_one_out: one for each checkpoint, of all others.
-        prefixes: of the first two, of the first three, and so on.
-    """
-
-    lasts: tuple[int, ...] = ()
-    leave_one_out: bool = False
-    prefixes: bool = False
-
-    @property
-    def several(self) -> bool:
-        """Whether there is more than one output."""
-        return self.leave_one_out or self.prefixes or len(self.lasts) > 1
+PLACEHOLDER = "{name}"  # in the output's path, for the name of an average
 
 
 def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int, ...]]:
-    """The numbers of the checkpoints that go into each average, by its name.
+    """Return the numbers of the checkpoints that go into each average, by the average's name.
 
     Args:
         checkpoints: those that were chosen, the oldest first.
@@ -52,7 +31,7 @@ def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int,
         raise UsageError(what, hint="run them one after the other")
     count = len(checkpoints)
     if series.several and count < 2:
-        raise UsageError("several averages need two checkpoints at least", hint="name more of them")
+        raise UsageError("several averages need at least two checkpoints", hint="name more of them")
     everything = range(count)
     if series.leave_one_out:
         names = distinct_names(checkpoints)
@@ -62,6 +41,7 @@ def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int,
         }
     if series.prefixes:
         return {f"first-{size}": tuple(range(size)) for size in range(2, count + 1)}
+    # A single --last is a criterion: the selection has seen to it.
     if len(series.lasts) > 1:
         for number in series.lasts:
             if not 1 <= number <= count:
@@ -75,11 +55,12 @@ def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int,
 
 
 def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """A name for each path, from as many of its last parts as it takes to tell them apart."""
+    """Return a name for each path, of as many of its last parts as tell all of them apart."""
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         names = tuple("-".join(path.with_suffix("").parts[-depth:]) for path in paths)
         if len(set(names)) == len(names):
             return tuple(name.lstrip("/") for name in names)
+    # The same checkpoint twice, or paths that differ in their suffix only.
     return tuple(f"{number}-{path.stem}" for number, path in enumerate(paths, 1))
 
 
@@ -89,16 +70,16 @@ def outputs(
     count: int,
     weigh: Callable[[Sequence[int]], Sequence[Weight]],
 ) -> dict[Path, tuple[Weight, ...]]:
-    """The output of each average, with a weight for every checkpoint: 0 for those left out.
+    """Return the output of each average, with a weight for every checkpoint: 0 if left out.
 
     Args:
         pattern: the outputs' path, in which {name} stands for the average's name.
         groups: what goes into each average.
         count: how many checkpoints there are.
-        weigh: the weights of some checkpoints.
+        weigh: returns the weights of some checkpoints, given their numbers.
 
     Raises:
-        UsageError: several averages, and no {name} in the pattern; or a name, and one average.
+        UsageError: there are several averages, and no {name} in the pattern.
     """
     text = str(pattern)
     if len(groups) > 1 and PLACEHOLDER not in text:

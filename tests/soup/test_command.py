@@ -1,0 +1,46 @@
+"""Soups through the command: its report, its messages, and what it leaves."""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.soup.helpers import made, weight
+
+
+def options(code):
+    return ["--soup", "greedy", "--mode", "min", "--eval", f'"{sys.executable}" -c "{code}" {{}}']
+
+
+def test_a_soup(command):
+    """The command evaluates, adds and keeps; its report has members, scores and trials."""
+    paths = made(Path(), (3.0, 6.0, 9.0))
+    code = "import sys, torch; print(abs(float(torch.load(sys.argv[1])['model']['w'][0]) - 5))"
+    done, out, err = command(*paths, "-o", "soup.pt", "--json", *options(code))
+    assert done == 0, err
+    report = json.loads(out)
+    assert list(report) == ["output", "soup", "members", "score", "singles", "trials"]
+    assert report["members"] == [str(paths[1]), str(paths[0])]
+    assert (report["score"], weight("soup.pt")) == (0.5, 4.5)
+    assert report["singles"][0] == {"path": "c0.pt", "score": 2.0}
+    assert report["trials"][3] == {
+        "members": ["c1.pt", "c0.pt"],
+        "score": 0.5,
+        "kept": True,
+        "remembered": False,
+    }
+    assert "[4/5] + c0.pt (2 members): 0.5, kept" in err
+    done, _, err = command(*paths, "-o", "soup.pt", "--overwrite", *options(code))
+    assert done == 0
+    assert err.count("(from the log)") == 5
+
+
+def test_a_failing_evaluation(command):
+    """Its output is shown with the checkpoint's name; the log and nothing else is left."""
+    paths = made(Path(), (1.0, 2.0))
+    before = set(Path().iterdir())
+    code = "import sys; sys.exit('out of memory')"
+    done, out, err = command(*paths, "-o", "soup.pt", *options(code))
+    assert (done, out) == (1, "")
+    assert "error: c0.pt: the evaluation" in err
+    assert "out of memory" in err
+    assert {path.name for path in set(Path().iterdir()) - before} == {"soup.pt.soup.jsonl"}
