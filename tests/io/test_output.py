@@ -1,4 +1,4 @@
-"""merge_avg.output: the result appears whole, or not at all."""
+"""merge_avg.io._output: the result appears whole, or not at all."""
 
 import ctypes
 import dataclasses
@@ -9,19 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from merge_avg.checkpoint._file_layout import Place, Skeleton
-from merge_avg.checkpoint._layout import Storage
+from merge_avg.checkpoint import FileLayout, Slot, Storage
 from merge_avg.errors import MergeError
 from merge_avg.io import _output as output
-from merge_avg.io import _reader as files
+from merge_avg.io import _platform as platform
 from merge_avg.io._output import Output, refuse_output
 from merge_avg.io._temporary import Temporary
 
-SKELETON = Skeleton(6, ((0, b"ab"),), {"w": Place(2, 4)})
+LAYOUT = FileLayout(6, ((0, b"ab"),), {"w": Slot(0, 2, 4)})
 
 
 def write(path, *, overwrite=False, commit=True):
-    with Output(path, {".": SKELETON}, overwrite=overwrite) as out:
+    with Output(path, {".": LAYOUT}, overwrite=overwrite) as out:
         out.write(0, "w", 0, memoryview(b"cdef"))
         if commit:
             out.commit()
@@ -49,9 +48,9 @@ def test_commit_publishes_by_name(tmp_path):
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
     """Without overwrite, what another program wrote in the meantime stays."""
     path = tmp_path / "out"
-    with Output(path, {".": SKELETON}, overwrite=False) as out:
+    with Output(path, {".": LAYOUT}, overwrite=False) as out:
         path.write_bytes(b"theirs")
-        with pytest.raises(MergeError, match=": the output came into being") as caught:
+        with pytest.raises(MergeError, match=": another output appeared there") as caught:
             out.commit()
     assert caught.value.where == str(path)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("out", b"theirs")]
@@ -90,7 +89,7 @@ def test_impossible_outputs_are_refused(tmp_path):
         with pytest.raises(MergeError, match=says):
             refuse_output(path, directory=False, overwrite=False)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(MergeError, match="no regular file"):
+    with pytest.raises(MergeError, match="not a regular file"):
         refuse_output(tmp_path / "pipe", directory=False, overwrite=True)
 
 
@@ -100,7 +99,7 @@ def contents(path):
 
 
 def write_directory(path, *, overwrite=False, commit=True):
-    files = {"w.bin": SKELETON, "sub/w.bin": SKELETON}
+    files = {"w.bin": LAYOUT, "sub/w.bin": LAYOUT}
     with Output(path, files, overwrite=overwrite) as out:
         for number in range(2):
             out.write(number, "w", 0, memoryview(b"cdef"))
@@ -112,7 +111,7 @@ def write_directory(path, *, overwrite=False, commit=True):
 def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
     """A directory comes with one rename; an old one is replaced, an empty one filled."""
     if not swaps:
-        monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(output, "exchange", lambda *_: False)
     whole = {"w.bin": b"abcdef", "sub/w.bin": b"abcdef"}
     write_directory(tmp_path / "out", commit=False)
     assert not list(tmp_path.iterdir())
@@ -128,32 +127,38 @@ def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
 
 def test_a_directory_that_came_meanwhile_is_not_replaced(tmp_path):
     """Without overwrite, a directory that another program filled in the meantime stays."""
-    with Output(tmp_path / "out", {"a": SKELETON}, overwrite=False) as out:
+    with Output(tmp_path / "out", {"a": LAYOUT}, overwrite=False) as out:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
-        with pytest.raises(MergeError, match=": the output came into being") as caught:
+        with pytest.raises(MergeError, match=": another output appeared there") as caught:
             out.commit()
     assert caught.value.where == str(tmp_path / "out")
     assert contents(tmp_path) == {"out/theirs": b""}
 
 
-def test_checksums_of_places_and_copies(tmp_path):
-    """Whoever closes the file is told the CRC-32 of every place and copy, in whatever order."""
-    told = {}
+@dataclasses.dataclass(frozen=True)
+class Closing(FileLayout):
+    """A layout that remembers the checksums it is closed with, and ends in what it is given."""
 
-    def close(crcs):
-        told.update(crcs)
-        return ((9, b"end"),)
+    end: tuple = ()
+    told: list = dataclasses.field(default_factory=list)
 
-    places = {"w": Place(1, 4), "none": Place(5, 0)}
-    copied = ((Storage("c", 0, 4), Place(5, 4)),)
-    skeleton = Skeleton(12, ((0, b"x"),), places, copied, checked=True, close=close)
-    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+    def closing(self, record, checksums):
+        self.told.append((record, list(checksums)))
+        return self.end
+
+
+def test_checksums_of_slots_and_copies(tmp_path):
+    """A layout is closed with the CRC-32 of every slot and copy, whatever the order of writes."""
+    slots = {"w": Slot(0, 1, 4), "none": Slot(1, 5, 0)}
+    copied = ((Storage("c", 0, 4), Slot(2, 5, 4)),)
+    layout = Closing(12, ((0, b"x"),), slots, copied, checked=True, end=((9, b"end"),))
+    with Output(tmp_path / "out", {".": layout}, overwrite=False) as out:
         for name, at, data in (("w", 2, b"ef"), ("c", 0, b"1234"), ("w", 0, b"cd")):
             out.write(0, name, at, memoryview(data))
         out.commit()
     assert (tmp_path / "out").read_bytes() == b"xcdef1234end"
-    assert told == {"w": zlib.crc32(b"cdef"), "c": zlib.crc32(b"1234"), "none": 0}
+    assert layout.told == [(b"", [zlib.crc32(b"cdef"), 0, zlib.crc32(b"1234")])]
 
 
 FAILURES = [
@@ -257,7 +262,7 @@ def test_without_hard_links(tmp_path, monkeypatch, comes):
     """Where there are no hard links a rename does it, unless a file came meanwhile."""
     path = tmp_path / "out"
     failing(monkeypatch, "link", 1, errno.EPERM)
-    with Output(path, {".": SKELETON}, overwrite=False) as out:
+    with Output(path, {".": LAYOUT}, overwrite=False) as out:
         out.write(0, "w", 0, memoryview(b"cdef"))
         if comes:
             path.write_bytes(b"theirs")
@@ -272,7 +277,7 @@ def test_deep_directories_and_their_permissions(tmp_path):
     """Files lie as deep as they are named, and get the permissions that files usually get."""
     before = os.umask(0)
     try:
-        with Output(tmp_path / "out", {"a/b/w.bin": SKELETON}, overwrite=False) as out:
+        with Output(tmp_path / "out", {"a/b/w.bin": LAYOUT}, overwrite=False) as out:
             out.write(0, "w", 0, memoryview(b"cdef"))
             out.commit()
     finally:
@@ -290,9 +295,9 @@ def test_directories_are_exchanged_where_that_is_possible(tmp_path, monkeypatch)
     except AttributeError:  # not on Linux
         able = False
     (one / "more").touch()
-    assert output._exchanged(one, other) == able
+    assert platform.exchange(one, other) == able
     assert not able or (other / "more").exists()
-    assert not output._exchanged(one, tmp_path / "none")
+    assert not platform.exchange(one, tmp_path / "none")
     if able:
         monkeypatch.setattr(Output, "_swap", lambda *_: pytest.fail("in two steps"))
     made(tmp_path / "out")
@@ -309,7 +314,7 @@ def made(path):
 def test_two_steps_are_undone(tmp_path, monkeypatch):
     """Where directories cannot be exchanged and the second step fails, the first is undone."""
     made(tmp_path / "out")
-    monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(output, "exchange", lambda *_: False)
     failing(monkeypatch, "rename", 3, errno.EIO)
     with pytest.raises(MergeError, match="Input/output"):
         write_directory(tmp_path / "out", overwrite=True)
@@ -320,7 +325,7 @@ def test_two_steps_are_undone(tmp_path, monkeypatch):
 def test_an_old_directory_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
     """The result is in its place; what is left of the old one goes with the next run."""
     made(tmp_path / "out")
-    monkeypatch.setattr(output, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(output, "exchange", lambda *_: False)
 
     def refuse(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
@@ -354,57 +359,69 @@ def test_only_links_to_files_are_followed(tmp_path):
     """A path through a linked directory stays as it was given."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "linked").symlink_to("folder")
-    with Output(tmp_path / "linked" / "out", {".": SKELETON}, overwrite=False) as out:
+    with Output(tmp_path / "linked" / "out", {".": LAYOUT}, overwrite=False) as out:
         assert out.path == tmp_path / "linked" / "out"
 
 
 def test_many_threads_write_at_once(tmp_path):
     """Parts from many threads at once make one file and one checksum."""
-    told = {}
-    skeleton = Skeleton(
-        4000, (), {"w": Place(0, 4000)}, checked=True, close=lambda crcs: told.update(crcs) or ()
-    )
+    layout = Closing(4000, (), {"w": Slot(0, 0, 4000)}, checked=True)
     data = bytes(range(250)) * 16
-    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+    with Output(tmp_path / "out", {".": layout}, overwrite=False) as out:
         with ThreadPoolExecutor(8) as pool:
             parts = range(0, 4000, 10)
             list(pool.map(lambda at: out.write(0, "w", at, memoryview(data)[at : at + 10]), parts))
         out.commit()
     assert (tmp_path / "out").read_bytes() == data
-    assert told == {"w": zlib.crc32(data)}
+    assert layout.told == [(b"", [zlib.crc32(data)])]
 
 
-def test_literals_may_change_before_the_end(tmp_path):
-    """What a header says in the end, such as hashes, is written over what it was laid out with."""
-    first = Skeleton(8, ((0, b"ab"), (6, b"yz")), {"w": Place(2, 4)})
-    last = Skeleton(8, ((0, b"AB"), (6, b"yz")), {"w": Place(2, 4)})
-    closed = []
-
-    def close(crcs):
-        closed.append(dict(crcs))
-        return ((7, b"!"),)
-
-    with Output(tmp_path / "out", {".": first}, overwrite=False) as out:
+def test_the_record_is_written_last(tmp_path):
+    """A file is closed with the final record; sums are kept only for layouts that ask for them."""
+    layout = Closing(8, ((0, b"ab"),), {"w": Slot(0, 2, 4)}, end=((6, b"yz"),))
+    with Output(tmp_path / "out", {".": layout}, b"00", overwrite=False) as out:
         out.write(0, "w", 0, memoryview(b"cdef"))
-        out.complete({".": dataclasses.replace(last, close=close)})
+        out.complete(b"17")
         out.publish()
-    assert (tmp_path / "out").read_bytes() == b"ABcdefy!"
-    assert closed == [{"w": 0}]  # no checksum was asked for
+    assert (tmp_path / "out").read_bytes() == b"abcdefyz"
+    assert layout.told == [(b"17", [])]
+
+
+def test_outputs_share_a_layout(tmp_path):
+    """Two outputs with records of other lengths are written by one layout, each at its offset."""
+
+    class Headed(FileLayout):
+        def start(self, record):
+            return len(record)
+
+        def nbytes(self, record):
+            return self.size + len(record)
+
+        def closing(self, record, checksums):
+            return ((0, record),)
+
+    layout = Headed(4, (), {"w": Slot(0, 0, 4)})
+    for record in (b"a", b"longer"):
+        with Output(tmp_path / "out", {".": layout}, bytes(len(record)), overwrite=True) as out:
+            out.write(0, "w", 0, memoryview(b"data"))
+            out.complete(record)
+            out.publish()
+        assert (tmp_path / "out").read_bytes() == record + b"data"
 
 
 def test_the_disk_begins_while_more_is_made(tmp_path, monkeypatch):
     """Each 32 MiB the system is asked to write what it has, and nowhere else does that matter."""
     nbytes = 80 << 20
-    skeleton = Skeleton(nbytes, (), {"w": Place(0, nbytes)})
+    layout = FileLayout(nbytes, (), {"w": Slot(0, 0, nbytes)})
     asked = []
-    real = files.start_writeback
+    real = platform.start_writeback
     monkeypatch.setattr(output, "start_writeback", lambda fd: asked.append((fd, real(fd))))
     block = memoryview(bytes(1 << 20))
-    with Output(tmp_path / "out", {".": skeleton}, overwrite=False) as out:
+    with Output(tmp_path / "out", {".": layout}, overwrite=False) as out:
         for at in range(0, nbytes, len(block)):
             out.write(0, "w", at, block)
             if at == 63 << 20:
                 assert asked == [(out._files[0].fd, None)] * 2
     assert len(asked) == 2
-    monkeypatch.setattr(files, "_SYNC_FILE_RANGE", None)
-    files.start_writeback(-1)
+    monkeypatch.setattr(platform, "_SYNC_FILE_RANGE", None)
+    platform.start_writeback(-1)

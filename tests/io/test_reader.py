@@ -1,8 +1,7 @@
-"""merge_avg.files: reading by offset, and checksums of parts in any order."""
+"""merge_avg.io._reader: reading by offset, decoding, and checking what was read."""
 
 import contextlib
 import errno
-import itertools
 import os
 import zlib
 
@@ -12,38 +11,13 @@ from hypothesis import strategies as st
 
 from merge_avg.checkpoint._layout import File, Layout, Storage
 from merge_avg.errors import MergeError
-from merge_avg.io import _reader as files
-from merge_avg.io._reader import Checksum, Reader, read_fully, reserve, write_fully
+from merge_avg.io import _reader
+from merge_avg.io._platform import write_fully
+from merge_avg.io._reader import Reader
 
 
 def opened(*paths):
     return Reader(Layout(paths[0], "?", tuple(map(File.of, paths)), ()), paths[0].parent)
-
-
-@given(data=st.binary(max_size=60), cuts=st.lists(st.integers(0, 60)), order=st.randoms())
-def test_parts_in_any_order_give_the_checksum(data, cuts, order):
-    """The combined CRC-32 is that of the whole, in whatever order its parts arrive."""
-    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    parts = list(itertools.pairwise(edges))
-    order.shuffle(parts)
-    sums = Checksum(len(data))
-    left = parts.pop() if parts else None
-    for start, stop in parts:
-        sums.add(start, stop - start, zlib.crc32(data[start:stop]))
-    missing = sums.missing()
-    assert sum(stop - start for start, stop in missing) == (left[1] - left[0] if left else 0)
-    for start, stop in missing:
-        sums.add(start, stop - start, zlib.crc32(data[start:stop]))
-    assert sums.value() == zlib.crc32(data)
-
-
-def test_overlapping_parts_are_left_to_be_read():
-    """A part that overlaps another cannot be combined and stays missing."""
-    data = b"0123456789"
-    sums = Checksum(10)
-    sums.add(0, 6, zlib.crc32(data[:6]))
-    sums.add(4, 6, zlib.crc32(data[4:]))
-    assert sums.missing() == [(6, 10)]
 
 
 def test_finish_reads_the_rest_and_finds_damage(tmp_path):
@@ -141,52 +115,6 @@ def test_a_deflated_storage_that_lies_is_damaged(tmp_path, lie):
     reader = opened(tmp_path / "a")
     with contextlib.closing(reader), pytest.raises(MergeError, match="'r' is damaged"):
         reader.read(memoryview(bytearray(4)), Storage("r", 0, **(true | lie)), 0)
-
-
-def test_a_checksum_of_nothing_and_of_all():
-    """Nothing is missing where all has been added, or where there is nothing."""
-    assert Checksum(0).missing() == []
-    sums = Checksum(4)
-    assert sums.missing() == [(0, 4)]
-    sums.add(0, 4, zlib.crc32(b"0123"))
-    assert sums.missing() == []
-
-
-@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=12))
-def test_short_counts_move_everything(tmp_path_factory, sizes):
-    """However few bytes a call moves, all are read and written, each to its place."""
-    path = tmp_path_factory.mktemp("short") / "a"
-    data = bytes(range(sum(sizes)))
-    real = os.preadv, os.pwrite
-    with pytest.MonkeyPatch.context() as patch:
-        steps = itertools.cycle(sizes)
-        patch.setattr(os, "preadv", lambda f, parts, at: real[0](f, [parts[0][: next(steps)]], at))
-        patch.setattr(os, "pwrite", lambda f, part, at: real[1](f, part[: next(steps)], at))
-        with path.open("w+b") as file:
-            write_fully(file.fileno(), memoryview(data), 3, path)
-            assert path.read_bytes() == b"\0\0\0" + data
-            into = bytearray(len(data))
-            read_fully(file.fileno(), memoryview(into), 3, path)
-    assert into == data
-
-
-def test_calls_move_no_more_than_linux_does(tmp_path, monkeypatch):
-    """No call is asked for more bytes than it can move."""
-    asked = []
-    monkeypatch.setattr(files, "_LARGEST_READ", 4)
-    real = os.preadv, os.pwrite
-    monkeypatch.setattr(
-        os, "preadv", lambda f, parts, at: asked.append(len(parts[0])) or real[0](f, parts, at)
-    )
-    monkeypatch.setattr(
-        os, "pwrite", lambda f, part, at: asked.append(len(part)) or real[1](f, part, at)
-    )
-    with (tmp_path / "a").open("w+b") as file:
-        write_fully(file.fileno(), memoryview(b"0123456789"), 0, tmp_path)
-        into = bytearray(10)
-        read_fully(file.fileno(), memoryview(into), 0, tmp_path)
-    assert into == b"0123456789"
-    assert asked == [4, 4, 2] * 2
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
@@ -293,7 +221,7 @@ def test_files_and_storages_are_opened_once(tmp_path, monkeypatch):
 
 def test_the_rest_is_read_in_blocks(tmp_path, monkeypatch):
     """What nobody asked for is read for its checksum a block at a time, to the last byte."""
-    monkeypatch.setattr(files, "_BLOCK", 7)
+    monkeypatch.setattr(_reader, "_BLOCK", 7)
     path = tmp_path / "a"
     data = bytes(range(100))
     path.write_bytes(b"xx" + data)
@@ -305,7 +233,7 @@ def test_the_rest_is_read_in_blocks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("word", [2, 4, 8])
 def test_long_deflated_storages(tmp_path, monkeypatch, word):
     """Blocks that cut words, and several storages in one file, come out whole."""
-    monkeypatch.setattr(files, "_BLOCK", 48)
+    monkeypatch.setattr(_reader, "_BLOCK", 48)
     stored, storages, whole = b"", [], []
     for number in range(2):
         data = bytes((7 * i * i + number) % 256 for i in range(400 * 8))
@@ -329,29 +257,3 @@ def test_long_deflated_storages(tmp_path, monkeypatch, word):
         reader.read(memoryview(into), swapped, 100)
         turned = b"".join(whole[0][at : at + word][::-1] for at in range(0, 400, word))
         assert into == turned[100:200]
-
-
-def test_space_is_claimed_from_a_place_on(tmp_path, monkeypatch):
-    """A file grows to what was claimed, also where the file system only lengthens it."""
-    with (tmp_path / "a").open("w+b") as file:
-        for nbytes, start, size in ((10, 0, 10), (5, 10, 15), (0, 99, 15)):
-            reserve(file.fileno(), nbytes, start)
-            assert (tmp_path / "a").stat().st_size == size
-        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
-            reserve(file.fileno(), 1 << 70)
-        assert caught.value.errno == errno.EFBIG
-        assert reserve(file.fileno(), 20) is None
-        assert (tmp_path / "a").stat().st_size == 20
-        for code in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOSPC):
-
-            def refuse(*_, code=code):
-                raise OSError(code, os.strerror(code))
-
-            monkeypatch.setattr(os, "posix_fallocate", refuse)
-            file.truncate(0)
-            if code == errno.ENOSPC:
-                with pytest.raises(OSError, match=os.strerror(code)):
-                    reserve(file.fileno(), 6, 3)
-            else:
-                reserve(file.fileno(), 6, 3)
-                assert (tmp_path / "a").stat().st_size == 9

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from merge_avg.io._buffer import Buffer, Matrix, Stack, same
 from merge_avg.io._output import Output, OutputFile, Sink, refuse_output
-from merge_avg.io._reader import Reader, Tap, read_fully
+from merge_avg.io._platform import read_fully
+from merge_avg.io._reader import Reader, Tap
 from merge_avg.io._scratch import Scratch
 from merge_avg.io._temporary import TEMPORARY, remove
 

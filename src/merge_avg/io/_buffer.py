@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from merge_avg.checkpoint import DType
+from merge_avg.io._platform import same_memory
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_MEMCMP = ctypes.CDLL(None).memcmp
-_MEMCMP.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Matrix of numbers in host memory.
+    """Rows of numbers in host memory, one for each checkpoint that was read.
+
+    An address and not a tensor: the compiled loops take addresses, and torch need not be imported.
 
     Attributes:
         address: of the first number.
-        dtype: of all.
-        count: how many rows there are.
-        numel: the numbers of each.
-        stride: how many numbers lie between the beginnings of rows.
-        held: what keeps the memory.
+        dtype: of all numbers.
+        count: the number of rows.
+        numel: the numbers in each row.
+        stride: the numbers between the beginnings of two rows.
+        held: the object that keeps the memory alive.
     """
 
     address: int
@@ -38,7 +38,7 @@ class Matrix:
     held: object
 
     def run(self, rows: slice) -> Matrix:
-        """Some neighbouring rows."""
+        """Return some neighbouring rows."""
         if rows == slice(0, self.count):
             return self
         start = self.address + rows.start * self.stride * self.dtype.itemsize
@@ -46,12 +46,12 @@ class Matrix:
         return Matrix(start, self.dtype, count, self.numel, self.stride, self.held)
 
     def part(self, start: int, stop: int) -> Matrix:
-        """Some columns."""
+        """Return the columns from `start` to `stop`."""
         at = self.address + start * self.dtype.itemsize
         return Matrix(at, self.dtype, self.count, stop - start, self.stride, self.held)
 
     def tensor(self) -> Tensor:
-        """The same as a tensor of shape (count, numel)."""
+        """Return the numbers as a tensor of shape (count, numel), without a copy."""
         import torch
 
         numel = self.stride * (self.count - 1) + self.numel
@@ -67,6 +67,9 @@ Stack: TypeAlias = "Matrix | Tensor"  # rows in host memory, or on a device
 class Buffer:
     """Anonymous pages of `nbytes` bytes, seen as bytes, as rows and as tensors."""
 
+    # Mapped and not a bytearray: pages that nothing is written to take no memory, and freed ones go
+    # back to the system at once, so the peak is what the budget says.
+
     def __init__(self, nbytes: int) -> None:
         self._pages = mmap.mmap(-1, max(nbytes, 1))
         self._bytes = memoryview(self._pages)
@@ -76,15 +79,15 @@ class Buffer:
         return len(self._pages)
 
     def bytes(self, nbytes: int) -> memoryview:
-        """The first `nbytes` bytes."""
+        """Return the first `nbytes` bytes."""
         return self._bytes[:nbytes]
 
     def rows(self, count: int, numel: int, dtype: DType) -> Matrix:
-        """The first bytes as `count` rows of `numel` numbers, one after the other."""
+        """Return the first bytes as `count` rows of `numel` numbers, one after the other."""
         return Matrix(self.address, dtype, count, numel, numel, self._bytes)
 
     def tensor(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """The first bytes as a vector of `numel` elements of `dtype`."""
+        """Return the first bytes as a vector of `numel` elements of `dtype`."""
         import torch
 
         flat = torch.frombuffer(self._pages, dtype=torch.uint8)
@@ -92,5 +95,5 @@ class Buffer:
 
 
 def same(ours: Buffer, theirs: Buffer, nbytes: int) -> bool:
-    """Whether the first bytes of two buffers are the same."""
-    return not _MEMCMP(ours.address, theirs.address, nbytes)
+    """Return whether the first bytes of two buffers are the same."""
+    return same_memory(ours.address, theirs.address, nbytes)

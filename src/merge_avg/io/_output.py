@@ -1,9 +1,14 @@
-"""Writing the result: temporary files beside the output, and one rename when all are complete."""
+"""Writing an output: temporary files beside it, and one rename when all are complete.
+
+    reserve the space   write at offsets, any order   close the layouts   fsync   rename   fsync
+
+The rename is the only step that others can see, so a path holds what was there before or the whole
+result. Space is claimed first, so that a full disk shows before hours of reading.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import threading
@@ -17,15 +22,24 @@ from zlib_ng import zlib_ng
 
 from merge_avg.checkpoint import FileLayout, Literal
 from merge_avg.errors import MergeError, failure
-from merge_avg.io._reader import Checksum, reserve, start_writeback, write_fully
-from merge_avg.io._temporary import Temporary, lock, remove, sweep
+from merge_avg.io._checksum import Checksum
+from merge_avg.io._platform import (
+    exchange,
+    lock,
+    reserve,
+    start_writeback,
+    sync_directory,
+    write_fully,
+)
+from merge_avg.io._temporary import Temporary, remove, sweep
 
-_AT_FDCWD = -100
-_WRITEBACK = 1 << 25  # bytes after which the disk is told to begin with them
+# Bytes after which the disk is told to begin with them: then the last fsync of 1.4 GB takes 0.01 s
+# instead of 0.35 s.
+_WRITEBACK = 1 << 25
 
 
 def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
-    """Raises MergeError where an output cannot be or must not be written."""
+    """Raise MergeError where an output cannot or must not be written."""
     if path.is_dir() and not directory:
         raise MergeError("it is a directory", where=path, hint="give the output a file name")
     if not path.parent.is_dir():
@@ -36,7 +50,7 @@ def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
     if directory and not path.is_dir():
         raise MergeError("it is a file", where=path, hint="choose another name for the directory")
     if path.exists() and not (path.is_file() or directory):
-        raise MergeError("it is no regular file", where=path, hint="choose another output")
+        raise MergeError("not a regular file", where=path, hint="choose another output")
     empty = directory and not any(path.iterdir())
     if not overwrite and not empty:
         raise _exists(path, "the output exists already")
@@ -48,27 +62,27 @@ def _exists(path: Path, what: str) -> MergeError:
 
 
 class Sink(Protocol):
-    """Where an average goes: an output, or what compares it with one that is there."""
+    """Where a mean goes: a new output, or one that exists and is compared with it."""
 
     @property
     def folder(self) -> Path:
-        """Where there is room for files of a merge that have no name."""
+        """Return the directory for nameless files of the merge."""
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
-        """Takes payload."""
+        """Take payload."""
 
     def complete(self, record: bytes) -> None:
-        """Takes the provenance record, after all payload."""
+        """Take the provenance record, after all payload."""
 
     def publish(self) -> None:
-        """Takes the end."""
+        """Make the result visible."""
 
 
 class Output:
-    """The result in the making. Leaving the context without `commit` removes every trace of it.
+    """An output in the making. Leaving the context without `commit` removes every trace of it.
 
     Args:
-        path: what it will be called.
+        path: where it will be.
         files: their layouts by relative path; a single one called "." is a file, not a directory.
         draft: stands for its provenance record, which is as long.
         overwrite: whether it may replace what is there.
@@ -89,7 +103,7 @@ class Output:
                 fd = self._opened(relative) if self._directory else self._temporary.fd
                 self._files.append(OutputFile(self.path, fd, layout, draft))
             self._reserve()
-        except BaseException:  # Ctrl-C as well must leave nothing behind; it goes on from here
+        except BaseException:  # Ctrl-C too must leave nothing behind
             self._discard()
             raise
 
@@ -100,7 +114,7 @@ class Output:
             return os.open(place, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
 
     def _reserve(self) -> None:
-        """Claims the space, so that a full disk shows before anything is read."""
+        """Claim the space, so that a full disk shows before anything is read."""
         nbytes = sum(file.nbytes for file in self._files)
         with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
             for file in self._files:
@@ -110,28 +124,28 @@ class Output:
                 file.write(memoryview(data), offset)
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
-        """Writes payload `at` bytes into a slot of a file, from any thread.
+        """Write payload `at` bytes into a slot of a file, from any thread.
 
         Args:
             number: of the file.
             name: of a slot in its layout.
-            at: where in the slot, in bytes.
+            at: offset in the slot, in bytes.
             data: the bytes.
         """
         self._files[number].fill(name, at, data)
 
     @property
     def folder(self) -> Path:
-        """Where there is room for files of a merge that have no name."""
+        """Return the directory for nameless files of the merge."""
         return self.path.parent
 
     def commit(self) -> None:
-        """Completes the files, forces them to the disk and gives the result its name."""
+        """Complete the files, force them to the disk and give the output its name."""
         self.complete(b"")
         self.publish()
 
     def complete(self, record: bytes) -> None:
-        """Completes the files with the provenance record and forces them to the disk."""
+        """Complete the files with the provenance record and force them to the disk."""
         for file in self._files:
             file.complete(record)
         with _explained(self.path):
@@ -139,28 +153,28 @@ class Output:
                 os.fsync(file.fd)
             if self._directory:
                 for folder, _, _ in os.walk(self._temporary.path):
-                    _sync_directory(Path(folder))
+                    sync_directory(Path(folder))
 
     def publish(self) -> None:
-        """Gives the complete result its name, for good."""
+        """Give the complete output its name, for good."""
         with _explained(self.path):
             if self._directory:
                 self._publish_directory()
             else:
                 self._publish()
         with _explained(self.path, "it is complete, but may not outlast a power failure"):
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def _publish(self) -> None:
         temporary = self._temporary.path
         if self._overwrite:
             os.replace(temporary, self.path)
             return
-        # Unlike a rename, a link never replaces what came to be there in the meantime.
+        # Unlike a rename, a link never replaces a file that appeared there in the meantime.
         try:
             os.link(temporary, self.path)
         except FileExistsError:
-            raise _exists(self.path, "the output came into being while it was made") from None
+            raise _exists(self.path, "another output appeared there in the meantime") from None
         except OSError:  # a file system without hard links
             refuse_output(self.path, directory=False, overwrite=False)
             os.rename(temporary, self.path)
@@ -175,19 +189,19 @@ class Output:
         else:
             return
         if not self._overwrite:
-            raise _exists(self.path, "the output came into being while it was made")
-        if not _exchanged(temporary, self.path):
+            raise _exists(self.path, "another output appeared there in the meantime")
+        if not exchange(temporary, self.path):
             self._swap(temporary, self._temporary.aside)
 
     def _swap(self, temporary: Path, aside: Path) -> None:
-        """Replaces a directory in two steps; the next run undoes the first where it stays alone."""
+        """Replace a directory in two steps; the next run undoes a first step that stayed alone."""
         old = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             lock(old)
             try:
                 os.rename(self.path, aside)
                 os.rename(temporary, self.path)
-            except BaseException:  # Ctrl-C as well must leave the old one in its place; it goes on
+            except BaseException:  # Ctrl-C too must leave the old one in its place
                 if not os.path.lexists(self.path):
                     os.rename(aside, self.path)
                 raise
@@ -216,14 +230,14 @@ class Output:
 
 
 class OutputFile:
-    """One file of the result."""
+    """One file of an output."""
 
     def __init__(self, path: Path, fd: int, layout: FileLayout, draft: bytes = b"") -> None:
         self.layout = layout
         self.fd = fd
         self.nbytes = layout.nbytes(draft)
         self.start = layout.start(draft)
-        self._path = path  # what messages call it
+        self._path = path  # for messages
         self._lock = threading.Lock()
         # By the numbers of slots. There may be very many slots, and each output has its own sums:
         # four bytes are held for each. Slots that nothing is written to are empty, with CRC-32 0.
@@ -232,7 +246,7 @@ class OutputFile:
         self._waiting = 0  # bytes; two threads may miscount it a little
 
     def fill(self, name: str, at: int, data: memoryview) -> None:
-        """Writes payload `at` bytes into a slot."""
+        """Write payload `at` bytes into a slot."""
         slot = self.layout.rooms[name]
         self.write(data, self.start + slot.offset + at)
         if not self.layout.checked:
@@ -246,7 +260,7 @@ class OutputFile:
         sums.add(at, len(data), crc)
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Writes bytes at an offset of the file."""
+        """Write bytes at an offset of the file."""
         write_fully(self.fd, data, offset, self._path)
         self._waiting += len(data)
         if self._waiting >= _WRITEBACK:
@@ -254,28 +268,20 @@ class OutputFile:
             start_writeback(self.fd)
 
     def closing(self, record: bytes) -> Iterable[Literal]:
-        """Returns the last literals, made from the record and the checksums of what was written."""
+        """Return the last literals, made from the record and the checksums of what was written."""
         for number, sums in self._sums.items():
             self._crcs[number] = sums.value()
         return self.layout.closing(record, self._crcs)
 
     def complete(self, record: bytes) -> None:
-        """Writes the last literals."""
+        """Write the last literals."""
         for offset, data in self.closing(record):
             self.write(memoryview(data), offset)
 
     def close(self) -> None:
-        """Closes the file."""
-        with contextlib.suppress(OSError):  # what was written has been forced to the disk before
+        """Close the file."""
+        with contextlib.suppress(OSError):  # all was forced to the disk before
             os.close(self.fd)
-
-
-def _exchanged(a: Path, b: Path) -> bool:
-    """Lets two directories swap their names in one step, where the system can (Linux)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), 2) == 0)
 
 
 @contextlib.contextmanager
@@ -284,18 +290,3 @@ def _explained(path: Path, what: str = "cannot be written", more: str = "") -> I
         yield
     except OSError as error:
         raise failure(error, what, path, more) from None
-
-
-def _sync_directory(path: Path) -> None:
-    """Forces names to the disk, where a directory may be opened and forced at all."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(fd)

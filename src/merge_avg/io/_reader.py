@@ -5,8 +5,6 @@ from __future__ import annotations
 import array
 import bisect
 import contextlib
-import ctypes
-import errno
 import itertools
 import os
 import tempfile
@@ -21,18 +19,23 @@ from zlib_ng import zlib_ng
 
 from merge_avg.checkpoint import File, Layout, Storage
 from merge_avg.errors import MergeError, failure
+from merge_avg.io._checksum import Checksum
+from merge_avg.io._platform import read_fully
 
-_LARGEST_READ = 0x7FFFF000  # what Linux moves in one call
 _BLOCK = 1 << 20
-_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
-_FRESH = 64  # how many checksums of parts wait to be combined
-
-Buffer = memoryview | bytearray
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A storage that is read from: its file, where it begins in it, and what keeps checksums."""
+    """A storage that is read from.
+
+    Attributes:
+        storage: the storage.
+        fd: the open file that it lies in.
+        offset: of its first byte in that file.
+        path: what messages call the file.
+        sums: returns what keeps the checksums of its parts, where it has a checksum.
+    """
 
     storage: Storage
     fd: int
@@ -41,7 +44,7 @@ class Tap:
     sums: Callable[[Storage], Checksum] | None
 
     def read(self, into: memoryview, at: int, *, again: bool = False) -> None:
-        """Fills `into` from byte `at` of the storage on; `again` where it was counted before."""
+        """Fill `into` from byte `at` of the storage on; `again` where it was counted before."""
         read_fully(self.fd, into, self.offset + at, self.path)
         if self.sums is None or again:
             return
@@ -55,10 +58,13 @@ class Tap:
 class Reader:
     """An open checkpoint, read by offset from any thread.
 
-    Every byte that `read` takes from a storage with a recorded CRC-32 is counted towards it. One
-    that is read whole is checked there and then; of others, `finish` reads what is left, and
-    checks. Storages that are deflated or in big-endian byte order are decoded, when they are first
-    read, into a nameless file in `scratch`.
+    Every byte that `read` takes from a storage with a recorded CRC-32 is counted towards it. A
+    storage that is read whole is checked there and then; of others, `finish` reads what is left,
+    and checks. Storages that are deflated or in big-endian byte order are decoded, when they are
+    first read, into a nameless file in `scratch`.
+
+    Files are read and not mapped: one that shrinks under a mapping kills the process (SIGBUS), and
+    mapped pages count as memory of the process.
 
     Raises:
         MergeError: a file cannot be opened, or is not the one that was scanned.
@@ -76,7 +82,7 @@ class Reader:
         self._spool: BinaryIO | None = None
 
     def read(self, into: memoryview, storage: Storage, at: int, *, again: bool = False) -> None:
-        """Fills `into` from byte `at` of a storage on; `again` where it was counted before.
+        """Fill `into` from byte `at` of a storage on; `again` where it was counted before.
 
         Raises:
             MergeError: the file ends before that, or cannot be read, or the checksum is wrong.
@@ -88,7 +94,7 @@ class Reader:
         self.tap(storage).read(into, at, again=again)
 
     def tap(self, storage: Storage) -> Tap:
-        """Where the bytes of a storage that has no parts come from."""
+        """Return where the bytes of a storage without parts come from."""
         path = self._files[storage.file].path
         if storage.coded:
             offset = self._decode(storage)
@@ -105,7 +111,7 @@ class Reader:
         return found[1]
 
     def finish(self) -> None:
-        """Checks the CRC-32 of every storage that was read from, and that the files are the same.
+        """Check the CRC-32 of every storage that was read from, and that the files are the same.
 
         Raises:
             MergeError: a checksum is wrong, or a file changed since it was scanned.
@@ -121,10 +127,10 @@ class Reader:
             if sums.value() != storage.crc:
                 raise _damaged(storage, path)
         for number, fd in self._fds.items():
-            _same(self._files[number], os.fstat(fd))
+            _refuse_changed(self._files[number], os.fstat(fd))
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for fd in self._fds.values():
             with contextlib.suppress(OSError):  # nothing was written
                 os.close(fd)
@@ -144,7 +150,7 @@ class Reader:
                 except OSError as error:
                     raise failure(error, "cannot be opened", file.path) from None
                 self._fds[number] = fd
-                _same(file, os.fstat(fd))
+                _refuse_changed(file, os.fstat(fd))
             return self._fds[number]
 
     def _spooled(self) -> BinaryIO:
@@ -153,7 +159,7 @@ class Reader:
         return self._spool
 
     def _decode(self, storage: Storage) -> int:
-        """Where in the spool a storage's decoded bytes begin."""
+        """Return where in the spool a storage's decoded bytes begin."""
         fd = self._fd(storage.file)
         with self._lock:
             if storage in self._decoded:
@@ -166,7 +172,8 @@ class Reader:
                 for block in _inflated(fd, storage, path):
                     crc = zlib_ng.crc32(block, crc)
                     nbytes += len(block)
-                    if nbytes > storage.nbytes:  # more than the archive says
+                    # An archive that lies about sizes must not fill the disk.
+                    if nbytes > storage.nbytes:
                         raise _damaged(storage, path)
                     spool.write(_little(block, storage.swapped))
                 spool.flush()
@@ -183,9 +190,9 @@ class Reader:
 def _overlaps(
     parts: Sequence[Storage], at: int, stop: int
 ) -> Iterator[tuple[Storage, int, int, int]]:
-    """The parts that bytes `at` to `stop` of a storage lie in.
+    """Yield the parts that bytes `at` to `stop` of a storage lie in.
 
-    Each with where it starts in the storage, and the first and last of the bytes in it.
+    Each comes with where it starts in the storage, and the first and last of the bytes in it.
     """
     ends = list(itertools.accumulate(part.nbytes for part in parts))
     for number in range(bisect.bisect_right(ends, at), len(parts)):
@@ -196,10 +203,10 @@ def _overlaps(
 
 
 def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
-    """The bytes of a storage as they were before they were deflated, a block at a time."""
+    """Yield the bytes of a storage as they were before they were deflated, a block at a time."""
     block = memoryview(bytearray(_BLOCK))
     packed = storage.nbytes if storage.packed is None else storage.packed
-    inflater = zlib.decompressobj(-15)
+    inflater = zlib.decompressobj(-15)  # raw deflate, as RFC 1951 has it and zip archives use it
     held = b""
     for at in range(0, packed, _BLOCK):
         part = block[: min(_BLOCK, packed - at)]
@@ -216,14 +223,15 @@ def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
             if inflater.eof and (inflater.unused_data or at + len(part) < packed):
                 raise _damaged(storage, path)  # bytes that no program would read
             pending = inflater.unconsumed_tail
-            whole = len(held) // 16 * 16  # words are never cut
+            # Whole numbers of the widest dtype, so that swapping bytes never cuts a word.
+            whole = len(held) // 16 * 16
             yield held[:whole]
             held = held[whole:]
     yield held
 
 
 def _little(block: bytes, word: int) -> bytes:
-    """Words of a size in the other byte order."""
+    """Return big-endian words of a size in little-endian byte order."""
     if word == 1:
         return block
     words = array.array({2: "H", 4: "I", 8: "Q"}[word], block)
@@ -236,119 +244,9 @@ def _damaged(storage: Storage, path: Path) -> MergeError:
     return MergeError(what, where=path, hint="fetch or save the file again")
 
 
-def _same(file: File, found: os.stat_result) -> None:
+def _refuse_changed(file: File, found: os.stat_result) -> None:
+    """Raise MergeError for a file that is not what it was when it was scanned."""
     then = file.nbytes, file.mtime_ns, file.device, file.inode
     if then != (found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino):
         hint = "run again when nothing writes to it any more"
         raise MergeError("it changed while it was read", where=file.path, hint=hint)
-
-
-def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
-    """Fills `into` from `offset` of a file on, in as many calls as it takes."""
-    at, size = 0, len(into)
-    while at < size:
-        part = into[at : at + _LARGEST_READ] if at or size > _LARGEST_READ else into
-        try:
-            count = os.preadv(fd, [part], offset + at)
-        except OSError as error:
-            raise failure(error, "cannot be read", path) from None
-        if not count:
-            what = f"it ends at byte {offset + at:,}, in the middle of the weights"
-            raise MergeError(what, where=path, hint="fetch or save the file again")
-        at += count
-
-
-def write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    """Writes all of `data` at `offset`, in as many calls as it takes."""
-    at = 0
-    while at < len(data):
-        try:
-            at += os.pwrite(fd, data[at : at + _LARGEST_READ], offset + at)
-        except OSError as error:
-            raise failure(error, "cannot be written", path) from None
-
-
-def reserve(fd: int, nbytes: int, start: int = 0) -> None:
-    """Claims a file's space from `start` on, so that a full disk is an error now and not later.
-
-    Raises:
-        OSError: there is not so much space, or no file can be so large.
-    """
-    if not nbytes:
-        return
-    try:
-        os.posix_fallocate(fd, start, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, start + nbytes)
-    except OverflowError:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from None
-
-
-def start_writeback(fd: int) -> None:
-    """Lets the disk begin with what was written to a file, while more is made (Linux).
-
-    It is a hint: where it cannot be given, `fsync` does all of it in the end.
-    """
-    if _SYNC_FILE_RANGE is not None:
-        _SYNC_FILE_RANGE(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(2))
-
-
-class Checksum:
-    """The CRC-32 of a run of `nbytes` bytes whose parts arrive in any order, from any thread.
-
-    Adjoining parts are combined from time to time, so that few are held whatever the size.
-    """
-
-    __slots__ = "_ends", "_fresh", "_lock", "_nbytes", "_parts"  # there may be very many
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._fresh: list[tuple[int, int, int]] = []  # start, stop, crc
-        self._parts: dict[int, tuple[int, int]] = {}  # start: (stop, crc)
-        self._ends: dict[int, int] = {}  # stop: start
-        self._lock = threading.Lock()
-
-    def add(self, start: int, nbytes: int, crc: int) -> None:
-        """Adds the CRC-32 of a part; one that overlaps parts added before is left for `missing`."""
-        if nbytes:
-            self._fresh.append((start, start + nbytes, crc))
-            if len(self._fresh) >= _FRESH:
-                self._combine()
-
-    def _combine(self) -> None:
-        with self._lock:
-            while self._fresh:
-                self._join(*self._fresh.pop(0))
-
-    def _join(self, start: int, stop: int, crc: int) -> None:
-        if any(a < stop and start < b for a, (b, _) in self._parts.items()):
-            return
-        if start in self._ends:
-            before = self._ends.pop(start)
-            _, first = self._parts.pop(before)
-            crc = zlib_ng.crc32_combine(first, crc, stop - start)
-            start = before
-        if stop in self._parts:
-            after, last = self._parts.pop(stop)
-            crc = zlib_ng.crc32_combine(crc, last, after - stop)
-            stop = after
-        self._parts[start] = stop, crc
-        self._ends[stop] = start
-
-    def missing(self) -> list[tuple[int, int]]:
-        """The ranges of bytes that no part covers yet."""
-        self._combine()
-        gaps = []
-        at = 0
-        for start, (stop, _) in sorted(self._parts.items()):
-            if start > at:
-                gaps.append((at, start))
-            at = stop
-        return [*gaps, (at, self._nbytes)] if at < self._nbytes else gaps
-
-    def value(self) -> int:
-        """The CRC-32 of the whole run, all of which has been added."""
-        self._combine()
-        return self._parts[0][1] if self._parts else 0

@@ -1,4 +1,4 @@
-"""A nameless file for what is in between: tensors and results in another geometry.
+"""A nameless file for tensors and results that lie in another geometry for a while.
 
 It is mapped, so that a copy of any size takes no memory of its own. The checkpoints themselves are
 never mapped: they might shrink under the mapping.
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from merge_avg.errors import MergeError
-from merge_avg.io._reader import read_fully, reserve
+from merge_avg.io._platform import read_fully, reserve
 
 
 class Scratch:
@@ -23,21 +23,21 @@ class Scratch:
         self._size = 0
 
     def read(self, into: memoryview, offset: int) -> None:
-        """Fills `into` from `offset` on."""
+        """Fill `into` from `offset` on."""
         read_fully(self._file.fileno(), into, offset, self._path)
 
     def close(self) -> None:
-        """Gives the room back."""
+        """Give the space back."""
         self._file.close()
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
-        """Bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB.
+        """Return bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB.
 
         Raises:
-            MergeError: there is no room; a hole that cannot be filled would kill the process.
+            MergeError: there is not enough space.
         """
         if offset + nbytes > self._size:
-            # Writing to a mapped hole ends the process (SIGBUS) when the disk is full.
+            # A write to a mapped hole kills the process (SIGBUS) when the disk is full.
             try:
                 reserve(self._file.fileno(), offset + nbytes - self._size, self._size)
             except OSError as error:

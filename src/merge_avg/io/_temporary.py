@@ -1,16 +1,14 @@
 """Temporary files and directories beside an output: locked while their run lives, else swept away.
 
-A name is .OUTPUT.BOOT-RANDOM.merge-avg-tmp. Whoever makes one holds a `flock` on it, which the
-system drops with the process, however that ends. So a lock that can be had marks what a dead run
-left. Some file systems keep such locks to one machine, though: what another boot of a machine made
-is taken for dead only when nothing has written to it for a day.
+A name is .OUTPUT.BOOT-RANDOM.merge-avg-tmp. The run that makes one holds a `flock` on it, which the
+system drops with the process, however that ends. So if the lock is free, its run is dead. Some file
+systems keep such locks to one machine, though: what another boot of a machine made is taken for
+dead only when nothing has written to it for a day.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import functools
 import os
 import re
@@ -21,8 +19,10 @@ import weakref
 import zlib
 from pathlib import Path
 
+from merge_avg.io._platform import lock
+
 TEMPORARY = ".merge-avg-tmp"
-_OLD = ".old"  # what marks an output that was moved aside to be replaced
+_OLD = ".old"  # marks an output that was moved aside to be replaced
 _NAME = re.compile(
     rf"\.(?P<stem>.*)\.(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}(?P<old>\.old)?{re.escape(TEMPORARY)}",
     re.DOTALL,
@@ -31,17 +31,15 @@ _DAY = 86400
 
 
 class Temporary:
-    """A new file, or a directory, in the place of an output; removed when it is not needed.
-
-    It goes with the object, and at the latest with the interpreter.
+    """A new file or directory beside an output, removed with the object or the interpreter.
 
     Args:
         output: what it will be renamed to.
-        directory: whether it is one.
+        directory: whether to make a directory.
 
     Attributes:
         path: its name.
-        fd: an open descriptor that holds the lock; writable where it is a file.
+        fd: an open descriptor that holds the lock; writable for a file.
 
     Raises:
         OSError: it cannot be made.
@@ -55,21 +53,21 @@ class Temporary:
         while True:
             name = f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}"
             self.path = output.with_name(name)
-            # Before it exists, so that no signal finds a moment in which nobody would remove it.
+            # Before it exists, so that a signal at any moment finds somebody to remove it.
             self.remove = weakref.finalize(self, _undo, self.path, os.getpid())
             flags = os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
             try:
                 if directory:
                     self.path.mkdir()
                 self.fd = os.open(self.path, flags | os.O_CLOEXEC, 0o666)
-            except FileExistsError:  # another's
+            except FileExistsError:  # another run's
                 self.remove.detach()
                 continue
             except FileNotFoundError:
                 if not output.parent.is_dir():
                     raise
-                continue  # a sweep has had it already
-            # Or has had it between the last lines.
+                continue  # another run's sweep removed it already
+            # Or removes it between opening and locking.
             if lock(self.fd) is not False and _is(self.path, self.fd):
                 return
             self.close()
@@ -77,24 +75,24 @@ class Temporary:
 
     @property
     def aside(self) -> Path:
-        """A name for what it replaces, where the two cannot be exchanged."""
+        """Return a name for what it replaces, where the two cannot be exchanged."""
         return self.path.with_suffix(_OLD + TEMPORARY)
 
     def close(self) -> None:
-        """Drops the lock."""
-        with contextlib.suppress(OSError):  # what was written has been forced to the disk before
+        """Drop the lock."""
+        with contextlib.suppress(OSError):  # all was forced to the disk before
             os.close(self.fd)
 
 
 def sweep(folder: Path) -> None:
-    """Removes what dead runs left in a directory, as far as that is possible.
+    """Remove what dead runs left in a directory, as far as that is possible.
 
-    What was moved aside to be replaced gets its name back where that is free.
+    An output that was moved aside to be replaced gets its name back where that is free.
     """
     try:
         with os.scandir(folder) as entries:
             found = [match for entry in entries if (match := _NAME.fullmatch(entry.name))]
-    except OSError:  # it may be written to, and not listed
+    except OSError:  # a directory may be writable but not readable
         return
     for match in found:
         path = folder / match[0]
@@ -124,7 +122,7 @@ def _undo(path: Path, owner: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a directory, as far as that is possible."""
+    """Remove a file or a directory, as far as that is possible."""
     for _ in range(2):  # a signal within the first may end as an OSError of shutil's
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -135,15 +133,6 @@ def remove(path: Path) -> None:
             return
 
 
-def lock(fd: int) -> bool | None:
-    """Marks what a descriptor is of as in use; False where it is, None where there are no locks."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno == errno.EWOULDBLOCK else None
-    return True
-
-
 def _is(path: Path, fd: int) -> bool:
     try:
         return os.path.samestat(path.lstat(), os.fstat(fd))
@@ -152,14 +141,14 @@ def _is(path: Path, fd: int) -> bool:
 
 
 def _touched(path: Path) -> bool:
-    """Whether anything was written to it within a day."""
+    """Return whether anything was written to it within a day."""
     newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
     return time.time() - newest < _DAY
 
 
 @functools.cache
 def _boot() -> str:
-    """This start of this machine, containers included."""
+    """Return a name for this boot of this machine, the same in its containers."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:

@@ -1,0 +1,123 @@
+"""The calls that not every system has, and what stands in for each where it is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from merge_avg.errors import MergeError, failure
+
+_LARGEST_READ = 0x7FFFF000  # bytes that Linux moves in one call
+_AT_FDCWD = -100
+_EXCHANGE = 2  # RENAME_EXCHANGE, of linux/fs.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE = getattr(_LIBC, "sync_file_range", None)
+_MEMCMP = _LIBC.memcmp
+_MEMCMP.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+
+
+def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
+    """Fill `into` from `offset` of a file on, in as many calls as it takes.
+
+    Raises:
+        MergeError: the file ends before that, or cannot be read.
+    """
+    at, size = 0, len(into)
+    while at < size:
+        # Most reads need one call: slicing a memoryview would cost as much as the call itself.
+        part = into[at : at + _LARGEST_READ] if at or size > _LARGEST_READ else into
+        try:
+            count = os.preadv(fd, [part], offset + at)
+        except OSError as error:
+            raise failure(error, "cannot be read", path) from None
+        if not count:
+            what = f"it ends at byte {offset + at:,}, in the middle of the weights"
+            raise MergeError(what, where=path, hint="fetch or save the file again")
+        at += count
+
+
+def write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    """Write all of `data` at `offset`, in as many calls as it takes.
+
+    Raises:
+        MergeError: the file cannot be written.
+    """
+    at = 0
+    while at < len(data):
+        try:
+            at += os.pwrite(fd, data[at : at + _LARGEST_READ], offset + at)
+        except OSError as error:
+            raise failure(error, "cannot be written", path) from None
+
+
+def reserve(fd: int, nbytes: int, start: int = 0) -> None:
+    """Claim a file's space from `start` on, so that a full disk is an error now and not later.
+
+    Raises:
+        OSError: there is not so much space, or a file cannot be so large.
+    """
+    if not nbytes:
+        return
+    try:
+        os.posix_fallocate(fd, start, nbytes)
+    except OSError as error:
+        # Some file systems cannot reserve: there the size is set, and a full disk shows later.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, start + nbytes)
+    except OverflowError:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from None
+
+
+def start_writeback(fd: int) -> None:
+    """Let the disk begin with what was written to a file, while more is made (Linux).
+
+    This is a hint: where it cannot be given, `fsync` does all of it in the end.
+    """
+    if _SYNC_FILE_RANGE is not None:
+        _SYNC_FILE_RANGE(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(2))
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap the names of two directories in one step; return False where the system cannot."""
+    renameat2 = getattr(_LIBC, "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _EXCHANGE) == 0)
+
+
+def sync_directory(path: Path) -> None:
+    """Force the names in a directory to the disk, where a directory can be opened and forced."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(fd)
+
+
+def lock(fd: int) -> bool | None:
+    """Mark an open file as in use until it is closed or the process ends.
+
+    Returns:
+        False where another process has the lock, None where the file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno == errno.EWOULDBLOCK else None
+    return True
+
+
+def same_memory(ours: int, theirs: int, nbytes: int) -> bool:
+    """Return whether the bytes at two addresses are the same."""
+    # Python compares memoryviews element by element, and slices of bytes only after copying them.
+    return not _MEMCMP(ours, theirs, nbytes)

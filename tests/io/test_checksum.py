@@ -1,0 +1,44 @@
+"""merge_avg.io._checksum: the CRC-32 of parts that arrive in any order."""
+
+import itertools
+import zlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_avg.io._checksum import Checksum
+
+
+@given(data=st.binary(max_size=60), cuts=st.lists(st.integers(0, 60)), order=st.randoms())
+def test_parts_in_any_order_give_the_checksum(data, cuts, order):
+    """The combined CRC-32 is that of the whole, in whatever order its parts arrive."""
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    parts = list(itertools.pairwise(edges))
+    order.shuffle(parts)
+    sums = Checksum(len(data))
+    left = parts.pop() if parts else None
+    for start, stop in parts:
+        sums.add(start, stop - start, zlib.crc32(data[start:stop]))
+    missing = sums.missing()
+    assert sum(stop - start for start, stop in missing) == (left[1] - left[0] if left else 0)
+    for start, stop in missing:
+        sums.add(start, stop - start, zlib.crc32(data[start:stop]))
+    assert sums.value() == zlib.crc32(data)
+
+
+def test_overlapping_parts_are_left_to_be_read():
+    """A part that overlaps another cannot be combined and stays missing."""
+    data = b"0123456789"
+    sums = Checksum(10)
+    sums.add(0, 6, zlib.crc32(data[:6]))
+    sums.add(4, 6, zlib.crc32(data[4:]))
+    assert sums.missing() == [(6, 10)]
+
+
+def test_a_checksum_of_nothing_and_of_all():
+    """Nothing is missing where all has been added, or where there is nothing."""
+    assert Checksum(0).missing() == []
+    sums = Checksum(4)
+    assert sums.missing() == [(0, 4)]
+    sums.add(0, 4, zlib.crc32(b"0123"))
+    assert sums.missing() == []
