@@ -23,21 +23,21 @@ def test_b9_last_is_a_copy(tmp_path):
 
 
 def test_links_are_copies(tmp_path):
-    """A link to a checkpoint of the run counts once."""
+    """A checkpoint of the run and a link to it count once."""
     path = bare(tmp_path / "checkpoint1.pt")
     (tmp_path / "checkpoint_last.pt").symlink_to(path)
     assert names(select([tmp_path], Criteria())) == ["checkpoint1.pt"]
 
 
 def test_same_size_is_not_the_same(tmp_path):
-    """Checkpoints of one size and without a step, but with other weights, all count."""
+    """Checkpoints without a step that have the same size but different weights all count."""
     for fold in range(3):
         bare(tmp_path / f"fold{fold}.pt", fold)
     assert len(select([tmp_path], Criteria()).chosen) == 3
 
 
 def test_b9_earlier_outputs_do_not_count(tmp_path):
-    """B9: what an earlier merge wrote into the run is left out, with a word."""
+    """B9: what an earlier merge wrote into the run is left out, and the table says why."""
     paths = [lightning(tmp_path, epoch, epoch) for epoch in range(3)]
     merge_checkpoints(paths, tmp_path / "epoch=9-step=9.ckpt")
     selection = select([tmp_path], Criteria(last=2))
@@ -46,14 +46,14 @@ def test_b9_earlier_outputs_do_not_count(tmp_path):
 
 
 def test_the_output_itself_does_not_count(tmp_path):
-    """A file that the merge is to write is no candidate, whatever it is."""
+    """The file that the merge is to write is not a candidate, whatever is in it."""
     lightning(tmp_path, 0, 1)
     out = bare(tmp_path / "out.pt")
     assert names(select([tmp_path], Criteria(), out)) == ["epoch=0-step=1.ckpt"]
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    """A run with nothing but an earlier output says what is there."""
+    """A run that holds only an earlier output is an error that says what is there."""
     bare(tmp_path / "a.pt")
     merge_checkpoints([tmp_path / "a.pt"], tmp_path / "o.pt")
     (tmp_path / "a.pt").unlink()

@@ -28,7 +28,7 @@ def value(path):
 
 
 def test_b5_several_averages_stay_independent(command):
-    """B5: epochs 1, 2, 3; the last two and the last three, one criterion after the other."""
+    """B5: of epochs 1, 2 and 3, the last two, the last three and the best two are averaged."""
     for epoch in (1, 2, 3):
         of_epoch(epoch, epoch, f"-val_loss={epoch}.0")
     assert command(".", "-o", "avg-{name}.ckpt", "--last", 3, "--last", 2)[0] == 0
@@ -79,7 +79,7 @@ def test_b12_b13_b14_words(command):
 
 
 def test_a_dry_run_shows_the_candidates(command):
-    """Every candidate is a line: chosen or not, step, epoch, metric, and why."""
+    """Every candidate is a line that says whether it is chosen, and why."""
     for epoch in (1, 2, 3):
         of_epoch(epoch, epoch, f"-val_loss={epoch}.5")
     code, _, err = command(".", "-o", "o.ckpt", "--best", 1, "--dry-run")
@@ -92,7 +92,7 @@ def test_a_dry_run_shows_the_candidates(command):
 
 
 def test_files_one_by_one_need_no_table(command):
-    """Where the user named each file, the output says nothing of candidates."""
+    """Where the user named each file, there is no table of candidates."""
     paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
     code, out, err = command(*paths, "-o", "o.ckpt", "--json")
     assert code == 0
@@ -124,7 +124,7 @@ def test_weightings(command, options, weights):
 
 
 def test_leave_one_out_and_prefixes(command):
-    """One reading makes an average without each fold, or of the first two, three and so on."""
+    """One run averages all but each fold, or the first two, the first three and so on."""
     for fold in (1, 2, 3):
         save_file({"w": torch.full((2,), float(fold))}, f"fold{fold}.safetensors")
     code, out, _ = command("fold*.safetensors", "-o", "oof-{name}.safetensors", "--leave-one-out")
@@ -136,7 +136,7 @@ def test_leave_one_out_and_prefixes(command):
 
 
 def test_post_hoc_ema(command):
-    """Stored averages make one of another width; a constant stays what it is."""
+    """Stored EMAs make one of another width, in which a constant tensor stays as it is."""
     for step in (500, 1000):
         for sigma in ("0.050", "0.100"):
             path = f"snapshot-{step:07}-{sigma}.pt"
@@ -175,7 +175,7 @@ def test_options_that_do_not_fit(command, options, words):
 
 
 def test_a_summary_for_github(command, monkeypatch):
-    """GITHUB_STEP_SUMMARY gets a table; a page that cannot be written is a note, no failure."""
+    """GITHUB_STEP_SUMMARY gets a table; a page that cannot be written is a note, not a failure."""
     paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "page.md")
     assert command(*paths, "-o", "a.ckpt")[0] == 0
@@ -187,7 +187,7 @@ def test_a_summary_for_github(command, monkeypatch):
 
 
 def test_schemes_apply_to_each_average(tmp_path, monkeypatch):
-    """Each average of a series is weighted on its own: the first of its checkpoints counts 1."""
+    """Each average of a series is weighted on its own: its oldest checkpoint has weight 1."""
     monkeypatch.chdir(tmp_path)
     paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3)]
     series = Series(leave_one_out=True)

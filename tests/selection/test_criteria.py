@@ -25,7 +25,7 @@ def test_b10_the_best_of_fairseq(tmp_path, metric, best):
 
 
 def test_the_direction_is_asked_for(tmp_path):
-    """A metric whose direction is not obvious needs --mode; it wins over the obvious one."""
+    """A metric whose direction is not obvious needs --mode, which overrides an obvious one too."""
     for value in (1, 2, 3):
         lightning(tmp_path, value, value, f"-quux={value}.0-loss={value}.0")
     with pytest.raises(UsageError, match="'quux' is better is not obvious") as caught:
@@ -66,7 +66,7 @@ def test_the_metric_is_asked_for(tmp_path):
     ],
 )
 def test_directions_that_are_obvious(metric, mode):
-    """Whole words of a metric's name tell what is better, and nothing is guessed from others."""
+    """Only whole words of a metric's name tell its direction; the rest is not guessed."""
     assert direction(metric) == mode
 
 
@@ -80,7 +80,7 @@ def test_metrics_from_a_log(tmp_path):
 
 
 def test_the_best_of_a_trainer(tmp_path):
-    """loss finds eval_loss, where that is the only one that ends so; NaN is never best."""
+    """`loss` finds eval_loss, if no other metric ends so, and NaN is never the best."""
     for step, loss in ((1, 0.5), (2, 0.1), (3, float("nan"))):
         trainer(tmp_path, step, loss)
     selection = select([tmp_path], Criteria(best=1, metric="loss"))
@@ -89,7 +89,7 @@ def test_the_best_of_a_trainer(tmp_path):
 
 
 def test_of_equals_the_later_one_is_better(tmp_path):
-    """Two checkpoints of one score: the later counts as better, in both directions."""
+    """Of two checkpoints with the same score the later one is better, in both directions."""
     for epoch in (1, 2, 3):
         lightning(tmp_path, epoch, epoch, "-acc=0.5-loss=0.5")
     for metric in ("acc", "loss"):
@@ -98,7 +98,7 @@ def test_of_equals_the_later_one_is_better(tmp_path):
 
 
 def test_one_best_per_fold(tmp_path):
-    """Of each folder, named or below the one that is named, the best is taken."""
+    """The best of each folder is taken, whether the folders are named or the one above them."""
     for fold in (1, 2, 10):
         (tmp_path / f"fold{fold}").mkdir()
         for epoch in (1, 2):
@@ -129,7 +129,7 @@ def test_b12_steps_are_numbers(tmp_path):
 
 
 def test_steps_that_are_not_there(tmp_path):
-    """A range without a checkpoint in it lists what is there."""
+    """A range without a checkpoint in it is an error that lists what is there."""
     trainer(tmp_path, 10)
     with pytest.raises(MergeError, match="there are 'checkpoint-10'"):
         select([tmp_path], Criteria(steps=parse_range("20:30")))
@@ -153,7 +153,7 @@ def test_what_is_needed_and_not_known(tmp_path):
 
 
 def test_an_interval_lies_between_those_chosen(tmp_path):
-    """From the newest back, those that are too near to the next one are left out."""
+    """From the newest back, checkpoints too near to the next chosen one are left out."""
     for step in (10, 20, 25, 50, 55, 60):
         trainer(tmp_path, step)
     selection = select([tmp_path], Criteria(min_interval=20))
@@ -197,7 +197,7 @@ def test_the_last_are_the_highest(tmp_path_factory, steps, count):
     ],
 )
 def test_criteria_that_do_not_fit(tmp_path, criteria):
-    """Numbers below one, and two ways to choose at a time, are usage errors."""
+    """Numbers below one, and two ways to choose at once, are usage errors."""
     with pytest.raises(UsageError):
         select([bare(tmp_path / "a.pt")], criteria)
 
@@ -216,13 +216,13 @@ def test_criteria_that_do_not_fit(tmp_path, criteria):
     ],
 )
 def test_ranges(text, bounds):
-    """Bounds may be left out, and both count."""
+    """Bounds are inclusive, and each may be left out."""
     assert parse_range(text) == bounds
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:2:3:4", "5:1", "1:5:0", "-3:2", "1.5:2"])
-def test_ranges_that_are_none(text):
-    """Everything else is a usage error that shows how to write one."""
+def test_other_texts_are_not_ranges(text):
+    """Any other text is a usage error that shows how to write a range."""
     with pytest.raises(UsageError, match="range") as caught:
         parse_range(text)
     assert caught.value.hint

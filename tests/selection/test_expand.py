@@ -43,14 +43,14 @@ def test_files_beside_the_checkpoints_of_a_run_are_passed_over(tmp_path, name):
 
 
 def test_names_without_numbers_of_steps_sort_naturally(tmp_path):
-    """Fold 10 comes after fold 9."""
+    """In a run without steps, fold 10 comes after fold 9."""
     for fold in (1, 9, 10):
         bare(tmp_path / f"fold{fold}.pt", fold)
     assert names(select([tmp_path], Criteria())) == ["fold1.pt", "fold9.pt", "fold10.pt"]
 
 
 def test_folders_of_a_lightning_run(tmp_path):
-    """Checkpoints lie below version_0/checkpoints."""
+    """Lightning's version_0/checkpoints/ belongs to the run above it."""
     folder = tmp_path / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     lightning(folder, 0, 10)
@@ -59,7 +59,7 @@ def test_folders_of_a_lightning_run(tmp_path):
 
 
 def test_folders_of_a_trainer(tmp_path):
-    """checkpoint-N/ are candidates of a run, also beside a final model, and sorted by number."""
+    """Folders checkpoint-N/ are the candidates of a run, also beside a final model."""
     for step in (1000, 200, 30):
         trainer(tmp_path, step)
     found = ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
@@ -73,7 +73,7 @@ def test_folders_of_a_trainer(tmp_path):
 
 
 def test_directories_that_are_named_are_checkpoints(tmp_path):
-    """Several directories, and nothing else asked for, are one checkpoint each."""
+    """Several directories are one checkpoint each, where nothing else is asked for."""
     for name in "ab":
         (tmp_path / name).mkdir()
         for part in ("encoder", "decoder"):

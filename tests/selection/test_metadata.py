@@ -42,7 +42,7 @@ def saved(path, value):
     ],
 )
 def test_names_are_read(name, step, epoch, metrics):
-    """A file's name says step, epoch and metrics in the way of its framework."""
+    """Step, epoch and metrics are read from names that frameworks give to their files."""
     assert name_metadata(Path(name)) == Metadata(step, epoch, metrics)
 
 
@@ -53,12 +53,12 @@ def test_a_folder_of_a_trainer_counts_steps(tmp_path):
 
 
 def test_a_stored_ema_tells_its_width():
-    """The name of a snapshot holds its step and the relative width of its average."""
+    """A snapshot of EDM2 has its step and the relative width of its EMA in its name."""
     assert name_metadata(Path("network-snapshot-0002147-0.100.pkl")) == Metadata(2147, sigma=0.1)
 
 
 def test_what_is_inside_counts_before_the_name(tmp_path):
-    """A renamed file is still of the step that it holds."""
+    """A renamed file still has the step that is stored in it."""
     content = {"state_dict": WEIGHTS, "global_step": 70, "epoch": 2}
     found = saved(tmp_path / "epoch=9-step=999-val_loss=0.5.ckpt", content)
     assert (found.step, found.epoch, found.metrics) == (70, 2, {"val_loss": 0.5})
@@ -73,7 +73,7 @@ def test_lightning_keeps_the_score_in_a_callback(tmp_path):
 
 @pytest.mark.parametrize("value", [77.5, np.float64(77.5), np.float32(77.5)])
 def test_timm_keeps_a_metric(tmp_path, value):
-    """The metric at the top is known by its name, also as a NumPy number."""
+    """An entry called `metric` is a metric, also as a NumPy number."""
     found = saved(
         tmp_path / "model_best.pth.tar", {"state_dict": WEIGHTS, "epoch": 4, "metric": value}
     )
@@ -93,7 +93,7 @@ def test_fairseq_keeps_updates_in_a_list(tmp_path):
 
 
 def test_tables_of_metrics(tmp_path):
-    """Numbers below an entry such as "metrics" are metrics; booleans and texts are none."""
+    """Numbers below an entry such as "metrics" are metrics; booleans and texts are not."""
     content = {"model": WEIGHTS, "metrics": {"acc": 0.5, "done": True, "by": "me"}, "lr": 0.1}
     assert saved(tmp_path / "a.pt", content).metrics == {"acc": 0.5}
 
@@ -125,13 +125,13 @@ def test_a_broken_state_decides_nothing(tmp_path, text):
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, math.nan, math.inf, True, "7"])
-def test_what_is_no_count_is_no_step(tmp_path, value):
+def test_a_step_is_a_count(tmp_path, value):
     """A step is a whole number, zero or above."""
     assert saved(tmp_path / "a.pt", {"model": WEIGHTS, "step": value}).step is None
 
 
 def test_an_output_is_ours(tmp_path):
-    """What this program wrote is known as that, and its inputs are not."""
+    """An output of an earlier merge is recognised as one, and its inputs are not."""
     for name in "ab":
         torch.save({"model": WEIGHTS}, tmp_path / f"{name}.pt")
     merge_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "o.pt")
@@ -140,7 +140,7 @@ def test_an_output_is_ours(tmp_path):
 
 
 def test_wide_and_deep_pickles_cost_little(tmp_path):
-    """Of what lies beside the tensors a thousand values are looked at, the nearest first."""
+    """At most a thousand values beside the tensors are looked at, those near the top first."""
     wide = {"model": WEIGHTS, "rows": [[i] * 5 for i in range(50_000)], "step": 3}
     deep = inner = {}
     for _ in range(100):
@@ -152,16 +152,16 @@ def test_wide_and_deep_pickles_cost_little(tmp_path):
     assert max(len(path) for path, _ in layout.scalars) <= 6
 
 
-def test_texts_and_numbers_that_are_absurd_are_left_out(tmp_path):
-    """Long texts, booleans and huge numbers are no facts."""
+def test_absurd_texts_and_numbers_are_left_out(tmp_path):
+    """Long texts, booleans and huge numbers are left out of the scalars."""
     content = {"model": WEIGHTS, "text": "x" * 1000, "flag": True, "huge": 1 << 100, "ok": "yes"}
     torch.save(content, tmp_path / "a.pt")
     assert scan(tmp_path / "a.pt").scalars == ((("ok",), "yes"),)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_an_absurd_mark_is_not_read(tmp_path, kind):
-    """What claims to be an earlier output, and is far too long for that, is not taken for one."""
+def test_an_absurd_record_is_not_read(tmp_path, kind):
+    """A provenance record that is far too long does not make a file an earlier output."""
     text = " " * ((1 << 24) + 1)
     if kind == "file":
         torch.save({"model": WEIGHTS}, tmp_path / "a.pt")
@@ -185,7 +185,7 @@ def test_an_absurd_mark_is_not_read(tmp_path, kind):
     ],
 )
 def test_real_checkpoints_of_frameworks(name, step, epoch, metric):
-    """What the frameworks themselves wrote is found in their own files."""
+    """Step, epoch and metric are found in files that the frameworks themselves wrote."""
     (path,) = (Path(__file__).parents[1] / "data" / name / "0").iterdir()
     found = read_metadata(scan(path))
     assert (found.step, found.epoch) == (step, epoch)

@@ -32,7 +32,7 @@ def test_rows_with_empty_cells_are_joined(tmp_path):
 
 
 def test_names_count_before_steps_and_steps_before_epochs(tmp_path):
-    """A row that names the checkpoint is nearer than one of its step, and that than its epoch's."""
+    """Rows with the checkpoint's name come before those with its step, and these before its epoch's."""
     rows = [
         {"path": "run/a.pt", "acc": 1},
         {"step": 5, "acc": 2},
@@ -54,7 +54,7 @@ def test_names_count_before_steps_and_steps_before_epochs(tmp_path):
     ],
 )
 def test_tables_by_name(tmp_path, value):
-    """A table of checkpoints may be an object or a list, with or without endings."""
+    """A table of checkpoints may be an object or a list, and name them with or without suffix."""
     log = log_of(tmp_path, json.dumps(value), "log.json")
     assert log.of(Path("runs/fold1.pt"), Metadata())["acc"] == 0.5
 
@@ -73,14 +73,14 @@ def test_a_trainers_state_is_a_log(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["3", '"text"', "[1, 2", "{"])
-def test_what_is_no_log_is_refused(tmp_path, text):
-    """A file that holds no rows is an error that names it."""
+def test_other_files_are_not_logs(tmp_path, text):
+    """A file without rows is an error that names it."""
     with pytest.raises(MergeError, match="cannot be read as a log") as caught:
         log_of(tmp_path, text, "log.json")
     assert "log.json" in str(caught.value.where)
 
 
 def test_a_missing_log_is_refused(tmp_path):
-    """A log that is not there is an error that names it."""
+    """A log that does not exist is an error that names it."""
     with pytest.raises(MergeError, match="No such file"):
         read_log(tmp_path / "none.csv")

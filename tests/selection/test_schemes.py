@@ -58,7 +58,7 @@ def test_metrics_that_make_no_weight(value):
 
 
 def test_a_metric_needs_a_direction():
-    """Without a direction a metric makes no weights."""
+    """Weights by a metric need to know whether higher is better."""
     with pytest.raises(UsageError, match="direction"):
         resolve("metric", 1, [0.5], None)
 
@@ -67,7 +67,7 @@ def test_a_metric_needs_a_direction():
     "scheme", ["", "ema", "ema:", "ema:1", "ema:0", "ema:x", "ema:1/0", "cosine"]
 )
 def test_unknown_schemes(scheme):
-    """What is no scheme is a usage error with a hint."""
+    """Any other scheme is a usage error with a hint."""
     with pytest.raises(UsageError) as caught:
         resolve(scheme, 3)
     assert caught.value.hint
@@ -78,7 +78,7 @@ def test_unknown_schemes(scheme):
 
 @given(st.floats(0.001, 0.28))
 def test_exponent_and_width_are_inverse(sigma):
-    """The profile of the exponent has the width."""
+    """The profile with the exponent of a width has that width."""
     assert width(exponent(sigma)) == pytest.approx(sigma, rel=1e-9)
 
 
@@ -89,7 +89,7 @@ def test_widths_of_the_paper():
 
 
 def test_a_stored_average_is_itself():
-    """Where the average that is asked for is stored, it alone counts."""
+    """Where the EMA that is asked for is stored, it has all the weight."""
     snapshots = [(500.0, 0.05), (500.0, 0.1), (1000.0, 0.05), (1000.0, 0.1)]
     found = phema(snapshots, 0.1)
     assert [float(weight) for weight in found] == pytest.approx([0, 0, 0, 1], abs=1e-6)
@@ -99,7 +99,7 @@ def test_a_stored_average_is_itself():
 
 @pytest.mark.parametrize("sigma", [0.06, 0.075, 0.15])
 def test_a_width_between_is_made_from_those_stored(sigma):
-    """On a random walk, the synthesis is far nearer to a tracked EMA than any stored one."""
+    """On a random walk, the synthesis is far closer to a tracked EMA than any stored one is."""
     steps, every = 4000, 500
     generator = torch.Generator().manual_seed(0)
     walk = torch.randn(steps, generator=generator, dtype=torch.float64).cumsum(0).tolist()

@@ -11,7 +11,7 @@ from tests.selection.helpers import lightning, names, why
 
 
 def test_named_files_are_taken_as_they_are(tmp_path):
-    """Files that are named one by one keep their order, copies and all, and are not even read."""
+    """Files that are named one by one keep their order, copies included, and are not even read."""
     paths = [tmp_path / "b.pt", tmp_path / "a.pt", tmp_path / "b.pt"]
     selection = select(paths, Criteria())
     assert selection.chosen == tuple(paths)
@@ -26,8 +26,8 @@ def test_a_run_is_sorted_by_step(tmp_path):
     assert found == ["epoch=0-step=10.ckpt", "epoch=1-step=100.ckpt", "epoch=2-step=1000.ckpt"]
 
 
-def test_what_is_no_checkpoint_is_left_out_of_a_run_with_a_word(tmp_path):
-    """Other files of a run are in the table, with the reason."""
+def test_other_files_of_a_run_are_left_out_with_the_reason(tmp_path):
+    """Files of a run that are not checkpoints are in the table, with the reason."""
     lightning(tmp_path, 0, 10)
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and no more")
     selection = select([tmp_path], Criteria())
@@ -38,6 +38,6 @@ def test_what_is_no_checkpoint_is_left_out_of_a_run_with_a_word(tmp_path):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    """A path that is not there is an error of the scan, naming it."""
+    """A path that does not exist is an error that names it."""
     with pytest.raises(MergeError, match="No such file"):
         select([tmp_path / "none.pt", Path("x.pt")], Criteria(last=1))

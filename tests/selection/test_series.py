@@ -16,7 +16,7 @@ def paths(count):
 
 
 def test_leave_one_out_has_an_average_for_each_checkpoint():
-    """Each average is of all checkpoints but the one that it is named after."""
+    """Each average has all checkpoints but the one that it is named after."""
     found = members(paths(3), Series(leave_one_out=True))
     assert found == {"without-fold1": (1, 2), "without-fold2": (0, 2), "without-fold3": (0, 1)}
 
@@ -57,7 +57,7 @@ def test_what_cannot_be_is_refused(series, count, words):
 
 @given(st.integers(2, 12), st.sampled_from(["leave_one_out", "prefixes"]))
 def test_every_average_has_a_place_of_its_own(count, kind):
-    """As many outputs as averages, each with a weight for each checkpoint, 0 where it is left."""
+    """Each average has an output of its own, with a weight of 0 for checkpoints left out."""
     groups = members(paths(count), Series(**{kind: True}))
     table = outputs(Path("out/avg-{name}.pt"), groups, count, lambda chosen: [1] * len(chosen))
     assert len(table) == len(groups)
@@ -73,7 +73,7 @@ def test_weights_go_where_their_checkpoints_are():
 
 
 def test_several_averages_need_a_pattern():
-    """Without {name} in the output all averages would have the same path."""
+    """Without {name} in the output, all averages would have the same path: a usage error."""
     groups = members(paths(3), Series(leave_one_out=True))
     with pytest.raises(UsageError, match="3 averages need as many outputs") as caught:
         outputs(Path("avg.pt"), groups, 3, lambda chosen: [1] * len(chosen))
@@ -90,7 +90,7 @@ def test_several_averages_need_a_pattern():
     ],
 )
 def test_names_tell_checkpoints_apart(given_, names):
-    """A name has as many parts of the path as it takes, or a number where nothing else differs."""
+    """A name has as many parts of the path as needed, or a number where nothing else differs."""
     found = distinct_names([Path(one) for one in given_])
     assert len(set(found)) == len(given_)
     assert names is None or found == names

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.soup._evaluate import score
+from merge_avg.soup import score
 
 
 def command(code):
@@ -32,7 +32,7 @@ def command(code):
     ],
 )
 def test_the_last_number_counts(tmp_path, printed, value):
-    """The score is the last number on stdout; digits within words are none."""
+    """The score is the last number on stdout; digits within words do not count."""
     assert score(command(f"print('{printed}')"), tmp_path / "a.pt") == value
 
 
@@ -46,13 +46,13 @@ def test_the_last_number_counts(tmp_path, printed, value):
     ],
 )
 def test_a_key_of_json(tmp_path, printed, key, value):
-    """With a key, the score is that entry of the last JSON object that has it."""
+    """With a key, the score is that entry of the last JSON object that has one."""
     code = f"print('''{printed}'''.replace(chr(39), chr(34)))"
     assert score(command(code), tmp_path / "a.pt", key) == value
 
 
 def test_the_path_is_an_argument(tmp_path):
-    """{} is the path, whatever is in it, and is added where it is missing; no shell sees it."""
+    """{} stands for the path, is added where it is missing, and no shell sees what is in it."""
     odd = tmp_path / "a b; echo 7 $HOME.pt"
     code = "import sys; print(len(sys.argv), 5 if sys.argv[-1].endswith('.pt') else 6)"
     assert score(f'"{sys.executable}" -c "{code}"', odd) == 5
@@ -73,14 +73,14 @@ def test_the_path_is_an_argument(tmp_path):
     ],
 )
 def test_a_failing_or_silent_command(tmp_path, code, key, words):
-    """A command that fails, or prints no score, is an error with its output and the checkpoint."""
+    """A command that fails or prints no score is an error with its output and the checkpoint."""
     with pytest.raises(MergeError, match=words) as caught:
         score(f'"{sys.executable}" -c "{code}"', tmp_path / "a.pt", key)
     assert str(caught.value.where) == str(tmp_path / "a.pt")
 
 
 def test_long_output_is_cut(tmp_path):
-    """Of much output, the end is shown."""
+    """Of a long output, a message shows the end."""
     with pytest.raises(MergeError) as caught:
         score(command("print('x' * 100000 + 'end')"), tmp_path / "a.pt")
     assert len(caught.value.what) < 3000
@@ -91,7 +91,7 @@ def test_long_output_is_cut(tmp_path):
     ("text", "error"), [("", UsageError), ("'", UsageError), ("/no/such/program", MergeError)]
 )
 def test_commands_that_cannot_be_run(text, error):
-    """An empty or broken command is a usage error, one that is not there an error."""
+    """An empty or broken command is a usage error; a program that does not exist is an error."""
     with pytest.raises(error):
         score(text, Path("a.pt"))
 

@@ -54,7 +54,7 @@ _METRIC = re.compile(
 
 # Names. Lightning's ModelCheckpoint writes pairs, epoch=3-step=1000-val_loss=0.12.ckpt. Others put
 # a number after a word: checkpoint-1000 of transformers, checkpoint12.pt of fairseq,
-# model_step_1000.pt of OpenNMT. A number that goes on after a dot, as in epoch-2.5, is no count.
+# model_step_1000.pt of OpenNMT. A number that goes on after a dot, as in epoch-2.5, is not one.
 _NUMBER = r"[-+]?(?:\d+\.\d+|\d+|\.\d+)(?:[eE][-+]?\d+)?"
 _PAIR = re.compile(
     rf"(?P<name>[A-Za-z][\w/@.]*?)=(?P<value>{_NUMBER}|nan|inf)(?=[-_.=,]|$)", re.IGNORECASE
@@ -205,7 +205,7 @@ def _trainer_state(folder: Path) -> Metadata:
             return Metadata()
         state = bounded_json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return Metadata()  # a broken state is no reason to refuse weights that can be read
+        return Metadata()  # a broken state must not keep weights from being averaged
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
     # The log holds the whole run up to here: only rows of this very step are of this checkpoint.

@@ -1,4 +1,4 @@
-"""The user's own evaluation of a checkpoint: a command whose output holds a score."""
+"""The user's own evaluation of a checkpoint: a command that prints a score."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from typing import Any
 
 from merge_avg.errors import MergeError, UsageError
 
-PLACEHOLDER = "{}"
-# No part of a word such as epoch3, checkpoint-500.pt or 1.5s; a score that is NaN is one to refuse.
+PLACEHOLDER = "{}"  # in the command, for the checkpoint's path
+# A number that is not part of a word, such as epoch3, checkpoint-500.pt or 1.5s. NaN counts as a
+# number, so that it is refused: a number printed before it is not the score.
 _NUMBER = re.compile(
     r"(?<![\w.])(?<!\w[-+])[-+]?"
     r"(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)(?!\w|\.\w)",
     re.IGNORECASE,
 )
-_COMMAND, _TAIL = 300, 1400  # how much of them a message shows
+# How many characters of the command, and of the end of its output, a message shows.
+_COMMAND, _TAIL = 300, 1400
 
 
 def score(command: str, checkpoint: Path, key: str | None = None) -> float:
-    """Runs a command on a checkpoint and reads its score.
+    """Run a command on a checkpoint and return the score that it prints.
 
     Args:
         command: split as a shell does, but run without one; {} stands for the checkpoint's path,
             which is added at the end where there is no {}.
-        checkpoint: what is evaluated.
-        key: which entry of the last JSON object on stdout is the score, with dots for entries
-            within entries; without it the score is the last number on stdout.
+        checkpoint: the file or directory to evaluate.
+        key: the entry of the last JSON object on stdout that is the score, with dots for entries
+            within entries; without it, the score is the last number on stdout.
 
     Raises:
         UsageError: the command cannot be split.
-        MergeError: it fails, or prints no score, or NaN.
+        MergeError: the command fails, or prints no score, or NaN.
     """
     try:
         words = shlex.split(command)
@@ -53,8 +55,9 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
         raise MergeError(what, where=checkpoint, hint="check --eval") from None
     if code:
         how = f"code {code}" if code > 0 else f"signal {-code}"
+        hint = "fix it and run again: finished evaluations are not repeated"
         what = f"the evaluation {name!r} failed ({how}): {_end(errors or output)}"
-        raise MergeError(what, where=checkpoint, hint="mend it and run again: it goes on from here")
+        raise MergeError(what, where=checkpoint, hint=hint)
     value = _last_number(output) if key is None else _of_json(output, key)
     if value is None or math.isnan(value):
         found = "no number" if key is None else f"no number {key!r} in a JSON object"
@@ -65,8 +68,8 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
 
 
 def _run(arguments: list[str]) -> tuple[int, str, str]:
-    """The exit status of a command, and its stdout and stderr."""
-    # It is the user's command, and no shell sees the path.
+    """Return the exit status of a command, and its stdout and stderr."""
+    # Without a shell, a path with spaces or a semicolon is one argument and nothing else.
     with subprocess.Popen(  # noqa: S603
         arguments,
         stdin=subprocess.DEVNULL,
@@ -75,7 +78,7 @@ def _run(arguments: list[str]) -> tuple[int, str, str]:
     ) as process:
         try:
             output, errors = process.communicate()
-        except BaseException:  # Ctrl-C as well must leave no evaluation running; it goes on
+        except BaseException:  # Ctrl-C too must not leave an evaluation running
             process.kill()
             process.wait()
             raise
@@ -88,7 +91,7 @@ def _last_number(output: str) -> float | None:
 
 
 def _of_json(output: str, key: str) -> float | None:
-    """The entry of the whole output, or of the last line that is a JSON object that has it."""
+    """Return the entry of the whole output, or of the last line that is an object with it."""
     for text in (output, *reversed(output.splitlines())):
         try:
             value = json.loads(text)
@@ -96,6 +99,7 @@ def _of_json(output: str, key: str) -> float | None:
             continue
         if not isinstance(value, dict):
             continue
+        # Keys with dots in them, such as "eval.acc", come before entries within entries.
         for name in [key] if key in value else key.split("."):
             if not isinstance(value, dict) or name not in value:
                 break
@@ -110,7 +114,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:
+    except OverflowError:  # JSON has integers of any length
         return None
 
 
