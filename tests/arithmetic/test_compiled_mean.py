@@ -13,9 +13,10 @@ from merge_avg import merge_checkpoints
 from merge_avg.agreement import _comparison as agreement
 from merge_avg.arithmetic import _mean
 from merge_avg.arithmetic._compiled_mean import CompiledMean
+from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._kernel import LOOPS, TILE
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.arithmetic.torch_mean import _FLOATS, RunningMean, exact_mean
+from merge_avg.arithmetic.torch_mean import RunningMean
 from merge_avg.checkpoint._dtypes import BY_NAME
 from merge_avg.io._buffer import Matrix
 
@@ -58,9 +59,9 @@ def averaged(tensors, weights, name, groups=()):
 
 
 def reference(tensors, weights, name):
-    form = _FLOATS[getattr(torch, name)]
+    form = FORMATS[getattr(torch, name)]
     rows = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
-    exact = [exact_mean(row, weights, form.bits, form.emin) for row in rows]
+    exact = [exact_mean(row, weights, form) for row in rows]
     return torch.tensor(exact, dtype=torch.float64).to(getattr(torch, name))
 
 

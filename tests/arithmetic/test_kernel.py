@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from merge_avg.agreement import _torch_products as products
 from merge_avg.arithmetic import _kernel as kernel
+from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._kernel import KNOWN, LOOPS, TILE, int64s
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.arithmetic.torch_mean import _FLOATS, exact_mean
 from merge_avg.checkpoint._dtypes import BY_NAME
 from merge_avg.io._buffer import Matrix
 
@@ -122,7 +122,7 @@ def test_a_sum_and_what_is_known(dtype, size, begun):
         assert same(total, expected)
     scale = 12 * rows.double().abs().amax(dim=0)[finite] + begun * size
     assert bool(((total - expected)[finite].abs() <= scale * 2.0**-50).all())
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     for number, tile in enumerate(rows.split(TILE, dim=1) if size else ()):
         most, unit, bad = known[number].tolist()
         good = [abs(float(one)) for one in tile.flatten()[tile.flatten().isfinite()]]
@@ -201,14 +201,14 @@ def test_a_power_of_two_is_a_multiple_of_its_own_unit(dtype):
     """The unit of numbers of which the least is a power of two is not that of those below."""
     total, known = room(2)
     assert summed(torch.tensor([2.0**-5, 1.5]).to(dtype), [1.0], total, known)
-    assert known[0].tolist() == [2.0, 2.0 ** (-5 - _FLOATS[dtype].bits + 1), 0]
+    assert known[0].tolist() == [2.0, 2.0 ** (-5 - FORMATS[dtype].bits + 1), 0]
 
 
 @needs_loops
 @dtypes
 def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
     """Up to that many units a tie is one; above, it might be none, and so is what overflows."""
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     limit = float(torch.finfo(dtype).max)
     beyond = limit + 2.0 ** (math.frexp(limit)[1] - form.bits - 1)  # the tie with what overflows
     total = torch.tensor([1 + 2.0**-form.bits, 1.0, beyond], dtype=torch.float64)
@@ -228,7 +228,7 @@ def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
 @given(data=st.data(), divisor=st.integers(1, 99) | st.integers(1, (1 << 28) - 1))
 def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
     """Sums that are exact integers of some unit, ties and subnormals included, round right."""
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     power = data.draw(st.integers(form.emin - form.bits - 2, -form.emin // 2))
     ties = st.builds(
         lambda mean, half: (2 * mean + half) * divisor,
@@ -254,7 +254,7 @@ def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
 @pytest.mark.parametrize("limit", [50, 53])
 def test_ties_stay_ties(dtype, limit):
     """Sums of which a quotient is the middle between two numbers, for divisors of all sizes."""
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     generator = torch.Generator().manual_seed(limit)
     lowest = 1 << form.bits
     middles = torch.randint(lowest, 2 * lowest, (TILE,), generator=generator).double()
@@ -284,7 +284,7 @@ def rounded(value, form, signed):
 @given(seed=st.integers(0, 1 << 30), off=st.integers(-40, -2))
 def test_what_might_round_otherwise_is_open(dtype, seed, off):
     """Every sum that rounds otherwise when it is a bound away is among the places that are told."""
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     generator = torch.Generator().manual_seed(seed)
     total = torch.randn(TILE + 100, generator=generator, dtype=torch.float64)
     middle = total[::3].to(dtype).double()
@@ -338,10 +338,8 @@ def test_what_is_settled_is_the_exact_mean(dtype, source, data):
     out = torch.zeros(2 * columns, dtype=dtype)
     places = range(1, 2 * columns, 2)
     fits = LOOPS.settle(as_rows(values), int64s(integers), weights.total, places, as_rows(out))
-    form = _FLOATS[dtype]
-    exact = [
-        exact_mean(column, weights, form.bits, form.emin) for column in zip(*rows, strict=True)
-    ]
+    form = FORMATS[dtype]
+    exact = [exact_mean(column, weights, form) for column in zip(*rows, strict=True)]
     expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
     assert same(out[1::2], expected)
     assert not out[::2].any()

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_avg.arithmetic import torch_mean as average
+from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.arithmetic.torch_mean import _FLOATS, RunningMean, exact_mean
+from merge_avg.arithmetic.torch_mean import RunningMean
 from merge_avg.tuning import BLOCK
 
-DTYPES = list(_FLOATS)
+DTYPES = list(FORMATS)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,9 +45,9 @@ def nearest(value, dtype):
 
 
 def reference(tensors, weights, dtype):
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     rows = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
-    exact = [exact_mean(row, weights, form.bits, form.emin) for row in rows]
+    exact = [exact_mean(row, weights, form) for row in rows]
     return torch.tensor(exact, dtype=torch.float64).to(dtype)
 
 
@@ -65,7 +66,7 @@ def made(dtype, numel, spread, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_formats_are_those_of_torch(dtype):
     """The significand bits and least normals are what the values of torch show."""
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     if dtype.itemsize > 2:
         found = torch.finfo(dtype)
         assert (found.eps, found.smallest_normal) == (2.0 ** (1 - form.bits), 2.0**form.emin)
@@ -122,11 +123,11 @@ def test_conversion_rounds_once(source, dtype):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_exact_mean_is_the_nearest_value(dtype):
     """The reference itself agrees with a search over all values of a small dtype."""
-    form = _FLOATS[dtype]
+    form = FORMATS[dtype]
     values = [made(dtype, 30, 5, seed).double().tolist() for seed in range(3)]
     for row in zip(*values, strict=True):
         exact = sum(map(Fraction, row)) / 3
-        assert exact_mean(row, Weights.uniform(3), form.bits, form.emin) == nearest(exact, dtype)
+        assert exact_mean(row, Weights.uniform(3), form) == nearest(exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -244,7 +245,7 @@ def test_wrong_use_is_a_value_error():
     with pytest.raises(ValueError, match="0 of 1"):
         mean.result()
     mean.update(torch.ones(2))
-    with pytest.raises(ValueError, match="one more"):
+    with pytest.raises(ValueError, match="one tensor more"):
         mean.update(torch.ones(2))
     mean = RunningMean(2)
     mean.update(torch.ones(2))
@@ -314,16 +315,7 @@ def test_linear_combinations_are_exact(seed):
         mean = RunningMean(weights, target)
         mean.extend(rows)
         found = mean.result(lambda i, rows=rows: rows[i])
-        bits, emin = {
-            torch.float64: (53, -1022),
-            torch.float32: (24, -126),
-            torch.float16: (11, -14),
-            torch.bfloat16: (8, -126),
-        }[target]
-        exact = [exact_mean(row, weights, bits, emin) for row in rows.double().T.tolist()]
-        expected = torch.tensor(exact, dtype=torch.float64).to(target)
-        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[target.itemsize]
-        assert torch.equal(found.view(whole), expected.view(whole))
+        assert torch.equal(bits(found), bits(reference(list(rows), weights, target)))
 
 
 def test_a_sum_that_is_nearly_exact_is_not_taken_for_exact():
@@ -366,7 +358,7 @@ def midpoint(chance, form):
 
 def near_a_midpoint(chance, count, weights, source, target):
     """Values whose mean is as near to a midpoint of the target as a source's values allow."""
-    wanted = midpoint(chance, _FLOATS[target]) * weights.total
+    wanted = midpoint(chance, FORMATS[target]) * weights.total
     values = []
     rest = wanted
     near = count - chance.choice([1, 2, 2, 3])  # each of the last comes nearer

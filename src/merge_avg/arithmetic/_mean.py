@@ -11,7 +11,7 @@ from merge_avg.arithmetic._weights import Weights
 from merge_avg.io import Stack
 
 if TYPE_CHECKING:
-    from merge_avg.arithmetic.torch_mean import Buffers
+    from merge_avg.arithmetic._formats import Buffers
 
 __all__ = ["Mean", "MeanFactory", "Peek"]
 
@@ -80,7 +80,8 @@ class MeanFactory:
         self._load_torch()
         import torch
 
-        from merge_avg.arithmetic.torch_mean import Buffers, TorchMean
+        from merge_avg.arithmetic._formats import Buffers
+        from merge_avg.arithmetic.torch_mean import TorchMean
 
         # A thread works on one window at a time, so that all its means can share their scratch.
         self._buffers = self._buffers or Buffers()

@@ -81,6 +81,10 @@ class Weights:
         longest = max(self.total, *map(abs, self.integers))
         return max(longest.bit_length() - 900, 0)
 
+    def factor(self, integer: int) -> float:
+        """Return a weight, or the total, as a float; all are scaled by the same power of two."""
+        return float(Fraction(integer, 1 << self.excess)) if self.excess else float(integer)
+
     def normalized(self) -> list[float]:
         """The weights as floats, for reports; they sum to one, unless there is a divisor."""
         return [float(Fraction(value, self.total)) for value in self.integers]

@@ -1,0 +1,303 @@
+"""Sums of rows by torch: in float64, and in double-double where float64 may not be exact.
+
+Both know which of their means might be rounded otherwise than the exact mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from merge_avg.arithmetic._formats import (
+    FORMATS,
+    Buffers,
+    Format,
+    Weighed,
+    magnitude,
+    nonzero,
+)
+from merge_avg.arithmetic._weights import Weights
+
+_EXPONENT = 0x7FF0000000000000  # the exponent field of a float64
+
+
+class PlainSum:
+    """A sum in float64 of numbers of at most 24 significand bits.
+
+    Args:
+        row: the memory for the sum, a row.
+        weights: of the mean.
+        buffers: scratch tensors.
+    """
+
+    def __init__(self, row: Tensor, weights: Weights, buffers: Buffers) -> None:
+        self._weights = weights
+        self._buffers = buffers
+        self._row = row
+        self._begun = False
+
+    def add(self, rows: Tensor, weights: Sequence[int], factors: Tensor, *, signs: bool) -> None:
+        """Add rows.
+
+        Args:
+            rows: what is added.
+            weights: one a row.
+            factors: the same as a row of float64.
+            signs: whether all terms of some elements may be -0, so that their sum is -0 too.
+        """
+        out = self._buffers("more", self._row) if self._begun else self._row
+        # Converted here: adding another dtype would make a fresh tensor to convert into.
+        wide = self._buffers("wide", rows)
+        wide.copy_(rows)
+        if signs:  # the matrix product below would begin with +0
+            for row, weight in zip(wide, weights, strict=True):
+                row.mul_(self._weights.factor(weight))
+            out.copy_(wide[:1])
+            for row in wide[1:]:
+                out.add_(row)
+        else:
+            torch.mm(factors, wide, out=out)
+        if self._begun:
+            self._row.add_(out)
+        self._begun = True
+
+    def approximate(self) -> Tensor:
+        """Return the mean, not rounded to any format."""
+        total = self._row[0]
+        divisor = self._weights.factor(self._weights.total)
+        return torch.div(total, divisor, out=self._buffers("mean", total))
+
+    def widened(self, spans: Sequence[Weighed]) -> WideSum:
+        """Return the same sum for float64 numbers to come."""
+        wide = WideSum(self._row, (1,), self._weights)
+        wide.loose = not self._exact(spans)
+        return wide
+
+    def rounded(self, target: Format, spans: Sequence[Weighed]) -> tuple[Tensor, Tensor | None]:
+        """Return the mean, which converting to the target rounds right.
+
+        Args:
+            target: the format of the result.
+            spans: of all rows that were added.
+
+        Returns:
+            The mean, and for each element whether it might be the neighbour of the right one;
+            None if none can be.
+        """
+        quotient = self.approximate()
+        if not self._exact(spans):
+            # The rounding of products, additions, divisor and division, as parts of the mean.
+            terms = len(self._weights) + 5
+            bound = magnitude(spans) / self._weights.total * terms / (1 << 52)
+            return _snap_bounded(quotient, target, float(bound))
+        if target.bits == 53:
+            return quotient, None  # the sum is exact, and the one division rounds right
+        # The division rounds too, but never to a midpoint of the target that the mean is beside:
+        # in units of 2**low the sum is an integer S of at most 2**53, the divisor D is below 2**28,
+        # and S / D, if it is not a midpoint, is further from one than half a unit of float64. So
+        # rounding the quotient is rounding the mean.
+        if target.bits == 24:
+            return quotient, None  # the processor rounds it right when it is converted
+        # The size of a mean is not below 2**least, unless it is zero.
+        least = min(span.low for span, _ in spans) - self._weights.total.bit_length()
+        # Rounding to zero forgets the sign: look whether any element can.
+        signs = any(span.zeros for span, _ in spans) or least < target.emin - target.bits
+        # As `_snap`, with less to compute: without the units, and where nothing is subnormal.
+        big = self._buffers("big", quotient)
+        torch.bitwise_and(quotient.view(torch.int64), _EXPONENT, out=big.view(torch.int64))
+        if least < target.emin:
+            big.clamp_(min=2.0**target.emin)
+        big.mul_(1.5 * 2.0 ** (53 - target.bits))
+        mean = torch.add(quotient, big, out=self._buffers("snapped", quotient)).sub_(big)
+        return (mean.copysign_(quotient) if signs else mean), None
+
+    def _exact(self, spans: Sequence[Weighed]) -> bool:
+        """Return whether no partial sum needs more than 53 bits, from the numbers' exponents."""
+        if not self._weights.small:
+            return False
+        low = min(span.low for span, _ in spans)
+        used = nonzero(spans)
+        if any(span.high > low + 53 for span, _ in used):
+            return False  # and no shift below is by more than this
+        return sum(weight << max(span.high - low, 0) for span, weight in used) <= 1 << 53
+
+
+class WideSum:
+    """A double-double sum (Dekker, 1971) of float64 numbers, which knows where it is exact.
+
+    Args:
+        rows: the first that are added.
+        factors: their weights.
+        weights: of the mean.
+
+    Attributes:
+        loose: some product, the divisor, or a plain sum that this one continues was rounded, so
+            that nothing is known to be exact.
+    """
+
+    def __init__(self, rows: Tensor, factors: Sequence[int], weights: Weights) -> None:
+        self._weights = weights
+        self._divisor = weights.factor(weights.total)
+        self.loose = not weights.small
+        self._high = rows[0].to(torch.float64, copy=True)
+        self._low = torch.zeros_like(self._high)
+        self._inexact = torch.zeros_like(self._high, dtype=torch.bool)
+        if factors[0] != 1:
+            self._high, self._low = _two_product(self._high, weights.factor(factors[0]))
+        for row, weight in zip(rows[1:], factors[1:], strict=True):
+            self.add_one(row, weight)
+
+    def add(self, rows: Tensor, weights: Sequence[int], factors: Tensor, *, signs: bool) -> None:
+        """Add rows, as `PlainSum.add` does; the sign of zeros is always kept."""
+        del factors, signs
+        for row, weight in zip(rows, weights, strict=True):
+            self.add_one(row, weight)
+
+    def add_one(self, row: Tensor, weight: int) -> None:
+        """Add a row."""
+        term, error = row.double(), None
+        if weight != 1:
+            term, error = _two_product(term, self._weights.factor(weight))
+        self._high, carry = _two_sum(self._high, term)
+        for part in (carry, error):
+            if part is not None:
+                self._low, lost = _two_sum(self._low, part)
+                self._inexact |= lost != 0
+
+    def approximate(self) -> Tensor:
+        """Return the mean, not rounded to any format."""
+        return self._high / self._divisor
+
+    def rounded(self, target: Format, spans: Sequence[Weighed]) -> tuple[Tensor, Tensor]:
+        """Return the mean, and which elements might be neighbours of the right one."""
+        high, low = _two_sum(self._high, self._low)
+        high = high.where(high != 0, self._high + self._low.where(self._low != 0, self._high))
+        quotient = high / self._divisor
+        most = magnitude(spans) / self._weights.total
+        # Products of numbers as small as this lose their last bits to underflow.
+        tiny = max(map(abs, self._weights.integers)) > 1 and any(
+            span.low < -900 for span, _ in spans
+        )
+        if self.loose or tiny:
+            bound = most * (len(self._weights) + 8) / (1 << 50)
+            if target.bits < 53:
+                return _snap_bounded(quotient, target, _capped(bound))
+            return quotient, torch.ones_like(self._inexact)
+        # `edge`: where the quotient is so near to the middle of two numbers that the sum decides.
+        if target.bits < 53:
+            mean, edge = self._round_to_narrow(target, high, low, quotient)
+            doubtful = edge & self._inexact
+        else:
+            mean, edge = self._round_to_float64(high, low, quotient)
+            doubtful = edge
+        # Where the double-double sum rounded, its error may reach as far as this.
+        slack = _capped(most * len(self._weights) ** 2 / (1 << 98))
+        reach = slack * 2.0 ** (44 if target.bits == 53 else 60)
+        doubtful |= self._inexact & (_unit(mean, target) <= reach)
+        # Splitting overflows near the end of float64's range, and products underflow at its start.
+        size = quotient.abs()
+        doubtful |= ~mean.isfinite() | (size > 2.0**960)
+        doubtful |= (size < 2.0**-860) & ((self._high != 0) | self._inexact)
+        return mean, doubtful
+
+    def _round_to_narrow(
+        self, target: Format, high: Tensor, low: Tensor, quotient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Round a quotient of `high` and `low` to a format of fewer bits than float64.
+
+        Rounding twice, to float64 and then to the target, goes wrong only where the quotient comes
+        out at a midpoint. A midpoint times the divisor fits 53 bits: so the sign of the remainder
+        is exact, and says on which side of the midpoint the mean lies.
+        """
+        mean, unit = _snap(quotient, target)
+        aside = ((quotient - mean).abs() - unit / 2).abs()
+        edge = aside <= quotient.abs() * 2.0**-50
+        places = edge.nonzero().flatten()
+        if len(places):
+            start, half = mean[places], unit[places] / 2
+            middle = start + torch.where(quotient[places] >= start, half, -half)
+            rest = (high[places] - middle * self._divisor) + low[places]
+            lower = torch.where(rest < 0, middle - half, start)
+            mean[places] = torch.where(rest > 0, middle + half, lower)
+        return mean, edge
+
+    def _round_to_float64(
+        self, high: Tensor, low: Tensor, quotient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Correct a quotient of `high` and `low` by the remainder of the division."""
+        product, error = _two_product(quotient, self._divisor)
+        rest = (((high - product) - error) + low) / self._divisor
+        mean, beyond = _two_sum(quotient, rest)
+        mean = mean.where(mean != 0, quotient)  # keeps the sign of zero
+        edge = _near_edge(mean, beyond)
+        if self._weights.total & (self._weights.total - 1) == 0:
+            edge &= self._inexact  # an exact division: the one rounding above is right
+        return mean, edge
+
+
+def _capped(bound: Fraction) -> float:
+    """Return a bound as a float with room for some doublings."""
+    return float(bound) if bound < 1 << 900 else 2.0**900
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a + b, rounded, and its rounding error, exactly (Knuth, TAOCP 4.2.2)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _two_product(a: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    """Return a * b, rounded, and its rounding error (Dekker), exact short of over- and underflow.
+
+    Each factor is split into halves of at most 26 bits, whose products float64 holds: multiplying
+    by 2**27 + 1 moves the lower half out of the significand.
+    """
+    product = a * b
+    big = a * 134217729.0
+    a1 = big - (big - a)
+    a2 = a - a1
+    bigger = b * 134217729.0
+    b1 = bigger - (bigger - b)
+    b2 = b - b1
+    return product, a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)
+
+
+def _unit(values: Tensor, target: Format) -> Tensor:
+    """Return the distance between neighbours of the target format, around each value."""
+    unit = torch.empty_like(values)
+    torch.bitwise_and(values.view(torch.int64), _EXPONENT, out=unit.view(torch.int64))
+    return unit.clamp_(min=2.0**target.emin).mul_(2.0 ** (1 - target.bits))
+
+
+def _snap(values: Tensor, target: Format) -> tuple[Tensor, Tensor]:
+    """Return each value rounded to a format of fewer than 53 bits, and its unit there.
+
+    Adding and subtracting 1.5 * 2**52 units rounds to whole units, ties to even: between 2**52 and
+    2**53 units float64 has no bits below one. What is rounded to zero keeps its sign.
+    """
+    unit = _unit(values, target)
+    big = unit * (1.5 * 2.0**52)
+    return ((values + big) - big).copysign_(values), unit
+
+
+def _snap_bounded(values: Tensor, target: Format, bound: float) -> tuple[Tensor, Tensor]:
+    """Round values known to within `bound`; return also which might have rounded otherwise."""
+    if target.bits == 53:
+        return values, torch.ones_like(values, dtype=torch.bool)
+    mean, unit = _snap(values, target)
+    aside = (values - mean).abs_().sub_(unit / 2).abs_()
+    sign = values.abs() <= bound  # of a zero, which may be that of the exact mean or not
+    return mean, (aside <= bound) | (unit <= 8 * bound) | sign | ~mean.isfinite()
+
+
+def _near_edge(mean: Tensor, beyond: Tensor) -> Tensor:
+    """Return where the remainder of a float64 is about half a unit: it might round either way."""
+    unit = _unit(mean, FORMATS[torch.float64])
+    half = (beyond.abs() - unit / 2).abs() <= unit * 2.0**-40
+    # Below a power of two the units are half as wide.
+    power = mean.view(torch.int64).bitwise_and((1 << 52) - 1) == 0
+    return half | (power & ((beyond.abs() - unit / 4).abs() <= unit * 2.0**-40))
