@@ -14,7 +14,7 @@ from merge_avg.engine._run import merge_checkpoints, run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.plan._units import windows
+from merge_avg.plan._windows import windows
 from merge_avg.report.report import describe, lines
 
 SIZE = 700_000

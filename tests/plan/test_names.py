@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from merge_avg.report.report import describe, lines
 
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.report.report import describe, lines
 
 
 @pytest.fixture

@@ -11,17 +11,10 @@ from merge_avg.checkpoint._dtypes import BY_NAME
 from merge_avg.checkpoint._layout import File, Layout, Storage, TensorInfo, row_major
 from merge_avg.checkpoint._roles import Name
 from merge_avg.errors import MergeError
+from merge_avg.plan._checks import refuse_quantised
 from merge_avg.plan._names import Aligned
-from merge_avg.plan._units import (
-    Plan,
-    Source,
-    _refuse_quantised,
-    aligned_to_page,
-    batches,
-    make_plan,
-    tiled,
-    windows,
-)
+from merge_avg.plan._units import Plan, Source, aligned_to_page, make_plan, tiled
+from merge_avg.plan._windows import batches, windows
 
 F32 = BY_NAME["float32"]
 FILE = File(Path("f.pt"), 0, 0, 0, 0)
@@ -375,7 +368,7 @@ def test_what_counts_as_quantised_codes(key, stem, dtype, shape, refused):
     if not refused:
         planned(one, one)
         return
-    for plan in (lambda: planned(one, one), lambda: _refuse_quantised(layouts[0], aligned.rows)):
+    for plan in (lambda: planned(one, one), lambda: refuse_quantised(layouts[0], aligned.rows)):
         with pytest.raises(MergeError, match=rf"^f0.pt: tensor '{key}' holds quantised codes"):
             plan()
 

@@ -9,8 +9,7 @@ template's geometry, in a scratch file.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +24,7 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError, named
+from merge_avg.plan._checks import LORA_A, LORA_WARNING, check_alike, refuse_quantised
 from merge_avg.plan._names import Aligned
 
 Kind = Literal["mean", "equal", "keep"]
@@ -108,18 +108,6 @@ class Staging:
     tied_in: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements of a unit, counted from the unit's start."""
-
-    unit: Unit
-    start: int
-    stop: int
-
-
-Window = tuple[Piece, ...]
-
-
 @dataclass(frozen=True)
 class Plan:
     """The work of one merge.
@@ -149,7 +137,7 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What may make the mean meaningless."""
-        return (_LORA_WARNING,) if self.factors else ()
+        return (LORA_WARNING,) if self.factors else ()
 
     @property
     def itemsize(self) -> int:
@@ -177,9 +165,9 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     """
     for name, row in aligned.rows.items():
         if name not in aligned.skipped:
-            _check(layouts, name, row, dtype)
-    _refuse_quantised(layouts[0], aligned.rows)
-    factors = frozenset(name for name in aligned.rows if _LORA_A.search(name.key))
+            check_alike(layouts, name, row, dtype)
+    refuse_quantised(layouts[0], aligned.rows)
+    factors = frozenset(name for name in aligned.rows if LORA_A.search(name.key))
     units: list[Unit] = []
     stagings: list[Staging] = []
     scratch = 0
@@ -244,58 +232,6 @@ def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) ->
 def _alike(member: tuple[Name, TensorInfo], info: TensorInfo) -> bool:
     ours = member[1]
     return info.shape == ours.shape and info.dtype.kind == ours.dtype.kind
-
-
-def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
-    """The units cut and packed into windows of at most `limit` elements.
-
-    The pieces of a window are alike: same kind, same checkpoints, same dtypes. Each piece starts at
-    a multiple of `limit` in its unit, and is as long or reaches to the unit's end.
-    """
-    open_: dict[object, list[Piece]] = {}
-    sizes: dict[object, int] = {}
-    for unit in units:
-        start = len(unit) // limit * limit
-        yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
-        if start == len(unit):
-            continue
-        # What is left, whole, with the rest of others.
-        alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
-        if sizes.get(alike, 0) + len(unit) - start > limit:
-            yield tuple(open_.pop(alike))
-            del sizes[alike]
-        open_.setdefault(alike, []).append(Piece(unit, start, len(unit)))
-        sizes[alike] = sizes.get(alike, 0) + len(unit) - start
-    yield from (tuple(pieces) for pieces in open_.values())
-
-
-def batches(units: Iterable[Unit], limit: int, chunk: int) -> Iterator[tuple[Window, ...]]:
-    """Windows of at most `limit` elements; those that share a chunk of a unit come together.
-
-    A chunk is so many elements of a unit, from a multiple of that on, or to the unit's end. What is
-    derived from chunks in the order of their elements, such as a hash, needs no second reading.
-    """
-    for window in windows(units, max(limit, chunk)):
-        yield (window,) if limit >= chunk else tuple(_cut(window, limit))
-
-
-def _cut(window: Window, limit: int) -> Iterator[Window]:
-    """A window as smaller ones, in order; pieces that fit stay whole."""
-    packed: list[Piece] = []
-    size = 0
-    for piece in window:
-        length = piece.stop - piece.start
-        if length > limit:
-            for at in range(piece.start, piece.stop, limit):
-                yield (Piece(piece.unit, at, min(at + limit, piece.stop)),)
-            continue
-        if size + length > limit:
-            yield tuple(packed)
-            packed, size = [], 0
-        packed.append(piece)
-        size += length
-    if packed:
-        yield tuple(packed)
 
 
 def is_matrix(info: TensorInfo) -> bool:
@@ -446,68 +382,6 @@ def _result(info: TensorInfo, dtype: str | None) -> DType:
     if dtype is None or dtype == TEMPLATE or info.dtype.kind != "float":
         return info.dtype
     return BY_NAME[dtype]
-
-
-def _check(
-    layouts: Sequence[Layout], name: Name, row: Sequence[TensorInfo | None], dtype: str | None
-) -> None:
-    first = row[0]
-    for layout, info in zip(layouts, row, strict=True):
-        if info is None or first is None:
-            continue
-        if info.trouble:
-            what = f"tensor {str(name)!r} is {info.trouble}, which cannot be averaged"
-            hint = "convert it to a plain tensor before saving"
-            raise MergeError(what, where=layout.where(info), hint=hint)
-        if info.shape != first.shape:
-            shapes = f"{list(info.shape)}, expected {list(first.shape)} as in {layouts[0].path}"
-            what = f"tensor {str(name)!r} has the shape {shapes}"
-            raise MergeError(what, where=layout.where(info))
-        if info.dtype == first.dtype:
-            continue
-        names = f"{info.dtype.name}, in {layouts[0].path} it is {first.dtype.name}"
-        what = f"tensor {str(name)!r} is {names}"
-        if {info.dtype.kind, first.dtype.kind} != {"float"}:
-            raise MergeError(what, where=layout.path, hint="save both with the same dtype")
-        if dtype is None:
-            hint = f"choose the dtype of the result, for example --dtype {_wider(info, first)}"
-            raise MergeError(what, where=layout.path, hint=hint)
-
-
-def _wider(a: TensorInfo, b: TensorInfo) -> str:
-    return "float64" if "float64" in (a.dtype.name, b.dtype.name) else "float32"
-
-
-# Siblings that hold the scales of quantised codes (bitsandbytes, GPTQ, AWQ, DeepSeek, torchao),
-# after the name of the codes or in the place of its last segment.
-_SCALE = re.compile(
-    r"[._](scales?|scale_inv|input_scale|absmax|quant_map|nested_absmax|quant_state.*|SCB|CB"
-    r"|zeros?|zero_points?|qzeros|g_idx)$"
-)
-_LORA_A = re.compile(r"(^|[._])lora_(A|embedding_A|down)([._]|$)")
-_LORA_WARNING = (
-    "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, merge "
-    "each adapter into its base model first"
-)
-
-
-def _refuse_quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ...]]) -> None:
-    """Raises MergeError for tensors that hold the codes of quantised ones."""
-    keys = {name.key: name for name in rows}
-    scaled = {_SCALE.sub("", key) for key in keys if _SCALE.search(key)}
-    for key, name in keys.items():
-        info = rows[name][0]
-        if info is None or info.dtype.itemsize > (4 if key.endswith("qweight") else 1):
-            continue
-        stem = key.rpartition(".")[0]
-        if (
-            info.dtype.kind != "bool"
-            and info.shape
-            and (key in scaled or (stem in scaled and key.endswith(("weight", "qweight"))))
-        ):
-            what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
-            hint = "average the checkpoints before you quantise them"
-            raise MergeError(what, where=template.path, hint=hint)
 
 
 def _ties(rows: Mapping[Name, tuple[TensorInfo | None, ...]], scratch: int) -> Iterator[Staging]:
