@@ -23,6 +23,10 @@ class MergeError(ValueError):
         self.hint = hint
         super().__init__(what if self.where is None else f"{self.where}: {what}")
 
+    def at(self, where: str | os.PathLike[str]) -> MergeError:
+        """Return the same error about a file, unless it names one already."""
+        return type(self)(self.what, where=self.where or where, hint=self.hint)
+
 
 class UsageError(MergeError):
     """Options that contradict themselves or the number of inputs, whatever the files hold."""

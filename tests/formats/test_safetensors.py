@@ -1,16 +1,23 @@
-"""merge_avg.formats.safetensors: against the safetensors package, and files that lie."""
+"""merge_avg.formats.safetensors: against the safetensors library, and files that lie."""
 
+import itertools
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_avg.checkpoint._dtypes import BY_NAME
+from merge_avg.checkpoint import BY_NAME, BY_SAFETENSORS, NewTensor
+from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
-from merge_avg.formats.safetensors import fresh
+from merge_avg.formats import check, safetensors, scan
+from merge_avg.formats.safetensors import create
 
 
 def written(path, header, data=b""):
@@ -24,8 +31,20 @@ def entry(start, stop, dtype="F32", shape=None):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
-def test_tensors_lie_where_the_package_reads_them(tmp_path):
-    """Names, shapes, metadata and bytes are those of the safetensors package."""
+def tensor(name, dtype, shape):
+    return NewTensor(name, BY_NAME[dtype], shape, (), 0, name, 0)
+
+
+def library_reads(path):
+    try:
+        with safe_open(path, "pt", backend="pread"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def test_tensors_lie_where_the_library_reads_them(tmp_path):
+    """Names, shapes, metadata and bytes are those of the safetensors library."""
     tensors = {
         f"{dtype}": torch.ones(2, 3).to(dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e5m2)
@@ -37,11 +56,21 @@ def test_tensors_lie_where_the_package_reads_them(tmp_path):
     assert dict(layout.metadata) == {"key": "value"}
     assert {info.path[0] for info in layout.tensors} == set(tensors)
     for info in layout.tensors:
-        tensor = tensors[str(info.path[0])]
-        place = info.storage
-        found = raw[place.offset : place.offset + place.nbytes]
-        assert found == tensor.flatten().view(torch.uint8).numpy().tobytes() or not found
-        assert info.shape == tensor.shape
+        expected = tensors[str(info.path[0])]
+        storage = info.storage
+        found = raw[storage.offset : storage.offset + storage.nbytes]
+        assert found == expected.flatten().view(torch.uint8).numpy().tobytes() or not found
+        assert info.shape == expected.shape
+
+
+def test_every_dtype_of_the_library_has_the_size_that_it_says(tmp_path):
+    """The library takes a tensor of each dtype in the table, with the bytes that are expected."""
+    header, at = {}, 0
+    for code, dtype in BY_SAFETENSORS.items():
+        size = 2 if code == "F4" else 4 * dtype.itemsize
+        header[code] = entry(at, at + size, code, [4])
+        at += size
+    check(scan(written(tmp_path / "a.safetensors", header, bytes(at))))
 
 
 ATTACKS = {
@@ -51,26 +80,164 @@ ATTACKS = {
     "huge shape": {"a": entry(0, 12, shape=[2**62, 2**62])},
     "wrong size": {"a": entry(0, 12, shape=[2])},
     "float shape": {"a": entry(0, 12, shape=[3.0])},
+    "float shape again": {"a": entry(0, 8, shape=[2]), "b": entry(8, 12, shape=[1.0])},
+    "bool shape": {"a": entry(0, 4, shape=[1]), "b": entry(4, 12, "F64", shape=[True])},
     "reversed range": {"a": entry(12, 0, shape=[3])},
+    "negative range": {"a": entry(-12, 0, shape=[3])},
+    "range of one": {"a": {"dtype": "F32", "shape": [3], "data_offsets": [12]}},
+    "range of texts": {"a": {"dtype": "F32", "shape": [3], "data_offsets": "ab"}},
+    "half a byte": {"a": entry(0, 12, "F4", shape=[25])},
     "unknown dtype": {"a": entry(0, 12, dtype="F33")},
+    "dtype of a list": {"a": entry(0, 12, dtype=["F32"])},
     "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 12]}},
+    "a number for a tensor": {"a": 3},
     "metadata of numbers": {"__metadata__": {"a": 1}, "a": entry(0, 12)},
-    "duplicate key": b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 12)).encode(),) * 2),
     "deep": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "no JSON": b"{hello",
     "no UTF-8": b'{"\xff":1}',
     "past the end": {"a": entry(0, 400)},
     "bytes after": {"a": entry(0, 4)},
 }
+TWICE = {
+    "a tensor": b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 12)).encode(),) * 2),
+    "metadata": b'{"__metadata__":{"a":"b","a":"c"},"a":%b}' % json.dumps(entry(0, 12)).encode(),
+}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_files_that_lie_are_refused(tmp_path, attack):
-    """Each way in which a header can lie is a MergeError that names the file."""
+def test_files_that_lie_are_refused_as_the_library_refuses_them(tmp_path, attack):
+    """Each way in which a header can lie is a MergeError that names the file, before any check."""
     path = written(tmp_path / "a.safetensors", ATTACKS[attack], bytes(12))
     with pytest.raises(MergeError) as caught:
         scan(path)
     assert caught.value.where == str(path)
+    assert "library" not in caught.value.what
+    assert not library_reads(path)
+
+
+@pytest.mark.parametrize("twice", TWICE)
+def test_names_that_appear_twice_are_refused_although_the_library_takes_one(tmp_path, twice):
+    """Which of two tensors of a name counts is left to each reader, so neither does here."""
+    path = written(tmp_path / "a.safetensors", TWICE[twice], bytes(12))
+    with pytest.raises(MergeError, match="a key appears twice"):
+        scan(path)
+    assert library_reads(path)
+
+
+DTYPES = ["F32", "BF16", "F8_E8M0", "F4", "C64", "BOOL", "F33"]
+CORRUPT: st.SearchStrategy[object] = st.sampled_from(
+    [None, 1, "F32", [], [1.0], [True], [-1], [0, 0], [0, 4], [2**64], {}]
+)
+
+
+@st.composite
+def headers(draw):
+    """A header, most often right, and the number of bytes that follow it."""
+    header, at = {}, 0
+    for name in draw(st.lists(st.sampled_from("abc"), max_size=3, unique=True)):
+        dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.lists(st.integers(0, 4), max_size=3))
+        count = torch.Size(shape).numel()
+        known = BY_SAFETENSORS.get(dtype)
+        size = count // 2 if dtype == "F4" else count * (known.itemsize if known else 1)
+        at += draw(st.sampled_from([0] * 9 + [1, -1]))
+        stop = at + size + draw(st.sampled_from([0] * 9 + [1]))
+        header[name] = entry(at, stop, dtype, shape)
+        for field in draw(st.sampled_from([()] * 9 + [("shape",), ("dtype",), ("data_offsets",)])):
+            header[name][field] = draw(CORRUPT)
+        at = stop
+    return header, max(at + draw(st.sampled_from([0] * 9 + [1, -1])), 0)
+
+
+@given(made=headers(), spaces=st.integers(0, 8))
+def test_whatever_is_read_the_library_reads_too(tmp_path_factory, made, spaces):
+    """The two readers refuse the same headers of tensors, and see the same in the others."""
+    header, nbytes = made
+    path = tmp_path_factory.getbasetemp() / "agree.safetensors"
+    raw = json.dumps(header).encode() + b" " * spaces
+    written(path, raw, bytes(nbytes))
+    refused = None
+    try:
+        assert len(scan(path).tensors) == len(header)
+    except MergeError as error:
+        refused = error.what
+    assert library_reads(path) == (refused is None)
+    assert "library" not in (refused or "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": BY_NAME["int32"]},
+        {"shape": (1, 3)},
+        {"path": ("b",), "storage": None},
+    ],
+)
+def test_a_header_that_the_library_reads_otherwise_is_refused(tmp_path, change):
+    """Another dtype, shape or name than the library's is an error that names the file."""
+    path = written(tmp_path / "a.safetensors", {"a": entry(0, 12)}, bytes(12))
+    layout = scan(path)
+    info = layout.tensors[0]
+    if "storage" in change:
+        change = change | {"storage": replace(info.storage, name="b")}
+    with pytest.raises(MergeError, match="reads its header in another way") as caught:
+        check(replace(layout, tensors=(replace(info, **change),)))
+    assert caught.value.where == str(path)
+    with pytest.raises(MergeError, match="in another way"):
+        check(replace(layout, metadata=(("format", "pt"),)))
+
+
+def test_two_tensors_in_another_order_are_refused(tmp_path):
+    """Which bytes are whose is part of what the library has to see."""
+    path = written(tmp_path / "a.safetensors", {"a": entry(0, 4), "b": entry(4, 8)}, bytes(8))
+    layout = scan(path)
+    with pytest.raises(MergeError, match="in another way"):
+        check(replace(layout, tensors=layout.tensors[::-1]))
+
+
+def test_a_file_that_the_library_refuses_is_refused(tmp_path):
+    """The library's words are part of the message."""
+    path = written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
+    layout = scan(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MergeError, match=r"safetensors library does not accept it \(.+\)"):
+        check(layout)
+
+
+def test_files_of_a_directory_are_checked(tmp_path):
+    """A directory is checked file by file; files of other formats are passed over."""
+    written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
+    torch.save({"b": torch.ones(1)}, tmp_path / "b.pt")
+    layout = scan(tmp_path)
+    check(layout)
+    written(tmp_path / "a.safetensors", {"a": entry(0, 4, "I32")}, bytes(4))
+    with pytest.raises(MergeError, match="in another way"):
+        check(layout)
+
+
+@pytest.mark.parametrize("loaded", [None, "numpy", "torch"])
+def test_the_library_is_asked_where_its_framework_is_loaded(tmp_path, loaded):
+    """A scan imports neither torch nor NumPy, and opens the file twice only if one is there."""
+    path = written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
+    code = (
+        f"import sys; {f'import {loaded}' if loaded else ''}\n"
+        "from merge_avg.formats import scan\n"
+        "before = set(sys.modules)\n"
+        f"scan({str(path)!r})\n"
+        "print({'torch', 'numpy'} & (set(sys.modules) - before), 'safetensors' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"set() {loaded is not None}\n"
+
+
+def test_a_header_is_parsed_once_for_equal_files(tmp_path):
+    """Files of one run share their tensors; the number of a shard is part of what they are."""
+    for name in "ab":
+        written(tmp_path / name, {"a": entry(0, 4)}, bytes(4))
+    first, second = scan(tmp_path / "a"), scan(tmp_path / "b")
+    assert first.tensors is second.tensors
+    with (tmp_path / "a").open("rb") as file:
+        other = safetensors.scan(file, first.files[0], 1)
+    assert other.tensors[0].storage.file == 1
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 100, 0])
@@ -82,23 +249,34 @@ def test_header_lengths_that_lie_are_refused(tmp_path, length):
         scan(path)
 
 
-def test_fresh_files_load_and_say_pt(tmp_path):
-    """A skeleton is a valid file for the package, with format pt and the metadata given."""
-    skeleton = fresh(
-        [("wö", BY_NAME["float32"], (2, 3)), ("empty", BY_NAME["int8"], (0,))], {"a": "b"}
-    )
+def test_new_files_load_and_say_pt(tmp_path):
+    """A layout is a valid file for the library, with format pt and the metadata given."""
+    tensors = [tensor("wö", "float32", (2, 3)), tensor("empty", "int8", (0,))]
+    layout = create(tensors, {"a": "b"})
     path = tmp_path / "a.safetensors"
     with path.open("wb") as file:
-        for offset, data in skeleton.literals:
+        for offset, data in itertools.chain(layout.opening(), layout.closing(b"", [0, 0])):
             file.seek(offset)
             file.write(data)
-        file.truncate(skeleton.nbytes)
+        file.truncate(layout.nbytes(b""))
     assert torch.equal(load_file(path)["wö"], torch.zeros(2, 3))
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "a": "b"}
 
 
+def test_packed_codes_are_copied_as_they_lie(tmp_path):
+    """A tensor of 4-bit codes takes half a byte an element in the copy too, and is kept."""
+    paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for path in paths:
+        written(path, {"codes": entry(0, 4, "F4", [8]), "w": entry(4, 8)}, bytes(range(4)) * 2)
+    out = tmp_path / "out.safetensors"
+    merge_checkpoints(paths, out, exclude=("codes",))
+    check(scan(out))
+    storage = scan(out).tensors[0].storage
+    assert out.read_bytes()[storage.offset :][:4] == bytes(range(4))
+
+
 def test_dtypes_without_a_code_are_refused():
     """complex128 has no place in the format, and the message says what has."""
     with pytest.raises(MergeError, match="complex128"):
-        fresh([("w", BY_NAME["complex128"], (1,))], {})
+        create([tensor("w", "complex128", (1,))], {})

@@ -14,7 +14,7 @@ from merge_avg.errors import MergeError
 from merge_avg.formats._table import FORMATS, Format, copy, format_for, scan_file
 from merge_avg.formats.directory import scan_directory
 
-__all__ = ["FORMATS", "Format", "copy", "format_for", "scan"]
+__all__ = ["FORMATS", "Format", "check", "copy", "format_for", "scan"]
 
 
 def scan(path: str | os.PathLike[str]) -> Layout:
@@ -37,3 +37,16 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         raise MergeError(what, where=path) from None
     assert layout is not None  # noqa: S101 - a strict scan returns or raises
     return layout
+
+
+def check(layout: Layout) -> None:
+    """Ask the safetensors library whether it reads the same in each safetensors file of a layout.
+
+    Raises:
+        MergeError: the library refuses a file, or reads other tensors or metadata in it.
+    """
+    for one in layout.members or (layout,):
+        if one is not None and one.format == "safetensors":
+            from merge_avg.formats import safetensors
+
+            safetensors.check(one)

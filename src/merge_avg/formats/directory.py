@@ -26,7 +26,7 @@ from merge_avg.checkpoint import (
     is_kept,
 )
 from merge_avg.errors import MergeError, named
-from merge_avg.formats import bounded_json as json_text
+from merge_avg.formats import bounded_json
 from merge_avg.formats._table import scan_file, set_format
 
 INDEX = ".index.json"
@@ -300,7 +300,7 @@ def read_index(file: File) -> dict[str, Any]:
     try:
         if file.nbytes > _LARGEST_INDEX:
             raise ValueError("it is absurdly large")
-        index = json_text.table(file.path.read_bytes())
+        index = bounded_json.loads(file.path.read_bytes())
         match index:
             case {"weight_map": dict() as table} if all(
                 isinstance(value, str) for value in table.values()

@@ -1,15 +1,27 @@
-"""safetensors files: a JSON header with byte ranges, then the bytes.
+"""safetensors files: a JSON header with the ranges of the tensors' bytes, then the bytes.
 
-Format: https://github.com/huggingface/safetensors (README, "Format").
+    offset   bytes
+    0        8       length of the header, little-endian
+    8        length  {"__metadata__": {"format": "pt", ...},
+                      "conv.weight": {"dtype": "F32", "shape": [64, 3], "data_offsets": [0, 768]},
+                      ...}   and spaces up to a multiple of 8
+    8+length         the data: ranges count from here, and leave no hole
+
+The safetensors library is the reference for what is valid: see `check`.
+
+Specification: https://github.com/huggingface/safetensors (README, "Format").
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, BinaryIO
 
 from merge_avg.checkpoint import (
@@ -28,75 +40,155 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats import bounded_json as json_text
+from merge_avg.formats import bounded_json
+
+_METADATA = "__metadata__"
+_LARGEST = 1 << 63
+_INT = frozenset((int,))
+_AGAIN = "fetch or save the file again"
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
-    """The layout of a safetensors file; `number` is that of the file in the checkpoint.
+    """Return the layout of a safetensors file; `number` is that of the file in the checkpoint.
 
     Raises:
         MergeError: the header is damaged, or the ranges leave holes, overlap or end elsewhere.
     """
     path, nbytes = stamp.path, stamp.nbytes
     length = int.from_bytes(file.read(8), "little")
-    base = 8 + length
-    if base > nbytes:
-        raise _cut_short(path, base, nbytes)
-    header = _header(path, file.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise MergeError("the header's __metadata__ is no table of texts", where=path)
-    tensors = [_tensor(path, name, entry, base, number) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.nbytes))
-    end = base
-    for tensor in tensors:
-        if tensor.storage.offset != end:
-            where = "a hole before" if tensor.storage.offset > end else "an overlap at"
-            raise MergeError(f"there is {where} tensor {tensor.storage.name!r}", where=path)
-        end += tensor.storage.nbytes
-    if end > nbytes:
-        raise _cut_short(path, end, nbytes)
-    if end < nbytes:
-        raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor", where=path)
-    return Layout(path, "safetensors", (stamp,), tuple(tensors), metadata=tuple(metadata.items()))
-
-
-def _cut_short(path: Path, expected: int, found: int) -> MergeError:
-    what = f"it is cut short: {found:,} bytes, expected {expected:,}"
-    return MergeError(what, where=path, hint="fetch or save the file again")
-
-
-def _header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json_text.table(raw)
+        if 8 + length > nbytes:
+            raise _cut_short(8 + length, nbytes)
+        tensors, metadata, end = _header(file.read(length), number)
+        if end > nbytes:
+            raise _cut_short(end, nbytes)
+        if end < nbytes:
+            raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor")
+    except MergeError as error:
+        raise error.at(path) from None
+    layout = Layout(path, "safetensors", (stamp,), tensors, metadata=metadata)
+    # The library imports torch or NumPy to open a file, which takes longer than most merges; where
+    # one of them is loaded already, asking it costs little.
+    if any(map(sys.modules.get, ("torch", "numpy"))):
+        check(layout)
+    return layout
+
+
+def _cut_short(expected: int, found: int) -> MergeError:
+    return MergeError(f"it is cut short: {found:,} bytes, expected {expected:,}", hint=_AGAIN)
+
+
+# Checkpoints of one run have the same header to the byte: the last one is remembered, so that
+# eight of them are parsed once and share their tensors.
+@lru_cache(maxsize=1)
+def _header(
+    raw: bytes, number: int
+) -> tuple[tuple[TensorInfo, ...], tuple[tuple[str, str], ...], int]:
+    """Return the tensors of a header in the order of their bytes, its metadata, and their end."""
+    try:
+        header = bounded_json.loads(raw)
     except ValueError as error:
-        raise MergeError(f"the safetensors header is damaged ({error})", where=path) from None
-    return header
+        raise MergeError(f"the safetensors header is damaged ({error})") from None
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MergeError("the header's __metadata__ is not a table of texts")
+    end = 8 + len(raw)
+    tensors = list(_tensors(header, end, number))
+    tensors.sort(key=attrgetter("storage.offset", "storage.nbytes"))
+    for tensor in tensors:
+        storage = tensor.storage
+        if storage.offset != end:
+            where = "a hole before" if storage.offset > end else "an overlap at"
+            raise MergeError(f"there is {where} tensor {storage.name!r}")
+        end += storage.nbytes
+    return tuple(tensors), tuple(metadata.items()), end
 
 
-def _tensor(path: Path, name: str, entry: Any, base: int, number: int) -> TensorInfo:
-    match entry:
-        case {"dtype": str() as code, "shape": list() as shape, "data_offsets": [a, b]} if (
-            type(a) is type(b) is int
-        ):
-            pass
-        case _:
-            raise MergeError(f"tensor {name!r} is described in an unknown way", where=path)
-    dtype = BY_SAFETENSORS.get(code)
-    if dtype is None:
-        raise MergeError(f"tensor {name!r} is of the unknown dtype {code!r}", where=path)
-    if impossible(shape, shape, 0, b - a) or not 0 <= a <= b < 1 << 63:
-        raise MergeError(f"tensor {name!r} has an impossible shape or range", where=path)
-    size = math.prod(shape) * dtype.itemsize
-    if dtype.name.startswith("float4"):
-        size = math.prod(shape) // 2
-    if b - a != size:
-        found = f"{b - a:,} bytes, expected {size:,} for its shape and dtype"
-        raise MergeError(f"tensor {name!r} has {found}", where=path)
-    trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
-    storage = Storage(name, base + a, size, file=number)
-    extents = tuple(shape)
-    return TensorInfo((name,), dtype, extents, row_major(extents), 0, storage, trouble)
+def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[TensorInfo]:
+    """Yield the tensors of a header, whose data begins at `base` of the file."""
+    # Layers repeat their shapes: the strides and the product are computed once for each.
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+    for name, entry in header.items():
+        # With match and cases this takes three times as long, for each of many tensors.
+        try:
+            code, shape = entry["dtype"], entry["shape"]
+            start, stop = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            code = shape = start = stop = None
+        if not (type(code) is str and type(shape) is list and type(start) is type(stop) is int):
+            raise MergeError(f"tensor {name!r} is described in an unknown way")
+        dtype = BY_SAFETENSORS.get(code)
+        if dtype is None:
+            raise MergeError(f"tensor {name!r} is of the unknown dtype {code!r}")
+        extents = tuple(shape)
+        # True and 2.0 are equal to 1 and 2, so that a shape of theirs would be found in the table.
+        known = shapes.get(extents) if _INT.issuperset(map(type, extents)) else None
+        if known is None:
+            if impossible(extents, extents, 0, _LARGEST):
+                raise MergeError(f"tensor {name!r} has an impossible shape")
+            known = shapes[extents] = row_major(extents), math.prod(extents)
+        strides, count = known
+        if not 0 <= start <= stop < _LARGEST:
+            raise MergeError(f"tensor {name!r} has an impossible range")
+        size = _nbytes(dtype, count)
+        if stop - start != size:
+            expected = f"{size:,}" if size >= 0 else "whole bytes"
+            found = f"{stop - start:,} bytes, expected {expected} for its shape and dtype"
+            raise MergeError(f"tensor {name!r} has {found}")
+        trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
+        storage = Storage(name, base + start, size, None, number)
+        yield TensorInfo((name,), dtype, extents, strides, 0, storage, trouble)
+
+
+def _nbytes(dtype: DType, count: int) -> int:
+    """Return the bytes that elements take: F4 has two in each. No whole number of them is -1."""
+    if dtype.safetensors != "F4":
+        return count * dtype.itemsize
+    return -1 if count % 2 else count // 2
+
+
+def check(layout: Layout) -> None:
+    """Compare a scanned file with what the safetensors library reads in its header.
+
+    Two readers that see different tensors in the same bytes are how a file shows one model to a
+    scanner and another to a user, so it is refused. The library maps no memory here ("pread"): a
+    mapped file that is cut short meanwhile would kill the process.
+
+    Raises:
+        MergeError: the library refuses the file, or sees other tensors or metadata in it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = layout.path
+    try:
+        with safe_open(path, _framework(), backend="pread") as file:
+            names, metadata = file.offset_keys(), file.metadata() or {}
+            views = [(name, file.get_slice(name)) for name in names]
+            theirs = [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views]
+    except SafetensorError as error:
+        what = f"the safetensors library does not accept it ({error})"
+        raise MergeError(what, where=path, hint=_AGAIN) from None
+    ours = [(info.storage.name, info.dtype.safetensors, info.shape) for info in layout.tensors]
+    # The order is that of their bytes, in which tensors without any may come in any.
+    if (_in_order(theirs), dict(layout.metadata)) != (_in_order(ours), metadata):
+        what = "the safetensors library reads its header in another way"
+        raise MergeError(what, where=path, hint=_AGAIN)
+
+
+_Entry = tuple[str, str | None, tuple[int, ...]]
+
+
+def _in_order(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
+    """Return entries that have bytes in their order, and the others in the order of names."""
+    full = [entry for entry in entries if 0 not in entry[2]]
+    return full, sorted(entry for entry in entries if 0 in entry[2])
+
+
+def _framework() -> str:
+    """Return the framework that the library shall import to open a file: the cheapest one."""
+    if sys.modules.get("torch"):
+        return "pt"
+    return "numpy" if importlib.util.find_spec("numpy") else "pt"
 
 
 @dataclass(frozen=True)
@@ -148,7 +240,9 @@ def create(
     Raises:
         MergeError: the format has no code for a dtype.
     """
-    return _layout([(one.name, one.dtype, one.shape) for one in tensors], metadata, recorded)
+    return _layout(
+        [(one.name, one.dtype, one.shape) for one in tensors], metadata, recorded=recorded
+    )
 
 
 def copy(
@@ -166,7 +260,7 @@ def copy(
         (info.storage.name, converted.get(info.storage.name, info.dtype), info.shape)
         for info in layout.tensors
     ]
-    whole = _layout(entries, dict(layout.metadata), recorded)
+    whole = _layout(entries, dict(layout.metadata), recorded=recorded)
     kept = [info.storage for info in layout.tensors if info.storage.name not in averaged]
     slots = {name: slot for name, slot in whole.slots.items() if name in averaged}
     copies = tuple((storage, whole.slots[storage.name]) for storage in kept)
@@ -176,6 +270,7 @@ def copy(
 def _layout(
     tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
     metadata: Mapping[str, str],
+    *,
     recorded: bool,
 ) -> SafetensorsLayout:
     texts = {key: value for key, value in metadata.items() if key != PROVENANCE}
@@ -183,18 +278,18 @@ def _layout(
     slots: dict[str, Slot] = {}
     at = 0
     for number, (name, dtype, shape) in enumerate(tensors):
-        if name == "__metadata__":
+        if name == _METADATA:
             raise MergeError("safetensors cannot hold a tensor of the name '__metadata__'")
         if dtype.safetensors is None:
             hint = "write a .pt file, which can"
             raise MergeError(f"safetensors cannot hold {name!r}: {dtype.name}", hint=hint)
-        end = at + math.prod(shape) * dtype.itemsize
+        end = at + _nbytes(dtype, math.prod(shape))
         slots[name] = Slot(number, at, end - at)
         entry = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, end]}
         header[name] = entry
         at = end
     try:
-        before, after = _encoded({"__metadata__": {"format": "pt", **texts}}), _encoded(header)
+        before, after = _encoded({_METADATA: {"format": "pt", **texts}}), _encoded(header)
     except UnicodeEncodeError:
         bad = next(name for name in header if name != name.encode("utf-8", "replace").decode())
         raise MergeError(f"safetensors cannot hold the name {bad!a}") from None
