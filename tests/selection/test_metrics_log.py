@@ -32,7 +32,7 @@ def test_rows_with_empty_cells_are_joined(tmp_path):
 
 
 def test_names_count_before_steps_and_steps_before_epochs(tmp_path):
-    """Rows with a checkpoint's name come before those with its step, and these before its epoch's."""
+    """A row with the name of a checkpoint comes before one with its step, then with its epoch."""
     rows = [
         {"path": "run/a.pt", "acc": 1},
         {"step": 5, "acc": 2},
