@@ -10,6 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "agreement.py"
 
 
+@pytest.mark.large
 def test_the_warning_fires_for_the_broken_ones():
     """Real networks: where the mean lost more than half its accuracy, and only there."""
     pytest.importorskip("sklearn")

@@ -9,6 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kfold_demo.py"
 
 
+@pytest.mark.large
 def test_the_demo_averages_five_folds(tmp_path):
     """Five folds average to networks that still recognise digits: all, all but one, a soup."""
     pytest.importorskip("sklearn")
