@@ -1,12 +1,16 @@
-"""merge_avg.merger: models in memory."""
+"""merge_avg.merger: averaging models in memory, and their BatchNorm statistics afterwards."""
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from merge_avg import AverageModelMerger
+from merge_avg import AverageModelMerger, recalibrate_batch_norm
 
 
 def tied():
@@ -53,7 +57,7 @@ def mean_of(tensors):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_kind_of_module_merges(name):
-    """A merged model is a new one of the same type that holds the mean; its inputs stay."""
+    """The merged model is a new one of the same type that holds the mean; the inputs stay."""
     models = [MAKERS[name]() for _ in range(3)]
     before = [copy.deepcopy(model.state_dict()) for model in models]
     merged = AverageModelMerger(models).merge_models()
@@ -68,7 +72,7 @@ def test_every_kind_of_module_merges(name):
 
 
 def test_ties_modes_and_gradients_are_kept():
-    """Ties, requires_grad, training mode and the LSTM's own list of weights survive."""
+    """Ties, requires_grad, training mode and an LSTM's own list of weights survive."""
     models = [tied().eval() for _ in range(2)]
     models[0][0].weight.requires_grad_(requires_grad=False)
     merged = AverageModelMerger(models).merge_models()
@@ -81,7 +85,7 @@ def test_ties_modes_and_gradients_are_kept():
 
 
 def test_derived_weights_are_computed_anew():
-    """What the old weight_norm hook derives follows from the averaged factors at once."""
+    """The weight of the old weight_norm hook follows from the averaged factors at once."""
     models = [MAKERS["old weight_norm"]() for _ in range(2)]
     for model in models:
         model(torch.ones(1, 6))  # leaves a tensor with a gradient function behind
@@ -114,7 +118,7 @@ def test_weights_count():
     ("models", "error", "says"),
     [
         ([], ValueError, "no models"),
-        ([nn.Linear(1, 1), 3], TypeError, r"models\[1\] is no nn.Module but int"),
+        ([nn.Linear(1, 1), 3], TypeError, r"models\[1\] is not an nn.Module: int"),
         (nn.Linear(1, 1), TypeError, "list"),
         ([nn.Linear(2, 2), nn.Linear(2, 3)], ValueError, "'weight' has the shape"),
         ([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)], ValueError, r"only models.0. has 'bias'"),
@@ -122,8 +126,8 @@ def test_weights_count():
         ([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")], ValueError, "no plain data"),
     ],
 )
-def test_what_cannot_be_merged_is_named(models, error, says):
-    """An empty list, something that is no module, and different structures say what is wrong."""
+def test_models_that_cannot_be_merged_are_refused(models, error, says):
+    """Empty lists, values that are not modules, and different structures are named errors."""
     with pytest.raises(error, match=says):
         AverageModelMerger(models).merge_models()
 
@@ -167,7 +171,44 @@ STRIDED = {
 
 @pytest.mark.parametrize("kind", STRIDED)
 def test_vectors_with_gaps_are_read_by_their_strides(kind):
-    """What does not lie in memory one after the other is averaged right all the same."""
+    """Tensors whose elements do not lie side by side in memory are averaged right as well."""
     tensors = [STRIDED[kind](k) for k in range(2)]
     merged = AverageModelMerger([_Holder(tensor) for tensor in tensors]).merge_models()
     assert torch.equal(merged.p.detach(), (tensors[0] + tensors[1]) / 2)
+
+
+def normalized():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def test_recalibrated_statistics_are_those_of_the_data():
+    """Recalibration gives the statistics of the layer's inputs, as update_bn does."""
+    torch.manual_seed(0)
+    model = normalized().eval()
+    twin = normalized().eval()
+    twin.load_state_dict(model.state_dict())
+    loader = [(torch.randn(32, 4) * 3 + 1, None) for _ in range(4)]
+    recalibrate_batch_norm(model, loader, "cpu")
+    update_bn(loader, twin)
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    inputs = torch.cat([model[0](batch) for batch, _ in loader])
+    torch.testing.assert_close(model[1].running_mean, inputs.mean(dim=0), atol=1e-5, rtol=1e-4)
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("model", "noted"), [(normalized(), 1), (nn.Linear(4, 4), 0)], ids=["batchnorm", "none"]
+)
+def test_a_note_says_that_statistics_were_averaged(tmp_path, model, noted):
+    """The command's report points to recalibration where running statistics were averaged."""
+    paths = [tmp_path / "first.pt", tmp_path / "second.pt"]
+    for path in paths:
+        torch.save(model.state_dict(), path)
+    command = [sys.executable, "-m", "merge_avg", *paths, "-o", tmp_path / "mean.pt", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    found = [note for note in json.loads(done.stdout)["notes"] if "BatchNorm" in note]
+    assert len(found) == noted
+    for note in found:
+        assert "2 BatchNorm statistics averaged" in note
+        assert "recalibrate_batch_norm" in note

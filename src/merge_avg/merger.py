@@ -1,4 +1,4 @@
-"""Averaging models that are in memory.
+"""Averages models that are in memory, and recalibrates the result's BatchNorm statistics.
 
 The class is named after, and used like, the AverageModelMerger of the package zetascale.
 """
@@ -26,13 +26,13 @@ class AverageModelMerger:
     """Averages the weights of models of one architecture.
 
     Args:
-        models: the models; they are not changed.
-        weights: one number a model, zero or above; by default all count the same.
+        models: the models, which are not changed.
+        weights: one number for each model, zero or above; by default all count the same.
         allow_nonfinite: average NaN and infinity too, as IEEE 754 says.
 
     Raises:
-        TypeError: `models` is no list, or something in it is no nn.Module.
-        ValueError: the list is empty, or the weights do not fit it.
+        TypeError: `models` is not a list, or something in it is not an nn.Module.
+        ValueError: the list is empty, or there are not as many weights as models.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class AverageModelMerger:
             raise TypeError(f"models must be a list of nn.Module, not {type(models).__name__}")
         for index, model in enumerate(models):
             if not isinstance(model, nn.Module):
-                raise TypeError(f"models[{index}] is no nn.Module but {type(model).__name__}")
+                raise TypeError(f"models[{index}] is not an nn.Module: {type(model).__name__}")
         if not models:
             raise ValueError("there are no models to average")
         if weights is not None and len(weights) != len(models):
@@ -56,11 +56,12 @@ class AverageModelMerger:
         self._allow_nonfinite = allow_nonfinite
 
     def merge_models(self) -> nn.Module:
-        """A new model, of the first one's type and structure, whose weights are the mean.
+        """Return a new model of the first one's type and structure, whose weights are the mean.
 
         Parameters and persistent buffers of float and complex dtype become the exact weighted mean,
-        rounded once. Integer and bool buffers have to be equal, but counters
-        (num_batches_tracked) are the first model's, as is all the rest. Memory: one more model.
+        rounded once. Integer and bool buffers have to be equal, except that counters
+        (num_batches_tracked), like all the rest, are the first model's. This takes the memory of
+        one more model.
 
         Raises:
             ValueError: the models differ in structure (the message names the first difference), or
@@ -70,7 +71,7 @@ class AverageModelMerger:
         for index, state in enumerate(states[1:], start=1):
             _compare(states[0], state, index)
         merged = self._copy_model_structure(self.models[0])
-        done: set[object] = set()
+        done: set[object] = set()  # tied tensors are averaged once
         with torch.no_grad():
             for name, target in _state(merged).items():
                 tensors = [state[name] for state in states]
@@ -82,18 +83,21 @@ class AverageModelMerger:
 
     @staticmethod
     def _copy_model_structure(model: nn.Module) -> nn.Module:
-        """A copy of a model that shares no tensor with it; ties between its tensors are kept."""
+        """Copy a model so that it shares no tensor with the original, and keep ties."""
+        # `deepcopy` alone refuses tensors that hooks have computed, and gives parameters that share
+        # a storage one each. So it finds copies of all plain tensors in its memo.
         memo: dict[int, object] = {}
         storages: dict[int, Tensor] = {}
         for tensor in _tensors(model):
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_meta:
-                continue  # left to the subclass's own way of copying
+                continue  # a subclass knows how to copy itself
             if tensor.layout != torch.strided:
                 continue
             memo[id(tensor)] = _copied(tensor, storages)
         return copy.deepcopy(model, memo)
 
     def _merge(self, name: str, tensors: list[Tensor], target: Tensor) -> None:
+        """Write the mean of tensors to `target`, or check that they are equal."""
         first = tensors[0]
         if not (first.is_floating_point() or first.is_complex()):
             for index, other in enumerate(tensors[1:], start=1):
@@ -106,12 +110,11 @@ class AverageModelMerger:
         dense = _is_dense(target) and target.stride() == first.stride()
         out = _flat(target, like=first) if dense else torch.empty_like(flats[0])
         dtype = str(first.dtype).removeprefix("torch.")
-        plain = all(map(_is_plain, (*flats, out)))
-        mean: Mean = (
-            MeanFactory()(self._weights, dtype, [dtype])
-            if plain
-            else TorchMean(self._weights, first.dtype, target.device)
-        )
+        mean: Mean
+        if all(map(_is_plain, (*flats, out))):
+            mean = MeanFactory()(self._weights, dtype, [dtype])
+        else:
+            mean = TorchMean(self._weights, first.dtype, target.device)
         for start in range(0, first.numel(), _CHUNK):
             parts = [flat[None, start : start + _CHUNK] for flat in flats]
             for index, part in enumerate(parts):
@@ -123,19 +126,39 @@ class AverageModelMerger:
             target.copy_(out.view(target.shape))
 
 
+def recalibrate_batch_norm(
+    model: nn.Module,
+    loader: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]],
+    device: torch.device | str | None = None,
+) -> None:
+    """Compute the running statistics of a model's BatchNorm layers anew, in place.
+
+    Averaged statistics are not those of the averaged model. This is torch's `update_bn` (Izmailov
+    et al. 2018, arXiv:1803.05407, section 3.2): one pass over the data in training mode, without
+    gradients, after which the model's own mode is restored.
+
+    Args:
+        model: the averaged model.
+        loader: batches of training inputs, or tuples or lists that begin with one.
+        device: where the batches are moved first, if anywhere.
+    """
+    update_bn(loader, model, None if device is None else torch.device(device))
+
+
 def _is_plain(vector: Tensor) -> bool:
-    """Whether a vector is numbers in host memory, one after the other."""
-    # A subclass may have no memory, and a neg bit is no part of the bytes.
+    """Return whether a vector is numbers in host memory, one after the other."""
+    # A subclass may have no memory, and the bytes do not show a neg bit.
     plain = type(vector) is Tensor and vector.device.type == "cpu"
     return plain and vector.is_contiguous() and not vector.is_neg()
 
 
 def _peek(rows: Sequence[Tensor], index: int, start: int, stop: int) -> Tensor:
+    """Return some elements of a model's row once more."""
     return rows[index][:, start:stop]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, ties under each of their names."""
+    """Return parameters and persistent buffers by name; those that are tied have several names."""
     transient = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -147,7 +170,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], index: int) -> None:
-    """Raises for the first difference in structure."""
+    """Raise for the first difference in structure."""
     for name in (*ours, *theirs):
         if name not in ours or name not in theirs:
             whose = "models[0]" if name in ours else f"models[{index}]"
@@ -161,6 +184,7 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], index: int) -> 
                 raise MergeError(f"{name!r} has the {what} {where}")
         if tensor.is_meta or other.is_meta or tensor.layout != torch.strided:
             raise MergeError(f"{name!r} has no plain data (it is on {tensor.device})")
+    # Tensors that are tied in one model only can still be averaged if they hold the same numbers.
     for a, b in sorted(_ties(ours) ^ _ties(theirs)):
         for state, here, there in ((ours, 0, index), (theirs, index, 0)):
             if not torch.equal(state[a], state[b]):
@@ -173,6 +197,7 @@ def _plain(value: object) -> object:
 
 
 def _ties(state: dict[str, Tensor]) -> set[tuple[str, str]]:
+    """Return the names of tied tensors, each with the first name of the same tensor."""
     firsts: dict[object, str] = {}
     ties = set()
     for name, tensor in state.items():
@@ -184,7 +209,7 @@ def _ties(state: dict[str, Tensor]) -> set[tuple[str, str]]:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that a model's modules hold, also as plain attributes (torch.nn.utils hooks)."""
+    """Yield every tensor of a model; hooks of torch.nn.utils keep some as plain attributes."""
     for module in model.modules():
         yield from (p for p in module._parameters.values() if p is not None)  # noqa: SLF001
         yield from (b for b in module._buffers.values() if b is not None)  # noqa: SLF001
@@ -192,7 +217,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _copied(tensor: Tensor, storages: dict[int, Tensor]) -> Tensor:
-    """A copy whose storage is shared with the copies of all that share the original's storage."""
+    """Copy a tensor; those that share a storage have copies that share one too."""
     storage = tensor.untyped_storage()
     if storage.data_ptr() not in storages:
         fresh = torch.empty(len(storage), dtype=torch.uint8, device=tensor.device)
@@ -209,18 +234,19 @@ def _copied(tensor: Tensor, storages: dict[int, Tensor]) -> Tensor:
 
 
 def _refresh_derived(model: nn.Module) -> None:
-    """Computes anew what the hooks of torch.nn.utils.weight_norm and spectral_norm derive."""
+    """Compute anew what the hooks of torch.nn.utils.weight_norm and spectral_norm derive."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():  # noqa: SLF001
             if isinstance(hook, WeightNorm):
                 setattr(module, hook.name, hook.compute_weight(module))
             elif isinstance(hook, SpectralNorm):
+                # A power iteration would change the averaged vectors that the norm is taken from.
                 weight = hook.compute_weight(module, do_power_iteration=False)
                 setattr(module, hook.name, weight)
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill a run of its storage, in whatever order."""
+    """Return whether a tensor's elements fill a run of its storage, in whatever order."""
     expected = 1
     for step, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if extent != 1:
@@ -231,7 +257,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor as a vector, in the order of memory where all of them have that order."""
+    """Return a tensor as a vector; without a copy if it lies in memory as `like` does."""
     tensor = tensor.detach()
     if _is_dense(tensor) and _is_dense(like) and tensor.stride() == like.stride():
         return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
@@ -239,23 +265,5 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _place(tensor: Tensor) -> object:
-    """What tensors that are tied have in common."""
+    """Return what tied tensors have in common."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def recalibrate_batch_norm(
-    model: nn.Module,
-    loader: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]],
-    device: torch.device | str | None = None,
-) -> None:
-    """Computes the running statistics of a model's BatchNorm layers anew, in place.
-
-    This is torch's `update_bn` (Izmailov et al. 2018, arXiv:1803.05407, section 3.2): one pass over
-    the data in training mode, without gradients, after which the model's own mode is restored.
-
-    Args:
-        model: the averaged model.
-        loader: batches of training inputs, or tuples or lists that begin with one.
-        device: where the batches are moved to first, if anywhere.
-    """
-    update_bn(loader, model, None if device is None else torch.device(device))

@@ -1,8 +1,7 @@
-"""The compiled loops of kernel.c, where the package was installed with them.
+"""The compiled loops of kernel.c and loops.h, if the package was installed with them.
 
-They compute what is computed by torch, to the bit, in a third of its time: torch has no operation
-that converts, multiplies and adds at once. Nothing depends on them, but that a merge which they can
-do alone need not wait for torch to be imported.
+They compute what torch computes, to the bit, in a third of its time. No result depends on them; but
+a merge which they can do alone need not wait for torch to be imported.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from merge_avg.io import Matrix
 
 _LIBRARY = Path(__file__).with_name("_loops.so")
 _NAMES = ("float32", "float16", "bfloat16")
+# The arguments of the functions: without these, ctypes would cut addresses to 32 bits.
 _POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double
 _ROWS: tuple[Any, ...] = (_POINTER, _SIZE, _SIZE)
 _SUM: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, ctypes.c_int, _POINTER, _POINTER)
@@ -25,26 +25,27 @@ _SETTLE: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, ctypes.c_uint32, _POINTER, 
 _TAKE: tuple[Any, ...] = (*_ROWS, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE)
 _CALLS = {"sum": _SUM, "mean": _MEAN, "whole": _WHOLE, "settle": _SETTLE, "take": _TAKE}
 _PRODUCTS: tuple[Any, ...] = (*_ROWS, ctypes.c_int64, _SIZE, *6 * (_POINTER,))
-TILE = 1024  # how many columns are summed at a time
-KNOWN = 24  # bytes that are known of each of these
+TILE = 1024  # how many columns are summed at a time, as in kernel.c
+KNOWN = 24  # bytes of `struct known`, what is known of each tile
 
 Places = Sequence[int]
+Written = tuple[bool, int, Places]  # all is finite; up to which column; elements to settle
 Columns = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[float]]
 Int64s: TypeAlias = ctypes.Array[ctypes.c_int64]
 
 
 class Kernel:
-    """The loops of a library; all numbers lie where they are said to, and nothing is checked.
+    """The loops of a library, which trust their arguments: addresses, sizes, and weights.
 
     Args:
         path: of the library.
 
     Attributes:
-        source: the digest of what it was compiled from.
+        source: the digest of its sources.
 
     Raises:
-        OSError: it is not there, or not for this machine.
-        AttributeError: it is that of another version.
+        OSError: the library is missing, or made for another machine.
+        AttributeError: the library is of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,34 +60,34 @@ class Kernel:
         self._products = _call(library, "products", _PRODUCTS)
 
     def add(self, rows: Matrix, factors: int, total: int, known: int, *, begun: bool) -> bool:
-        """Adds rows, each times its factor, to a sum, or begins one; tells whether all are finite.
+        """Add rows, each times its factor, to a sum; return whether all numbers are finite.
 
         Args:
-            rows: what is added.
-            factors: where there is a float64 for each row, an integer below 2**20.
-            total: where there is a float64 for each column.
-            known: where there are `KNOWN` bytes for each `TILE` columns.
-            begun: whether there is a sum already.
+            rows: the numbers.
+            factors: address of a float64 for each row, an integer below 2**20.
+            total: address of a float64 for each column.
+            known: address of `KNOWN` bytes for each `TILE` columns.
+            begun: whether there is a sum already; if not, the rows begin one.
         """
         at = rows.address, rows.count, rows.stride, rows.numel
         return bool(self._calls["sum", rows.dtype.name](*at, factors, begun, total, known))
 
     def mean(
         self, total: int, known: int, count: int, divisor: float, out: Matrix, start: int
-    ) -> tuple[bool, int, Places]:
-        """Writes a sum over a divisor, rounded once, to nearest, ties to even.
+    ) -> Written:
+        """Write a sum over a divisor, rounded once to nearest, ties to even.
 
         Args:
-            total: of `add`.
-            known: of `add`.
+            total: as for `add`.
+            known: as for `add`.
             count: how many rows were added.
             divisor: an integer below 2**28.
             out: a row.
             start: the column to begin with, a multiple of `TILE`.
 
         Returns:
-            Whether all of what was written is finite; how far it got: to the end, or to that of a
-            tile where some might round otherwise; and which.
+            Whether all that was written is finite; up to which column that is, which is the end or
+            that of the first tile with elements that might round otherwise; and these elements.
         """
         at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), _places()
         call = self._calls["mean", out.dtype.name]
@@ -96,8 +97,8 @@ class Kernel:
 
     def whole(
         self, rows: Matrix, factors: int, divisor: float, out: Matrix, start: int
-    ) -> tuple[bool, tuple[bool, int, Places]]:
-        """Does what `add` and `mean` do for all rows together, in one pass.
+    ) -> tuple[bool, Written]:
+        """Do what `add` and `mean` do for all rows together, in one pass.
 
         Args:
             rows: all of them, of the dtype of `out`.
@@ -107,7 +108,7 @@ class Kernel:
             start: as for `mean`.
 
         Returns:
-            Whether all rows are finite, as far as it got, and what `mean` returns.
+            Whether all numbers are finite up to that column, and what `mean` returns.
         """
         at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), _places()
         call = self._calls["whole", out.dtype.name]
@@ -118,13 +119,13 @@ class Kernel:
     def settle(
         self, values: Matrix, weights: Int64s, divisor: int, places: Places, out: Matrix
     ) -> bool:
-        """Writes means that are computed exactly, in integers; tells whether all are finite.
+        """Write means that are computed exactly, in integers; return whether all are finite.
 
         Args:
-            values: of float64, that are numbers of the formats of the loops; a column an element.
-            weights: int64, below 2**20, for each row.
+            values: numbers of the three formats as float64, a column for each element.
+            weights: integers below 2**20, one a row.
             divisor: below 2**28.
-            places: of the elements.
+            places: where the elements are in `out`.
             out: a row.
         """
         at = values.address, values.count, values.stride, values.numel
@@ -132,27 +133,27 @@ class Kernel:
         return bool(call(*at, weights, divisor, int64s(places), out.address))
 
     def take(self, rows: Matrix, runs: Int64s, targets: Int64s, room: int, width: int) -> None:
-        """Copies some elements of rows, as float64, to rows of a room.
+        """Copy some elements of rows, as float64.
 
         Args:
-            rows: from where.
-            runs: for each run of columns where it begins, and how long it is.
-            targets: for each row that of the room; below zero for none.
-            room: where the first of its rows is written to.
-            width: how many numbers are between its rows.
+            rows: the numbers.
+            runs: for each run of columns where it begins and how long it is.
+            targets: for each row to which row of `room` it goes; below zero to none.
+            room: address of the first of these rows.
+            width: how many numbers lie between the beginnings of these rows.
         """
         at = rows.address, rows.count, rows.stride
         self._calls["take", rows.dtype.name](*at, len(runs) // 2, runs, targets, room, width)
 
     def products(self, rows: Matrix, less: int, columns: Columns, grams: int, sums: int) -> None:
-        """Adds the products of rows with each other, over runs of columns.
+        """Add the products of rows with each other, over runs of columns.
 
         Args:
-            rows: of float64; changed where something is subtracted.
-            less: which row, behind these, is subtracted from each before; -1 for none.
+            rows: numbers of float64, which are changed if a row is subtracted.
+            less: the row behind these that is subtracted from each first; -1 for none.
             columns: of each run its length, its matrix in `grams`, its line in `sums`, a factor.
-            grams: where matrices of float64 are, row by row.
-            sums: where lines of float64 are: squares, and products with the sum of all rows.
+            grams: address of matrices of float64, row by row.
+            sums: address of lines of float64: squares, and products with the sum of all rows.
         """
         *whole, scales = columns
         runs = len(scales)
@@ -171,17 +172,17 @@ def _places() -> Int64s:
 
 
 def int64s(values: Sequence[int]) -> Int64s:
-    """Numbers as the loops take them."""
+    """Return integers as the loops take them."""
     return (ctypes.c_int64 * len(values))(*values)
 
 
 def takes(name: str) -> bool:
-    """Whether there are loops that read and write numbers of a dtype."""
+    """Return whether there are loops for a dtype."""
     return name in _NAMES
 
 
 def load(path: Path = _LIBRARY) -> Kernel | None:
-    """The loops, if there are any for this machine."""
+    """Return the loops, if the library is there and made for this machine."""
     try:
         return Kernel(path)
     except (OSError, AttributeError):

@@ -24,7 +24,7 @@ class Mean(Protocol):
 
     @property
     def finite(self) -> bool:
-        """Whether every number shown so far was finite; known after `result` with `whole`."""
+        """Whether every number shown so far was finite; with `whole`, known after `result`."""
 
     @property
     def fits(self) -> bool:
@@ -44,9 +44,9 @@ class Mean(Protocol):
 
         Args:
             out: one row, of as many numbers as the vectors have.
-            peek: return elements `start` to `stop` of vector number i once more, as one row: a
-                sum in float64 leaves the rounding of a few elements open. Asked for more than
-                `TILE` elements only by means that torch computes.
+            peek: return elements `start` to `stop` of vector number i once more, as one row: the
+                float64 sum leaves the rounding of a few elements open. The loops ask for `TILE` of
+                them at most, torch for all. Rows that were shown `whole` must not change.
 
         Raises:
             ValueError: fewer vectors were shown than there are weights, or more.

@@ -1,4 +1,4 @@
-"""Weights of the checkpoints, as exact numbers."""
+"""Weights of the checkpoints as exact numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cached_property
 from merge_avg.errors import UsageError
 
 Weight = int | float | Fraction | str
-_LEAST = Fraction(1, 10**30)
+_LEAST = Fraction(1, 10**30)  # of weights that are not normalized, which have to fit float64
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Weights:
     1 : 2 : 7.
 
     Attributes:
-        integers: one a checkpoint.
-        divisor: what the sum is divided by, where that is not the sum of the weights: the mean is
-            then any linear combination, whose weights may be negative.
+        integers: one for each checkpoint.
+        divisor: what the sum is divided by, if not by the sum of the weights. The result is then
+            any linear combination, and weights may be negative.
     """
 
     integers: tuple[int, ...]
@@ -32,14 +32,14 @@ class Weights:
 
     @classmethod
     def of(cls, values: Sequence[Weight], *, normalize: bool = True) -> Weights:
-        """Exact weights of `values`.
+        """Return the exact weights of some values.
 
         Args:
             values: the weights.
-            normalize: whether they are divided by their sum. If not, they may be negative.
+            normalize: divide by their sum. If not, they may be negative.
 
         Raises:
-            UsageError: a weight is no finite number or is negative, or all of them are zero.
+            UsageError: a weight is negative or not a finite number, or all of them are zero.
         """
         exact = [_fraction(value) for value in values]
         for value in exact:
@@ -59,7 +59,7 @@ class Weights:
 
     @classmethod
     def uniform(cls, count: int) -> Weights:
-        """`count` equal weights."""
+        """Return `count` equal weights."""
         return cls((1,) * count)
 
     def __len__(self) -> int:
@@ -67,17 +67,18 @@ class Weights:
 
     @cached_property
     def total(self) -> int:
-        """What the weighted sum is divided by, above zero."""
+        """The number above zero that the weighted sum is divided by."""
         return self.divisor or sum(self.integers)
 
     @cached_property
     def small(self) -> bool:
-        """Whether products with 24-bit significands and 25-bit midpoints fit 53 bits."""
+        """Whether products with 24-bit significands, and with midpoints of 25 bits, fit 53 bits."""
         return max(map(abs, self.integers)) < 1 << 20 and self.total < 1 << 28
 
     @cached_property
     def excess(self) -> int:
-        """By how many bits they are too long for float64's range."""
+        """The number of bits by which the weights exceed the range of float64."""
+        # 2**900 leaves room for products with numbers of up to 2**123, and for their sum.
         longest = max(self.total, *map(abs, self.integers))
         return max(longest.bit_length() - 900, 0)
 
@@ -86,11 +87,11 @@ class Weights:
         return float(Fraction(integer, 1 << self.excess)) if self.excess else float(integer)
 
     def normalized(self) -> list[float]:
-        """The weights as floats, for reports; they sum to one, unless there is a divisor."""
+        """Return the weights as floats for reports; they sum to one, unless there is a divisor."""
         return [float(Fraction(value, self.total)) for value in self.integers]
 
     def subset(self, indices: Sequence[int]) -> Weights | None:
-        """The weights of some of the checkpoints; None where they are all zero."""
+        """Return the weights of some of the checkpoints; None if they are all zero."""
         chosen = [self.integers[index] for index in indices]
         if not any(chosen):
             return None
@@ -102,7 +103,7 @@ class Weights:
 def _fraction(value: Weight) -> Fraction:
     try:
         if isinstance(value, str) and ("e" in value.lower() or len(value) > 100):
-            # An exponent such as 1e999999999 would take all memory: it has to fit a float64.
+            # 1e999999999 as a fraction would take all memory: such a number has to fit a float64.
             size = abs(float(value))
             if not 1e-300 < size < 1e300:
                 raise ValueError(value)
