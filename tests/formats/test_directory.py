@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 
 KEYS = ["embed.weight", "layers.0.weight", "layers.1.weight", "norm.weight", "head.weight"]
 

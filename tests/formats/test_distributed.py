@@ -16,7 +16,7 @@ from torch import nn
 
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 from merge_avg.formats.distributed import _tile
 
 pytestmark = pytest.mark.filterwarnings(
@@ -262,7 +262,7 @@ def test_reading_needs_no_torch(folds, tmp_path):
     """A scan imports neither torch nor anything that the metadata names."""
     shutil.copytree(folds[0], tmp_path / "x")
     code = (
-        "import sys; from merge_avg.formats._scan import scan; "
+        "import sys; from merge_avg.formats import scan; "
         f"print(len(scan({str(tmp_path / 'x')!r}).tensors)); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 
 
 def save(value, path, **more):
@@ -129,7 +129,7 @@ def test_damage_is_named(tmp_path):
 def test_a_bare_pickle_is_named(tmp_path):
     """A state dict pickled without torch.save is refused, with the way out."""
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": torch.ones(2)}))
-    with pytest.raises(MergeError, match="a pickle, but no checkpoint"):
+    with pytest.raises(MergeError, match="a pickle, but not a checkpoint"):
         scan(tmp_path / "a.pkl")
 
 

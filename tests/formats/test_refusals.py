@@ -152,7 +152,7 @@ CASES = {
     "html": (content(b"<!DOCTYPE html><html>"), "web page", "fetch"),
     "empty": (content(b""), "is empty", "again"),
     "truncated": (half(saved({"w": torch.ones(2000)})), "damaged", "again"),
-    "pickle": (content(pickle.dumps({"w": [1.0]})), "a pickle, but no checkpoint", "torch.save"),
+    "pickle": (content(pickle.dumps({"w": [1.0]})), "a pickle, but not a checkpoint", "torch.save"),
 }
 
 

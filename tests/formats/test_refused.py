@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 
 STRANGERS = {
     "empty": (b"", "empty"),
@@ -15,7 +15,7 @@ STRANGERS = {
     "hdf5": (b"\x89HDF\r\n\x1a\n", "HDF5"),
     "gzip": (b"\x1f\x8b\x08\x00", "gzip"),
     "tar": (bytes(257) + b"ustar\x0000" + bytes(250), "tar archive"),
-    "pickle": (pickle.dumps({"w": [1.0]}, 2), "a pickle, but no checkpoint"),
+    "pickle": (pickle.dumps({"w": [1.0]}, 2), "a pickle, but not a checkpoint"),
     "noise": (b"\x00\x01\x02\x03", "neither"),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
-from merge_avg.formats._scan import scan
+from merge_avg.formats import scan
 from merge_avg.io._reader import Reader
 
 DTYPES = [
@@ -115,7 +115,7 @@ def archive(path, records, method=zipfile.ZIP_STORED):
         ({"a/data.pkl": b"N.", "a/constants.pkl": b"N."}, "TorchScript"),
         ({"arr_0.npy": b""}, "NumPy"),
         ({"policy.pth": b"", "data": b""}, "Stable-Baselines3"),
-        ({"readme.txt": b""}, "no checkpoint of torch.save"),
+        ({"readme.txt": b""}, "not a checkpoint of torch.save"),
         ({"a/data.pkl": b"N.", "a/byteorder": b"middle"}, "unknown byte order"),
         ({"a/data.pkl": b"garbage"}, "damaged"),
     ],
@@ -252,7 +252,7 @@ def test_scanning_needs_neither_torch_nor_numpy(tmp_path):
     """A layout is read without importing what takes seconds to import."""
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     code = (
-        "import sys; from merge_avg.formats._scan import scan; "
+        "import sys; from merge_avg.formats import scan; "
         f"assert scan({str(tmp_path / 'a.pt')!r}).tensors; "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )

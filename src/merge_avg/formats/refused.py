@@ -1,16 +1,32 @@
-"""Files that are no checkpoints, by name, with the way out."""
+"""Files that are not checkpoints, told by their bytes, each with the way out.
+
+    first bytes                            what the file is
+    -------------------------------------  ------------------------------------------------------
+    nothing                                empty
+    version https://git-lfs                a Git LFS pointer: the checkpoint was never fetched
+    <!doctype, <html, <?xml                a web page: the download failed
+    GGUF, 89 HDF, 93 NUMPY                 weights of other programs
+    1f 8b, BZh, fd 7zXZ, PK 5 6            compressed, or an empty zip
+    ustar at byte 257                      a tar, perhaps one of torch before 0.1.10
+    80 02 .. 80 05                         a pickle that torch.save did not write
+    anything, named .onnx                  an exported model
+
+Zip archives of other programs are told by the names of their records.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from merge_avg.errors import MergeError
 
+_LFS = b"version https://git-lfs"
 # First bytes, what the file is, and what to do about it.
 _BY_MAGIC = (
     (
-        b"version https://git-lfs",
+        _LFS,
         "a Git LFS pointer, not the checkpoint itself",
         "fetch the file's content with: git lfs pull",
     ),
@@ -22,14 +38,29 @@ _BY_MAGIC = (
     (b"BZh", "a bzip2 archive", "unpack it and pass the checkpoint inside"),
     (b"\xfd7zXZ", "an xz archive", "unpack it and pass the checkpoint inside"),
 )
-
-
+# Zip archives, by the ending of a record's name.
+_BY_RECORD = {
+    "constants.pkl": (
+        "a TorchScript program, not a checkpoint",
+        "save the model's state dict: torch.save(torch.jit.load(PATH).state_dict(), OUTPUT)",
+    ),
+    "archive_format": (
+        "a program saved by torch.export (.pt2), not a checkpoint",
+        "save the state dict: torch.save(torch.export.load(PATH).state_dict, OUTPUT)",
+    ),
+    ".npy": ("a NumPy archive (.npz), not a checkpoint", "save the arrays as safetensors"),
+    ".weights.h5": ("a Keras model", "save its weights as safetensors"),
+    "policy.pth": (
+        "an archive of Stable-Baselines3",
+        "unzip it and pass the policy.pth files inside",
+    ),
+}
 _OLD_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")
 
 
 def is_placeholder(head: bytes) -> bool:
-    """Whether a file stands for a checkpoint that was never fetched."""
-    return head.startswith(_BY_MAGIC[0][0]) or _is_web_page(head)
+    """Return whether a file stands for a checkpoint that was never fetched."""
+    return head.startswith(_LFS) or _is_web_page(head)
 
 
 def _is_web_page(head: bytes) -> bool:
@@ -37,29 +68,38 @@ def _is_web_page(head: bytes) -> bool:
 
 
 def refuse(path: Path, head: bytes, nbytes: int) -> NoReturn:
-    """Raises MergeError that says what a file is that no format here claims."""
+    """Raise MergeError that says what a file is that no format claims."""
+    what, hint = _described(head, nbytes, path.suffix.lower())
+    raise MergeError(what, where=path, hint=hint)
+
+
+def _described(head: bytes, nbytes: int, suffix: str) -> tuple[str, str]:
     if not nbytes:
-        raise MergeError("the file is empty", where=path, hint="fetch or save the file again")
+        return "the file is empty", "fetch or save the file again"
     for magic, what, hint in _BY_MAGIC:
         if head.startswith(magic):
-            raise MergeError(what, where=path, hint=hint)
+            return what, hint
     if _is_web_page(head):
         hint = "the download failed or needs a login; fetch the file again"
-        raise MergeError("a web page, not a checkpoint", where=path, hint=hint)
-    if head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in _OLD_MEMBERS:
-        hint = "load it with torch.load and save it again"
-        raise MergeError("a checkpoint of torch before 0.1.10 (a tar)", where=path, hint=hint)
+        return "a web page, not a checkpoint", hint
     if head[257:262] == b"ustar":
-        hint = "unpack it and pass the checkpoint inside"
-        raise MergeError("a tar archive", where=path, hint=hint)
+        if head[:100].rstrip(b"\0") in _OLD_MEMBERS:
+            hint = "load it with torch.load and save it again"
+            return "a checkpoint of torch before 0.1.10 (a tar)", hint
+        return "a tar archive", "unpack it and pass the checkpoint inside"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         hint = "load it with what wrote it, and save its tensors with torch.save"
-        raise MergeError("a pickle, but no checkpoint of torch.save", where=path, hint=hint)
-    if path.suffix.lower() == ".onnx":
-        hint = "average the checkpoints before you export them"
-        raise MergeError("an ONNX model, not a checkpoint", where=path, hint=hint)
-    raise MergeError(
+        return "a pickle, but not a checkpoint of torch.save", hint
+    if suffix == ".onnx":
+        return "an ONNX model, not a checkpoint", "average the checkpoints before you export them"
+    return (
         "neither a zip checkpoint of torch.save nor a safetensors file",
-        where=path,
-        hint="pass .pt, .pth, .bin, .ckpt or .safetensors files; is the download complete?",
+        "pass .pt, .pth, .bin, .ckpt or .safetensors files; is the download complete?",
     )
+
+
+def refuse_archive(path: Path, names: Sequence[str]) -> None:
+    """Raise MergeError for a zip archive of another program, told by the names of its records."""
+    for ending, (what, hint) in _BY_RECORD.items():
+        if any(name.endswith(ending) for name in names):
+            raise MergeError(what, where=path, hint=hint)

@@ -1,4 +1,21 @@
-"""Torch's pickles, written: a copy with other classes of storages, and a new state dict."""
+r"""Torch's pickles, written: a copy with other classes of storages, and a new state dict.
+
+    80 02                                 PROTO 2
+    ccollections\nOrderedDict\n ) R (     the state dict, and a mark for its entries
+    X len 'weight'                        for each tensor: its name
+    ctorch._utils\n_rebuild_tensor_v2\n (
+      ( X 'storage' ctorch\nFloatStorage\n
+      X '0' X 'cpu' J 6 t Q               a storage: its class, key and size
+      J 0 ( J 2 J 3 t ( J 3 J 1 t         start, shape and strides
+      89 ccollections\nOrderedDict\n ) R  no gradient, no hooks
+    t R
+    u .                                   set the entries, and STOP
+
+Nothing is put into the memo: that costs a few bytes, and no reader needs it. Dtypes without a class
+of storage are views of an UntypedStorage, by _rebuild_tensor_v3.
+
+Specification: CPython's Lib/pickletools.py and torch/_utils.py.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +27,21 @@ from merge_avg.errors import MergeError
 
 
 def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
-    """The pickle with the classes of some storages changed, and without frames.
+    """Return the pickle with the classes of some storages changed, and without frames.
 
     Every class is spelled out where it was put on the stack, since a memo entry can serve storages
     that change and storages that do not.
+
+    Args:
+        layout: the checkpoint, for messages.
+        archive: its pickle.
+        changed: the new dtypes of storages, by their names in the layout.
+
+    Raises:
+        MergeError: a storage has no class that says its dtype.
     """
+    # A frame tells the length of what follows, which changes. Readers need no frames: without them
+    # they read opcode by opcode.
     edits = [(at, at + 9, b"") for at in archive.frames]
     for span in archive.classes:
         cls = span.cls
@@ -41,6 +68,7 @@ def _text(value: str) -> bytes:
 
 
 def _int(value: int) -> bytes:
+    # LONG1 holds up to 255 bytes; the shapes, strides and sizes here need at most 9.
     if value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     raw = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)

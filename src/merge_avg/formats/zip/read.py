@@ -1,8 +1,16 @@
-"""Zip checkpoints: what torch.save has written since torch 1.6 (.pt, .pth, .bin, .ckpt).
+"""Zip checkpoints, read: the records that torch.save puts into its archives.
 
-The archive holds ROOT/data.pkl, and for each storage a record ROOT/data/KEY of raw bytes. ROOT is
-the name that the file had when it was saved. Formats: PKWARE's APPNOTE.TXT and torch's
-torch/csrc/jit/serialization/docs/serialization.md.
+    ROOT/data.pkl              pickle of the object tree; it names storages by key
+    ROOT/byteorder             "little" or "big"; files before torch 2.0 have none
+    ROOT/data/0                raw bytes of the storage with key 0, at a multiple of 64 bytes
+    ROOT/data/1                ...
+    ROOT/version               "3", and further small records, which are copied as they are
+    ROOT/.data/serialization_id
+    ROOT/merge_avg.json        in an output of a merge: its provenance
+
+ROOT is the name that the file had when it was saved.
+
+Specification: torch/csrc/jit/serialization/docs/serialization.md.
 """
 
 from __future__ import annotations
@@ -24,49 +32,49 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.torch_objects import read_objects, refuse_root
+from merge_avg.formats.refused import refuse_archive
 from merge_avg.formats.zip.records import DEFLATED, STORED, Record
 from merge_avg.formats.zip.records import records as records_of
 
 _LARGEST_PICKLE = 1 << 27
-_LARGEST_UNPACKED = 1 << 26
+_LARGEST_UNPACKED = 1 << 26  # of a pickle that was packed
 _LARGEST_ORDER = 16
-# Deflate packs at most 1,032 bytes into one, and weights hardly at all: what unpacks to many times
-# the file is an attack on the disk.
+# Weights hardly compress at all: records that unpack to many times the file are an attack on the
+# disk that they would be unpacked to.
 _MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
 
 
 @dataclass(frozen=True)
 class Within:
-    """Where an archive lies that is a part of a file, and what its records are called there."""
+    """The place of an archive that is part of a file, and the prefix of its records' names."""
 
     offset: int
     name: str
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = None) -> Layout:
-    """The layout of a zip checkpoint.
+    """Return the layout of a zip checkpoint.
 
     Args:
         file: the archive, from its first byte.
         stamp: the file that it is or is part of.
         number: of that file in the checkpoint.
-        within: for a part of a file, which may be one tensor, where it lies.
+        within: the place of an archive that is part of a file; it may hold a bare tensor.
 
     Raises:
-        MergeError: it is damaged, encrypted, no checkpoint of torch.save, or dangerous.
+        MergeError: it is damaged, encrypted or dangerous, or not a checkpoint of torch.save.
     """
     path = stamp.path
-    records = _records(file, path, number, within or Within(0, ""))
+    part = within or Within(0, "")
+    records = _records(file, path, number, part)
     root = _root(list(records), path)
     # torch.serialization.set_crc32_options(False) leaves all checksums zero.
     unchecked = all(record.crc == 0 for record in records.values())
     if unchecked:
         records = {name: replace(record, crc=None) for name, record in records.items()}
     pickle_name = f"{root}data.pkl"
-    base = within.offset if within else 0
-    pickle = _bytes(file, records[pickle_name], path, base, _LARGEST_PICKLE)
-    big = _is_big_endian(file, records.get(f"{root}byteorder"), path, base)
-    prefix = within.name if within else ""
+    pickle = _bytes(file, records[pickle_name], path, part.offset, _LARGEST_PICKLE)
+    big = _is_big_endian(file, records.get(f"{root}byteorder"), path, part.offset)
 
     def find(key: str, size: int, dtype: DType | None) -> Storage:
         name = f"{root}data/{key}"
@@ -87,27 +95,24 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         objects = read_objects(pickle, _density(records[pickle_name]))
         tensors = objects.placed(find)
     except MergeError as error:
-        raise type(error)(error.what, where=path, hint=error.hint) from None
+        raise error.at(path) from None
     if within is None:
         refuse_root(objects, path)
-    parts = Archive(
+    archive = Archive(
         tuple(records.items()),
         pickle,
         pickle_name,
         objects.classes,
         objects.frames,
         unchecked,
-        f"{prefix}{root}data/",
+        f"{part.name}{root}data/",
     )
-    mark = records.get(f"{root}{PROVENANCE_FILE}") if within is None else None
     metadata: tuple[tuple[str, str], ...] = ()
-    if mark is not None and mark.nbytes <= LARGEST_PROVENANCE:
-        metadata = (
-            (PROVENANCE, _bytes(file, mark, path, base, LARGEST_PROVENANCE).decode("utf-8", "replace")),
-        )
-    notes = []
-    if unchecked:
-        notes.append(f"{path} records no checksums, so damage would not show")
+    provenance = records.get(f"{root}{PROVENANCE_FILE}") if within is None else None
+    if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
+        raw = _bytes(file, provenance, path, 0, LARGEST_PROVENANCE)
+        metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
+    note = f"{path} records no checksums, so damage would not show"
     return Layout(
         path,
         "torch-zip",
@@ -115,18 +120,18 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         tensors,
         objects.others,
         metadata,
-        archive=parts,
-        notes=tuple(notes),
+        archive=archive,
+        notes=(note,) if unchecked else (),
         scalars=objects.scalars,
     )
 
 
 def _records(file: BinaryIO, path: Path, number: int, within: Within) -> dict[str, Storage]:
-    """The records of an archive by name, in their order in the file."""
+    """Return the records of an archive by name, in the order of their bytes."""
     try:
         found = {record.name: _storage(record, number, within) for record in records_of(file)}
     except MergeError as error:
-        raise type(error)(error.what, where=path, hint=error.hint) from None
+        raise error.at(path) from None
     unpacked = sum(storage.nbytes for storage in found.values() if storage.packed is not None)
     if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * file.seek(0, 2)):
         what = f"its records would unpack to {unpacked:,} bytes, far more than weights do"
@@ -142,48 +147,27 @@ def _is_big_endian(file: BinaryIO, record: Storage | None, path: Path, base: int
 
 
 def _root(names: list[str], path: Path) -> str:
-    """The prefix of the archive's records, up to and with its slash."""
+    """Return the prefix of the records' names, up to and with its slash."""
     folders = {name.partition("/")[0] + "/" for name in names if "/" in name}
     roots = [root for root in folders if f"{root}data.pkl" in names]
     if "data.pkl" in names:
         roots.append("")
-    for ending, (what, hint) in _STRANGERS.items():
-        if any(name.endswith(ending) for name in names):
-            raise MergeError(what, where=path, hint=hint)
+    refuse_archive(path, names)
     if len(roots) != 1:
         hint = "pass files that torch.save wrote"
-        raise MergeError("a zip archive, but no checkpoint of torch.save", where=path, hint=hint)
+        raise MergeError("a zip archive, but not a checkpoint of torch.save", where=path, hint=hint)
     return roots[0]
 
 
-# Archives of other programs, by the ending of a record's name.
-_STRANGERS = {
-    "constants.pkl": (
-        "a TorchScript program, not a checkpoint",
-        "save the model's state dict: torch.save(torch.jit.load(PATH).state_dict(), OUTPUT)",
-    ),
-    "archive_format": (
-        "a program saved by torch.export (.pt2), not a checkpoint",
-        "save the state dict: torch.save(torch.export.load(PATH).state_dict, OUTPUT)",
-    ),
-    ".npy": ("a NumPy archive (.npz), not a checkpoint", "save the arrays as safetensors"),
-    ".weights.h5": ("a Keras model", "save its weights as safetensors"),
-    "policy.pth": (
-        "an archive of Stable-Baselines3",
-        "unzip it and pass the policy.pth files inside",
-    ),
-}
-
-
 def _storage(record: Record, number: int, within: Within) -> Storage:
-    """A record as a storage, if it can be read by offset or unpacked."""
+    """Return a record as a storage, if it can be read by offset or unpacked."""
     name, nbytes, packed = record.name, record.nbytes, record.packed
     if record.encrypted or record.method not in (STORED, DEFLATED):
         kind = "encrypted" if record.encrypted else "compressed in an unusual way"
         hint = "unpack it, and pack it again without compression: zip -0 -r OUTPUT DIRECTORY"
         raise MergeError(f"record {name!r} of the archive is {kind}", hint=hint)
     deflated = record.method == DEFLATED
-    # Deflate packs 1,032 bytes into one at most, and adds few bytes to what it cannot pack.
+    # Deflate packs at most 1,032 bytes into one, and adds few bytes to what it cannot pack.
     lies = nbytes > 1032 * packed or packed > nbytes + (nbytes >> 10) + 64
     if lies if deflated else packed != nbytes:
         raise MergeError(f"record {name!r} of the archive lies about its size")
@@ -193,12 +177,12 @@ def _storage(record: Record, number: int, within: Within) -> Storage:
 
 
 def _density(pickle: Storage) -> float:
-    """What each byte of a pickle counts for: where it was packed, what it took in the file."""
+    """Return how much each byte of a pickle counts: where it was packed, its share of the file."""
     return 1.0 if pickle.packed is None else pickle.packed / max(pickle.nbytes, 1)
 
 
 def _bytes(file: BinaryIO, record: Storage, path: Path, base: int, largest: int) -> bytes:
-    """The content of a record that is no storage, of an archive at `base`."""
+    """Read a record that is not a storage, of an archive at `base`."""
     # A pickle that was packed well is one of few objects, or an attack.
     if record.nbytes > (largest if record.packed is None else min(largest, _LARGEST_UNPACKED)):
         raise MergeError(f"record {record.name!r} is absurdly large", where=path)

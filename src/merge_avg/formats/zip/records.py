@@ -1,8 +1,20 @@
 """The records of a zip archive, read strictly and with little memory.
 
-What the end of the archive, its central directory and the records' own headers say has to agree,
-and records may not overlap, so that no other program can see another archive in the same bytes.
-Format: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
+    PK 3 4   local header: sizes and CRC-32, or zeros; name; extra fields   -.
+             data                                                            | for each record
+    PK 7 8   data descriptor: CRC-32 and sizes, where the header has zeros  -'
+    PK 1 2   central directory: for each record sizes, CRC-32, name, extra fields, and the offset
+             of its local header
+    PK 6 6   zip64 end: count, size and offset of the directory, 64 bits    -. only where 16 or
+    PK 6 7   zip64 locator: the offset of the zip64 end                     -' 32 bits are too few
+    PK 5 6   end of central directory: the same in 16 and 32 bits, and a comment
+
+A number that does not fit 32 bits is ffffffff, and a zip64 extra field holds it. Readers start
+at different places: some at the end, some at the first header, some search. So the end, the
+directory and the local headers have to agree here, and records may not overlap: then no other
+program sees another archive in the same bytes.
+
+Specification: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
 """
 
 from __future__ import annotations
@@ -22,18 +34,31 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _FIELD = struct.Struct("<2H")
-_NONE = 0xFFFFFFFF  # stands for a number that a zip64 field holds
-_ENCRYPTED = 0x2041  # encrypted, or its header is masked
+_NONE = 0xFFFFFFFF  # stands for a number that the zip64 field holds
+# General purpose flags.
+_ENCRYPTED = 0x2041  # the data is encrypted, or the header is masked
 _LATER = 0x8  # sizes and CRC-32 follow the data
-_UTF8 = 0x800
+_UTF8 = 0x800  # the name is in UTF-8, not in code page 437
+
 _LARGEST_COMMENT = 0xFFFF
-_LARGEST_ENTRY = _CENTRAL.size + 3 * 0xFFFF
+_LARGEST_ENTRY = _CENTRAL.size + 3 * 0xFFFF  # with a name, extra fields and a comment
+# A directory of a million records is read in blocks: all of it at once would take 100 MB.
 _BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record of an archive: its bytes take `packed` bytes from `offset` on, `nbytes` unpacked."""
+    """A record of an archive.
+
+    Attributes:
+        name: slashes divide folders.
+        offset: of its data in the archive.
+        packed: bytes that the data takes in the archive.
+        nbytes: bytes that the data takes unpacked.
+        crc: CRC-32 of the unpacked data.
+        method: of compression, STORED or DEFLATED or another.
+        encrypted: whether the data needs a password.
+    """
 
     name: str
     offset: int
@@ -45,7 +70,7 @@ class Record:
 
 
 def records(file: BinaryIO) -> Iterator[Record]:
-    """The records of an archive, in the order of its central directory.
+    """Yield the records of an archive, in the order of its central directory.
 
     Raises:
         MergeError: the archive is damaged or contradicts itself.
@@ -74,7 +99,7 @@ def records(file: BinaryIO) -> Iterator[Record]:
 def _entries(
     file: BinaryIO, count: int, start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], bytes, bytes]]:
-    """The entries of the central directory: their numbers, names and extra fields."""
+    """Yield the entries of the central directory: numbers, name and extra fields of each."""
     block, base, at = b"", start, start
     for _ in range(count):
         if at - base + _LARGEST_ENTRY > len(block) and base + len(block) < stop:
@@ -111,7 +136,7 @@ def _bytes(file: BinaryIO, at: int, count: int) -> bytes:
 
 
 def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
-    """How many records the central directory has, where it begins, and where it ends."""
+    """Return the number of records in the central directory, its offset, and its end."""
     room = min(nbytes, _END.size + _LARGEST_COMMENT)
     tail = _bytes(file, nbytes - room, room)
     found = tail.rfind(b"PK\5\6")
@@ -119,6 +144,7 @@ def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
         raise _damaged("its end is missing")
     end = nbytes - room + found
     _, disk, home, here, count, size, start, comment = _END.unpack_from(tail, found)
+    # A comment that holds another end would hide it from readers that search backwards.
     if end + _END.size + comment != nbytes:
         raise _damaged("its end is not where it should be")
     stop, narrow = end, (disk, home, here, count, size, start)
@@ -127,6 +153,7 @@ def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
         if magic == b"PK\6\7":
             stop = end - _LOCATOR.size - _END64.size
             magic, length, _, _, *wide = _END64.unpack(_bytes(file, stop, _END64.size))
+            # A number of the narrow end is that of the wide one, or the largest that it can hold.
             limits = (0xFFFF,) * 4 + (_NONE,) * 2
             lies = any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True))
             if (magic, length, where, disk64) != (b"PK\6\6", 44, stop, 0) or lies:
@@ -138,7 +165,10 @@ def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
 
 
 def _wide(extra: bytes, *numbers: int) -> Iterator[int]:
-    """Numbers of the directory, those that do not fit from the zip64 field."""
+    """Yield numbers of the directory, those that do not fit 32 bits from the zip64 field.
+
+    The field holds only these, one after the other in the order of the directory.
+    """
     at, wide = 0, b""
     while at + _FIELD.size <= len(extra):
         kind, length = _FIELD.unpack_from(extra, at)
@@ -156,7 +186,7 @@ def _wide(extra: bytes, *numbers: int) -> Iterator[int]:
 
 
 def _offset(file: BinaryIO, where: int, name: bytes, flags: int, method: int, packed: int) -> int:
-    """Where the bytes of a record begin, behind its own header, which has to agree."""
+    """Return the offset of a record's data, behind its local header, which has to agree."""
     raw = _bytes(file, where, _LOCAL.size + len(name))
     magic, _, own_flags, own, _, _, _, size, _, length, extra = _LOCAL.unpack_from(raw)
     if (magic, own, length, raw[_LOCAL.size :]) != (b"PK\3\4", method, len(name), name):

@@ -1,18 +1,25 @@
 """Zip checkpoints, laid out as torch.save does it.
 
-    for each record   local header   name   zip64 field, padding   data   data descriptor
-    then              central directory   zip64 end   locator   end of central directory
+    PK 3 4   local header: flags 808, zeros for sizes and CRC-32; name; zip64 field where   -.
+             needed; field "FB" of padding, up to a multiple of 64 bytes                     |
+             data: a slot for weights, a copy, or known bytes                                | each
+    PK 7 8   data descriptor: CRC-32 and sizes of 32 bits, or of 64 in zip64                -'
+    ...      the record with the provenance: last, so that no slot depends on its length
+    PK 1 2   central directory: an entry for each record
+    PK 6 6   zip64 end, PK 6 7 its locator, PK 5 6 the end of the central directory
 
-The padding makes the data start at a multiple of 64 bytes. The descriptor after the data holds the
-CRC-32, which is known only then. The record with the provenance comes last, so that no slot depends
-on its length. Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
+Everything that depends on a CRC-32 lies behind the data or in the directory: it is written last,
+when the weights have passed by.
+
+Specification: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from merge_avg.checkpoint import (
@@ -27,9 +34,9 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.formats.pickle.write import pickled, with_classes
 
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # torch maps storages into memory, and vector instructions like it
 _FLAGS = 0x0808  # sizes and CRC-32 in a data descriptor; names in UTF-8
-_LIMIT = 0xFFFFFFFF
+_LIMIT = 0xFFFFFFFF  # stands for a number in the zip64 field, so no number of 32 bits itself
 _ORDER = b"little"
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -144,7 +151,7 @@ def copy(
         if name == archive.pickle_name:
             contents.append((name, pickle, 0))
         elif name.endswith("byteorder") and record.nbytes < len(_ORDER):  # "big"
-            contents.append((name, _ORDER, 0))
+            contents.append((name, _ORDER, 0))  # all that is written here is little-endian
         else:
             contents.append((name, record, sizes.get(record.name, record.nbytes)))
     return _layout(contents, averaged, record_name if recorded else "")
@@ -179,7 +186,7 @@ def create(
 
 def _layout(
     contents: Sequence[tuple[str, bytes | Storage, int]],
-    averaged: Set[str],
+    averaged: AbstractSet[str],
     record_name: str,
 ) -> ZipLayout:
     """Lay records out one after the other: known bytes, or storages with the sizes they get."""
@@ -225,6 +232,7 @@ def _local_header(text: str, start: int, nbytes: int) -> bytes:
     padding = b"Z" * (-fixed % _ALIGNMENT)
     extra = wide + struct.pack("<2sH", b"FB", len(padding)) + padding
     sizes = (_LIMIT, _LIMIT) if wide else (0, 0)
+    # Version 4.5 of the format is the first with zip64.
     head = (b"PK\x03\x04", 45 if wide else 0, _FLAGS, 0, 0, 0, 0, *sizes, len(name), len(extra))
     return _LOCAL.pack(*head) + name + extra
 
@@ -237,7 +245,7 @@ def _descriptor(entry: _Entry, crc: int) -> bytes:
 def _central(entry: _Entry, crc: int) -> bytes:
     """Return the entry of a record in the central directory."""
     name, nbytes = entry.name.encode(), entry.slot.nbytes
-    # What does not fit 32 bits stands in the ZIP64 extra field, in this order.
+    # Numbers that do not fit 32 bits go to the zip64 field, in this order.
     wide = [n for n in (nbytes, nbytes, entry.start) if n >= _LIMIT]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, place = min(nbytes, _LIMIT), min(entry.start, _LIMIT)
@@ -248,7 +256,8 @@ def _central(entry: _Entry, crc: int) -> bytes:
 def _end(directory: Sequence[bytes], start: int) -> bytes:
     """Return the bytes behind a central directory that begins at `start`."""
     count, size = len(directory), sum(map(len, directory))
-    # Torch writes the ZIP64 end whether it is needed or not: so a copy has the original's size.
+    # Torch writes the zip64 end whether it is needed or not. So does this: a chunk of a distributed
+    # checkpoint has to have the size of the original to fit its place.
     end = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
     end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
     count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
