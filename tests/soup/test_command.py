@@ -4,6 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from tests.soup.helpers import made, weight
 
 
@@ -44,3 +47,17 @@ def test_a_failing_evaluation(command):
     assert "error: c0.pt: the evaluation" in err
     assert "out of memory" in err
     assert {path.name for path in set(Path().iterdir()) - before} == {"soup.pt.soup.jsonl"}
+
+
+def test_an_evaluation_may_write_beside_the_weights(command):
+    """Results that an evaluation leaves in a run's folders do not stop the merge of them."""
+    folders = [Path("run") / f"checkpoint-{number}" for number in (1, 2)]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((3,), float(number))}, folder / "model.safetensors")
+        (folder / "results.json").write_text("{}")
+    code = "import sys; open(sys.argv[1] + '/results.json', 'w').write('[1, 2]'); print(1)"
+    done, out, err = command("run", "-o", "soup", *options(code))
+    assert done == 0, err
+    assert out == "soup\n"
+    assert Path("soup/results.json").read_text() == "[1, 2]"
