@@ -1,13 +1,23 @@
-"""Legacy checkpoints: what torch.save wrote before torch 1.6, and writes still on request.
+"""Legacy checkpoints: what torch.save wrote before torch 1.6, and still writes on request.
 
-Five pickles (magic number, protocol version, a note on the machine, the object, the storages' keys
-in order), then for each storage the number of its elements (64 bits) and its bytes, little-endian.
-Format: torch/serialization.py, _legacy_save and _legacy_load.
+    pickle   1950a86a20f9469cfc6c, the magic number
+    pickle   1001, the version of the format
+    pickle   {"protocol_version": 1001, "little_endian": True, "type_sizes": {...}}
+    pickle   the object tree; it names storages by key
+    pickle   ["94321", "94322", ...], the keys of the storages in the order of their bytes
+    8 bytes  number of elements of the first storage   -.
+    ...      its bytes                                  | for each storage, nothing between them
+    8 bytes  ...                                       -'
+
+Numbers and weights are little-endian. Nothing tells where a pickle ends but the pickle itself.
+
+Specification: _legacy_save and _legacy_load in torch/serialization.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from merge_avg.checkpoint import (
@@ -29,30 +39,35 @@ from merge_avg.formats.pickle.values import CutShortError, Global, Value
 from merge_avg.formats.pickle.write import with_classes
 
 _VERSION = 1001
+# The pickles of most checkpoints take less than a megabyte. Where one goes on behind what was read,
+# more is read, and parsing begins anew.
 _FIRST_READ = 1 << 20
-_LARGEST = 1 << 27  # of all pickles together
-_COUNT = 8
+_LARGEST = 1 << 27  # bytes of all pickles together
+_COUNT = 8  # bytes of a storage's number of elements
+_OTHER = "it starts like a legacy checkpoint, but is not one"
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
-    """The layout of a legacy checkpoint; `number` is that of its file in the checkpoint.
+    """Return the layout of a legacy checkpoint; `number` is that of its file in the checkpoint.
 
     Raises:
-        MergeError: it is damaged, dangerous, or no checkpoint.
+        MergeError: it is damaged or dangerous, or not a checkpoint.
     """
     path = stamp.path
     try:
-        data, start, objects, keys, end = _pickles(file, stamp.nbytes)
+        pickles = _pickles(file, stamp.nbytes)
     except MergeError as error:
-        raise type(error)(error.what, where=path, hint=error.hint) from None
+        raise error.at(path) from None
+    objects = pickles.objects
     refuse_root(objects, path)
     found: dict[str, Storage] = {}
-    at = end
-    for key in keys:
+    at = len(pickles.data)
+    for key in pickles.keys:
         if key not in objects.storages or key in found:
             what = "twice" if key in found else "which nothing uses"
             raise MergeError(f"it lists the storage {key!r}, {what}", where=path)
         nbytes, dtype = objects.storages[key].storage.nbytes, objects.storages[key].dtype
+        # The count is a second witness of the size, which catches files that were cut or joined.
         itemsize = dtype.itemsize if dtype else 1
         file.seek(at)
         count = int.from_bytes(file.read(_COUNT), "little")
@@ -65,14 +80,14 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     if lacking:
         raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
     tensors = objects.placed(lambda key, _, __: found[key])
-    stop = start + objects.nbytes
+    start, stop = pickles.start, pickles.start + objects.nbytes
     archive = Archive(
         tuple(found.items()),
-        data[start:stop],
+        pickles.data[start:stop],
         "",
         objects.classes,
         objects.frames,
-        around=(data[:start], data[stop:end]),
+        around=(pickles.data[:start], pickles.data[stop:]),
     )
     return Layout(
         path,
@@ -85,12 +100,24 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     )
 
 
-def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str], int]:
+@dataclass(frozen=True)
+class _Pickles:
     """The five pickles.
 
-    Their bytes, where the object starts, what it holds, the storages' keys in order, and where the
-    pickles end.
+    Attributes:
+        data: their bytes.
+        start: offset of the fourth, the object tree.
+        objects: its content.
+        keys: of the storages, in the order of their bytes.
     """
+
+    data: bytes
+    start: int
+    objects: Objects
+    keys: list[str]
+
+
+def _pickles(file: BinaryIO, nbytes: int) -> _Pickles:
     size = _FIRST_READ
     while True:
         file.seek(0)
@@ -106,25 +133,26 @@ def _pickles(file: BinaryIO, nbytes: int) -> tuple[bytes, int, Objects, list[str
         del data  # before more is read
 
 
-def _parsed(data: bytes) -> tuple[bytes, int, Objects, list[str], int]:
-    at = 0
+def _parsed(data: bytes) -> _Pickles:
+    start = 0
     for expected in (LEGACY_MAGIC, _VERSION, None):
-        loaded = _plain(data, at)
+        loaded = _plain(data, start)
         if expected is not None and loaded.value != expected:
-            raise MergeError("it starts like a legacy checkpoint, but is none")
-        at += loaded.nbytes
-    objects = objects_at(data, at)
-    end = at + objects.nbytes
-    keys = _plain(data, end)
-    end += keys.nbytes
+            raise MergeError(_OTHER)
+        start += loaded.nbytes
+    objects = objects_at(data, start)
+    stop = start + objects.nbytes
+    keys = _plain(data, stop)
     if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):
         raise MergeError("the list of its storages is damaged")
-    return data[:end], at, objects, keys.value, end
+    return _Pickles(data[: stop + keys.nbytes], start, objects, keys.value)
 
 
 def _plain(data: bytes, start: int) -> Loaded:
+    """Read a pickle that holds plain values and no objects."""
+
     def call(_: Global, __: tuple[Value, ...]) -> None:
-        raise MergeError("it starts like a legacy checkpoint, but is none")
+        raise MergeError(_OTHER)
 
     return load(data, start, persistent=lambda _: None, call=call)
 
