@@ -127,8 +127,7 @@ class Fence:
 
 def _target(name: str, folder: Path) -> tuple[Callable[[bytes], object], set[str]]:
     """What reads an input, and the paths that it may open."""
-    from merge_avg.checkpoint._layout import File, dotted  # noqa: PLC0415
-    from merge_avg.checkpoint._roles import assign  # noqa: PLC0415
+    from merge_avg.checkpoint import File, assign, dotted  # noqa: PLC0415
     from merge_avg.errors import MergeError  # noqa: PLC0415
     from merge_avg.formats import distributed as dcp  # noqa: PLC0415
     from merge_avg.formats import legacy as torch_legacy  # noqa: PLC0415

@@ -1,40 +1,40 @@
-"""merge_avg.layout: what a strided view of a storage reaches."""
+"""merge_avg.checkpoint: the layout of a checkpoint answers for its files."""
 
-import itertools
+from pathlib import Path
 
-import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
-
-from merge_avg import merge_checkpoints
+from merge_avg.checkpoint import Archive, File, Layout, Storage, TensorInfo
 from merge_avg.checkpoint._dtypes import BY_NAME
-from merge_avg.checkpoint._layout import Storage, TensorInfo
 
-dimensions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=3)
-
-
-@given(dimensions)
-@example([(2, 0), (2, 3)])  # as many elements as from first to last, but not those
-def test_dense_is_every_element_once(pairs):
-    """Of the elements from the first to the last each is reached, by one index."""
-    shape, stride = [list(one) for one in zip(*pairs, strict=True)] or ([], [])
-    info = TensorInfo(
-        ("a",), BY_NAME["float32"], tuple(shape), tuple(stride), 5, Storage("s", 0, 0)
-    )
-    reached = [
-        5 + sum(i * step for i, step in zip(index, stride, strict=True))
-        for index in itertools.product(*map(range, shape))
-    ]
-    assert info.stop == max(reached, default=4) + 1
-    assert info.dense == (sorted(reached) == list(range(5, info.stop)))
+FILES = tuple(File(Path(f"d/{k}.pt"), 10 + k, 0, 0, 0) for k in range(3))
+ARCHIVE = Archive((), b"", "data.pkl", (), ())
 
 
-def test_what_no_index_reaches_is_kept(tmp_path):
-    """A view that repeats some elements and skips others leaves those to the template."""
-    for fold in range(2):
-        base = torch.tensor([1.0, 10, 20, 3]) + 2 * fold
-        torch.save({"w": base.as_strided((2, 2), (0, 3))}, tmp_path / f"{fold}.pt")
-    merge_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
-    merged = torch.load(tmp_path / "out.pt")["w"]
-    assert merged.tolist() == [[2, 4]] * 2
-    assert torch.as_strided(merged, (4,), (1,), 0).tolist() == [2, 10, 20, 4]
+def tensor(storage):
+    """A vector of two elements in a storage."""
+    return TensorInfo(("w",), BY_NAME["float32"], (2,), (1,), 0, storage)
+
+
+def test_a_layout_is_as_large_as_its_files():
+    """The size of a directory is the sum of the sizes of its files."""
+    assert Layout(Path("d"), "directory", FILES, ()).nbytes == 33
+
+
+def test_messages_name_the_file_a_tensor_begins_in():
+    """For a tensor in parts or in tiles that is the file of the first one."""
+    layout = Layout(Path("d"), "directory", FILES, ())
+    first, second = Storage("a", 0, 4, file=1), Storage("b", 0, 4, file=2)
+    assert layout.where(tensor(second)) == Path("d/2.pt")
+    assert layout.where(tensor(Storage("c", 0, 8, parts=(first, second)))) == Path("d/1.pt")
+    tiles = (((0,), tensor(second)), ((1,), tensor(first)))
+    assert layout.where(tensor(Storage("c", 0, 8, tiles=tiles))) == Path("d/2.pt")
+
+
+def test_a_source_has_no_archives():
+    """What only a copy needs is dropped, in the files of a directory too; all else stays."""
+    member = Layout(Path("d/0.pt"), "torch-zip", FILES[:1], (), archive=ARCHIVE)
+    layout = Layout(Path("d"), "directory", FILES, (), archive=ARCHIVE, members=(member, None))
+    source = layout.source
+    assert source.archive is None
+    assert [one and one.archive for one in source.members] == [None, None]
+    assert source.members[0].path == member.path
+    assert (source.path, source.files) == (layout.path, layout.files)

@@ -287,7 +287,7 @@ def test_absurd_sizes_and_names_are_one_error(tmp_path):
         with pytest.raises(MergeError, match="too long"):
             merge_checkpoints([tmp_path / "b.pt"], tmp_path / output, **options)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(MergeError, match="no regular file"):
+    with pytest.raises(MergeError, match="not a regular file"):
         merge_checkpoints([tmp_path / "pipe"], tmp_path / "out.pt")
 
 

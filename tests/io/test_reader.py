@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_avg.checkpoint._layout import File, Layout, Storage
+from merge_avg.checkpoint import File, Layout, Storage
 from merge_avg.errors import MergeError
 from merge_avg.io import _reader
 from merge_avg.io._platform import write_fully

@@ -1,4 +1,4 @@
-"""Files that lie: each is refused with one error, or read right, with little memory and time."""
+"""Files that lie are refused with one error or read right, in little memory and time."""
 
 import contextlib
 import itertools
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg.checkpoint._layout import PROVENANCE
+from merge_avg.checkpoint import PROVENANCE
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
@@ -21,7 +21,7 @@ from tests.promises.attacks import ATTACKS, DATA, LARGE, archive, made, record, 
 
 ROOT = Path(__file__).parents[2]
 FOUND = sorted((ROOT / "tests" / "data" / "attacks").glob("*"))
-# What lies in a way that does not matter to what is read: the output is right.
+# Files whose lie does not matter to what is read: the output is right.
 RIGHT = {
     "directory_inside_itself",
     "dcp_many_files",
@@ -46,8 +46,8 @@ RIGHT = {
         )
     ),
 }
-LATE = {"zip_deflate_followed"}  # found out when the weights are read
-# A pickle that is read, but for a tensor that cannot be averaged.
+LATE = {"zip_deflate_followed"}  # found only when the weights are read
+# Pickles that are read, except for a tensor that cannot be averaged.
 UNUSUAL = {f"{kind}_pickle_subclass_bomb" for kind in ("zip", "legacy")}
 SLOW = LARGE | {name for name in ATTACKS if "pickle" in name and not name.startswith("zip")}
 
@@ -58,23 +58,24 @@ def named(names, slow=SLOW):
 
 @pytest.fixture(scope="module")
 def child():
-    """Reads a path in a process with 256 MiB of memory, and tells how it went."""
+    """Read a path in a process with 256 MiB of memory, and return how that went."""
     with asked() as read:
         yield read
 
 
 @pytest.fixture(scope="module")
 def verifier(tmp_path_factory):
-    """Verifies a path, and an output that says that it is an input, with 256 MiB beside torch."""
+    """Verify a path, and an output that names it as an input, with 256 MiB beside torch."""
     folder = tmp_path_factory.mktemp("right")
-    save_file({"w": torch.ones(4)}, folder / "a.pt")  # which torch and the verifier import for
-    names(folder / "a.pt")
+    # The child verifies this file first, so that everything is imported before memory is limited.
+    save_file({"w": torch.ones(4)}, folder / "a.pt")
+    write_output_of(folder / "a.pt")
     with asked("verify", str(folder / "a.pt")) as verify:
         yield verify
 
 
-def names(path):
-    """Makes an output beside a checkpoint that names it as an input of its present size."""
+def write_output_of(path):
+    """Write an output beside a checkpoint that names the checkpoint as an input of its size."""
     out = path.with_name("out.safetensors")
     save_file({"w": torch.ones(4)}, path.with_name("other.safetensors"))
     merge_checkpoints([path.with_name("other.safetensors")] * 2, out)
@@ -89,7 +90,7 @@ def names(path):
 
 @contextlib.contextmanager
 def asked(*arguments):
-    """A process that reads checkpoints in children of its own."""
+    """Start a process that reads checkpoints in children of its own."""
     command = [sys.executable, "-m", "tests.promises.attack_child", *arguments]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -104,7 +105,7 @@ def asked(*arguments):
 
 
 def check(found):
-    """That it ended in a result or one error, without a trace of anything else."""
+    """Assert that reading ended in a result or one error, and did nothing else."""
     assert found["outcome"] in ("right", "refused"), found["outcome"]
     assert found["events"] == []
     assert found["code"] in (0, 1), found["code"]
@@ -118,7 +119,7 @@ def check(found):
 
 @pytest.mark.parametrize("name", named(ATTACKS))
 def test_an_attack_is_refused_or_read_right(child, tmp_path, name):
-    """Through the library and the command: one error or a result, within 256 MiB and seconds."""
+    """An attack ends in one error or a result within 256 MiB and seconds, whoever reads it."""
     path = tmp_path / "a.pt"
     ATTACKS[name](path)
     found = child(path)
@@ -129,7 +130,8 @@ def test_an_attack_is_refused_or_read_right(child, tmp_path, name):
 
 
 PICKLES = {name for name in ATTACKS if "pickle" in name}
-# One unpickler reads those of every format, and what takes it long takes it as long here.
+# One unpickler serves every format, so the pickles in zip files stand for those of the others; the
+# slow ones among them take --verify as long as reading, and are left out.
 ONCE = [
     name
     for name in ATTACKS
@@ -138,11 +140,11 @@ ONCE = [
 
 
 @pytest.mark.parametrize("name", named(ONCE, PICKLES | LARGE))
-def test_an_attack_is_no_verified_output_nor_input(verifier, tmp_path, name):
-    """To --verify both are one error, within 256 MiB beside torch; nothing else is touched."""
+def test_an_attack_cannot_be_verified(verifier, tmp_path, name):
+    """--verify refuses an attack as an output and as an input, within 256 MiB beside torch."""
     path = tmp_path / "a.pt"
     ATTACKS[name](path)
-    names(path)
+    write_output_of(path)
     found = verifier(path)
     for outcome, run in zip(found["outcomes"], found["runs"], strict=True):
         assert outcome.startswith("refused: "), outcome
@@ -151,8 +153,8 @@ def test_an_attack_is_no_verified_output_nor_input(verifier, tmp_path, name):
         check(run | {"outcome": "refused", "events": found["events"]})
 
 
-def test_what_fuzzing_found_stays_mended(child, tmp_path):
-    """Each file that once broke a reader is refused, or read."""
+def test_what_fuzzing_found_stays_fixed(child, tmp_path):
+    """Each file that once broke a reader is refused or read."""
     for number, path in enumerate(FOUND):
         target, data = path.name.partition("-")[0], path.read_bytes()
         place = tmp_path / f"{number}.pt"
@@ -169,7 +171,7 @@ def test_what_fuzzing_found_stays_mended(child, tmp_path):
 
 
 def bytes_of(path):
-    """The bytes of each tensor of a file, by name."""
+    """Return the bytes of each tensor of a file, by name."""
     raw = path.read_bytes()
     return {
         info.path: raw[info.storage.offset :][: info.storage.nbytes] for info in scan(path).tensors
@@ -180,7 +182,7 @@ def bytes_of(path):
     "name", named(name for name in sorted(RIGHT) if not name.startswith(("dcp", "directory")))
 )
 def test_what_is_read_is_averaged_right(tmp_path, name):
-    """The mean of an odd file with itself is its own bytes, or one error says why there is none."""
+    """The mean of an odd file with itself has the file's own bytes."""
     path, out = tmp_path / "a.pt", tmp_path / "out.pt"
     ATTACKS[name](path)
     merge_checkpoints([path, path], out)
@@ -189,7 +191,7 @@ def test_what_is_read_is_averaged_right(tmp_path, name):
 
 @pytest.mark.parametrize("name", sorted(LATE))
 def test_what_lies_in_the_weights_is_refused(tmp_path, name):
-    """A lie that shows only when the weights are read leaves no output."""
+    """A lie that shows only when the weights are read is an error and leaves no output."""
     path, out = tmp_path / "a.pt", tmp_path / "out.pt"
     ATTACKS[name](path)
     with pytest.raises(MergeError, match="is damaged"):
@@ -225,7 +227,7 @@ TAILS = [
 
 
 def test_every_opcode_on_every_stack():
-    """Each of 256 bytes as an opcode, on stacks that fit and do not: a value or a PickleError."""
+    """Each of 256 bytes as an opcode, on stacks that fit or not, is a value or a PickleError."""
     for code, stack, tail in itertools.product(range(256), STACKS, TAILS):
         data = stack + bytes([code]) + tail
         with contextlib.suppress(PickleError):
@@ -234,15 +236,14 @@ def test_every_opcode_on_every_stack():
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_protocol_may_be_claimed(tmp_path, protocol):
-    """The opcodes mean the same under each protocol that a pickle claims."""
+    """Opcodes mean the same under every protocol that a pickle may claim."""
     data = b"\x80" + bytes([protocol]) + made(state())[2:]
-
     (tmp_path / "a.pt").write_bytes(archive(record("a/data.pkl", data), DATA))
     assert [info.path for info in scan(tmp_path / "a.pt").tensors] == [("w",)]
 
 
 def test_a_process_without_memory_says_so(tmp_path, monkeypatch):
-    """What does not fit into the memory that there is is an error, and no traceback."""
+    """A file that takes more memory than the process may have is an error without a traceback."""
 
     def full(*_):
         raise MemoryError

@@ -1,6 +1,8 @@
-"""What is a checkpoint? Names, dtypes and the places of bytes, once a file has been scanned.
+"""What is a checkpoint? Names, dtypes and the places of bytes: what a scan of a file yields.
 
-Nothing here opens a file or imports torch.
+A `Layout` lists the tensors of a checkpoint, and where each one's bytes lie. From it follow the
+`Roles` of tensors: which are weights, and which are kept. A `FileLayout` tells the same of a file
+that is to be written. Nothing here opens a file or imports torch.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from merge_avg.checkpoint._dtypes import (
 )
 from merge_avg.checkpoint._file_layout import FileLayout, Literal, NewTensor, RecordFile, Slot
 from merge_avg.checkpoint._layout import (
-    ATTRIBUTES,
     LARGEST_PROVENANCE,
     PROVENANCE,
     PROVENANCE_FILE,
     Archive,
     ClassSpan,
-    File,
     Layout,
     Scalar,
+)
+from merge_avg.checkpoint._roles import ATTRIBUTES, Name, Roles, assign, is_kept
+from merge_avg.checkpoint._storage import (
+    File,
     Storage,
     TensorInfo,
     TreePath,
@@ -31,7 +35,6 @@ from merge_avg.checkpoint._layout import (
     impossible,
     row_major,
 )
-from merge_avg.checkpoint._roles import Name, Roles, assign, is_kept
 
 __all__ = [
     "ATTRIBUTES",

@@ -7,28 +7,37 @@ from typing import Literal, get_args
 
 from merge_avg.options import FloatName
 
+# "code" is for bytes that are not numbers by themselves: a qint8 is worth what the scale of its
+# tensor says, a byte of float4 holds two values, and float8_e8m0 is such a scale, of powers of two
+# only. Their mean would be the mean of codes. Tensors of them are refused.
 Kind = Literal["float", "complex", "int", "bool", "code"]
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type, by torch's name for it.
+    """An element type.
 
-    `kind` "code" stands for types whose bytes are codes that have no mean of their own.
+    Attributes:
+        name: torch's name for it.
+        itemsize: the bytes of an element.
+        kind: which arithmetic it has, if any.
+        safetensors: its code in safetensors files.
+        storage: the class in `torch` that torch.save writes for its storages.
     """
 
     name: str
     itemsize: int
     kind: Kind
     safetensors: str | None = None
-    storage: str | None = None  # the class in `torch` that torch.save writes for its storages
+    storage: str | None = None
 
     @property
     def word(self) -> int:
-        """The bytes of a number: of each component, for complex ones."""
+        """Return the bytes of a number: of each component, for complex ones."""
         return self.itemsize // 2 if self.kind == "complex" else self.itemsize
 
 
+# Where there is no class of storages, torch.save writes an UntypedStorage and the dtype beside it.
 _TABLE = (
     DType("float64", 8, "float", "F64", "DoubleStorage"),
     DType("float32", 4, "float", "F32", "FloatStorage"),
@@ -62,4 +71,4 @@ BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 CONVERTIBLE: tuple[str, ...] = get_args(FloatName)
-TEMPLATE = "template"  # stands for the dtype that a tensor has in the template
+TEMPLATE = "template"  # as a dtype: the one that a tensor has in the template

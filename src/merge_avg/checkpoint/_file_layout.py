@@ -1,4 +1,10 @@
-"""An output file before its weights: slots for payload, and the bytes around them."""
+"""The layout of an output file: slots for payload, and the bytes around them.
+
+    literal | slot | literal | slot | slot | literal
+
+Slots do not overlap, so that any thread may fill any of them at any time, in parts. What lies in no
+slot and no literal is zeros.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from merge_avg.checkpoint._dtypes import DType
-from merge_avg.checkpoint._layout import Storage
+from merge_avg.checkpoint._storage import Storage
 
 Literal = tuple[int, bytes]  # an offset in the file, and the bytes that belong there
 
@@ -37,7 +43,7 @@ class NewTensor:
         shape: extents in elements.
         stride: steps in elements, one for each dimension.
         start: of its first element in the storage, in elements.
-        storage: the storage's name.
+        storage: the storage's name; a format without views gives each tensor its own.
         storage_nbytes: the storage's size.
     """
 
@@ -54,8 +60,8 @@ class NewTensor:
 class FileLayout:
     """The layout of one output file.
 
-    All outputs of a merge share their layouts: outputs differ only in their provenance record,
-    which is known in full when everything has been read. Until then a draft of the same length
+    All outputs of a merge share their layouts, and differ only in their provenance records. A
+    record is known in full when everything has been read; until then a draft of the same length
     stands for it. A format whose files depend on the record or on checksums overrides the methods.
 
     Attributes:
@@ -75,11 +81,13 @@ class FileLayout:
     @cached_property
     def rooms(self) -> Mapping[str, Slot]:
         """Return the slots of weights and of copies, by name."""
+        # Cached: every window that is written looks a slot up.
         return {**self.slots, **{storage.name: slot for storage, slot in self.copies}}
 
     @property
     def count(self) -> int:
-        """Return how many numbers slots may have."""
+        """Return one more than the largest number of a slot."""
+        # Records whose bytes are known have numbers too, and no slot: there may be gaps.
         return 1 + max((slot.number for slot in self.rooms.values()), default=-1)
 
     def start(self, record: bytes) -> int:  # noqa: ARG002 - see the class

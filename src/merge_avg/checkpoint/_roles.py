@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are weights, and which are kept as the template has them.
+"""The roles of tensors: which are weights, and which are kept as the template has them.
 
 A state dict is a dict (or list) that holds tensors. All state dicts of a checkpoint are weights,
-but for those below a key of the table `KEPT`, and for single values that lie beside state dicts.
+except those below a key of the table `KEPT`, and single values that lie beside state dicts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from merge_avg.checkpoint._layout import ATTRIBUTES, Key, Layout, TensorInfo, TreePath, dotted
+from merge_avg.checkpoint._layout import Layout
+from merge_avg.checkpoint._storage import Key, TensorInfo, TreePath, dotted
 from merge_avg.errors import MergeError, named
 
-# What is never averaged: the keys of containers, in any letter case, and what they hold.
+# The key under which a scan lists what a pickled nn.Module holds beside its state dict.
+ATTRIBUTES = "attributes of a module"
+
+# Containers that are never averaged: what they hold, and their keys in any letter case. The keys of
+# tensors do not count: frameworks choose the names of containers, but models choose the names of
+# parameters, and one may well be called "scaler" or "time". Names of weights thus decide nothing.
 KEPT = (
     ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
     ("learning-rate schedule", r".*sched.*"),
@@ -30,17 +36,18 @@ KEPT = (
     ("times", r"timestamps?|(.*_)?time"),
     ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
 )
-# What is averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
-MASTERS = r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups"
+# Averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
+_MASTERS = re.compile(r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups")
 _KEPT = re.compile("|".join(f"(?:{pattern})" for _, pattern in KEPT), re.IGNORECASE)
-_MASTERS = re.compile(MASTERS)
-_LONGEST = 200  # of a name that means something: matching takes the square of its length
+# Longer names mean nothing. Matching takes the square of their length, and files choose it.
+_LONGEST = 200
+# The one kind of state that is commonly a tensor of its own beside state dicts: torch's generators.
 _RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """A weight's name: the state dict it lies in, and its key there."""
+    """The name of a weight: the state dict it lies in, and its key there."""
 
     state_dict: TreePath
     key: str
@@ -60,14 +67,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Roles:
-    """The weights of a checkpoint by name, in its order, and what is kept."""
+    """The weights of a checkpoint by name, in its order, and a summary of all that is kept."""
 
     weights: dict[Name, TensorInfo]
     kept: tuple[Kept, ...]
 
 
 def assign(layout: Layout, key: str | None = None) -> Roles:
-    """The roles of a checkpoint's tensors.
+    """Return the roles of a checkpoint's tensors.
 
     Args:
         layout: the scanned checkpoint.
@@ -80,6 +87,7 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     groups = {info.path[:-1] for info in chosen}
     chosen = [info for info in chosen if not _is_stray(info, groups)]
     if key is not None:
+        # Whatever the user names counts, even below a key of `KEPT`.
         below = [info for info in layout.tensors if dotted(info.path).startswith(f"{key}.")]
         if not below:
             have = sorted({dotted(info.path[:-1]) for info in chosen} - {""})
@@ -105,7 +113,7 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
 
 
 def is_kept(key: Key) -> bool:
-    """Whether what lies below a key of a container, or in a file of that name, is no weight."""
+    """Return whether what lies below a key of a container, or in a file of that name, is kept."""
     return isinstance(key, str) and len(key) <= _LONGEST and bool(_KEPT.fullmatch(key))
 
 
@@ -124,7 +132,8 @@ def _is_weight(path: TreePath) -> bool:
 
 
 def _is_stray(info: TensorInfo, groups: set[TreePath]) -> bool:
-    """Whether a tensor is a single value beside state dicts, as {"model": {...}, "loss": ...}."""
+    """Return whether a tensor is a value beside state dicts, as {"model": {...}, "loss": ...}."""
+    # Where no state dict lies below, {"scale": ...} is itself one, and its values are weights.
     here = info.path[:-1]
     beside = any(len(group) > len(here) and group[: len(here)] == here for group in groups)
     return beside and (not info.shape or is_kept(str(info.path[-1])))
@@ -136,6 +145,7 @@ def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:
     for info in tensors:
         key = str(info.path[0])
         counts[key] = counts.get(key, 0) + 1
+        # Tensors that share a storage count its bytes once.
         storages.setdefault(key, set()).add((info.storage.offset, info.storage.nbytes))
     for key, count in counts.items():
         yield Kept(key, count, sum(nbytes for _, nbytes in storages[key]))

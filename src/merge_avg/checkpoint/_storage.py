@@ -1,0 +1,202 @@
+"""Files, storages and tensors: where bytes lie, and which of them a strided view reaches.
+
+    TensorInfo   shape, stride, start            elements of ...
+    Storage      offset, nbytes                  a range of bytes of ...
+    File         path, size, inode               a file, as it was when it was scanned
+
+Many tensors may view one storage: tied weights, slices, transposed views. A storage that is not one
+range of one file is made of others: `parts` one after the other, or `tiles` of a tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_avg.checkpoint._dtypes import DType
+
+Key = str | int
+TreePath = tuple[Key, ...]  # keys from the root of a checkpoint's object tree
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a checkpoint, as it was when it was scanned."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """Return the file at a path.
+
+        Raises:
+            OSError: it cannot be looked at, or is a directory, a pipe or a device.
+        """
+        found = path.stat()
+        # Opening a pipe would wait for a writer forever.
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes of a checkpoint that tensors view: a record of an archive, or a tensor's own range.
+
+    Attributes:
+        name: its name in messages; unique in its file.
+        offset: of its first byte in the file.
+        nbytes: its size.
+        crc: the CRC-32 that the file records for exactly these bytes, if it does.
+        file: the number of the file in the checkpoint.
+        packed: the size that it takes in the file, if it is deflated (RFC 1951).
+        swapped: the size of its words if they are big-endian, else 1.
+        parts: the storages that it consists of, one after the other, if it is not a range itself.
+        tiles: the tensors that it consists of, if it is not a range itself, each with the index of
+            its first element in the tensor that they tile.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    crc: int | None = None
+    file: int = 0
+    packed: int | None = None
+    swapped: int = 1
+    parts: tuple[Storage, ...] = ()
+    tiles: tuple[tuple[tuple[int, ...], TensorInfo], ...] = ()
+
+    @property
+    def coded(self) -> bool:
+        """Return whether its bytes have to be decoded before they can be read by offset."""
+        return self.packed is not None or self.swapped > 1
+
+    @property
+    def ranges(self) -> tuple[Storage, ...]:
+        """Return the ranges of files that it consists of."""
+        return self.parts or tuple(tile.storage for _, tile in self.tiles) or (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a checkpoint: a strided view of a storage.
+
+    Attributes:
+        path: keys from the root of the checkpoint's object tree; the last is the tensor's name.
+        dtype: of its elements.
+        shape: extents in elements.
+        stride: steps in elements, one for each dimension.
+        start: of its first element in the storage, in elements.
+        storage: the storage.
+        trouble: why its bytes are not plain numbers, if they are not ("a sparse tensor").
+    """
+
+    path: TreePath
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    storage: Storage
+    trouble: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        """Return one past the last element of the storage that it reaches; `start` if none."""
+        if not self.numel:
+            return self.start
+        # Steps are never negative, as torch has none: the last index reaches farthest.
+        steps = zip(self.shape, self.stride, strict=True)
+        return self.start + sum((extent - 1) * step for extent, step in steps) + 1
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        """Return (extent, step) of the dimensions that decide where elements lie."""
+        return _geometry(self.shape, self.stride)
+
+    @property
+    def contiguous(self) -> bool:
+        """Return whether its elements lie one after the other, in row-major order."""
+        usual = row_major(self.shape)
+        return (
+            self.stride == usual or not self.numel or self.geometry == _geometry(self.shape, usual)
+        )
+
+    @property
+    def overlaps_itself(self) -> bool:
+        """Return whether different indices reach one element, other than by repeating it whole."""
+        # From the smallest step up, each has to lead past all that smaller ones reach together.
+        # Steps of zero repeat elements, as `expand` does: a single value is behind them.
+        reach = 0
+        for extent, step in sorted(self.geometry, key=lambda pair: pair[1]):
+            if step and step <= reach:
+                return True
+            reach += (extent - 1) * step
+        return False
+
+    @property
+    def dense(self) -> bool:
+        """Return whether it has every element from its first to its last, each once."""
+        if not self.numel:
+            return True
+        once = not self.overlaps_itself and all(step for _, step in self.geometry)
+        return once and self.numel == self.stop - self.start
+
+
+def _geometry(shape: Iterable[int], stride: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    # Torch leaves the step of a dimension with one element at whatever it was.
+    pairs = zip(shape, stride, strict=True)
+    return tuple((extent, step) for extent, step in pairs if extent != 1)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of this shape, in elements."""
+    strides = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+_LARGEST = 1 << 63
+_MOST_DIMENSIONS = 64
+_MOST_REPEATED = 1 << 30  # elements of a tensor that has far more than its storage
+
+
+def impossible(shape: object, stride: object, start: object, held: int) -> str | None:
+    """Return what is wrong with a claimed geometry over a storage of `held` elements, if anything.
+
+    Torch's numbers have 64 bits. A view may repeat elements, as `expand` does, but not without
+    end: a file of a few bytes could ask for days of work.
+    """
+    if not isinstance(shape, list | tuple) or not isinstance(stride, list | tuple):
+        return "no shape or no strides"
+    if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions with {len(stride)} strides"
+    # `type`, for True is an int too, and would be written as a number that it is not.
+    if any(type(n) is not int or not 0 <= n < _LARGEST for n in (start, *shape, *stride)):
+        return "impossible strides"
+    # Extents of zero count as one: strides of an empty tensor are products of the others.
+    if math.prod(max(extent, 1) for extent in shape) >= _LARGEST:
+        return "more elements than can be counted"
+    if math.prod(shape) > max(_MOST_REPEATED, 16 * held):
+        return f"{math.prod(shape):,} elements, but a storage of {held:,}"
+    return None
+
+
+def dotted(path: TreePath) -> str:
+    """Return a path as messages show it: state_dict.conv.weight."""
+    return ".".join(str(key) for key in path)
