@@ -17,7 +17,7 @@ from torch import nn
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
-from merge_avg.formats.distributed import _tile
+from merge_avg.formats.distributed.tiling import tile
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore::UserWarning"
@@ -294,16 +294,16 @@ def test_names_that_the_writer_flattened(tmp_path):
         ([], False),
     ],
 )
-def test_boxes_that_tile(boxes, fits):
+def test_boxes_thattile(boxes, fits):
     """Boxes that overlap, leave a hole or reach outside are told from those that tile."""
-    assert _tile(boxes, (3, 3)) == fits
+    assert tile(boxes, (3, 3)) == fits
 
 
 def test_any_way_of_cutting_is_a_tiling():
     """A thousand boxes of a grid tile it, and do not if one lacks or is there twice."""
     edges = [range(10)] * 3
     boxes = [((a, 2 * b, 3 * c), (1, 2, 3)) for a, b, c in itertools.product(*edges)]
-    assert _tile(boxes, (10, 20, 30))
-    assert not _tile(boxes[1:], (10, 20, 30))
-    assert not _tile([*boxes, boxes[0]], (10, 20, 30))
-    assert not _tile([*boxes[1:], boxes[1]], (10, 20, 30))
+    assert tile(boxes, (10, 20, 30))
+    assert not tile(boxes[1:], (10, 20, 30))
+    assert not tile([*boxes, boxes[0]], (10, 20, 30))
+    assert not tile([*boxes[1:], boxes[1]], (10, 20, 30))

@@ -1,8 +1,15 @@
-"""Directories as checkpoints: a set of files by relative path.
+"""Directories as checkpoints: the tensors of all files, by the state dict that they belong to.
 
-The tensors of a directory are those of all its files. A file's name tells which state dict they
-belong to: shards (`model-00001-of-00003.safetensors`) make up one, and every other file, with its
-sub-folder, is one of its own.
+    model-00001-of-00002.safetensors    shards make up one state dict: paths have no prefix,
+    model-00002-of-00002.safetensors    as long as no other file beside them holds weights
+    model.safetensors.index.json        {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
+    optimizer.pt                        tensors at ("optimizer", ...), which are kept
+    unet/model.bin                      tensors at ("unet", "model", ...)
+    .metadata, __0_0.distcp             a set of files, read by its own format
+    config.json                         files without tensors are copied as they are
+    merge_avg.json                      in an output of a merge: its provenance
+
+Specification: the names and the index are those of huggingface_hub's sharded checkpoints.
 """
 
 from __future__ import annotations
@@ -33,9 +40,9 @@ INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
 _SHARD = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
-# Folders that no program reads a checkpoint from.
+# Folders that no program reads a checkpoint from: what is in them is not even copied.
 _IGNORED = frozenset((".git", ".cache", ".ipynb_checkpoints", "__pycache__"))
-# Folders of a run that are checkpoints of their own.
+# Folders of a run that are checkpoints of their own: checkpoint-500, global_step1000, epoch=3.
 _OF_A_RUN = re.compile(
     r"(checkpoint|ckpt|global_?step|step|epoch|iter)s?([-_+=].*)?\d.*", re.IGNORECASE
 )
@@ -50,23 +57,25 @@ _LARGEST_INDEX = 100_000_000
 
 @dataclass
 class _Tree:
-    """The files below a directory by their relative paths, and what was left out, and why."""
+    """The files below a directory by their relative paths, and notes on what was left out."""
 
     files: dict[str, File] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def scan_directory(path: Path) -> Layout:
-    """The layout of a checkpoint directory.
+    """Return the layout of a checkpoint directory.
 
     Raises:
         MergeError: a file in it cannot be read or is damaged, shards are missing or hold a tensor
             twice, or it holds no checkpoint or several.
     """
     tree = _walk(path)
-    mark = tree.files.pop(PROVENANCE_FILE, None)
-    if mark is not None and mark.nbytes > LARGEST_PROVENANCE:
-        mark = None
+    # An output has a provenance file of its own: that of the template is never copied.
+    provenance = tree.files.pop(PROVENANCE_FILE, None)
+    metadata: tuple[tuple[str, str], ...] = ()
+    if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
+        metadata = ((PROVENANCE, provenance.path.read_text("utf-8", "replace")),)
     stamps = tuple(tree.files.values())
     names = list(tree.files)
     members = _members(path, tree)
@@ -85,7 +94,8 @@ def scan_directory(path: Path) -> Layout:
             continue
         notes += member.notes
         for info in member.tensors:
-            whole = replace(info, path=(*prefixes[number], *info.path))
+            prefix = prefixes[number]
+            whole = replace(info, path=(*prefix, *info.path)) if prefix else info
             first = holders.setdefault(whole.path, name)
             if first != name:
                 what = f"tensor {dotted(info.path)!r} is both in {first} and in {name}"
@@ -101,25 +111,25 @@ def scan_directory(path: Path) -> Layout:
         stamps,
         tuple(tensors),
         tuple(others),
-        () if mark is None else ((PROVENANCE, mark.path.read_text("utf-8", "replace")),),
+        metadata,
         members=tuple(members.get(number) for number in range(len(names))),
         notes=tuple(notes),
     )
 
 
 def of_a_run(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint among others of a run."""
+    """Return whether a folder of this name is a checkpoint among others of a run."""
     return _OF_A_RUN.fullmatch(name) is not None
 
 
 def is_one(path: Path) -> bool:
-    """Whether a directory is one checkpoint by its name or its files, and not a run of many."""
+    """Return whether a directory is one checkpoint by its name or files, and not a run of many."""
     names = [entry.name for entry in path.iterdir()]
     return of_a_run(path.name) or any(_OF_ONE.fullmatch(n) or set_format(n) for n in names)
 
 
 def leads_out(root: Path, path: Path) -> bool:
-    """Whether a file of a directory is a link to somewhere else.
+    """Return whether a file of a directory is a link that leads out of it.
 
     In the cache of Hugging Face's hub a snapshot consists of links to the blobs beside it.
     """
@@ -131,7 +141,7 @@ def leads_out(root: Path, path: Path) -> bool:
 
 
 def relative(layout: Layout, number: int) -> str:
-    """The path of a directory's file below it, with slashes."""
+    """Return the path of a directory's file below it, with slashes."""
     return layout.files[number].path.relative_to(layout.path).as_posix()
 
 
@@ -149,9 +159,12 @@ def _walk(root: Path) -> _Tree:
         for name in names:
             file = here / name
             if not file.is_file():
-                what = "it is a link to nothing" if file.is_symlink() else "it is no regular file"
+                what = (
+                    "it is a link to nothing" if file.is_symlink() else "it is not a regular file"
+                )
                 raise MergeError(what, where=file, hint="fetch the checkpoint again")
             tree.files[file.relative_to(root).as_posix()] = File.of(file)
+    # The order of files decides that of tensors: it may not depend on the file system.
     tree.files = dict(sorted(tree.files.items(), key=lambda item: item[0].split("/")))
     outside = [name for name, file in tree.files.items() if leads_out(root, file.path)]
     if outside:
@@ -162,7 +175,7 @@ def _walk(root: Path) -> _Tree:
 
 
 def _nested(root: Path) -> set[str]:
-    """Sub-folders that are left out because they are checkpoints of their own.
+    """Return the folders that are left out because they are checkpoints of their own.
 
     Raises:
         MergeError: there is nothing but several of them.
@@ -174,7 +187,8 @@ def _nested(root: Path) -> set[str]:
         return set(found)
     if len(found) < 2:
         return set()
-    latest = root / "latest"  # DeepSpeed names the newest one there
+    # DeepSpeed writes the name of the newest one into this file, and its readers take that one.
+    latest = root / "latest"
     if latest.is_file() and latest.stat().st_size < 1000:
         name = latest.read_text("utf-8", "replace").strip()
         if name in found:
@@ -185,7 +199,7 @@ def _nested(root: Path) -> set[str]:
 
 
 def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
-    """The layouts of the files that hold tensors, by number."""
+    """Return the layouts of the files that hold tensors, by number."""
     numbers = {name: number for number, name in enumerate(tree.files)}
     members: dict[int, Layout] = {}
     for name in tree.files:
@@ -202,6 +216,7 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
         if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
         try:
+            # A .bin or .pkl file may be anything; a file that says .safetensors may not.
             strict = name.endswith(".safetensors")
             layout = scan_file(tree.files[name], number, strict=strict)
         except MergeError as error:
@@ -218,17 +233,18 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
 
 
 def _path_of(name: str) -> TreePath:
-    """Folders, and the file's name without ending or the number of a shard."""
+    """Return the folders and the name of a file, without its ending and the number of a shard."""
     path = PurePosixPath(name)
     stem = path.stem.removesuffix(".pth")  # model.pth.tar
     return (*path.parts[:-1], unsharded(stem))
 
 
 def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -> list[TreePath]:
-    """For each file, where its tensors are in the directory's tree.
+    """Return for each file the path that its tensors are at in the directory's tree.
 
-    `pytorch_model.bin` and `model.safetensors` are the same state dict by two names; it needs no
-    prefix where it is the only one.
+    `pytorch_model.bin` and `model.safetensors` are the same state dict by two names, so that a
+    checkpoint of one can be averaged with one of the other. Where it is the only one, it needs no
+    prefix: then a directory can be averaged with a single file too.
     """
     prefixes: list[TreePath] = [()] * len(names)
     families: dict[TreePath, str] = {}
@@ -241,6 +257,7 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
         path = _path_of(name)
         suffix = PurePosixPath(name).suffix
         plain = (*path[:-1], str(path[-1]).replace("pytorch_model", "model"))
+        # Where both lie in one directory, the second needs a name of its own.
         if families.setdefault(plain, suffix) != suffix:
             plain = (*path[:-1], f"{path[-1]}{suffix}")
             families[plain] = suffix
@@ -258,7 +275,7 @@ def _is_aside(prefix: TreePath) -> bool:
 
 
 def _check_shards(root: Path, names: Sequence[str]) -> None:
-    """Raises MergeError where the names of shards say that there are more."""
+    """Raise MergeError where the names of shards say that there are more."""
     found: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
         path = PurePosixPath(name)
@@ -275,27 +292,27 @@ def _check_shards(root: Path, names: Sequence[str]) -> None:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file says which shard holds what."""
+    """Return whether a file says which shard holds which tensor."""
     return bool(_INDEX.search(name))
 
 
 def unsharded(stem: str) -> str:
-    """A file's name without its ending and, for a shard, without its number."""
+    """Return a file's name, already without its ending, without the number of a shard."""
     shard = _SHARD.fullmatch(stem)
     return shard["base"] if shard else stem
 
 
 def shard_of(path: Path) -> int | None:
-    """How many shards there are, if a file's name says that it is one of several."""
+    """Return the number of shards, if a file's name says that it is one of several."""
     shard = _SHARD.fullmatch(path.stem)
     return int(shard["count"]) if shard and int(shard["count"]) > 1 else None
 
 
 def read_index(file: File) -> dict[str, Any]:
-    """The index of a sharded checkpoint: a table with a `weight_map` of tensor names to files.
+    """Return the index of a sharded checkpoint, whose `weight_map` leads from tensors to files.
 
     Raises:
-        MergeError: it is none.
+        MergeError: the file is damaged, or not an index.
     """
     try:
         if file.nbytes > _LARGEST_INDEX:
@@ -312,7 +329,7 @@ def read_index(file: File) -> dict[str, Any]:
 
 
 def _check_index(files: Mapping[str, File], name: str, members: Mapping[int, Layout]) -> None:
-    """Raises MergeError where an index and the shards beside it contradict each other."""
+    """Raise MergeError where an index and the shards beside it contradict each other."""
     table = read_index(files[name])["weight_map"]
     numbers = {other: number for number, other in enumerate(files)}
     keys: dict[str, set[str]] = {}

@@ -1,0 +1,231 @@
+"""The `.metadata` of a distributed checkpoint: a pickle, read here without being run.
+
+    Metadata(
+      state_dict_metadata={
+        "w": TensorStorageMetadata(properties=TensorProperties(dtype=torch.float32, ...),
+                                   size=[6, 4],
+                                   chunks=[ChunkStorageMetadata(offsets=[0, 0], sizes=[3, 4]),
+                                           ChunkStorageMetadata(offsets=[3, 0], sizes=[3, 4])]),
+        "epoch": BytesStorageMetadata()},
+      planner_data={"w": ("model", "w")},             the path of each name in the state dict
+      storage_data={
+        MetadataIndex(fqn="w", offset=[0, 0]):
+          _StorageInfo(relative_path="__0_0.distcp", offset=0, length=1234)})
+
+Specification: torch/distributed/checkpoint/metadata.py and filesystem.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from merge_avg.checkpoint import (
+    BY_NAME,
+    DType,
+    Storage,
+    TensorInfo,
+    TreePath,
+    impossible,
+    is_kept,
+    row_major,
+)
+from merge_avg.errors import MergeError
+from merge_avg.formats.distributed.tiling import tile
+from merge_avg.formats.pickle.allowance import Allowance
+from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.values import Global, Instance, PickleError, Value, shown
+
+_LONGEST_PATH = 200
+_METADATA = Global("torch.distributed.checkpoint.metadata", "Metadata")
+_TORCH_SIZE = Global("torch", "Size")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The place of a chunk of a tensor, or of an object.
+
+    Attributes:
+        fqn: the name of the tensor or object.
+        offset: of the chunk in the tensor; None for an object.
+        file: the name of the file that holds it.
+        start: of its bytes in the file.
+        nbytes: their number.
+    """
+
+    fqn: str
+    offset: tuple[int, ...] | None
+    file: str
+    start: int
+    nbytes: int
+
+
+class Metadata:
+    """The content of a `.metadata` file, checked.
+
+    Attributes:
+        sizes: the shape of each tensor, by its name.
+        dtypes: of each tensor.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._allowance = Allowance()
+        root = load(data, persistent=_nothing, call=_call, allowance=self._allowance).value
+        if not isinstance(root, Instance) or root.function != _METADATA:
+            raise PickleError("it is not metadata of torch.distributed.checkpoint")
+        state = _table(root.state)
+        self._stored = _table(state.get("storage_data"))
+        plan = state.get("planner_data")
+        self._paths = plan if isinstance(plan, dict) else {}
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, DType] = {}
+        self._offsets: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+        self._objects: list[str] = []
+        for fqn, entry in _table(state.get("state_dict_metadata")).items():
+            self._add(fqn, entry)
+
+    def _add(self, fqn: Value, entry: Value) -> None:
+        if not isinstance(fqn, str) or not isinstance(entry, Instance):
+            raise PickleError("it describes an entry in an unknown way")
+        kind = entry.function.name if isinstance(entry.function, Global) else ""
+        if kind == "BytesStorageMetadata":
+            self._objects.append(fqn)
+            return
+        state = _table(entry.state)
+        properties = state.get("properties")
+        dtype: Value = None
+        if isinstance(properties, Instance):
+            # A tuple, as TensorProperties.__getstate__ makes it, or the attributes themselves.
+            match properties.state:
+                case (Global() as dtype, *_):
+                    pass
+                case {"dtype": Global() as dtype}:
+                    pass
+        if kind != "TensorStorageMetadata" or not isinstance(dtype, Global):
+            raise PickleError(f"it describes {fqn!r} in an unknown way")
+        known = BY_NAME.get(dtype.name)
+        if known is None:
+            raise PickleError(f"tensor {fqn!r} is of the unknown dtype {shown(dtype)}")
+        chunks = _instances(state.get("chunks"))
+        self._allowance.spend(200 * len(chunks) + 500)
+        self.sizes[fqn] = _size(state.get("size"))
+        self.dtypes[fqn] = known
+        self._offsets[fqn] = [
+            (_size(_table(chunk.state).get("offsets")), _size(_table(chunk.state).get("sizes")))
+            for chunk in chunks
+        ]
+
+    def by_file(self) -> dict[str, list[Chunk]]:
+        """Return all chunks and objects, by the name of the file that holds them."""
+        files: dict[str, list[Chunk]] = {}
+        for key, value in self._stored.items():
+            index, place = _attributes(key), _attributes(value)
+            fqn, offset = index.get("fqn"), index.get("offset")
+            match place:
+                case {
+                    "relative_path": str() as name,
+                    "offset": int() as start,
+                    "length": int() as size,
+                }:
+                    pass
+                case _:
+                    raise PickleError("it describes where a chunk lies in an unknown way")
+            if not isinstance(fqn, str) or start < 0 or size < 0:
+                raise PickleError("it describes where a chunk lies in an unknown way")
+            if place.get("transform_descriptors"):
+                hint = "convert the checkpoint: python -m torch.distributed.checkpoint"
+                hint += ".format_utils dcp_to_torch DIRECTORY OUTPUT.pt"
+                raise MergeError(f"the chunks of {fqn!r} are compressed", hint=hint)
+            where = None if offset is None else _size(offset)
+            files.setdefault(name, []).append(Chunk(fqn, where, name, start, size))
+        return files
+
+    def others(self) -> tuple[str, ...]:
+        """Return the top-level keys of entries that are not tensors."""
+        return tuple(str(self._path(fqn)[0]) for fqn in self._objects)
+
+    def _path(self, fqn: str) -> TreePath:
+        match self._paths.get(fqn):
+            case tuple() as path if 1 < len(path) < _LONGEST_PATH and all(map(_is_key, path)):
+                return path
+        # Some writers flatten the names themselves: optimizer.state.exp_avg.WEIGHT.
+        head, _, rest = fqn.partition(".")
+        return (head, rest) if rest and is_kept(head) else (fqn,)
+
+    def tensor(
+        self, fqn: str, stored: Mapping[tuple[str, tuple[int, ...]], TensorInfo]
+    ) -> TensorInfo:
+        """Return a tensor over the storages of its chunks.
+
+        Args:
+            fqn: its name.
+            stored: the chunks that were found, by name and offset.
+        """
+        shape, dtype = self.sizes[fqn], self.dtypes[fqn]
+        chunks: list[tuple[tuple[int, ...], TensorInfo]] = []
+        for offset, size in self._offsets[fqn]:
+            info = stored.get((fqn, offset))
+            if info is None or info.shape != size or info.dtype != dtype:
+                raise PickleError(f"a chunk of {fqn!r} is missing or of another shape or dtype")
+            chunks.append((offset, info))
+        boxes = [(start, info.shape) for start, info in chunks if info.numel]
+        if not chunks or not tile(boxes, shape):
+            raise PickleError(f"the chunks of {fqn!r} do not make up the tensor")
+        path = self._path(fqn)
+        if len(chunks) == 1:
+            return replace(chunks[0][1], path=path)
+        chunks.sort(key=lambda chunk: chunk[0])
+        strides = row_major(shape)
+        nbytes = math.prod(shape) * dtype.itemsize
+        whole = Storage(fqn, 0, nbytes)
+        rows = all(
+            info.contiguous
+            and info.shape[1:] == shape[1:]
+            and not info.start
+            and info.storage.nbytes == info.numel * dtype.itemsize
+            for _, info in chunks
+        )
+        if rows:  # cut along the first dimension, as FSDP does: one after the other
+            parts = tuple(info.storage for _, info in chunks)
+            return TensorInfo(path, dtype, shape, strides, 0, replace(whole, parts=parts))
+        return TensorInfo(path, dtype, shape, strides, 0, replace(whole, tiles=tuple(chunks)))
+
+
+def _nothing(_: Value) -> Value:
+    raise PickleError("it refers to something outside of it")
+
+
+def _call(function: Global, args: tuple[Value, ...]) -> Value | None:
+    if function == _TORCH_SIZE:
+        return _size(args[0] if args else ())
+    return None
+
+
+def _size(value: Value) -> tuple[int, ...]:
+    match value:
+        case Instance(function=Global("torch", "Size"), args=(value, *_)):
+            pass
+    if impossible(value, value, 0, 1 << 63):
+        raise PickleError("a shape in it is damaged")
+    return tuple(value)
+
+
+def _is_key(key: Value) -> bool:
+    return isinstance(key, str) or (isinstance(key, int) and key.bit_length() <= 64)
+
+
+def _instances(value: Value) -> list[Instance]:
+    if not isinstance(value, list) or not all(isinstance(one, Instance) for one in value):
+        raise PickleError("it describes chunks in an unknown way")
+    return value
+
+
+def _table(value: Value) -> dict[Value, Value]:
+    if not isinstance(value, dict):
+        raise PickleError("it describes the checkpoint in an unknown way")
+    return value
+
+
+def _attributes(value: Value) -> dict[Value, Value]:
+    return _table(value.state if isinstance(value, Instance) else value)
