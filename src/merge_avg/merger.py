@@ -19,7 +19,8 @@ from merge_avg.arithmetic import Mean, MeanFactory, Weight, Weights, is_counter
 from merge_avg.arithmetic.torch_mean import TorchMean
 from merge_avg.errors import MergeError
 
-_CHUNK = 1 << 17  # elements that are averaged at a time
+# Elements that are averaged at a time: few enough to stay in a cache from the sum to the result.
+_CHUNK = 1 << 17
 
 
 class AverageModelMerger:
@@ -107,6 +108,8 @@ class AverageModelMerger:
                     raise MergeError(what)
             return
         flats = [_flat(tensor, like=first) for tensor in tensors]
+        # The mean is written in place, unless the tensor has gaps or its copy lies in another order
+        # than the first model's: then by way of a vector.
         dense = _is_dense(target) and target.stride() == first.stride()
         out = _flat(target, like=first) if dense else torch.empty_like(flats[0])
         dtype = str(first.dtype).removeprefix("torch.")
@@ -115,6 +118,7 @@ class AverageModelMerger:
             mean = MeanFactory()(self._weights, dtype, [dtype])
         else:
             mean = TorchMean(self._weights, first.dtype, target.device)
+        # One vector at a time: stacking them would take a copy, and hide which model has a NaN.
         for start in range(0, first.numel(), _CHUNK):
             parts = [flat[None, start : start + _CHUNK] for flat in flats]
             for index, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""merge_avg.compiled: the mean without torch, bit for bit against exact rational arithmetic."""
+"""merge_avg.arithmetic: the mean by the compiled loops, bit for bit against exact arithmetic."""
 
 import math
 import random
@@ -13,56 +13,36 @@ from merge_avg import merge_checkpoints
 from merge_avg.agreement import _comparison as agreement
 from merge_avg.arithmetic import _mean
 from merge_avg.arithmetic._compiled_mean import CompiledMean
-from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._kernel import LOOPS, TILE
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean
-from merge_avg.checkpoint._dtypes import BY_NAME
-from merge_avg.io._buffer import Matrix
+from tests.arithmetic.helpers import as_matrix, needs_loops, reference, same
 
-pytestmark = pytest.mark.skipif(LOOPS is None, reason="installed without a C compiler")
+pytestmark = needs_loops
 NAMES = ["float32", "float16", "bfloat16"]
-WORDS = {4: torch.int32, 2: torch.int16}
 dtypes = pytest.mark.parametrize("name", NAMES)
 
 
-def same(a, b):
-    """Bit for bit, NaN too."""
-    return torch.equal(a.view(WORDS[a.itemsize]), b.view(WORDS[b.itemsize]))
-
-
-def as_rows(values):
-    dtype = BY_NAME[str(values.dtype).removeprefix("torch.")]
-    return Matrix(values.data_ptr(), dtype, *values.shape, values.stride(0), values)
-
-
 def averaged(tensors, weights, name, groups=()):
-    """The mean of vectors, shown in groups; the mean's object; and what was looked at again."""
+    """Return the mean of vectors shown in groups, its object, and what was looked at again."""
     mean = CompiledMean(LOOPS, weights)
     at = 0
     for group in (*groups, len(tensors)):
         if not groups and name == str(tensors[0].dtype).removeprefix("torch."):
-            mean.extend(as_rows(torch.stack(tensors)), whole=True)
+            mean.extend(as_matrix(torch.stack(tensors)), whole=True)
             break
         if at < len(tensors):
-            mean.extend(as_rows(torch.stack(tensors[at : at + group])))
+            mean.extend(as_matrix(torch.stack(tensors[at : at + group])))
         at = min(at + group, len(tensors))
     out = torch.empty(len(tensors[0]), dtype=getattr(torch, name))
     seen = []
 
     def peek(number, start, stop):
         seen.extend((start, stop))
-        return as_rows(tensors[number][start:stop].view(1, -1))
+        return as_matrix(tensors[number][start:stop].view(1, -1))
 
-    mean.result(as_rows(out.view(1, -1)), peek)
+    mean.result(as_matrix(out.view(1, -1)), peek)
     return out, mean, seen
-
-
-def reference(tensors, weights, name):
-    form = FORMATS[getattr(torch, name)]
-    rows = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
-    exact = [exact_mean(row, weights, form) for row in rows]
-    return torch.tensor(exact, dtype=torch.float64).to(getattr(torch, name))
 
 
 WEIGHTS = [[1, 1, 1], [3, 0, 4], [1, 2, (1 << 20) - 1]]
@@ -74,7 +54,7 @@ WEIGHTS = [[1, 1, 1], [3, 0, 4], [1, 2, (1 << 20) - 1]]
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1 << 30), spread=st.integers(0, 40), held=st.booleans())
 def test_the_mean_is_exact_and_rounded_once(name, target, weights, seed, spread, held):
-    """Of numbers near and far from each other, ties, zeros and subnormals, to the last bit."""
+    """Ties, zeros, subnormals and numbers far apart are averaged right to the last bit."""
     choose = random.Random(seed)  # noqa: S311 - numbers for a test
     limit = torch.finfo(getattr(torch, name)).max
 
@@ -87,12 +67,12 @@ def test_the_mean_is_exact_and_rounded_once(name, target, weights, seed, spread,
         for _ in weights
     ]
     found, _, _ = averaged(tensors, Weights.of(weights), target, groups=() if held else (2,))
-    assert same(found, reference(tensors, Weights.of(weights), target))
+    assert same(found, reference(tensors, Weights.of(weights), getattr(torch, target)))
 
 
 @dtypes
 def test_numbers_far_from_each_other_are_settled_one_by_one(name):
-    """Where the float64 sum leaves the rounding of few elements open, those are looked at again."""
+    """Only elements whose rounding the float64 sum leaves open are looked at again."""
     dtype = getattr(torch, name)
     generator = torch.Generator().manual_seed(5)
     far = {"float32": 2.0**14, "float16": 60000.0, "bfloat16": 2.0**34}[name]
@@ -102,7 +82,7 @@ def test_numbers_far_from_each_other_are_settled_one_by_one(name):
         tensor[::5000] *= 2.0**-8
     weights = Weights.uniform(5)
     found, _, seen = averaged(tensors, weights, name)
-    assert same(found, reference(tensors, weights, name))
+    assert same(found, reference(tensors, weights, getattr(torch, name)))
     if name != "float16":  # whose sums are always exact
         assert min(seen) >= TILE
         assert seen
@@ -111,7 +91,7 @@ def test_numbers_far_from_each_other_are_settled_one_by_one(name):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("hair", [2.0**-70, -(2.0**-70), 0.0])
 def test_a_mean_beside_a_tie_is_rounded_right(sign, hair):
-    """Means that miss the middle of two float32 by less than a float64 shows."""
+    """A mean rounds right that misses the middle of two float32 by less than float64 shows."""
     parts = [2.0**30, -(2.0**30), sign * 5.0, sign * 5 * 2.0**-24, hair]
     tensors = [torch.tensor([part], dtype=torch.float32) for part in parts]
     weights = Weights.uniform(5)
@@ -119,7 +99,7 @@ def test_a_mean_beside_a_tie_is_rounded_right(sign, hair):
     beside = Fraction(hair) / 5
     up = beside * sign > 0  # a tie goes to the even number, which is 1
     assert found.item() == sign * (1 + 2.0**-23 if up else 1)
-    assert same(found, reference(tensors, weights, "float32"))
+    assert same(found, reference(tensors, weights, torch.float32))
     assert seen
 
 
@@ -130,15 +110,15 @@ def test_all_may_be_in_doubt(count):
     tensors = [torch.randn(2 * TILE, generator=generator) * 1e-20 for _ in range(count)]
     tensors[0][5] = 1e20
     found, mean, seen = averaged(tensors, Weights.uniform(count), "float32")
-    assert same(found, reference(tensors, Weights.uniform(count), "float32"))
+    assert same(found, reference(tensors, Weights.uniform(count), torch.float32))
     assert TILE in seen
     assert count > 3 or max(seen) == TILE
     # And what comes next is not disturbed by it.
     rest = [torch.tensor([[float(number)]]) for number in range(count)]
     for row in rest:
-        mean.extend(as_rows(row))
+        mean.extend(as_matrix(row))
     out = torch.empty(1, 1)
-    mean.result(as_rows(out), None)
+    mean.result(as_matrix(out), None)
     assert out.item() == (count - 1) / 2
 
 
@@ -146,7 +126,7 @@ def test_all_may_be_in_doubt(count):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("held", [True, False])
 def test_nan_and_infinity_are_those_of_ieee(name, exact, held):
-    """They touch only their own elements, and `finite` and `fits` tell of them."""
+    """NaN and infinity touch only their own elements, and `finite` and `fits` are false."""
     dtype = getattr(torch, name)
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(4000, generator=generator).to(dtype) for _ in range(3)]
@@ -159,14 +139,14 @@ def test_nan_and_infinity_are_those_of_ieee(name, exact, held):
         for tensor, value in zip(tensors, values, strict=False):
             tensor[place * 7] = value
     mean = CompiledMean(LOOPS, Weights.uniform(3))
-    mean.extend(as_rows(torch.stack(tensors)), whole=held)
+    mean.extend(as_matrix(torch.stack(tensors)), whole=held)
     assert held or not mean.finite
     out = torch.empty(4000, dtype=dtype)
 
     def peek(number, start, stop):
-        return as_rows(tensors[number][start:stop].view(1, -1))
+        return as_matrix(tensors[number][start:stop].view(1, -1))
 
-    mean.result(as_rows(out.view(1, -1)), peek)
+    mean.result(as_matrix(out.view(1, -1)), peek)
     assert not mean.finite
     assert not mean.fits
     assert out[:28:7].tolist()[:2] == [math.inf, -math.inf]
@@ -176,7 +156,7 @@ def test_nan_and_infinity_are_those_of_ieee(name, exact, held):
     torched = RunningMean(3)
     torched.extend(torch.stack(tensors))
     assert same(out, torched.result(lambda i: tensors[i]))
-    mean.extend(as_rows(clean.view(1, -1)))
+    mean.extend(as_matrix(clean.view(1, -1)))
     assert mean.finite  # the next one begins anew
 
 
@@ -197,31 +177,31 @@ def test_what_does_not_fit_is_told(target):
 
 @given(counts=st.lists(st.integers(1, 4), min_size=1, max_size=4), size=st.sampled_from([1, 130]))
 def test_groups_are_of_no_matter(counts, size):
-    """However many vectors come at a time, the mean is the same."""
+    """The mean is the same however many vectors come at a time."""
     generator = torch.Generator().manual_seed(size)
     tensors = [torch.randn(size, generator=generator) for _ in range(sum(counts))]
     weights = Weights.of(range(1, len(tensors) + 1))
     whole, _, _ = averaged(tensors, weights, "float32")
     parts, _, _ = averaged(tensors, weights, "float32", groups=counts)
     assert same(whole, parts)
-    assert same(whole, reference(tensors, weights, "float32"))
+    assert same(whole, reference(tensors, weights, torch.float32))
 
 
 def test_finite_numbers_after_others_do_not_hide_them():
-    """`finite` is about all vectors so far, and about none of the mean before."""
+    """`finite` covers all vectors so far, and none of the mean before."""
     mean = CompiledMean(LOOPS, Weights.uniform(2))
-    mean.extend(as_rows(torch.tensor([[math.nan]])))
-    mean.extend(as_rows(torch.tensor([[1.0]])))
+    mean.extend(as_matrix(torch.tensor([[math.nan]])))
+    mean.extend(as_matrix(torch.tensor([[1.0]])))
     assert not mean.finite
-    mean.result(as_rows(torch.ones(1, 1)), None)
-    mean.extend(as_rows(torch.tensor([[1.0]])))
+    mean.result(as_matrix(torch.ones(1, 1)), None)
+    mean.extend(as_matrix(torch.tensor([[1.0]])))
     assert mean.finite
 
 
 @dtypes
 @pytest.mark.parametrize("target", NAMES)
 def test_held_vectors_are_as_those_that_were_added(name, target):
-    """In one pass or in two: the same bits, the same elements looked at again, for each tile."""
+    """One pass over all vectors gives the bits of two, and looks at the same elements again."""
     generator = torch.Generator().manual_seed(3)
     tensors = [
         torch.randn(5 * TILE + 9, generator=generator).to(getattr(torch, name)) for _ in range(3)
@@ -240,16 +220,16 @@ def test_held_vectors_are_as_those_that_were_added(name, target):
 
 
 def test_fewer_vectors_than_weights_is_an_error():
-    """A mean is not of fewer vectors than it was told of."""
+    """A mean of fewer vectors than were announced is refused."""
     mean = CompiledMean(LOOPS, Weights.uniform(3))
-    mean.extend(as_rows(torch.ones(2, 4)))
+    mean.extend(as_matrix(torch.ones(2, 4)))
     with pytest.raises(ValueError, match="2 of 3"):
-        mean.result(as_rows(torch.ones(1, 4)), None)
+        mean.result(as_matrix(torch.ones(1, 4)), None)
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": [1, 0, 5, 2]}, {"dtype": "float16"}])
 def test_a_merge_has_the_same_bytes_without(tmp_path, monkeypatch, options):
-    """Files of all kinds of numbers: the output of torch alone is that of the compiled loops."""
+    """Torch alone writes the same file as the compiled loops, whatever numbers it has."""
     paths = [tmp_path / f"{fold}.pt" for fold in range(4)]
     for fold, path in enumerate(paths):
         generator = torch.Generator().manual_seed(fold)
@@ -288,7 +268,7 @@ def test_a_merge_has_the_same_bytes_without(tmp_path, monkeypatch, options):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
 def test_the_sign_of_a_zero_is_that_of_the_exact_mean(order):
-    """Also where the float64 sum loses the only term that does not cancel."""
+    """A zero has the right sign even if float64 loses the only term that does not cancel."""
     values = [1.875 * 2.0**-20, -1.25 * 2.0**-130, -1.875 * 2.0**-20]
     tensors = [torch.tensor([values[number]]) for number in order]
     found, _, _ = averaged(tensors, Weights.uniform(3), "float16")

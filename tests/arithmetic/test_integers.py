@@ -1,4 +1,4 @@
-"""merge_avg.integers: where integers differ, and what becomes of them."""
+"""merge_avg.arithmetic: where integers differ, and what becomes of them."""
 
 from fractions import Fraction
 
@@ -18,7 +18,7 @@ from merge_avg.checkpoint._dtypes import BY_NAME
     itemsize=st.sampled_from([1, 2, 4, 8]),
 )
 def test_places_are_those_that_differ_in_some_pair(rows, itemsize):
-    """Each place once and in order, whatever bytes of it differ, and in how many pairs."""
+    """Each place comes once and in order, whichever of its bytes differ, in however many pairs."""
     first, *others = map(memoryview, rows)
     ranges = range(0, len(first), itemsize)
     wanted = [
@@ -42,7 +42,7 @@ INTEGERS = {
 
 @pytest.mark.parametrize(("name", "values"), INTEGERS.items())
 def test_bytes_are_read_and_written_as_their_dtype(name, values):
-    """Signs and sizes are those of the dtype; what is written stands in the bytes."""
+    """Bytes are read with the dtype's sign and size, and writing changes the bytes."""
     size = BY_NAME[name].itemsize
     signed = values[0] < 0
     raw = bytearray(b"".join(int(v).to_bytes(size, "little", signed=signed) for v in values))
@@ -53,7 +53,7 @@ def test_bytes_are_read_and_written_as_their_dtype(name, values):
 
 
 def test_what_becomes_of_values():
-    """The largest, the rounded exact mean (ties to even), or the template's."""
+    """Values become the largest, the exact mean rounded with ties to even, or the template's."""
     weights = Weights.of([1, 2, 1])
     assert settle([3, 9, 4], "max", weights) == 9
     assert settle([3, 9, 4], "template", weights) == 3
@@ -63,7 +63,7 @@ def test_what_becomes_of_values():
 
 
 def test_counters_are_told_by_name_and_shape():
-    """Scalars and num_batches_tracked count something; bools never do."""
+    """Scalars and num_batches_tracked are counters; bools never are."""
     assert is_counter("step", 0, is_bool=False)
     assert is_counter("bn.num_batches_tracked", 1, is_bool=False)
     assert not is_counter("ids", 1, is_bool=False)

@@ -1,4 +1,4 @@
-"""merge_avg.kernel: each compiled loop computes what it says, to the bit."""
+"""merge_avg.arithmetic: each compiled loop does what it says, to the bit."""
 
 import hashlib
 import math
@@ -15,46 +15,35 @@ from merge_avg.arithmetic import _kernel as kernel
 from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._kernel import KNOWN, LOOPS, TILE, int64s
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.checkpoint._dtypes import BY_NAME
-from merge_avg.io._buffer import Matrix
+from tests.arithmetic.helpers import as_matrix, needs_loops, same
 
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-needs_loops = pytest.mark.skipif(LOOPS is None, reason="installed without a C compiler")
 dtypes = pytest.mark.parametrize("dtype", WORDS)
 # Sizes around the 1,024 numbers that are summed at a time, and around a register's.
 SIZES = [0, 1, 7, 31, 33, 1023, 1024, 1025, 2048, 3000]
 
 
-def as_rows(values):
-    values = values.view(1, -1) if values.dim() == 1 else values
-    dtype = BY_NAME[str(values.dtype).removeprefix("torch.")]
-    return Matrix(values.data_ptr(), dtype, *values.shape, values.stride(0), values)
-
-
 def words(dtype, shape, seed):
-    """Any bits at all: subnormals, infinities and NaNs among them."""
+    """Return any bits at all: subnormals, infinities and NaNs among them."""
     generator = torch.Generator().manual_seed(seed)
     bound = 1 << (dtype.itemsize * 8 - 1)
     raw = torch.randint(-bound, bound, shape, generator=generator)
     return raw.to(WORDS[dtype]).view(dtype)
 
 
-def same(a, b):
-    """Bit for bit, but for what a NaN carries."""
-    word = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.itemsize]
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        a.view(word)[~a.isnan()], b.view(word)[~b.isnan()]
-    )
+def same_numbers(a, b):
+    """Return whether two tensors are equal bit for bit, except for the payload of NaNs."""
+    return torch.equal(a.isnan(), b.isnan()) and same(a[~a.isnan()], b[~b.isnan()])
 
 
 def summed(rows, factors, total, known, *, begun=False):
     factors = torch.tensor(factors, dtype=torch.float64)
     where = factors.data_ptr(), total.data_ptr(), known.data_ptr()
-    return LOOPS.add(as_rows(rows), *where, begun=begun)
+    return LOOPS.add(as_matrix(rows), *where, begun=begun)
 
 
 def room(numel):
-    """Where a sum goes, and what is known of it: most, unit and bad for each tile."""
+    """Return memory for a sum, and for what is known of it: most, unit and bad for each tile."""
     total = torch.empty(numel, dtype=torch.float64)
     tiles = max(-(-numel // TILE), 1)
     assert KNOWN == 24
@@ -63,7 +52,7 @@ def room(numel):
 
 @needs_loops
 def test_the_library_is_that_of_the_sources():
-    """What is tested here was compiled from kernel.c and loops.h as they are."""
+    """The library was compiled from kernel.c and loops.h as they are now."""
     folder = Path(kernel.__file__).parent
     sources = [(folder / name).read_bytes() for name in ("kernel.c", "loops.h")]
     assert LOOPS.source.decode() == hashlib.sha256(b"".join(sources)).hexdigest()
@@ -87,14 +76,14 @@ def test_every_half_is_read_and_written(dtype, flush):
         back = torch.empty_like(values)
         at = 0
         while at < len(values):
-            where = total.data_ptr(), known.data_ptr(), 1, 1.0, as_rows(back), at
+            where = total.data_ptr(), known.data_ptr(), 1, 1.0, as_matrix(back), at
             fits, at, open_ = LOOPS.mean(*where)
             assert fits
             assert not open_
     finally:
         torch.set_flush_denormal(False)
-    assert same(total, wide)
-    assert same(back, values)
+    assert same_numbers(total, wide)
+    assert same_numbers(back, values)
 
 
 @needs_loops
@@ -117,9 +106,9 @@ def test_a_sum_and_what_is_known(dtype, size, begun):
         expected += row.double() * factor
     assert summed(rows, factors, total, known, begun=begun) == bool(rows.isfinite().all())
     finite = expected.isfinite()
-    assert same(total[~finite], expected[~finite])
+    assert same_numbers(total[~finite], expected[~finite])
     if dtype == torch.float16:  # whose sums are exact
-        assert same(total, expected)
+        assert same_numbers(total, expected)
     scale = 12 * rows.double().abs().amax(dim=0)[finite] + begun * size
     assert bool(((total - expected)[finite].abs() <= scale * 2.0**-50).all())
     form = FORMATS[dtype]
@@ -147,7 +136,7 @@ def test_a_sum_and_what_is_known(dtype, size, begun):
 @pytest.mark.parametrize("factors", [[1.0] * 9, [1.0, -3.0, 0.0, 250.0, 77777.0, -1.0, 5.0]])
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_sum_is_exact_however_far_apart_its_terms_are(dtype, spread, factors, begun):
-    """What is summed in a narrower type on the way is what float64 has, the signs of zeros too."""
+    """Adding in float first gives what float64 gives, the signs of zeros included."""
     generator = torch.Generator().manual_seed(spread)
     shape = len(factors), 2 * TILE + 5
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -169,7 +158,7 @@ def test_a_sum_is_exact_however_far_apart_its_terms_are(dtype, spread, factors, 
 @needs_loops
 @dtypes
 def test_a_sum_of_subnormals_is_exact_where_floats_are_flushed(dtype):
-    """Subnormals of bfloat16 are those of float: what may be one is not summed as float."""
+    """Sums that may be subnormal are not added in float, which may take these for zero."""
     tiny = torch.finfo(torch.bfloat16).tiny if dtype == torch.bfloat16 else 2.0**-22
     values = torch.tensor([[1.5 * tiny, tiny, -tiny], [-tiny, tiny * 1.25, tiny]]).to(dtype)
     total, known = room(3)
@@ -185,7 +174,7 @@ def test_a_sum_of_subnormals_is_exact_where_floats_are_flushed(dtype):
 @pytest.mark.parametrize("factors", [[1.0] * 5, [1.0, 65537.0, 3.0, 1.0, 1.0]])
 @pytest.mark.parametrize("power", [125, 126, 127])
 def test_a_sum_beyond_float_is_exact(factors, power):
-    """Terms near bfloat16's largest number, whose sum no float holds."""
+    """Terms near bfloat16's largest number are summed exactly, though no float holds their sum."""
     values = torch.tensor([[1.5], [1.25], [-1.75], [1.0], [1.75]]) * 2.0**power
     rows = values.to(torch.bfloat16)
     total, known = room(1)
@@ -198,7 +187,7 @@ def test_a_sum_beyond_float_is_exact(factors, power):
 @needs_loops
 @dtypes
 def test_a_power_of_two_is_a_multiple_of_its_own_unit(dtype):
-    """The unit of numbers of which the least is a power of two is not that of those below."""
+    """A power of two has the unit of the numbers above it, not of those below."""
     total, known = room(2)
     assert summed(torch.tensor([2.0**-5, 1.5]).to(dtype), [1.0], total, known)
     assert known[0].tolist() == [2.0, 2.0 ** (-5 - FORMATS[dtype].bits + 1), 0]
@@ -207,7 +196,7 @@ def test_a_power_of_two_is_a_multiple_of_its_own_unit(dtype):
 @needs_loops
 @dtypes
 def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
-    """Up to that many units a tie is one; above, it might be none, and so is what overflows."""
+    """Up to 2**53 units a tie is certain; above, ties and what might overflow are left open."""
     form = FORMATS[dtype]
     limit = float(torch.finfo(dtype).max)
     beyond = limit + 2.0 ** (math.frexp(limit)[1] - form.bits - 1)  # the tie with what overflows
@@ -215,7 +204,7 @@ def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
     out = torch.empty(3, dtype=dtype)
     for most, expected in (2.0**53, []), (2.0**53 + 2, [0, 2]):
         known = torch.tensor([[most, 1.0, 0.0]], dtype=torch.float64) * 2.0**-80
-        where = total.data_ptr(), known.data_ptr(), 2, 1.0, as_rows(out), 0
+        where = total.data_ptr(), known.data_ptr(), 2, 1.0, as_matrix(out), 0
         fits, at, open_ = LOOPS.mean(*where)
         assert (at, open_) == (3, expected)
         assert out.tolist() == [1, 1, math.inf]
@@ -227,7 +216,7 @@ def test_a_sum_below_2_to_the_53_units_is_exact(dtype):
 @pytest.mark.parametrize("bits", [50, 53])
 @given(data=st.data(), divisor=st.integers(1, 99) | st.integers(1, (1 << 28) - 1))
 def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
-    """Sums that are exact integers of some unit, ties and subnormals included, round right."""
+    """Exact sums round right, ties and subnormals included."""
     form = FORMATS[dtype]
     power = data.draw(st.integers(form.emin - form.bits - 2, -form.emin // 2))
     ties = st.builds(
@@ -242,7 +231,7 @@ def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
     total = torch.tensor(sums, dtype=torch.float64)
     out = torch.empty(len(sums), dtype=dtype)
     known = torch.tensor([2.0**bits, 1.0, 0.0], dtype=torch.float64)
-    fits, at, open_ = LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_rows(out), 0)
+    fits, at, open_ = LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_matrix(out), 0)
     exact = [rounded(Fraction(one) / divisor, form, one) for one in sums]
     expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
     assert same(out, expected)
@@ -253,7 +242,7 @@ def test_a_quotient_is_rounded_once(dtype, bits, data, divisor):
 @dtypes
 @pytest.mark.parametrize("limit", [50, 53])
 def test_ties_stay_ties(dtype, limit):
-    """Sums of which a quotient is the middle between two numbers, for divisors of all sizes."""
+    """Quotients in the middle between two numbers round to even, for divisors of all sizes."""
     form = FORMATS[dtype]
     generator = torch.Generator().manual_seed(limit)
     lowest = 1 << form.bits
@@ -263,12 +252,12 @@ def test_ties_stay_ties(dtype, limit):
     known = torch.tensor([2.0**limit, 1.0, 0.0], dtype=torch.float64) * 2.0 ** (-form.bits - 3)
     for divisor in (*range(3, 200, 2), 10_007, 99_991, 1_000_003, (1 << 24) - 3):
         total, out = middles * divisor, torch.empty(TILE, dtype=dtype)
-        LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_rows(out), 0)
+        LOOPS.mean(total.data_ptr(), known.data_ptr(), 1, divisor, as_matrix(out), 0)
         assert same(out, middles.float().to(dtype) if dtype.itemsize < 4 else middles.to(dtype))
 
 
 def rounded(value, form, signed):
-    """A fraction rounded to a format by integers; what becomes zero keeps the sign of a float."""
+    """Return a fraction rounded to a format by integers; zero takes the sign of a float."""
     size = abs(value)
     if not size:
         return signed
@@ -283,7 +272,7 @@ def rounded(value, form, signed):
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1 << 30), off=st.integers(-40, -2))
 def test_what_might_round_otherwise_is_open(dtype, seed, off):
-    """Every sum that rounds otherwise when it is a bound away is among the places that are told."""
+    """Every sum that might round otherwise within the bound is reported."""
     form = FORMATS[dtype]
     generator = torch.Generator().manual_seed(seed)
     total = torch.randn(TILE + 100, generator=generator, dtype=torch.float64)
@@ -294,7 +283,7 @@ def test_what_might_round_otherwise_is_open(dtype, seed, off):
     out = torch.empty(len(total), dtype=dtype)
     at, found = 0, []
     while at < len(total):
-        where = total.data_ptr(), known.data_ptr(), 4, 1.0, as_rows(out), at
+        where = total.data_ptr(), known.data_ptr(), 4, 1.0, as_matrix(out), at
         _, at, open_ = LOOPS.mean(*where)
         found += open_
     assert found == sorted(set(found))
@@ -321,7 +310,7 @@ def any_number(dtype):
 @pytest.mark.parametrize("source", WORDS)
 @given(data=st.data())
 def test_what_is_settled_is_the_exact_mean(dtype, source, data):
-    """Any finite numbers, any weights: the mean in integers, ties, -0, over- and underflow."""
+    """Means computed in integers are exact for any numbers and weights, out of range ones too."""
     count, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
     signed = data.draw(st.booleans())
     least = -(1 << 20) + 1 if signed else 0
@@ -337,7 +326,7 @@ def test_what_is_settled_is_the_exact_mean(dtype, source, data):
     values = torch.tensor(rows, dtype=torch.float64)
     out = torch.zeros(2 * columns, dtype=dtype)
     places = range(1, 2 * columns, 2)
-    fits = LOOPS.settle(as_rows(values), int64s(integers), weights.total, places, as_rows(out))
+    fits = LOOPS.settle(as_matrix(values), int64s(integers), weights.total, places, as_matrix(out))
     form = FORMATS[dtype]
     exact = [exact_mean(column, weights, form) for column in zip(*rows, strict=True)]
     expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
@@ -349,11 +338,11 @@ def test_what_is_settled_is_the_exact_mean(dtype, source, data):
 @needs_loops
 @dtypes
 def test_elements_are_taken_by_runs(dtype):
-    """Runs of columns of the rows that are wanted come to their places as float64."""
+    """Runs of columns are copied as float64, of the wanted rows only, each to its place."""
     rows = torch.arange(60).view(3, 20).to(dtype)[:, :15]
     taken = torch.zeros(4, 10, dtype=torch.float64)
     runs, targets = int64s([2, 3, 9, 1, 14, 1]), int64s([2, -1, 0])
-    LOOPS.take(as_rows(rows), runs, targets, taken.data_ptr() + 8 * 4, 10)
+    LOOPS.take(as_matrix(rows), runs, targets, taken.data_ptr() + 8 * 4, 10)
     wanted = [2, 3, 4, 9, 14]
     assert torch.equal(taken[2, 4:9], rows[0, wanted].double())
     assert torch.equal(taken[0, 4:9], rows[2, wanted].double())
@@ -367,7 +356,7 @@ def test_elements_are_taken_by_runs(dtype):
 @pytest.mark.parametrize("less", [False, True])
 @pytest.mark.parametrize("lengths", [(1000,), (1, 7, 300, 64), (3,) * 50])
 def test_products_are_those_of_torch(lengths, less):
-    """The same Gram matrices and lines, by runs, less a row, and added to what was there."""
+    """Gram matrices and lines are added up as torch does, with a row subtracted or not."""
     generator = torch.Generator().manual_seed(len(lengths))
     rows = torch.randn(5, sum(lengths) + 9, generator=generator, dtype=torch.float64)
     groups = [number * 5 % 4 for number in range(len(lengths))]
@@ -379,14 +368,14 @@ def test_products_are_those_of_torch(lengths, less):
     wide = rows[:4, : sum(lengths)].clone()
     products.multiply(wide - rows[4, : sum(lengths)] if less else wide, columns, *expected)
     at = [one.data_ptr() for one in found]
-    LOOPS.products(as_rows(rows[:4]), 4 if less else -1, columns, *at)
+    LOOPS.products(as_matrix(rows[:4]), 4 if less else -1, columns, *at)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
     assert torch.equal(rows[:4, : sum(lengths)], wide) != less
 
 
 def test_without_a_library_there_are_no_loops(tmp_path):
-    """A library that is missing, for another machine, or another one, is left out."""
+    """A library that is missing, made for another machine, or a different one is ignored."""
     (tmp_path / "_kernel.so").write_bytes(b"\x7fELF of another machine")
     assert kernel.load(tmp_path / "_kernel.so") is None
     assert kernel.load(tmp_path / "none.so") is None

@@ -9,29 +9,24 @@ from merge_avg.arithmetic import LOOPS, TILE, MeanFactory, Weights, _mean
 from merge_avg.arithmetic._compiled_mean import CompiledMean
 from merge_avg.arithmetic.torch_mean import RunningMean, TorchMean
 from merge_avg.checkpoint import BY_NAME
-from merge_avg.io import Buffer, Matrix
+from merge_avg.io import Buffer
+from tests.arithmetic.helpers import as_matrix, needs_loops
 
 TWO = Weights.uniform(2)
-needs_loops = pytest.mark.skipif(LOOPS is None, reason="installed without a C compiler")
 loops = pytest.mark.parametrize("loops", [pytest.param(True, marks=needs_loops), False])
 
 
 @pytest.fixture
 def factory(loops, monkeypatch):
-    """A factory with the compiled loops, or as if there were none."""
+    """Return a factory with the compiled loops, or as if there were none."""
     if not loops:
         monkeypatch.setattr(_mean, "LOOPS", None)
     return MeanFactory()
 
 
-def as_matrix(tensor):
-    dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]
-    return Matrix(tensor.data_ptr(), dtype, *tensor.shape, tensor.stride(0), tensor)
-
-
 @needs_loops
 def test_the_loops_compute_what_they_can(monkeypatch):
-    """Other dtypes, other devices, and weights whose products do not fit float64 are torch's."""
+    """Other dtypes, devices, and weights whose products do not fit float64 are left to torch."""
     monkeypatch.setattr(torch, "device", lambda name: torch.empty(0, device="meta").device)
 
     def made(weights, dtype, sources, device="cpu"):
@@ -47,7 +42,7 @@ def test_the_loops_compute_what_they_can(monkeypatch):
 
 
 def test_torch_is_loaded_for_the_means_that_need_it():
-    """The compiled loops wait for no import; before a mean by torch its loader is called."""
+    """The compiled loops load nothing; a mean by torch calls the loader first."""
     loaded = []
     factory = MeanFactory("cpu", lambda: loaded.append(True))
     if LOOPS is not None:
@@ -61,7 +56,7 @@ def test_torch_is_loaded_for_the_means_that_need_it():
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("pack", [as_matrix, lambda tensor: tensor])
 def test_a_mean_takes_rows_of_memory_and_tensors(factory, whole, pack):
-    """All of rows, result and second looks may be either, and some elements are looked at again."""
+    """Rows, results and second looks may be memory or tensors, and give the same bits."""
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(5, 3 * TILE, generator=generator)
     rows[:, 2 * TILE] = torch.tensor([2.0**30, -(2.0**30), 1.0, 2.0**-24, 2.0**-70]) * 5
@@ -86,7 +81,7 @@ def test_a_mean_takes_rows_of_memory_and_tensors(factory, whole, pack):
 @loops
 @pytest.mark.parametrize("whole", [False, True])
 def test_finite_and_fits_are_known_after_the_result(factory, whole):
-    """NaN is told until the next vectors are shown, and a mean that overflows does not fit."""
+    """`finite` is false for NaN until the next vectors, and `fits` for a mean that overflows."""
     mean = factory(Weights((1, 1), divisor=1), "float16", ["float16"] * 2)
     out = torch.empty(1, 2, dtype=torch.float16)
     for first, finite, fits in ((1, True, True), (math.nan, False, False), (6e4, True, False)):
@@ -124,7 +119,7 @@ def test_every_dtype_tells_what_does_not_fit(dtype):
 
 
 def test_means_of_one_factory_take_turns():
-    """Means that share scratch memory give each its own result."""
+    """Means that share scratch memory keep their results apart."""
     factory = MeanFactory()
     means = [factory(TWO, "float64", ["float64"] * 2) for _ in range(2)]
     values = torch.arange(8.0, dtype=torch.float64).view(2, 2, 2)

@@ -1,4 +1,4 @@
-"""merge_avg.average: the mean, bit for bit against exact rational arithmetic."""
+"""merge_avg.arithmetic: the mean by torch, bit for bit against exact rational arithmetic."""
 
 import itertools
 import math
@@ -12,18 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg.arithmetic import torch_mean as average
+from merge_avg.arithmetic import torch_mean
 from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean
 from merge_avg.tuning import BLOCK
+from tests.arithmetic.helpers import reference, same
 
 DTYPES = list(FORMATS)
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor):
-    return tensor.view(BITS[tensor.itemsize])
 
 
 def averaged(tensors, weights=None, dtype=None):
@@ -34,7 +30,7 @@ def averaged(tensors, weights=None, dtype=None):
 
 
 def nearest(value, dtype):
-    """The value of a small dtype nearest to an exact one, ties to even, by search over all."""
+    """Return the value of a small dtype nearest to an exact one, by search over all of them."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     finite = sorted({float(c) for c in codes if math.isfinite(c)})
     distances = [(abs(Fraction(c) - value), c) for c in finite]
@@ -44,15 +40,8 @@ def nearest(value, dtype):
     return (even or best)[0]
 
 
-def reference(tensors, weights, dtype):
-    form = FORMATS[dtype]
-    rows = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
-    exact = [exact_mean(row, weights, form) for row in rows]
-    return torch.tensor(exact, dtype=torch.float64).to(dtype)
-
-
 def made(dtype, numel, spread, seed):
-    """Values of a dtype whose exponents are spread over 2 * `spread` powers of two."""
+    """Return values whose exponents are spread over 2 * `spread` powers of two."""
     generator = torch.Generator().manual_seed(seed)
     power = torch.randint(-spread, spread + 1, (numel,), generator=generator).double()
     values = torch.randn(numel, generator=generator, dtype=torch.float64) * torch.exp2(power)
@@ -102,12 +91,12 @@ def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights, 
     chosen = Weights.uniform(count)
     if weights is not None and any(weights[:count]):
         chosen = Weights.of(weights[:count])
-    with mock.patch.object(average, "BLOCK", block):
+    with mock.patch.object(torch_mean, "BLOCK", block):
         mean = RunningMean(chosen)
         for start in range(0, count, rows):
             mean.extend(torch.stack(tensors[start : start + rows]))
         result = mean.result(lambda i: tensors[i])
-    assert torch.equal(bits(result), bits(reference(tensors, chosen, dtype)))
+    assert same(result, reference(tensors, chosen, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -117,7 +106,7 @@ def test_conversion_rounds_once(source, dtype):
     for seed, spread in itertools.product(range(4), (2, 14)):
         tensors = [made(source, 500, spread, 7 * seed + i) for i in range(3)]
         expected = reference(tensors, Weights.uniform(3), dtype)
-        assert torch.equal(bits(averaged(tensors, dtype=dtype)), bits(expected))
+        assert same(averaged(tensors, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -135,7 +124,9 @@ def test_order_does_not_matter(dtype):
     """Every order of the tensors gives the same bits, cancellation included."""
     tensors = [made(dtype, 300, 60, seed) for seed in range(4)]
     tensors.append((-tensors[0].double()).to(dtype))
-    results = {bytes(bits(averaged(p)).numpy()) for p in itertools.permutations(tensors)}
+    results = {
+        bytes(averaged(p).view(torch.uint8).numpy()) for p in itertools.permutations(tensors)
+    }
     assert len(results) == 1
 
 
@@ -186,7 +177,7 @@ def test_zeros_keep_their_sign():
 
 
 def test_nonfinite_values_follow_ieee():
-    """Infinity and NaN spread as IEEE 754 says, only where they are, and are told of."""
+    """Infinity and NaN follow IEEE 754, touch only their own elements, and clear `finite`."""
     inf = math.inf
     first = torch.tensor([1.0, inf, inf, math.nan, 3.0])
     second = torch.tensor([2.0, 1.0, -inf, 1.0, 5.0])
@@ -240,7 +231,7 @@ def test_without_revisit_only_the_neighbour_is_possible():
 
 
 def test_wrong_use_is_a_value_error():
-    """Too many, too few, other shapes and dtypes without a mean are refused by name."""
+    """Too many or too few tensors, other shapes, and dtypes without a mean are refused."""
     mean = RunningMean(1)
     with pytest.raises(ValueError, match="0 of 1"):
         mean.result()
@@ -277,8 +268,8 @@ def test_stacks_are_their_tensors(dtype, cuts, scale, seed, data):
     for part in rows.split(cuts):
         mean.extend(part)
     stacked = mean.result(lambda i: rows[i])
-    assert torch.equal(bits(stacked), bits(averaged(list(rows), weights)))
-    assert torch.equal(bits(stacked), bits(reference(list(rows), weights, dtype)))
+    assert same(stacked, averaged(list(rows), weights))
+    assert same(stacked, reference(list(rows), weights, dtype))
 
 
 def test_a_bit_that_float64_cannot_hold_decides():
@@ -294,7 +285,7 @@ def test_a_bit_that_float64_cannot_hold_decides():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_linear_combinations_are_exact(seed):
-    """Weights of either sign, not normalized: the exact sum rounded once, signs of zero too."""
+    """Weights of either sign, not normalized, give the exact sum rounded once, zeros' signs too."""
     rng = random.Random(seed)  # noqa: S311 - cases, no secrets
     generator = torch.Generator().manual_seed(seed)
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -315,7 +306,7 @@ def test_linear_combinations_are_exact(seed):
         mean = RunningMean(weights, target)
         mean.extend(rows)
         found = mean.result(lambda i, rows=rows: rows[i])
-        assert torch.equal(bits(found), bits(reference(list(rows), weights, target)))
+        assert same(found, reference(list(rows), weights, target))
 
 
 def test_a_sum_that_is_nearly_exact_is_not_taken_for_exact():
@@ -339,11 +330,11 @@ def test_nan_leaves_its_neighbours_exact(dtype):
         mean.extend(torch.stack(tensors))
         result = mean.result(lambda i, tensors=tensors: tensors[i])
         assert result[:2].isnan().all()
-        assert torch.equal(bits(result[2:]), bits(expected[2:]))
+        assert same(result[2:], expected[2:])
 
 
 def midpoint(chance, form):
-    """A number half-way between two neighbours of a format: anywhere, at its edges often."""
+    """Return a number half-way between two neighbours of a format, often at its edges."""
     top = 1 << (form.bits - 1)
     exponent = chance.choice([form.emin, form.emin + 1, 0, 0, chance.randint(-20, 20)])
     step = Fraction(2) ** (exponent - form.bits + 1)
@@ -357,7 +348,7 @@ def midpoint(chance, form):
 
 
 def near_a_midpoint(chance, count, weights, source, target):
-    """Values whose mean is as near to a midpoint of the target as a source's values allow."""
+    """Return values whose mean is as near to a midpoint of the target as the source allows."""
     wanted = midpoint(chance, FORMATS[target]) * weights.total
     values = []
     rest = wanted
@@ -376,7 +367,7 @@ def near_a_midpoint(chance, count, weights, source, target):
 
 
 def narrowed(value, dtype):
-    """About a fraction, as a value of a dtype."""
+    """Return about a fraction, as a value of a dtype."""
     size = float(value) if abs(value) < Fraction(2) ** 1000 else 0.0
     result = torch.tensor(size, dtype=torch.float64).to(dtype).double().item()
     return result if math.isfinite(result) else 1.0
@@ -386,7 +377,7 @@ def narrowed(value, dtype):
 @pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", [[1] * 3, [1] * 8, [3, 1, 2, 2, 1], ["0.1", "1/3", "7e-9", 5]])
 def test_means_beside_a_midpoint(source, target, weights):
-    """What lies a hair beside a tie rounds right: subnormals, powers of two, any weights."""
+    """Means a hair beside a tie round right: subnormals, powers of two, any weights."""
     chosen = Weights.of(weights)
     chance = random.Random(len(weights))  # noqa: S311
     columns = [near_a_midpoint(chance, len(weights), chosen, source, target) for _ in range(600)]
@@ -395,7 +386,7 @@ def test_means_beside_a_midpoint(source, target, weights):
     for tensor in tensors:
         mean.update(tensor)
     result = mean.result(lambda i: tensors[i])
-    assert torch.equal(bits(result), bits(reference(tensors, chosen, target)))
+    assert same(result, reference(tensors, chosen, target))
 
 
 @pytest.mark.parametrize("last", [torch.float32, torch.float64])
@@ -410,7 +401,7 @@ def test_many_small_terms_that_float64_loses(last):
 
 @pytest.mark.parametrize("count", [3, 4, 5, 7])
 def test_the_last_bit_that_float64_holds(count):
-    """A tie, and a power of two above or below it that a float64 sum just holds, or does not."""
+    """The bit beside a tie counts, whether a float64 sum just holds it or loses it."""
     columns = []
     for below, odd, sign in itertools.product(range(44, 60), (0, 1), (1, -1)):
         tie = count * (1 + odd * Fraction(1, 1 << 23) + Fraction(1, 1 << 24))
@@ -422,7 +413,7 @@ def test_the_last_bit_that_float64_holds(count):
     for column in range(len(columns)):  # one at a time: what is exact depends on all in a block
         ours = [tensor[column : column + 1] for tensor in tensors]
         expected = reference(ours, Weights.uniform(count), torch.float32)
-        assert torch.equal(bits(averaged(ours)), bits(expected)), columns[column]
+        assert same(averaged(ours), expected), columns[column]
 
 
 @pytest.mark.parametrize("target", [torch.float16, torch.bfloat16, torch.float8_e5m2])

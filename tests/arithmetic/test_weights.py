@@ -1,4 +1,4 @@
-"""merge_avg.weights: weights as exact numbers."""
+"""merge_avg.arithmetic: weights as exact numbers."""
 
 from fractions import Fraction
 
@@ -27,7 +27,7 @@ def test_weights_are_exact_decimals(values, integers):
     "values", [[float("nan")], [float("inf")], ["x"], [-1, 2], [0, 0], ["1/0"]]
 )
 def test_impossible_weights_are_usage_errors(values):
-    """What is not finite, negative, or zero throughout is wrong usage."""
+    """Weights that are negative, not finite, or all zero are refused."""
     with pytest.raises(UsageError):
         Weights.of(values)
 
@@ -76,7 +76,7 @@ def test_combinations_have_a_range(value, fits):
 
 
 def test_uniform_weights():
-    """Each counts once."""
+    """Uniform weights are all one."""
     assert Weights.uniform(3) == Weights((1, 1, 1))
     assert Weights.uniform(3).normalized() == [1 / 3] * 3
 
@@ -98,7 +98,7 @@ def test_small_weights(count, small):
 
 
 def test_excess_of_long_weights():
-    """Bits beyond the 900 that leave float64 room count, of weights and of their sum."""
+    """Bits beyond 900 are counted, of the longest weight or of the total."""
     assert Weights(((1 << 900) - 1,)).excess == 0
     assert Weights((-(1 << 900), 1 << 901), 1).excess == 2
     assert Weights((1,), 1 << 905).excess == 6

@@ -36,6 +36,7 @@ class CompiledMean:
         # Both grow to the longest vector, and are used for one mean after the other.
         self._total = Buffer(1)
         self._known = Buffer(1)
+        # Exact arithmetic needs elements of all vectors at once: of many vectors, few at a time.
         self._most = max(_SETTLED // len(weights), 1)
         self._room = Buffer(8 * len(weights) * min(self._most, TILE))
         self.finite = True
@@ -83,6 +84,7 @@ class CompiledMean:
 
     def _settle(self, out: Matrix, places: Sequence[int], peek: Peek) -> None:
         """Compute some elements of a tile in integers, and write them again."""
+        # One read for each vector, of all that lies between the first and the last: a tile at most.
         start, stop = places[0], places[-1] + 1
         runs = int64s([number for place in places for number in (place - start, 1)])
         for number in range(len(self._weights)):

@@ -22,6 +22,7 @@ def is_counter(name: str, dimensions: int, *, is_bool: bool) -> bool:
 
 def values_of(data: memoryview, dtype: DType) -> memoryview[int]:
     """Return bytes as integers of a dtype; other codes count as unsigned integers of their size."""
+    # Quantized numbers have codes of their own; equal codes are equal numbers.
     words = {1: "B", 2: "H", 4: "I", 8: "Q"}
     return data.cast(_FORMATS.get(dtype.name, words.get(dtype.itemsize, "B")))  # type: ignore[call-overload, no-any-return]
 

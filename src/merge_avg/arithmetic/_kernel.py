@@ -89,6 +89,7 @@ class Kernel:
             Whether all that was written is finite; up to which column that is, which is the end or
             that of the first tile with elements that might round otherwise; and these elements.
         """
+        # All elements of one tile may be open, but of one only: the loop stops there.
         at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), _places()
         call = self._calls["mean", out.dtype.name]
         where = out.address, ctypes.byref(at), places, ctypes.byref(open_)
@@ -185,6 +186,7 @@ def load(path: Path = _LIBRARY) -> Kernel | None:
     """Return the loops, if the library is there and made for this machine."""
     try:
         return Kernel(path)
+    # Installed without a compiler, copied from another machine, or left over from another version.
     except (OSError, AttributeError):
         return None
 

@@ -24,11 +24,11 @@ class Mean(Protocol):
 
     @property
     def finite(self) -> bool:
-        """Whether every number shown so far was finite; with `whole`, known after `result`."""
+        """True if every number shown so far was finite; with `whole`, known after `result`."""
 
     @property
     def fits(self) -> bool:
-        """Whether all of the last result is finite. Ask before its memory is used again."""
+        """True if all of the last result is finite. Ask before its memory is used again."""
 
     def extend(self, rows: Stack, *, whole: bool = False) -> None:
         """Add the next vectors, a row each.
@@ -74,6 +74,7 @@ class MeanFactory:
             dtype: of the result.
             sources: the dtypes of the vectors.
         """
+        # The loops read host memory only, and rely on products that are exact in float64.
         host = self._device == "cpu"
         if LOOPS is not None and host and weights.small and all(map(takes, (dtype, *sources))):
             return CompiledMean(LOOPS, weights)

@@ -51,6 +51,7 @@ class Weights:
                 raise UsageError(f"the weight {float(value):g} is out of range", hint=hint)
         if not any(exact):
             raise UsageError("the weights are all zero", hint="give at least one weight above zero")
+        # Without a common factor the integers are small, and sums more often known to be exact.
         scale = math.lcm(*(value.denominator for value in exact))
         integers = [int(value * scale) for value in exact]
         common = math.gcd(*integers) if normalize else math.gcd(*integers, scale)
@@ -72,7 +73,7 @@ class Weights:
 
     @cached_property
     def small(self) -> bool:
-        """Whether products with 24-bit significands, and with midpoints of 25 bits, fit 53 bits."""
+        """True if products with 24-bit significands, and with midpoints of 25 bits, fit 53 bits."""
         return max(map(abs, self.integers)) < 1 << 20 and self.total < 1 << 28
 
     @cached_property

@@ -81,7 +81,7 @@ class RunningMean:
 
     @property
     def finite(self) -> bool:
-        """Whether every value shown so far was finite."""
+        """True if every value shown so far was finite."""
         return not self._count or all(block.bad is None for block in self._blocks)
 
     def update(self, values: Tensor) -> None:
@@ -125,6 +125,8 @@ class RunningMean:
 
     def _make_blocks(self, flat: Tensor) -> None:
         """Make blocks for as many elements as there are, unless the last mean had as many."""
+        # Scratch memory of the same name, shape and device is the same tensor: one that differs
+        # means another size, or another device.
         totals = self._totals("total", flat[0])
         if self._total is totals:
             for block in self._blocks:
@@ -190,6 +192,7 @@ class RunningMean:
 
     def _settle(self, places: Tensor, target: Format, revisit: Revisit) -> Tensor:
         """Return the means of a few elements, which are looked at once more in every tensor."""
+        # One tensor at a time: the few elements of all of them may be too many to hold.
         total: WideSum | None = None
         spans: list[Weighed] = []
         for i, weight in enumerate(self._weights.integers):
@@ -228,7 +231,7 @@ class TorchMean:
 
     @property
     def fits(self) -> bool:
-        """Whether all of the last result is finite; found out when asked, as it takes a pass."""
+        """True if all of the last result is finite; found out when asked, as it takes a pass."""
         out = self._written
         real = torch.view_as_real(out) if out.is_complex() else out
         real = real.float() if real.itemsize < 2 else real  # torch has no `isfinite` of float8
@@ -285,11 +288,14 @@ class _Block:
         if rows.dtype not in WORDS:
             rows = rows.to(torch.float32)
         span = span_of(rows, bits, self._buffers)
+        # NaN and infinity would make the bounds of all other elements worthless: leave them out of
+        # the span, though not of the sum, and remember which elements they belong to.
         if span is None:
             good = rows.isfinite()
             bad = ~good.all(dim=0)
             self.bad = bad if self.bad is None else self.bad.logical_or_(bad)
             span = span_of(rows.where(good, 0), bits, self._buffers) or ONLY_ZEROS
+        # Products of a weight and a float64 do not fit a float64, as those of narrower numbers do.
         wide = rows.dtype == torch.float64
         if wide and isinstance(self._sum, PlainSum):
             self._sum = self._sum.widened(self._spans)
