@@ -1,80 +1,15 @@
-"""merge_avg.plan: units and windows, as values."""
+"""merge_avg.plan: units, and the copies that they need, as values."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from merge_avg.checkpoint._dtypes import BY_NAME
-from merge_avg.checkpoint._layout import File, Layout, Storage, TensorInfo, row_major
-from merge_avg.checkpoint._roles import Name
+from merge_avg.checkpoint import BY_NAME, Layout, Name, Storage
 from merge_avg.errors import MergeError
-from merge_avg.plan._checks import refuse_quantised
 from merge_avg.plan._names import Aligned
-from merge_avg.plan._units import Plan, Source, aligned_to_page, make_plan, tiled
-from merge_avg.plan._windows import batches, windows
-
-F32 = BY_NAME["float32"]
-FILE = File(Path("f.pt"), 0, 0, 0, 0)
-
-
-def info(key, storage, start, shape, stride=None, dtype=F32):
-    return TensorInfo((key,), dtype, shape, stride or row_major(shape), start, storage)
-
-
-def planned(*checkpoints: dict[str, TensorInfo], dtype: str | None = None) -> Plan:
-    layouts = [
-        Layout(Path(f"f{i}.pt"), "torch-zip", (FILE,), tuple(one.values()))
-        for i, one in enumerate(checkpoints)
-    ]
-    rows = {Name((), key): tuple(one.get(key) for one in checkpoints) for key in checkpoints[0]}
-    return make_plan(layouts, Aligned(rows, (), frozenset()), dtype)
-
-
-@given(
-    spans=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=8),
-    limit=st.integers(1, 40),
-)
-def test_units_tile_the_storage_and_windows_tile_the_units(spans, limit):
-    """Whatever views tensors take, every element of the storage is in exactly one window."""
-    storage = Storage("data/0", 64, 80 * 4)
-    views = {str(i): info(str(i), storage, start, (n,)) for i, (start, n) in enumerate(spans)}
-    plan = planned(views, views)
-    seen: list[int] = []
-    for window in windows(plan.units, limit):
-        assert sum(piece.stop - piece.start for piece in window) <= limit
-        for piece in window:
-            seen += range(piece.unit.start + piece.start, piece.unit.start + piece.stop)
-    assert sorted(seen) == list(range(80))
-    covered = {e for start, n in spans for e in range(start, start + n)}
-    meant = {e for u in plan.units if u.kind == "mean" for e in range(u.start, u.stop)}
-    assert covered <= meant
-
-
-@given(
-    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
-    limit=st.sampled_from([1, 2, 4, 8, 16]),
-)
-def test_batches_hold_whole_chunks(sizes, limit):
-    """Windows keep to their limit, and all of a chunk is in one batch, in order."""
-    storages = [Storage(str(i), 0, 4 * size) for i, size in enumerate(sizes)]
-    ours = {str(i): info(str(i), storages[i], 0, (size,)) for i, size in enumerate(sizes)}
-    chunks: dict[tuple[str, int], list[int]] = {}
-    for batch in batches(planned(ours, ours).units, limit, 8):
-        inside: dict[tuple[str, int], list[int]] = {}
-        for window in batch:
-            assert 0 < sum(piece.stop - piece.start for piece in window) <= limit
-            for piece in window:
-                for element in range(piece.start, piece.stop):
-                    key = piece.unit.storage.name, element // 8
-                    inside.setdefault(key, []).append(element)
-        assert not chunks.keys() & inside.keys()
-        chunks |= inside
-    for (name, number), elements in chunks.items():
-        assert elements == list(range(8 * number, min(8 * number + 8, sizes[int(name)])))
-    assert sum(map(len, chunks.values())) == sum(sizes)
+from merge_avg.plan._units import Source, aligned_to_page, make_plan, tiled
+from tests.plan.helpers import BF16, F32, FILE, info, planned, rows_of
 
 
 def test_shared_elements_are_one_unit():
@@ -105,40 +40,6 @@ def test_wider_strides_do_not_move_other_tensors():
     ours = {"a": info("a", storage, 0, (1, 4), (4, 1))}
     theirs = {"a": info("a", storage, 0, (1, 4), (99, 1))}
     assert not planned(ours, theirs).stagings
-
-
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [
-        ({"shape": (1,)}, "shape"),
-        ({"shape": (2,), "dtype": BY_NAME["bfloat16"]}, "bfloat16"),
-        ({"shape": (2,), "dtype": BY_NAME["int32"]}, "int32"),
-    ],
-)
-def test_differences_name_tensor_and_file(other, says):
-    """Shapes and dtypes that differ are an error that names tensor, file and both values."""
-    storage = Storage("data/0", 64, 8)
-    ours, theirs = {"w": info("w", storage, 0, (2,))}, {"w": info("w", storage, 0, **other)}
-    with pytest.raises(MergeError, match=rf"f1?.pt: tensor 'w'.*{says}.*f0.pt"):
-        planned(ours, theirs)
-    if says == "bfloat16":
-        assert planned(ours, theirs, dtype="float32").units[0].dtype == F32
-
-
-def test_quantised_codes_are_refused_and_lora_factors_warned_of():
-    """Codes beside their scale have no mean; the mean of factors is not that of products."""
-    storage = Storage("data/0", 64, 8)
-    codes = {
-        "l.weight": info("l.weight", storage, 0, (2,), dtype=BY_NAME["int8"]),
-        "l.weight_scale": info("l.weight_scale", Storage("s", 128, 4), 0, (1,)),
-    }
-    with pytest.raises(MergeError, match="quantised"):
-        planned(codes, codes)
-    lora = {"l.lora_A.weight": info("l.lora_A.weight", storage, 0, (2,))}
-    assert "LoRA" in planned(lora, lora).warnings[0]
-
-
-BF16 = BY_NAME["bfloat16"]
 
 
 def test_a_plan_says_what_comes_out():
@@ -212,39 +113,11 @@ def test_neighbours_are_units_of_their_own():
     ]
 
 
-def test_bytes_of_two_dtypes_are_refused():
-    """A storage that is viewed as two dtypes has no mean; the message names both."""
-    storage = Storage("s", 0, 16)
-    views = {"a": info("a", storage, 0, (4,)), "b": info("b", storage, 0, (4,), dtype=BF16)}
-    with pytest.raises(MergeError, match=r"^f0.pt: 'a', 'b' view the same bytes") as caught:
-        planned(views, views)
-    assert caught.value.where == "f0.pt"
-
-
-def rows_of(*checkpoints, skipped=()):
-    layouts = [Layout(Path(f"f{i}.pt"), "?", (FILE,), ()) for i in range(len(checkpoints))]
-    rows = {Name((), key): tuple(one.get(key) for one in checkpoints) for key in checkpoints[0]}
-    return layouts, Aligned(rows, (), frozenset(Name((), key) for key in skipped))
-
-
 def test_checkpoints_that_lack_a_tensor_take_no_part():
     """A unit's sources are those that have it, also behind one that has not."""
     one = {"w": info("w", Storage("s", 0, 16), 0, (4,))}
     (unit,) = make_plan(*rows_of(one, {}, one)).units
     assert [source.checkpoint for source in unit.sources] == [0, 2]
-
-
-def test_tensors_that_share_memory_share_their_lot():
-    """Kept in part, or lacking in part: both are errors that say which and with what."""
-    storage = Storage("s", 0, 16)
-    both = {"a": info("a", storage, 0, (4,)), "b": info("b", storage, 0, (4,))}
-    with pytest.raises(MergeError, match=r"^f0.pt: 'b' is to be kept, but shares memory with 'a'"):
-        make_plan(*rows_of(both, both, skipped="b"))
-    (unit,) = make_plan(*rows_of(both, both, skipped="ab"), "bfloat16").units
-    assert (unit.kind, unit.dtype) == ("keep", F32)
-    with pytest.raises(MergeError, match=r"^f1.pt: it lacks 'b', which shares memory") as caught:
-        make_plan(*rows_of(both, {"a": both["a"]}))
-    assert "--missing skip" in str(caught.value.hint)
 
 
 def test_stagings_get_rooms_of_their_own():
@@ -301,32 +174,6 @@ def test_tiles_go_to_their_corners():
         list(tiled(whole, replace(view, stride=(1,))))
 
 
-def test_overlaps_that_only_the_template_has_are_refused():
-    """A tensor that overlaps itself in the template cannot be copied there."""
-    odd = info("w", Storage("s", 0, 24), 0, (2, 3), (1, 1))
-    plain = info("w", Storage("s", 0, 24), 0, (2, 3))
-    with pytest.raises(MergeError, match=r"^f1.pt: tensor 'w' overlaps itself in f0.pt"):
-        planned({"w": odd}, {"w": plain})
-    assert not planned({"w": odd}, {"w": odd}).stagings
-
-
-def test_windows_hold_what_is_alike():
-    """Pieces of one window have the same kind, dtypes and checkpoints."""
-    storages = [Storage(str(i), 0, 16) for i in range(4)]
-    ours = {
-        "a": info("a", storages[0], 0, (4,)),
-        "n": info("n", storages[1], 0, (4,), dtype=BY_NAME["int32"]),
-        "b": info("b", storages[2], 0, (4,)),
-        "c": info("c", storages[3], 0, (4,)),
-    }
-    theirs = {"a": ours["a"], "n": ours["n"], "b": ours["b"]}
-    units = make_plan(*rows_of(ours, theirs)).units
-    names = [["".join(str(p.unit.members[0][0]) for p in window)] for window in windows(units, 100)]
-    assert names == [["ab"], ["n"], ["c"]]
-    sizes = [[(p.start, p.stop) for p in window] for window in windows(units[:1] + units[2:3], 3)]
-    assert sizes == [[(0, 3)], [(0, 3)], [(3, 4), (3, 4)]]  # whole windows first, then what is left
-
-
 def test_pages():
     """Offsets are rounded up to 64 KiB."""
     assert [aligned_to_page(n) for n in (0, 1, 65_536, 65_537)] == [0, 65_536, 65_536, 131_072]
@@ -336,86 +183,6 @@ def test_what_has_no_elements_is_no_unit():
     """Empty tensors are neither read nor written."""
     empty = {"e": info("e", Storage("s", 0, 16), 0, (0, 3))}
     assert planned(empty, empty).units == ()
-
-
-@pytest.mark.parametrize(
-    ("key", "stem", "dtype", "shape", "refused"),
-    [
-        ("l.weight", "l.weight_scale", "int8", (2,), True),
-        ("l.weight", "l.scales", "int8", (2,), True),
-        ("l.qweight", "l.qzeros", "int32", (2,), True),
-        ("l.weight", "l.g_idx", "int32", (2,), False),
-        ("l.weight", "l.weight.absmax", "bool", (2,), False),
-        ("l.weight", "l.weight_scale", "int8", (), False),
-        ("l.bias", "l.scales", "int8", (2,), False),
-        ("l.weight", "l.scaled", "int8", (2,), False),
-        ("weight", "scales", "int8", (2,), False),
-        ("a.b.l.weight", "a.b.l.scales", "uint8", (2,), True),
-        ("l.qweight", "l.scales", "int64", (2,), False),
-        ("l.weight", "l.scales", "float16", (2,), False),
-    ],
-)
-def test_what_counts_as_quantised_codes(key, stem, dtype, shape, refused):
-    """Small integers beside a scale of the same name, or of the same layer, have no mean."""
-    found = BY_NAME[dtype]
-    one = {
-        key: info(key, Storage("c", 0, 8), 0, shape, dtype=found),
-        stem: info(stem, Storage("s", 0, 8), 0, (2,)),
-    }
-    # A name that only another checkpoint has ends no search.
-    layouts, aligned = rows_of(one, one)
-    aligned = replace(aligned, rows={Name((), "absent"): (None, None), **aligned.rows})
-    if not refused:
-        planned(one, one)
-        return
-    for plan in (lambda: planned(one, one), lambda: refuse_quantised(layouts[0], aligned.rows)):
-        with pytest.raises(MergeError, match=rf"^f0.pt: tensor '{key}' holds quantised codes"):
-            plan()
-
-
-@pytest.mark.parametrize(
-    ("key", "factor"),
-    [
-        ("l.lora_A.weight", True),
-        ("l.lora_embedding_A", True),
-        ("lora_down.weight", True),
-        ("l.lora_B.weight", False),
-        ("l.flora_Ab", False),
-    ],
-)
-def test_factors_are_known_by_name(key, factor):
-    """The A of low-rank products, as PEFT and kohya name it."""
-    one = {key: info(key, Storage("s", 0, 8), 0, (2,))}
-    plan = planned(one, one)
-    assert plan.factors == ({Name((), key)} if factor else frozenset())
-    assert bool(plan.warnings) == factor
-
-
-def test_troubles_and_dtypes_are_named():
-    """What cannot be averaged is named with its file; the hint asks for a dtype that holds both."""
-    good = info("w", Storage("s", 0, 8), 0, (2,))
-    with pytest.raises(MergeError, match="tensor 'w' is a sparse tensor, which cannot"):
-        planned({"w": good}, {"w": replace(good, trouble="a sparse tensor")})
-    planned({"w": replace(good, trouble=None)}, {"w": good})
-    layouts, aligned = rows_of(
-        {"w": good}, {"w": replace(good, trouble="a sparse tensor")}, skipped="w"
-    )
-    make_plan(layouts, aligned)
-    for ours, theirs, hint in (
-        ("float32", "bfloat16", "--dtype float32"),
-        ("float64", "float32", "--dtype float64"),
-        ("bfloat16", "float64", "--dtype float64"),
-        ("float32", "complex64", "save both with the same dtype"),
-        ("int32", "int64", "save both with the same dtype"),
-    ):
-        one, other = (replace(good, dtype=BY_NAME[name]) for name in (ours, theirs))
-        with pytest.raises(MergeError, match=f"^f1.pt: tensor 'w' is {theirs}, in f0.pt") as got:
-            planned({"w": one}, {"w": other}, dtype=None)
-        assert hint in str(got.value.hint)
-    for pair in (("float32", "complex64"), ("int32", "float32")):
-        one, other = (replace(good, dtype=BY_NAME[name]) for name in pair)
-        with pytest.raises(MergeError, match=r"is (complex64|float32), in f0.pt"):
-            planned({"w": one}, {"w": other}, dtype="float32")
 
 
 def test_ties_are_checked_wherever_they_are_not():

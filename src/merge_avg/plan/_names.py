@@ -58,8 +58,14 @@ class Aligned:
 
     @property
     def checkpoints(self) -> int:
-        """How many checkpoints there are."""
-        return len(next(iter(self.rows.values())))
+        """Return how many checkpoints there are."""
+        return len(next(iter(self.rows.values()), ()))
+
+    def template(self, name: Name) -> TensorInfo:
+        """Return the template's tensor of a name."""
+        info = self.rows[name][0]
+        assert info is not None  # noqa: S101 - rows are those of the template
+        return info
 
 
 def align(

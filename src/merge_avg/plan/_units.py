@@ -1,16 +1,18 @@
-"""What will be averaged, cut into units and windows. A value: nothing is read or written here.
+"""Units: the runs of elements that are averaged, each as one. A value: nothing is read or written.
 
-The unit of work is a run of elements of one of the template's storages that its weights cover. So
-tensors that share memory, view slices of a larger buffer or have odd strides are averaged once,
-in the order of memory, and whatever views them sees the mean. A checkpoint whose tensors lie
-otherwise (other strides, or apart where the template's are tied) is first copied into the
-template's geometry, in a scratch file.
+    storage of the template   | keep |   mean: a, and b tied to it   | keep |   mean: c   |
+    tensors that view it             [ a ........................ ]         [ c ........ ]
+                                     [ b ........................ ]
+
+A unit is a run of elements of one of the template's storages, not a tensor. So tensors that share
+memory, view slices of a larger buffer or have odd strides are averaged once, in the order of
+memory, and whatever views them sees the mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from merge_avg.checkpoint import (
@@ -23,22 +25,30 @@ from merge_avg.checkpoint import (
     TensorInfo,
     row_major,
 )
-from merge_avg.errors import MergeError, named
-from merge_avg.plan._checks import LORA_A, LORA_WARNING, check_alike, refuse_quantised
+from merge_avg.plan._checks import (
+    LORA_A,
+    LORA_WARNING,
+    check_copied,
+    check_shared,
+    check_tensors,
+)
 from merge_avg.plan._names import Aligned
 
 Kind = Literal["mean", "equal", "keep"]
+Member = tuple[Name, TensorInfo]
+# A mapping has to start at a multiple of the system's pages, or of what the system hands out: up to
+# 64 KiB, on Windows and on some kernels for ARM and POWER.
 _PAGE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a unit's elements lie in one checkpoint.
+    """The place of a unit's elements in one checkpoint.
 
     Attributes:
-        checkpoint: its index.
+        checkpoint: its number.
         dtype: of the elements.
-        storage: what they are part of; None where they lie in the scratch file.
+        storage: the one that they are part of; None where they lie in the scratch file.
         offset: of the first element, in bytes, in the storage or the scratch file.
     """
 
@@ -56,10 +66,11 @@ class Unit:
         kind: "mean" for float and complex; "equal" for integers and bools, which should agree;
             "keep" for what stays the template's, because other checkpoints lack it or because no
             weight covers it.
-        start, stop: its elements in the storage.
+        storage: of the template.
+        start, stop: the elements in the storage.
         dtype: of the result.
         members: the template's tensors in it, by name.
-        sources: one for each checkpoint that takes part.
+        sources: one for each checkpoint that takes part; first the template's.
         number: its place among the units of the plan.
     """
 
@@ -68,7 +79,7 @@ class Unit:
     start: int
     stop: int
     dtype: DType
-    members: tuple[tuple[Name, TensorInfo], ...]
+    members: tuple[Member, ...]
     sources: tuple[Source, ...]
     number: int = 0
 
@@ -77,12 +88,12 @@ class Unit:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is averaged, and of a tensor of two dimensions or more."""
+        """Return whether it is averaged, and of a tensor of two dimensions or more."""
         return self.kind == "mean" and any(is_matrix(info) for _, info in self.members)
 
     @property
     def holed(self) -> bool:
-        """Whether some of its elements may belong to no member: they stay the template's."""
+        """Return whether some of its elements may belong to no member: they stay the template's."""
         if any(info.stop - info.start == len(self) and info.dense for _, info in self.members):
             return False
         return self.kind != "keep"
@@ -95,10 +106,11 @@ class Staging:
     Where two of them go to the same elements they have to agree: `tied_in` ties them.
 
     Attributes:
-        pairs: a tensor as the checkpoint has it, and where it goes: a view of the elements at
-            `offset` (its `start` counts from there).
+        checkpoint: its number.
+        pairs: name, the tensor as the checkpoint has it, and where it goes: a view of the elements
+            at `offset` (its `start` counts from there).
         offset, nbytes: the place in the scratch file.
-        tied_in: the index of a checkpoint that has all of `pairs` in one storage.
+        tied_in: the number of a checkpoint that has all of `pairs` in one storage.
     """
 
     checkpoint: int
@@ -116,9 +128,10 @@ class Plan:
         layouts: the checkpoints; the first is the template.
         aligned: the weights by the template's names.
         units: in the template's order.
-        stagings: copies to make before, in scratch places that end at `scratch`.
+        stagings: copies to make first, in places of the scratch file that end at `scratch`.
         factors: tensors A of low-rank products B @ A. Where they are the same everywhere, the mean
             of the products is the product of the means, and elsewhere it is not.
+        dtype: the float dtype that is asked for.
     """
 
     layouts: tuple[Layout, ...]
@@ -130,30 +143,56 @@ class Plan:
     dtype: str | None = None
 
     def result(self, name: Name) -> DType:
-        """The dtype that a tensor of the template gets."""
-        info = _template(self.aligned, name)
+        """Return the dtype that a tensor of the template gets."""
+        info = self.aligned.template(name)
         return _result(info, None if name in self.aligned.skipped else self.dtype)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What may make the mean meaningless."""
+        """Return what may make the mean meaningless."""
         return (LORA_WARNING,) if self.factors else ()
 
     @property
     def itemsize(self) -> int:
-        """The bytes of the widest element, of inputs and results."""
+        """Return the bytes of the widest element, of inputs and results."""
         sizes = {unit.dtype.itemsize for unit in self.units}
         sizes |= {source.dtype.itemsize for unit in self.units for source in unit.sources}
         return max(sizes, default=1)
 
     def converted(self) -> dict[Storage, DType]:
-        """The template's storages whose elements get another dtype, and which."""
-        pairs = ((_template(self.aligned, name), self.result(name)) for name in self.aligned.rows)
+        """Return the template's storages whose elements get another dtype, with that dtype."""
+        pairs = ((self.aligned.template(name), self.result(name)) for name in self.aligned.rows)
         return {info.storage: dtype for info, dtype in pairs if dtype != info.dtype}
 
 
+@dataclass
+class _Copies:
+    """The copies of a plan, each with a place of its own in the scratch file, which ends at `end`.
+
+    A checkpoint whose tensors lie otherwise than the template's (with other strides, or apart where
+    those are tied) is copied into the template's geometry first. So the loop over windows always
+    finds a unit's elements in one run, in one order, in every checkpoint.
+    """
+
+    made: list[Staging] = field(default_factory=list)
+    end: int = 0
+
+    def add(
+        self,
+        checkpoint: int,
+        pairs: Iterator[tuple[Name, TensorInfo, TensorInfo]],
+        nbytes: int,
+        tied_in: int = 0,
+    ) -> int:
+        """Add a copy, and return the offset of its place."""
+        offset = self.end
+        self.made.append(Staging(checkpoint, tuple(pairs), offset, nbytes, tied_in))
+        self.end = aligned_to_page(offset + nbytes)
+        return offset
+
+
 def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:
-    """Plans a merge.
+    """Plan a merge.
 
     Args:
         layouts: the checkpoints, the template first.
@@ -163,40 +202,27 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     Raises:
         MergeError: tensors of the same name differ in shape or dtype, or cannot be averaged.
     """
-    for name, row in aligned.rows.items():
-        if name not in aligned.skipped:
-            check_alike(layouts, name, row, dtype)
-    refuse_quantised(layouts[0], aligned.rows)
-    factors = frozenset(name for name in aligned.rows if LORA_A.search(name.key))
+    check_tensors(layouts, aligned, dtype)
+    storages: dict[Storage, list[Member]] = {}
+    for name in aligned.rows:
+        info = aligned.template(name)
+        if info.numel:
+            storages.setdefault(info.storage, []).append((name, info))
+    copies = _Copies()
     units: list[Unit] = []
-    stagings: list[Staging] = []
-    scratch = 0
-    storages: dict[Storage, list[Name]] = {}
-    for name, row in aligned.rows.items():
-        info = row[0]
-        if info is not None and info.numel:
-            storages.setdefault(info.storage, []).append(name)
-    for storage, names in storages.items():
-        spans = [(_template(aligned, n).start, _template(aligned, n).stop, n) for n in names]
-        end = 0
-        for start, stop, members in _merged(spans):
-            unit, staged = _unit(layouts, aligned, start, stop, members, dtype, scratch)
-            end = _gap(units, unit, end)
-            units.append(unit)
-            stagings += staged
-            scratch = max([scratch, *(aligned_to_page(s.offset + s.nbytes) for s in staged)])
-        last = units[-1]
-        total = storage.nbytes // last.sources[0].dtype.itemsize
-        _gap(units, replace(last, start=total, stop=total), end)
-    for staging in _ties(aligned.rows, scratch):
-        stagings.append(staging)
-        scratch = aligned_to_page(staging.offset + staging.nbytes)
-    numbered = tuple(replace(unit, number=number) for number, unit in enumerate(units))
-    return Plan(tuple(layouts), aligned, numbered, tuple(stagings), scratch, factors, dtype)
+    for members in storages.values():
+        for unit in _with_gaps(
+            _unit(layouts, aligned, together, dtype, copies) for together in _overlapping(members)
+        ):
+            units.append(replace(unit, number=len(units)))
+    _tie(aligned, copies)
+    factors = frozenset(name for name in aligned.rows if LORA_A.search(name.key))
+    made = tuple(copies.made), copies.end
+    return Plan(tuple(layouts), aligned, tuple(units), *made, factors, dtype)
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
-    """The plan with one more checkpoint, that the averaged matrices are compared with.
+    """Return the plan with one more checkpoint, which the averaged matrices are compared with.
 
     It takes no part in the average, so what it lacks, or has in another shape, is no error.
 
@@ -205,176 +231,149 @@ def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) ->
         layout: of the checkpoint.
         weights: its tensors by the template's names.
     """
-    number, scratch = len(plan.layouts), plan.scratch
+    number = len(plan.layouts)
+    copies = _Copies(list(plan.stagings), plan.scratch)
     units: list[Unit] = []
-    stagings = list(plan.stagings)
     for unit in plan.units:
-        found = [weights.get(name) for name, _ in unit.members]
-        infos = [info for info in found if info is not None and not info.trouble]
-        if unit.is_matrix and len(infos) == len(found) and all(map(_alike, unit.members, infos)):
-            source, staging = _source(number, unit.members, infos, unit.start, unit.stop, scratch)
-            fits = staging is None or (len(found) == 1 and not unit.members[0][1].overlaps_itself)
-            if fits and staging is not None:
-                stagings.append(staging)
-                scratch = aligned_to_page(scratch + staging.nbytes)
-            units.append(replace(unit, sources=(*unit.sources, source)) if fits else unit)
-        else:
-            units.append(unit)
+        infos = _comparable(unit, weights) if unit.is_matrix else None
+        if infos is not None:
+            source = _source(number, unit, infos, copies)
+            unit = replace(unit, sources=(*unit.sources, source))  # noqa: PLW2901
+        units.append(unit)
     return replace(
         plan,
         layouts=(*plan.layouts, layout),
         units=tuple(units),
-        stagings=tuple(stagings),
-        scratch=scratch,
+        stagings=tuple(copies.made),
+        scratch=copies.end,
     )
 
 
-def _alike(member: tuple[Name, TensorInfo], info: TensorInfo) -> bool:
-    ours = member[1]
-    return info.shape == ours.shape and info.dtype.kind == ours.dtype.kind
+def _comparable(unit: Unit, weights: Mapping[Name, TensorInfo]) -> list[TensorInfo] | None:
+    """Return the tensors of a base that a unit can be compared with, if it has them all."""
+    infos = [
+        info
+        for name, ours in unit.members
+        if (info := weights.get(name)) is not None
+        and not info.trouble
+        and (info.shape, info.dtype.kind) == (ours.shape, ours.dtype.kind)
+    ]
+    if len(infos) < len(unit.members):
+        return None
+    # Copies that go to the same elements would have to agree, and a base may well disagree.
+    alone = len(infos) == 1 and not unit.members[0][1].overlaps_itself
+    return infos if alone or _direct(unit.members, infos) else None
 
 
 def is_matrix(info: TensorInfo) -> bool:
-    """Whether a tensor has two dimensions or more."""
+    """Return whether a tensor has two dimensions or more."""
     return len(info.shape) > 1
 
 
 def aligned_to_page(offset: int) -> int:
-    """The next offset at which a mapping can start on every system: a multiple of 64 KiB."""
+    """Return the next offset at which a mapping can start on every system."""
     return -(-offset // _PAGE) * _PAGE
 
 
-def _template(aligned: Aligned, name: Name) -> TensorInfo:
-    info = aligned.rows[name][0]
-    assert info is not None  # noqa: S101 - rows are those of the template
-    return info
-
-
-def _gap(units: list[Unit], unit: Unit, start: int) -> int:
-    """Adds what lies between the last unit and this one, kept as the template has it."""
-    if unit.start > start:
-        source = unit.sources[0]
-        size = source.dtype.itemsize
-        where = replace(source, storage=unit.storage, offset=start * size)
-        gap = Unit("keep", unit.storage, start, unit.start, unit.dtype, (), (where,))
-        units.append(gap)
-    return unit.stop
-
-
-def _merged(spans: list[tuple[int, int, Name]]) -> Iterator[tuple[int, int, list[Name]]]:
-    """Spans joined where they overlap."""
-    spans.sort(key=lambda span: span[:2])
-    start, stop, first = spans[0]
-    members = [first]
-    for a, b, name in spans[1:]:
-        if a < stop:
-            stop = max(stop, b)
-            members.append(name)
+def _overlapping(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Yield tensors of a storage in the order of memory, those whose elements overlap together."""
+    # Only by their places: names hold texts and numbers, which have no order.
+    ordered = sorted(members, key=lambda member: (member[1].start, member[1].stop))
+    together, end = ordered[:1], ordered[0][1].stop
+    for member in ordered[1:]:
+        if member[1].start < end:
+            together.append(member)
+            end = max(end, member[1].stop)
         else:
-            yield start, stop, members
-            start, stop, members = a, b, [name]
-    yield start, stop, members
+            yield together
+            together, end = [member], member[1].stop
+    yield together
+
+
+def _with_gaps(units: Iterator[Unit]) -> Iterator[Unit]:
+    """Yield the units of a storage, and between them what no weight covers, to be kept."""
+    # A storage is written whole, from units alone. So padding, slices that are not averaged and
+    # unused capacity are units too, with the template as their only source.
+    end = 0
+    for unit in units:
+        if unit.start > end:
+            yield _gap(unit, end, unit.start)
+        yield unit
+        end = unit.stop
+    total = unit.storage.nbytes // unit.sources[0].dtype.itemsize
+    if total > end:
+        yield _gap(unit, end, total)
+
+
+def _gap(beside: Unit, start: int, stop: int) -> Unit:
+    # Of the result's dtype, as its neighbour: all of a storage is converted, or nothing.
+    dtype = beside.sources[0].dtype
+    source = Source(0, dtype, beside.storage, start * dtype.itemsize)
+    return Unit("keep", beside.storage, start, stop, beside.dtype, (), (source,))
 
 
 def _unit(
     layouts: Sequence[Layout],
     aligned: Aligned,
-    start: int,
-    stop: int,
-    names: Sequence[Name],
+    members: Sequence[Member],
     dtype: str | None,
-    scratch: int,
-) -> tuple[Unit, list[Staging]]:
-    members = tuple((name, _template(aligned, name)) for name in names)
+    copies: _Copies,
+) -> Unit:
+    """Return the unit of tensors whose elements overlap, and add the copies that it needs."""
+    names = [name for name, _ in members]
+    check_shared(layouts, aligned, members)
     first = members[0][1]
-    if len({info.dtype for _, info in members}) > 1:
-        where = named([str(name) for name in names], 2)
-        raise MergeError(f"{where} view the same bytes as different dtypes", where=layouts[0].path)
-    sources: list[Source] = []
-    stagings: list[Staging] = []
-    for index, layout in enumerate(layouts):
-        row = [aligned.rows[name][index] for name in names]
-        infos = [info for info in row if info is not None]
-        if not infos:
-            continue
-        spared = aligned.skipped.intersection(names)
-        if spared and len(spared) < len(names):
-            shared = named([str(name) for name in names if name not in spared])
-            kept = named(sorted(map(str, spared)))
-            what = f"{kept} is to be kept, but shares memory with {shared}"
-            hint = "keep all tensors that share memory, or none"
-            raise MergeError(what, where=layouts[0].path, hint=hint)
-        if len(infos) < len(row):
-            absent = named([str(n) for n, i in zip(names, row, strict=True) if i is None])
-            what = f"it lacks {absent}, which shares memory with other tensors in the template"
-            raise MergeError(what, where=layout.path, hint="use --missing skip")
-        if len({info.dtype for info in infos}) > 1:
-            tied = named([str(name) for name in names], 2)
-            what = f"{tied} have different dtypes, but share memory in {layouts[0].path}"
-            hint = "save them with one dtype, or choose a template where they are apart: --template"
-            raise MergeError(what, where=layout.path, hint=hint)
-        source, staging = _source(index, members, infos, start, stop, scratch)
-        sources.append(source)
-        if staging is None:
-            continue
-        for name, member in members:
-            if member.overlaps_itself:
-                what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
-                raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
-        stagings.append(staging)
-        scratch = aligned_to_page(scratch + staging.nbytes)
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
-    if aligned.skipped.issuperset(names):
+    if names[0] in aligned.skipped:
         kind, dtype = "keep", None
-    return (
-        Unit(kind, first.storage, start, stop, _result(first, dtype), members, tuple(sources)),
-        stagings,
-    )
+    stop = max(info.stop for _, info in members)
+    unit = Unit(kind, first.storage, first.start, stop, _result(first, dtype), tuple(members), ())
+    sources = []
+    for number in range(len(layouts)):
+        infos = [info for name in names if (info := aligned.rows[name][number]) is not None]
+        if infos:
+            sources.append(_source(number, unit, infos, copies))
+            if sources[-1].storage is None:
+                check_copied(layouts, number, members)
+    return replace(unit, sources=tuple(sources))
 
 
-def _source(
-    index: int,
-    members: Sequence[tuple[Name, TensorInfo]],
-    infos: Sequence[TensorInfo],
-    start: int,
-    stop: int,
-    scratch: int,
-) -> tuple[Source, Staging | None]:
-    """Where a checkpoint has the elements of a unit, and what to copy to the scratch file first."""
+def _source(number: int, unit: Unit, infos: Sequence[TensorInfo], copies: _Copies) -> Source:
+    """Return where a checkpoint has the elements of a unit, if need be after a copy of them."""
     dtype = infos[0].dtype
-    if _direct(members, infos):
-        offset = (start + infos[0].start - members[0][1].start) * dtype.itemsize
-        return Source(index, dtype, infos[0].storage, offset), None
-    pairs = tuple(
+    if _direct(unit.members, infos):
+        shift = infos[0].start - unit.members[0][1].start
+        return Source(number, dtype, infos[0].storage, (unit.start + shift) * dtype.itemsize)
+    pairs = (
         (name, part, view)
-        for (name, member), info in zip(members, infos, strict=True)
-        for part, view in tiled(info, replace(member, start=member.start - start))
+        for (name, ours), info in zip(unit.members, infos, strict=True)
+        for part, view in tiled(info, replace(ours, start=ours.start - unit.start))
     )
-    nbytes = (stop - start) * dtype.itemsize
-    return Source(index, dtype, None, scratch), Staging(index, pairs, scratch, nbytes, tied_in=0)
+    return Source(number, dtype, None, copies.add(number, pairs, len(unit) * dtype.itemsize))
 
 
 def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, TensorInfo]]:
-    """The tiles that a tensor is stored as, and where in another view of its elements each goes."""
+    """Yield the tiles of a tensor, and where in another view of its elements each goes."""
     if not info.storage.tiles:
         yield info, replace(view, dtype=info.dtype)
-    for offset, tile in info.storage.tiles:
-        start = view.start + sum(a * b for a, b in zip(offset, view.stride, strict=True))
+    for index, tile in info.storage.tiles:
+        start = view.start + sum(a * b for a, b in zip(index, view.stride, strict=True))
         yield tile, replace(view, shape=tile.shape, start=start, dtype=info.dtype)
 
 
-def _direct(members: Sequence[tuple[Name, TensorInfo]], infos: Sequence[TensorInfo]) -> bool:
-    """Whether tensors lie to each other as the template's do, only elsewhere."""
+def _direct(members: Sequence[Member], infos: Sequence[TensorInfo]) -> bool:
+    """Return whether tensors lie to each other as the template's do, only elsewhere."""
     shift = infos[0].start - members[0][1].start
     return all(
+        # Identity first: comparing two storages, field by field, costs more than all else here.
         (info.storage is infos[0].storage or info.storage == infos[0].storage)
         and not info.storage.tiles
-        and info.start - member.start == shift
+        and info.start - ours.start == shift
         and (
-            (info.shape == member.shape and info.stride == member.stride)
-            or info.geometry == member.geometry
+            (info.shape == ours.shape and info.stride == ours.stride)
+            or info.geometry == ours.geometry
         )
-        for (_, member), info in zip(members, infos, strict=True)
+        for (_, ours), info in zip(members, infos, strict=True)
     )
 
 
@@ -384,30 +383,31 @@ def _result(info: TensorInfo, dtype: str | None) -> DType:
     return BY_NAME[dtype]
 
 
-def _ties(rows: Mapping[Name, tuple[TensorInfo | None, ...]], scratch: int) -> Iterator[Staging]:
-    """Pairs that a checkpoint ties and the template does not, in all that keep them apart."""
-    count = len(next(iter(rows.values()), ()))
+def _tie(aligned: Aligned, copies: _Copies) -> None:
+    """Add copies that compare pairs which one checkpoint ties, in all that keep them apart."""
+    # A model that ties a pair has one value for both. Where a pair differs anywhere, its two means
+    # differ, and in a model that ties them one would be lost without a word. Both tensors of a pair
+    # are copied to one place, and have to agree there.
+    rows, everyone = aligned.rows, range(aligned.checkpoints)
     seen: set[tuple[Name, Name]] = set()
-    for index in range(1, count):
+    for number in everyone[1:]:
         places: dict[object, Name] = {}
         for name, row in rows.items():
-            info = row[index]
+            info = row[number]
             if info is None or not info.numel:
                 continue
             first = places.setdefault((info.storage, info.start, info.geometry), name)
             if first is name or (first, name) in seen:
                 continue
             seen.add((first, name))
-            for other in range(count):
+            for other in everyone:
                 a, b = rows[first][other], row[other]
                 if a and b and (a.storage, a.start) != (b.storage, b.start):
-                    nbytes = a.numel * a.dtype.itemsize
-                    pairs = tuple(
+                    pairs = (
                         (called, part, place)
-                        for called, info in ((first, a), (name, b))
+                        for called, one in ((first, a), (name, b))
                         for part, place in tiled(
-                            info, replace(info, start=0, stride=row_major(info.shape))
+                            one, replace(one, start=0, stride=row_major(one.shape))
                         )
                     )
-                    yield Staging(other, pairs, scratch, nbytes, index)
-                    scratch = aligned_to_page(scratch + nbytes)
+                    copies.add(other, pairs, a.numel * a.dtype.itemsize, number)
