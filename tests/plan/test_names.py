@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from merge_avg.report.report import describe, lines
 
 from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
+from merge_avg.report import describe
+from merge_avg.report.text import lines
 
 
 @pytest.fixture
@@ -92,9 +93,9 @@ def test_missing_tensors(merge):
     assert merge(*states, missing="skip")[0] == {"a": 3.0, "b": 1.0}
     values, job = merge(*states, missing="available")
     assert values == {"a": 3.0, "b": 2.0}
-    report = describe(job, None, "0")
-    assert report["available"] == {"b": 2}
-    assert "  'b' is averaged over 2 of 3 checkpoints" in list(lines(report))
+    report = describe(job, None)
+    assert report.available == {"b": 2}
+    assert "  note: 'b' is averaged over 2 of 3 checkpoints" in list(lines(report))
 
 
 @pytest.mark.parametrize(

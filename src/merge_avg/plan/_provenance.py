@@ -10,13 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import PROVENANCE, Layout
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.options import RECORDED, IntPolicy, Missing, Options
+from merge_avg.options import RECORDED, Options, choices
 
 _MOST_INPUTS = 10_000
 
@@ -167,13 +167,11 @@ def _record(value: Any) -> Record:
     return Record(inputs, template, options, _text(value["merge_avg"]))
 
 
-_CHOICES = {"missing": get_args(Missing), "int_policy": get_args(IntPolicy)}
-
-
 def _checked(name: str, value: Any) -> Any:
     """Return the recorded value of an option, if it is of the type of the option's default."""
     default = getattr(Options(), name)
-    if name in _CHOICES and value not in _CHOICES[name]:
+    allowed = choices(Options, name)
+    if allowed and value not in allowed:
         raise ValueError("an unknown option")
     if isinstance(default, bool):
         return bool(value)
