@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 
 
 class MergeError(ValueError):
-    """A checkpoint, or a set of them, that cannot be averaged as asked.
+    """Checkpoints that cannot be averaged as asked, or files that cannot be read or written.
 
     Attributes:
-        what: one sentence that says what is wrong.
+        what: a sentence that says what is wrong.
         where: the file that it is wrong with, if there is one.
         hint: the next step to take, if there is one.
     """
+
+    # The parts are kept apart for whoever shows them: the command prints the hint on a line of its
+    # own, and where="..." lets a caller add the path that a lower layer did not know.
 
     def __init__(
         self, what: str, *, where: str | os.PathLike[str] | None = None, hint: str | None = None
@@ -47,7 +51,8 @@ def failure(
     where: str | os.PathLike[str] | None = None,
     more: str = "",
 ) -> MergeError:
-    """What the system refused, as the error that a user sees."""
+    """Return what the system refused as the error that a user sees."""
+    # Calls that take a descriptor name no file, but its number.
     named = None if isinstance(error.filename, int) else error.filename
     return MergeError(
         f"{what} ({error.strerror or error}{more})",
@@ -56,8 +61,9 @@ def failure(
     )
 
 
-def named(names: list[str], limit: int = 1) -> str:
-    """The first of several names, quoted, with the count of the rest."""
-    shown = ", ".join(repr(name) for name in names[:limit])
-    rest = len(names) - limit
+def named(names: Iterable[object], limit: int = 1) -> str:
+    """Return the first of several names, quoted, with the count of the rest."""
+    quoted = [repr(str(name)) for name in names]
+    shown = ", ".join(quoted[:limit])
+    rest = len(quoted) - limit
     return shown if rest <= 0 else f"{shown} and {rest:,} more"

@@ -1,4 +1,4 @@
-"""Which tensor of one checkpoint is which of another, by name."""
+"""Names: which tensor of one checkpoint is which of another, and which of them are averaged."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _WRAPPERS = frozenset(
 
 @dataclass(frozen=True)
 class NameFilter:
-    """Shell patterns of the tensors that are averaged: those included, less those excluded.
+    """Shell patterns that choose the tensors to average: those included, less those excluded.
 
-    A pattern is held against a tensor's key in its state dict, and against its whole name.
+    A pattern is compared with a tensor's key in its state dict, and with its whole name.
     """
 
     include: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Aligned:
 
     Attributes:
         rows: by the template's name, one tensor a checkpoint; None where a checkpoint lacks it.
-        notes: what was done to make names meet, one sentence each.
+        notes: for the user, what was done to make names meet; one sentence each.
         skipped: names that some checkpoint lacks and that are therefore kept from the template.
     """
 
@@ -74,7 +74,7 @@ def align(
     missing: Missing = "error",
     chosen: NameFilter = NameFilter(),
 ) -> Aligned:
-    """Matches the weights of the checkpoints to those of the first, the template.
+    """Match the weights of the checkpoints to those of the first, the template.
 
     Tensors that are not `chosen` are kept from the template, whatever the others have.
 
@@ -83,57 +83,51 @@ def align(
             chosen.
     """
     notes: list[str] = []
-    columns = [dict(weights[0])]
-    for path, other in zip(paths[1:], weights[1:], strict=True):
-        column, note = match(paths[0], weights[0], path, other)
-        if note:
-            notes.append(note)
-        columns.append({name: info for name, info in column.items() if name in chosen})
     template = {name: info for name, info in weights[0].items() if name in chosen}
     if not template:
-        have = named([str(name) for name in weights[0]], 4)
-        hint = f"patterns are held against names such as {have}"
+        hint = f"patterns are compared with names such as {named(weights[0], 4)}"
         raise MergeError("no tensor fits --include and --exclude", where=paths[0], hint=hint)
-    spared = tuple(name for name in weights[0] if name not in template)
-    if spared:
-        names = named([str(name) for name in spared])
-        notes.append(f"{names} is not to be averaged and is kept from the template")
-    left_out: list[Name] = []
-    for path, column in zip(paths[1:], columns[1:], strict=True):
+    columns = []
+    for path, other in zip(paths[1:], weights[1:], strict=True):
+        column, note = match(paths[0], weights[0], path, other)
+        notes += [note] if note else []
+        columns.append({name: info for name, info in column.items() if name in chosen})
+    kept = [name for name in weights[0] if name not in template]
+    if kept:
+        notes.append(f"{named(kept)} is not to be averaged and is kept from the template")
+    left_out: set[str] = set()
+    for path, column in zip(paths[1:], columns, strict=True):
         lacking = [name for name in template if name not in column]
         extra = [name for name in column if name not in template]
         if missing == "error" and (lacking or extra):
             raise _unequal(paths[0], path, lacking, extra)
-        left_out += extra
+        left_out.update(map(str, extra))
     if left_out:
-        names = named(sorted({str(name) for name in left_out}))
-        notes.append(f"{names} is not in the template and is left out")
-    alone: tuple[None, ...] = (None,) * (len(paths) - 1)
-    rows: dict[Name, tuple[TensorInfo | None, ...]] = {
-        name: tuple(column.get(name) for column in columns) if name in template else (info, *alone)
+        notes.append(f"{named(sorted(left_out))} is not in the template and is left out")
+    incomplete = [name for name in template if any(name not in column for column in columns)]
+    if incomplete and missing == "skip":
+        notes.append(
+            f"{named(incomplete)} is not in every checkpoint and is kept from the template"
+        )
+        kept += incomplete
+    elif incomplete:
+        what = "is not in every checkpoint and is averaged where it is present"
+        notes.append(f"{named(incomplete)} {what}")
+    skipped = frozenset(kept)
+    # What is kept has the template as its only source: whether others have it does not matter.
+    rows = {
+        name: (info, *(None if name in skipped else column.get(name) for column in columns))
         for name, info in weights[0].items()
     }
-    incomplete = tuple(name for name in template if None in rows[name])
-    if missing == "skip":
-        if incomplete:
-            names = named([str(name) for name in incomplete])
-            notes.append(f"{names} is not in every checkpoint and is kept from the template")
-        for name in incomplete:
-            rows[name] = (rows[name][0], *alone)
-        return Aligned(rows, tuple(notes), frozenset((*spared, *incomplete)))
-    if incomplete:
-        names = named([str(name) for name in incomplete])
-        notes.append(f"{names} is not in every checkpoint and is averaged where it is present")
-    return Aligned(rows, tuple(notes), frozenset(spared))
+    return Aligned(rows, tuple(notes), skipped)
 
 
 def _unequal(
     template: Path, path: Path, lacking: Sequence[Name], extra: Sequence[Name]
 ) -> MergeError:
+    what = f"it has {named(extra)}, which {template} lacks"
     if lacking:
-        what = f"it lacks {named([str(name) for name in lacking])}, which {template} has"
-    else:
-        what = f"it has {named([str(name) for name in extra])}, which {template} lacks"
+        what = f"it lacks {named(lacking)}, which {template} has"
     hint = "--missing skip keeps such tensors from the template, --missing available averages "
     return MergeError(what, where=path, hint=hint + "them where they are present")
 
@@ -144,7 +138,7 @@ def match(
     path: Path,
     other: Mapping[Name, TensorInfo],
 ) -> tuple[dict[Name, TensorInfo], str | None]:
-    """The other checkpoint's tensors under the template's names, and what was done for it.
+    """Return the other checkpoint's tensors under the template's names, and a note if they differ.
 
     Raises:
         MergeError: it has other state dicts.
@@ -152,6 +146,8 @@ def match(
     if template.keys() == other.keys():
         return dict(other), None
     _same_state_dicts(template_path, template, path, other)
+    # The change after which the fewest names are left alone; of equals the first, which changes
+    # least. So names that meet as they are stay as they are.
     best: tuple[int, dict[Name, TensorInfo], str | None] | None = None
     for change, note in _CHANGES:
         ours, theirs = _renamed(template, change), _renamed(other, change)
@@ -163,8 +159,8 @@ def match(
         column = {name: info for name, info in column.items() if name not in spare}
         said = [note] if note else []
         if dropped or spare:
-            names = [str(name) for name in (*dropped, *spare)]
-            said.append(f"{named(names)} was matched with the tensor that it is tied to")
+            names = named((*dropped, *spare))
+            said.append(f"{names} was matched with the tensor that it is tied to")
         unmatched = len(column.keys() ^ template.keys())
         if best is None or unmatched < best[0]:
             best = unmatched, column, f"{path}: {'; '.join(said)}" if said else None
@@ -179,7 +175,9 @@ def _dropped_ties(
     theirs: Mapping[Name, Name],
     other: Mapping[Name, TensorInfo],
 ) -> dict[Name, TensorInfo]:
-    """Tensors that the other checkpoint has only under the name of one they are tied to."""
+    """Return tensors that the other checkpoint has only under the name of one they are tied to."""
+    # safetensors holds no ties: of tied weights, such as an embedding and the head, save_model and
+    # transformers write one. Which one is theirs to choose, and it need not be the template's.
     places = {_place(template[name]): short for short, name in ours.items() if short in theirs}
     absent = [short for short in ours if short not in theirs]
     found = {ours[short]: places.get(_place(template[ours[short]])) for short in absent}
@@ -189,7 +187,7 @@ def _dropped_ties(
 def _tied(
     name: Name, column: Mapping[Name, TensorInfo], template: Mapping[Name, TensorInfo]
 ) -> bool:
-    """Whether a tensor is tied, in its own checkpoint, to one that the template has."""
+    """Return whether a tensor is tied, in its own checkpoint, to one that the template has."""
     place = _place(column[name])
     return any(other in template and _place(info) == place for other, info in column.items())
 
@@ -215,7 +213,8 @@ def _same_state_dicts(
 
 
 def _short(names: Iterable[Name]) -> dict[Name, Name]:
-    """Short name to name, where a short name drops what all state dict paths begin with."""
+    """Return names by short names, which leave out what all paths of state dicts begin with."""
+    # A bare state dict thus meets the same one below "state_dict", or below "model".
     names = list(names)
     paths = {name.state_dict for name in names}
     depth = 0
@@ -236,6 +235,8 @@ def _without_model(key: str) -> str:
     return _unwrapped(key).removeprefix("model.")
 
 
+# Each changes more than the one before. Wrappers add their segments anywhere; "model." is what
+# Lightning modules call the model inside, and only its front is surely not the model's own.
 _CHANGES: tuple[tuple[Callable[[str], str], str | None], ...] = (
     (_same, None),
     (_unwrapped, "names were matched without the prefixes of wrappers (module., _orig_mod.)"),
@@ -244,7 +245,7 @@ _CHANGES: tuple[tuple[Callable[[str], str], str | None], ...] = (
 
 
 def _renamed(names: Iterable[Name], change: Callable[[str], str]) -> dict[Name, Name] | None:
-    """Short, changed name to name; None where two names become one."""
+    """Return names by their short names after a change; None where two become one."""
     short = _short(names)
     changed = {Name(s.state_dict, change(s.key)): name for s, name in short.items()}
     return changed if len(changed) == len(short) else None
