@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.formats.distributed.tiling import tile

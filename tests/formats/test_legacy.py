@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

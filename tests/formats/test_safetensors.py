@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import BY_NAME, BY_SAFETENSORS, NewTensor
-from merge_avg.engine._run import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import check, safetensors, scan
 from merge_avg.formats.safetensors import create
@@ -122,6 +122,39 @@ def test_names_that_appear_twice_are_refused_although_the_library_takes_one(tmp_
     with pytest.raises(MergeError, match="a key appears twice"):
         scan(path)
     assert library_reads(path)
+
+
+ODD = {
+    "half a character": b'{"\\ud800":%b}',
+    "half a character in a key": b'{"a":{"\\udfff":1,%b}',
+    "minus zero": b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[-0,12]}}',
+    "NaN": b'{"a":{"x":NaN,%b}',
+    "an endless number": b'{"a":{"x":1e999,%b}',
+    "deep": b'{"a":{"x":' + b"[" * 300 + b"]" * 300 + b",%b}",
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_where_readers_of_json_disagree_the_library_decides(tmp_path, odd):
+    """What Python reads and the library refuses is refused, also where no framework is loaded."""
+    inside = json.dumps(entry(0, 12)).encode()
+    header = ODD[odd].replace(b"%b", inside if odd == "half a character" else inside[1:])
+    path = written(tmp_path / "a.safetensors", header, bytes(12))
+    assert json.loads(header)
+    code = (
+        "from merge_avg.errors import MergeError; from merge_avg.formats import scan\n"
+        f"try: scan({str(path)!r})\n"
+        "except MergeError as error: print(error.what)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("the safetensors library does not accept it")
+
+
+def test_escapes_and_further_keys_are_read(tmp_path):
+    """A name in escapes, and keys of an entry that nobody knows, are odd but right."""
+    raw = b'{"w\\u00f6":{"x":[1,"y"],%b}' % json.dumps(entry(0, 12)).encode()[1:]
+    layout = scan(written(tmp_path / "a.safetensors", raw, bytes(12)))
+    assert [info.path for info in layout.tensors] == [("wö",)]
 
 
 DTYPES = ["F32", "BF16", "F8_E8M0", "F4", "C64", "BOOL", "F33"]

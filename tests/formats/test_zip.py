@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.io._reader import Reader

@@ -45,6 +45,7 @@ from merge_avg.formats import bounded_json
 _METADATA = "__metadata__"
 _LARGEST = 1 << 63
 _INT = frozenset((int,))
+_ODD = (b"\\u", b":-", b",-", b"[-", b" -")
 _AGAIN = "fetch or save the file again"
 
 
@@ -59,17 +60,17 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     try:
         if 8 + length > nbytes:
             raise _cut_short(8 + length, nbytes)
-        tensors, metadata, end = _header(file.read(length), number)
-        if end > nbytes:
-            raise _cut_short(end, nbytes)
-        if end < nbytes:
-            raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor")
+        header = _header(file.read(length), number)
+        if header.end > nbytes:
+            raise _cut_short(header.end, nbytes)
+        if header.end < nbytes:
+            raise MergeError(f"{nbytes - header.end:,} bytes follow after the last tensor")
     except MergeError as error:
         raise error.at(path) from None
-    layout = Layout(path, "safetensors", (stamp,), tensors, metadata=metadata)
-    # The library imports torch or NumPy to open a file, which takes longer than most merges; where
-    # one of them is loaded already, asking it costs little.
-    if any(map(sys.modules.get, ("torch", "numpy"))):
+    layout = Layout(path, "safetensors", (stamp,), header.tensors, metadata=header.metadata)
+    # The library imports torch or NumPy to open a file, which takes longer than many a merge. So
+    # it is asked where one of them is loaded already, and where readers of JSON disagree.
+    if header.odd or any(map(sys.modules.get, ("torch", "numpy"))):
         check(layout)
     return layout
 
@@ -78,13 +79,28 @@ def _cut_short(expected: int, found: int) -> MergeError:
     return MergeError(f"it is cut short: {found:,} bytes, expected {expected:,}", hint=_AGAIN)
 
 
+@dataclass(frozen=True)
+class _Header:
+    """The content of a header.
+
+    Attributes:
+        tensors: in the order of their bytes.
+        metadata: texts by their keys.
+        end: the offset behind the last tensor.
+        odd: whether it has escapes, signs or keys that no usual writer needs: other readers of
+            JSON refuse half a surrogate pair, -0 as a whole number, and NaN.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: tuple[tuple[str, str], ...]
+    end: int
+    odd: bool
+
+
 # Checkpoints of one run have the same header to the byte: the last one is remembered, so that
 # eight of them are parsed once and share their tensors.
 @lru_cache(maxsize=1)
-def _header(
-    raw: bytes, number: int
-) -> tuple[tuple[TensorInfo, ...], tuple[tuple[str, str], ...], int]:
-    """Return the tensors of a header in the order of their bytes, its metadata, and their end."""
+def _header(raw: bytes, number: int) -> _Header:
     try:
         header = bounded_json.loads(raw)
     except ValueError as error:
@@ -101,7 +117,8 @@ def _header(
             where = "a hole before" if storage.offset > end else "an overlap at"
             raise MergeError(f"there is {where} tensor {storage.name!r}")
         end += storage.nbytes
-    return tuple(tensors), tuple(metadata.items()), end
+    odd = any(mark in raw for mark in _ODD) or any(len(entry) != 3 for entry in header.values())
+    return _Header(tuple(tensors), tuple(metadata.items()), end, odd)
 
 
 def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[TensorInfo]:
