@@ -15,7 +15,8 @@ from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
 from merge_avg.plan._windows import windows
-from merge_avg.report.report import describe, lines
+from merge_avg.report import as_json, describe
+from merge_avg.report.text import lines
 
 SIZE = 700_000
 
@@ -298,9 +299,9 @@ def test_what_equals_the_base_has_no_direction(tmp_path):
     assert found.pairs[0] == (1, None, None, None)
     assert found.mean == pytest.approx(1)
     report = report_of(paths[::3], tmp_path, base=base)
-    assert report["agreement"]["mean"] == 1
-    assert report["agreement"]["centred"] is None
-    assert report["warnings"] == []
+    assert report.agreement.mean == 1
+    assert report.agreement.centred is None
+    assert report.warnings == ()
     assert any("no two checkpoints differ from" in line for line in lines(report))
 
 
@@ -408,8 +409,9 @@ def test_figures_are_numbers_whatever_there_is(tmp_path_factory, rows, base):
     paths = made(folder, [torch.tensor(row).view(2, 3) for row in rows])
     save_file({"w": torch.tensor(base).view(2, 3)}, folder / "base.safetensors")
     report = report_of(paths, folder, base=folder / "base.safetensors")
-    found = report["agreement"]
-    json.dumps(report, allow_nan=False)
+    values = as_json(report)
+    found = values["agreement"]
+    json.dumps(values, allow_nan=False)
     for one in (found, found and found["centred"]):
         if one:
             values = [
@@ -423,7 +425,7 @@ def test_figures_are_numbers_whatever_there_is(tmp_path_factory, rows, base):
     same = len(rows) > 1 and all(row == rows[0] for row in rows)
     if same and any(rows[0]):
         assert found["mean"] == 1
-        assert report["warnings"] == []
+        assert report.warnings == ()
     assert found is None or sum(map(any, rows)) > 1
 
 
@@ -432,13 +434,13 @@ def test_figures_are_numbers_whatever_there_is(tmp_path_factory, rows, base):
 
 def report_of(paths, folder, **options):
     job = prepare(paths, folder / "o.safetensors", Options(overwrite=True, **options))
-    return describe(job, run(job), "1")
+    return describe(job, run(job))
 
 
 def test_strangers_are_warned_of(tmp_path):
     """Networks that have nothing in common get a warning that says what to do."""
     report = report_of(made(tmp_path, [noise(seed, 3000) for seed in (1, 2)]), tmp_path)
-    (warning,) = report["warnings"]
+    (warning,) = report.warnings
     assert "hardly agree (cosine" in warning
     assert "one initialisation" in warning
     assert any(line.startswith("  agreement ") for line in lines(report))
@@ -448,9 +450,9 @@ def test_relatives_are_not_warned_of(tmp_path):
     """Networks of one run agree, and nothing is said but the figure."""
     matrices = [noise(0, 3000) + noise(seed, 3000) / 10 for seed in (1, 2, 3)]
     report = report_of(made(tmp_path, matrices), tmp_path)
-    assert report["warnings"] == []
-    assert report["agreement"]["mean"] > 0.98
-    assert report["agreement"]["odd"] is None
+    assert report.warnings == ()
+    assert report.agreement.mean > 0.98
+    assert report.agreement.odd is None
 
 
 @pytest.mark.parametrize("others", [2, 6])
@@ -459,10 +461,10 @@ def test_the_odd_one_out_is_named(tmp_path, others):
     relatives = [noise(0, 3000) + noise(seed, 3000) / 10 for seed in range(1, 1 + others)]
     paths = made(tmp_path, [*relatives, noise(99, 3000)])
     report = report_of(paths, tmp_path)
-    assert report["agreement"]["odd"] == str(paths[-1])
-    (warning,) = report["warnings"]
+    assert report.agreement.odd == str(paths[-1])
+    (warning,) = report.warnings
     assert f"{paths[-1]} agrees with none of the others" in warning
-    assert report["agreement"]["each"][-1]["mean"] < 0.2
+    assert report.agreement.each[-1].mean < 0.2
     bars = [line for line in lines(report) if line.startswith("    ")]
     assert len(bars) == others + 1
     assert bars[0].count("#") > bars[-1].count("#")

@@ -1,52 +1,26 @@
-"""merge_avg.page: one page of HTML that needs no network, and whose text is only text."""
+"""The page: one file of HTML that needs no network, and in which text is only text."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
-from merge_avg.engine._run import run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.report.html import refuse as refuse_report
-from merge_avg.report import html as page
-from merge_avg.report.report import describe
+from merge_avg.report import as_json, html
+from merge_avg.report.printable import printable
+from tests.helpers import noise, run_command
+from tests.report.helpers import relatives, report_of, save
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-COMMAND = [sys.executable, "-m", "merge_avg"]
-
-
-def networks(folder, count=4, names=None, layers=5):
-    """Fine-tunes of one base, the last of which strays in one layer."""
-    base = {f"layers.{i}.weight": noise(i) for i in range(layers)} | {"norm": torch.ones(9)}
-    torch.save({"model": base}, folder / "base.pt")
-    paths = []
-    for number, name in enumerate(names or [f"fold{n}.pt" for n in range(count)]):
-        content = {
-            key: value + noise(99 * number + 70 + place) / 9 if value.dim() > 1 else value
-            for place, (key, value) in enumerate(base.items())
-        }
-        if number == count - 1:
-            content["layers.2.weight"] = noise(5000)
-        paths.append(folder / name)
-        torch.save({"model": content, "epoch": number}, paths[-1])
-    return paths
-
-
-def noise(seed):
-    return torch.randn(40, 50, generator=torch.Generator().manual_seed(seed))
-
-
-def report_of(paths, output, **options):
-    job = prepare(paths, output, Options(overwrite=True, **options))
-    return describe(job, run(job), "1.2.3")
 
 
 class Elements(HTMLParser):
@@ -66,45 +40,44 @@ class Elements(HTMLParser):
 
 def test_it_tells_all(tmp_path):
     """Inputs, weights, policies, notes, warnings, agreement and errors are in the page."""
-    paths = networks(tmp_path)
+    paths = relatives(tmp_path)
     base = tmp_path / "base.pt"
     report = report_of(paths, tmp_path / "o.pt", weights=[1, 1, 1, 2], base=base, exclude=["norm"])
-    report["warnings"].append("a warning of the test")
-    elements = Elements(page.page(report))
+    report = replace(report, warnings=("a warning of the test",))
+    elements = Elements(html.page(report))
     text = " ".join(" ".join(elements.text).split())
-    for entry in report["inputs"]:
-        assert entry["path"] in text
+    for entry in report.inputs:
+        assert entry.path in text
     assert f"{base} (base)" in text
-    figures = report["agreement"]
-    for one in (*figures["each"], *figures["centred"]["each"]):
-        assert f"{one['mean']:.3f}" in text
-    for what in ("a warning of the test", *report["notes"], "layers.2.weight", "0.4", "int_policy"):
+    figures = report.agreement
+    for one in (*figures.each, *figures.centred.each):
+        assert f"{one.mean:.3f}" in text
+    for what in ("a warning of the test", *report.notes, "layers.2.weight", "0.4", "int_policy"):
         assert what in text
     ids = {attributes.get("id") for _, attributes in elements.found}
     assert {"heat-map", "heat-map-centred", "distances", "checkpoints", "least", "what"} <= ids
     assert sum(tag == "svg" for tag, _ in elements.found) == 3
-    described = json.loads(unescape(re.search(r"<pre>(.*)</pre>", page.page(report), re.DOTALL)[1]))
-    assert described["agreement"]["pairs"] == figures["pairs"]
+    described = json.loads(unescape(re.search(r"<pre>(.*)</pre>", html.page(report), re.DOTALL)[1]))
+    expected = as_json(report)
+    for one in (expected["agreement"], expected["agreement"]["centred"]):
+        del one["tensors"]
+    assert described == expected
 
 
 def test_sampled_figures_have_errors(tmp_path):
     """Where a sample was looked at, the page says of how many elements, and the error."""
-    paths = []
-    for number in range(2):
-        paths.append(tmp_path / f"{number}.pt")
-        value = torch.randn(400, 500, generator=torch.Generator().manual_seed(number))
-        torch.save({"w": value}, paths[-1])
+    paths = save(tmp_path, *({"w": noise(number, 400, 500)} for number in range(2)))
     report = report_of(paths, tmp_path / "o.pt")
-    text = page.page(report)
-    assert f"{report['agreement']['elements']:,} of the 200,000 elements" in text
-    assert re.search(r"&plusmn; 0\.\d+ by sampling", text)
+    text = html.page(report)
+    assert f"{report.agreement.elements:,} of the 200,000 elements" in text
+    assert re.search(r"sampled, &plusmn; 0\.\d+", text)
 
 
 def test_ids_are_distinct_and_nothing_is_loaded(tmp_path):
     """No script, no style sheet, no address to load from; no id twice; small."""
-    paths = networks(tmp_path)
+    paths = relatives(tmp_path)
     report = report_of(paths, tmp_path / "o.pt", base=tmp_path / "base.pt")
-    text = page.page(report)
+    text = html.page(report)
     elements = Elements(text)
     tags = {tag for tag, _ in elements.found}
     assert not tags & {"script", "link", "iframe", "object", "base", "form", "foreignobject"}
@@ -117,7 +90,7 @@ def test_ids_are_distinct_and_nothing_is_loaded(tmp_path):
     referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
     assert {one or other for one, other in referred} <= set(ids)
     assert len(text) < 300_000
-    assert page.page(report) == text
+    assert html.page(report) == text
 
 
 NASTY = ["<script>alert(1)</script>", "a\"onload='x'&amp;", "$\\frac{1}{2}$", "\x1b[31mé漢\udc80"]
@@ -127,37 +100,35 @@ NASTY = ["<script>alert(1)</script>", "a\"onload='x'&amp;", "$\\frac{1}{2}$", "\
 def test_names_are_text(tmp_path, nasty):
     """HTML, formulas, controls and undecodable bytes in names of files and tensors are text."""
     name = nasty.replace("/", "") + ".pt"
-    paths = networks(tmp_path, names=[name, "b.pt", "c.pt", "d.pt"])
+    paths = relatives(tmp_path, names=[name, "b.pt", "c.pt", "d.pt"])
     for number, path in enumerate(paths):
-        torch.save({nasty: noise(number), f"{nasty}.1.w": noise(number + 9)}, path)
+        torch.save({nasty: noise(number, 40, 50), f"{nasty}.1.w": noise(number + 9, 40, 50)}, path)
     report = report_of(paths, tmp_path / "o.pt", template=paths[1], base=paths[0])
-    text = page.page(report)
+    text = html.page(report)
     text.encode()
     elements = Elements(text)
     assert "script" not in {tag for tag, _ in elements.found}
     assert not any(name.startswith("on") for _, found in elements.found for name in found)
     assert "\x1b" not in text
     shown = "".join(elements.text)
-    assert page.printable(name) in shown
-    assert page.printable(nasty) in shown
+    assert printable(name) in shown
+    assert printable(nasty) in shown
     ticks = [unescape(label) for label in re.findall(r"<text[^>]*>([^<]*)</text>", text)]
-    assert any(page.printable(nasty)[-12:] in label for label in ticks)
+    assert any(printable(nasty)[-12:] in label for label in ticks)
 
 
 def test_odd_numbers_of_everything(tmp_path):
     """One checkpoint, many, identical ones, and zeros make pages too."""
-    paths = networks(tmp_path, count=26, layers=60)
+    paths = relatives(tmp_path, count=26, layers=60)
     for chosen in (paths[:1], paths, [paths[0], paths[0]]):
-        text = page.page(report_of(chosen, tmp_path / "o.pt"))
+        text = html.page(report_of(chosen, tmp_path / "o.pt"))
         assert ("<svg" in text) == (len(chosen) > 1)
-    text = page.page(report_of(paths[:3], tmp_path / "o.pt", agreement=False))
+    text = html.page(report_of(paths[:3], tmp_path / "o.pt", agreement=False))
     assert "It was not measured" in text
-    for number in range(3):
-        value = {"w": noise(1) * (number > 0), "z": torch.zeros(3, 3)}
-        torch.save(value, tmp_path / f"z{number}.pt")
-    report = report_of([tmp_path / f"z{n}.pt" for n in range(3)], tmp_path / "o.pt")
-    assert report["agreement"]["pairs"][0] == [1, None, None]
-    assert "nan" not in page.page(report).lower().replace("nonfinite", "")
+    states = ({"w": noise(1, 40, 50) * (n > 0), "z": torch.zeros(3, 3)} for n in range(3))
+    report = report_of(save(tmp_path, *states), tmp_path / "o.pt")
+    assert report.agreement.pairs[0] == (1, None, None)
+    assert "nan" not in html.page(report).lower().replace("nonfinite", "")
 
 
 # Before the merge, and the file
@@ -165,13 +136,13 @@ def test_odd_numbers_of_everything(tmp_path):
 
 def test_what_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     """A page over an output, an input or an older page, elsewhere, or without matplotlib."""
-    paths = networks(tmp_path)
+    paths = relatives(tmp_path)
     job = prepare(paths, tmp_path / "o.html", Options())
     old = tmp_path / "old.html"
     old.write_text("old")
     linked = tmp_path / "linked.html"
     linked.symlink_to(paths[0])
-    refuse_report(tmp_path / "r.html", job)
+    html.refuse(tmp_path / "r.html", job)
     for path, kind, message in [
         (tmp_path / "o.html", UsageError, "is the output"),
         (tmp_path / "r.pt", UsageError, "another ending"),
@@ -180,21 +151,20 @@ def test_what_is_refused_before_anything_is_read(tmp_path, monkeypatch):
         (tmp_path / "none" / "r.html", MergeError, "does not exist"),
     ]:
         with pytest.raises(kind, match=message):
-            refuse_report(path, job)
+            html.refuse(path, job)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MergeError, match="needs matplotlib") as raised:
-        refuse_report(tmp_path / "r.html", job)
+        html.refuse(tmp_path / "r.html", job)
     assert "merge-avg[report]" in raised.value.hint
 
 
 def test_the_command_writes_it(tmp_path):
     """--report writes the page beside the output; a refusal leaves neither."""
-    networks(tmp_path)
+    relatives(tmp_path)
     folds = [f"fold{n}.pt" for n in range(4)]
 
     def merge(*arguments):
-        command = [*COMMAND, *folds, *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return run_command(*folds, *arguments, cwd=tmp_path)
 
     for wrong, code in [
         (["-o", "o.pt", "--report", "r.html", "--dry-run"], 2),
@@ -215,10 +185,10 @@ def test_the_command_writes_it(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path):
     """Where the page fails after the merge, the error says that the average is there."""
-    report = report_of(networks(tmp_path), tmp_path / "o.pt")
+    report = report_of(relatives(tmp_path), tmp_path / "o.pt")
     (tmp_path / "r.html").write_text("made in the meantime")
     with pytest.raises(MergeError, match="the average itself was written"):
-        page.write(tmp_path / "r.html", report, overwrite=False)
+        html.write(tmp_path / "r.html", report, overwrite=False)
     assert (tmp_path / "r.html").read_text() == "made in the meantime"
 
 
@@ -249,9 +219,9 @@ def browsed(path, folder):
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 def test_a_browser_shows_it(tmp_path):
     """In Chromium: heat maps, chart and tables, a clean console, and nothing from the network."""
-    paths = networks(tmp_path)
+    paths = relatives(tmp_path)
     report = report_of(paths, tmp_path / "o.pt", base=tmp_path / "base.pt")
-    page.write(tmp_path / "r.html", report, overwrite=False)
+    html.write(tmp_path / "r.html", report, overwrite=False)
     elements, console, requests = browsed(tmp_path / "r.html", tmp_path)
     ids = {attributes.get("id") for _, attributes in elements.found}
     assert {"heat-map", "heat-map-centred", "distances", "checkpoints", "least", "what"} <= ids
@@ -260,7 +230,7 @@ def test_a_browser_shows_it(tmp_path):
     assert sum(tag == "table" for tag, _ in elements.found) == 3
     assert sum(tag == "tr" for tag, _ in elements.found) > 5 + 5
     text = " ".join(elements.text)
-    assert f"{report['agreement']['mean']:.3f}" in text
+    assert f"{report.agreement.mean:.3f}" in text
     assert str(paths[0]) in text
     assert console == []
     assert requests == set()
@@ -276,7 +246,7 @@ def test_the_browser_would_tell(tmp_path):
     assert requests == {"http://example.com/x.png"}
     assert any("oh" in line for line in console)
     # The page's own policy forbids both.
-    policy = f'<meta http-equiv="Content-Security-Policy" content="{page._POLICY}">'
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{html._POLICY}">'
     path.write_text(policy + path.read_text())
     _, console, requests = browsed(path, tmp_path)
     assert requests == set()

@@ -1,9 +1,14 @@
-"""Charts of the agreement, as SVG to put into a page. They need matplotlib."""
+"""Charts of the agreement, as SVG to put into a page.
+
+Importing this needs matplotlib, and takes half a second: see `html`, which does it late.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
@@ -12,15 +17,18 @@ import matplotlib as mpl
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from merge_avg.agreement import TensorAgreement
 from merge_avg.report.printable import printable
 
 _P = ParamSpec("_P")
 _NUMBERS = 12  # checkpoints up to which the cells of the heat map have numbers
 _LINES = 8  # checkpoints up to which each has a colour of its own
 _TICKS = 24  # names on an axis, at most
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 # Okabe and Ito's colours, which most people can tell apart.
 _COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8a8a00 #000000".split()
 _STYLE: dict[Any, Any] = {
+    # Letters stay letters, for search and screen readers; and a dollar in a name stays a dollar.
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -35,28 +43,30 @@ _STYLE: dict[Any, Any] = {
 
 
 def _drawn(draw: Callable[_P, Figure]) -> Callable[_P, str]:
-    """The figure as an element of a page, with ids of its own; the same for the same figures."""
+    """Turn a function's figure into an element of a page: the same one for the same numbers."""
     name = draw.__name__
 
     @functools.wraps(draw)
     def svg(*args: _P.args, **kwargs: _P.kwargs) -> str:
         file = io.StringIO()
+        # Without a salt the ids are random, and without a date in it a page can be compared.
         with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-            # Letters that its own font lacks are the browser's to draw.
+            # The browser draws the letters, so it does not matter which of them this font lacks.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
             draw(*args, **kwargs).savefig(
                 file, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
             )
         text = file.getvalue()
-        return text[text.index("<svg") :]
+        return text[text.index("<svg") :]  # behind the XML declaration and the document type
 
     return svg
 
 
 @_drawn
 def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) -> Figure:
-    """Cosines of checkpoints by checkpoints, on a scale that ends a step below the least."""
+    """Draw the cosines of checkpoints with checkpoints, on a scale from below the least to 1."""
     known = [value for row in pairs for value in row if value is not None]
+    # The tenth below the least cosine; with a scale from 0 to 1 fine-tunes would all look alike.
     bottom = min(int(min(known) * 10 - (min(known) < 0)) / 10, 0.9)
     count = len(pairs)
     figure = Figure(figsize=(4.6, 3.8), layout="constrained")
@@ -89,10 +99,9 @@ def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) ->
 
 
 @_drawn
-def distances(
-    names: Sequence[str], rows: Sequence[Sequence[float]], numbers: Sequence[int]
-) -> Figure:
-    """A line for each checkpoint over the layers; of many, only the farthest have colours."""
+def distances(tensors: Sequence[TensorAgreement], numbers: Sequence[int]) -> Figure:
+    """Draw a line for each checkpoint over the layers; of many, only the farthest have colours."""
+    names, rows = layers(tensors)
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     columns = list(zip(*rows, strict=True))
@@ -124,3 +133,24 @@ def distances(
 
 def _clipped(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def layers(tensors: Sequence[TensorAgreement]) -> tuple[list[str], list[list[float]]]:
+    """Return the layers' names, and how far each checkpoint is from the mean there, over the norm.
+
+    A layer is what names have in common up to their first number; what all begin with is left out.
+    """
+    sums: dict[str, list[float]] = {}
+    for tensor in tensors:
+        match = _LAYER.match(tensor.name)
+        layer = match[0] if match else tensor.name.rpartition(".")[0] or tensor.name
+        # Distances are over the norm. Their squares add up once they are multiplied by its square.
+        square = tensor.norm**2
+        row = sums.setdefault(layer, [0.0] * (1 + len(tensor.distances)))
+        row[0] += square
+        for number, distance in enumerate(tensor.distances, 1):
+            row[number] += distance**2 * square
+    parts = [layer.split(".")[:-1] for layer in sums]
+    start = os.path.commonprefix(parts)  # noqa: RUF071 - of lists, part by part
+    names = [".".join(layer.split(".")[len(start) :]) for layer in sums]
+    return names, [[(one / (row[0] or 1)) ** 0.5 for one in row[1:]] for row in sums.values()]

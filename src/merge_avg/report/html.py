@@ -1,16 +1,15 @@
-"""The report as one page of HTML: no script, nothing to load, so it works wherever it is kept.
+"""The report as one page of HTML: no script and nothing to load, so it works wherever it is kept.
 
-Its charts are drawn when it is written. What draws in the browser (plotly, bokeh, vega) would put
-megabytes of script into every page, and a page that holds scripts could not forbid them.
+Its charts are drawn when it is written. A library that draws in the browser (plotly, bokeh, vega)
+would put megabytes of script into every page, and a page that holds scripts could not forbid them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,23 @@ from merge_avg.checkpoint import FileLayout
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
-from merge_avg.report import sizes
-from merge_avg.report.printable import printable
-from merge_avg.report.report import (
-    Report,
+from merge_avg.report._facts import (
+    Column,
     averaged_count,
-    exceptions,
-    integers,
-    kept_entries,
+    columns,
+    facts,
     least_agreeing,
-    shortened,
+    messages,
+    precision,
+    reading,
 )
+from merge_avg.report._report import Figures, Report, ReportedAgreement, as_json
+from merge_avg.report.printable import printable
+from merge_avg.report.sizes import counted, shown
 
-_KNOWN = ("step", "epoch", "metric")
 _LEAST = 20  # tensors in the table of those that agree least
-_COLUMNS = 6  # weights of more averages than these are in the JSON only
-_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+_MOST_NAMES = 40  # entries that are named where they are kept
+# Should escaping ever fail: the browser then still runs no script and loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _CSS = """
 :root { color-scheme: light; }
@@ -73,12 +73,12 @@ pre { overflow-x: auto; font-size: .8rem; }
 
 
 def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
-    """Refuses a page about a merge that cannot or must not be written, before the merge.
+    """Refuse, before the merge, a page that cannot or must not be written.
 
     Raises:
-        UsageError: its name is none of a page, or is an output's; or the merge is not run.
-        MergeError: matplotlib is not installed, it is an input or a part of one, it exists and may
-            not be overwritten, or there is no such directory.
+        UsageError: the name is not that of a page, or lies in an output; or the merge is not run.
+        MergeError: matplotlib is not installed, the page is an input or a part of one, it exists
+            and may not be overwritten, or its directory does not exist.
     """
     if dry_run:
         raise UsageError("a dry run has no results for a page", hint="leave out --report")
@@ -97,7 +97,7 @@ def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
 
 
 def write(path: Path, report: Report, *, overwrite: bool) -> None:
-    """Writes the page at once or not at all.
+    """Write the page at once or not at all.
 
     Raises:
         MergeError: it cannot be written.
@@ -113,46 +113,41 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
 
 
 def page(report: Report) -> str:
-    """The page of a merge that ran. Nothing in a name is HTML, a formula or a control."""
+    """Return the page of a merge that ran. Nothing in a name is HTML, a formula or a control."""
     body = "\n".join(_sections(report))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>merge-avg: {_text(report['output'])}</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>merge-avg: {_text(report.outputs[0].path)}</title>\n<style>{_CSS}</style>\n"
+        f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 def _sections(report: Report) -> Iterator[str]:
-    count, agreement = averaged_count(report), report["agreement"]
-    outputs = report["outputs"]
-    where = _text(report["output"]) if len(outputs) == 1 else f"{len(outputs):,} averages"
-    yield f"<header><h1>{where}</h1>"
-    what = f"the average of {count:,} checkpoint{'s' * (count != 1)}"
-    version = _text(report["merge_avg"])
-    yield f'<p class="sub">{what}, made by merge-avg {version}</p></header>'
+    outputs, agreement = report.outputs, report.agreement
+    title = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
+    what = f"the average of {counted(averaged_count(report), 'checkpoint')}"
+    yield f"<header><h1>{_text(title)}</h1>"
+    yield f'<p class="sub">{what}, made by merge-avg {_text(report.version)}</p></header>'
     yield f'<div class="tiles">{"".join(_tiles(report))}</div>'
-    messages = [("warning", text) for text in report["warnings"]]
-    messages += [("note", text) for text in (*exceptions(report), *report["notes"])]
-    if messages:
-        shown = (
-            f'<p class="message {kind}"><b>{kind}:</b> {_text(text)}</p>' for kind, text in messages
-        )
-        yield f'<section id="messages"><h2>Notes</h2>{"".join(shown)}</section>'
-    numbers = [n for n, entry in enumerate(report["inputs"], 1) if entry["averaged"]]
+    # Lines that scroll by end with the warnings, and a page begins with them.
+    told = [
+        f'<p class="message {fact.label}"><b>{fact.label}:</b> {_text(fact.value)}</p>'
+        for fact in sorted(messages(report), key=lambda fact: fact.label != "warning")
+    ]
+    if told:
+        yield _section("messages", "Notes", "".join(told))
     yield _section("checkpoints", "Checkpoints", _checkpoints(report))
     if agreement is None:
         nothing = "<p>It was not measured, or there are no two checkpoints with matrices.</p>"
         yield _section("agreement", "Agreement", nothing)
     else:
+        numbers = [number for number, entry in enumerate(report.inputs, 1) if entry.averaged]
         yield _section("agreement", "Agreement", "".join(_agreement(agreement, numbers)))
         yield _section("least", "Where they agree least", _least(agreement, numbers))
-    yield _section("what", "What was done", _facts(report))
-    short = dict(report)
-    if agreement is not None:
-        short["agreement"] = _without_tensors(agreement)
-    data = "\n".join(map(_text, json.dumps(short, indent=2).splitlines()))
+    yield _section("what", "What was done", _done(report))
+    data = "\n".join(map(_text, json.dumps(_without_tensors(report), indent=2).splitlines()))
     yield f"<section><details><summary>The report as JSON</summary><pre>{data}</pre></details>"
     yield "</section>"
 
@@ -162,131 +157,114 @@ def _section(name: str, title: str, content: str) -> str:
 
 
 def _tiles(report: Report) -> Iterator[str]:
-    agreement = report["agreement"]
+    agreement = report.agreement
     if agreement is not None:
-        yield _tile(_known(agreement["mean"]), f"agreement, {_precise(agreement)}")
-        if agreement["centred"] is not None:
-            centred = agreement["centred"]
-            yield _tile(_known(centred["mean"]), f"from the base, {_precise(centred)}")
-        yield _tile(_known(agreement["shrinkage"]), "norm of the mean over mean of the norms")
-    yield _tile(f"{report['tensors']['averaged']:,}", "tensors averaged")
-    yield _tile(f"{report['parameters']:,}", "parameters")
-    rate = sizes.shown(report["bytes_read"] / max(report["seconds"], 1e-9))
-    yield _tile(sizes.shown(report["bytes_read"]), f"read in {report['seconds']:.2f} s ({rate}/s)")
+        yield _tile(f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}")
+        if agreement.centred is not None:
+            centred = agreement.centred
+            yield _tile(f"{centred.mean:.3f}", f"from the base, {_precise(centred)}")
+        yield _tile(f"{agreement.shrinkage:.3f}", "norm of the mean over mean of the norms")
+    yield _tile(f"{report.tensors.averaged:,}", "tensors averaged")
+    yield _tile(f"{report.parameters:,}", "parameters")
+    if report.outcome is not None:
+        size, how = reading(report.outcome)
+        yield _tile(size, f"read {how}")
 
 
 def _tile(value: str, label: str) -> str:
     return f'<div class="tile"><b>{value}</b><span>{label}</span></div>'
 
 
-def _precise(agreement: Mapping[str, Any]) -> str:
-    if agreement["elements"] == agreement["size"]:
-        return "exact"
-    return f"&plusmn; {agreement['error']:.1g} by sampling"
+def _precise(figures: Figures) -> str:
+    return precision(figures).replace("+-", "&plusmn; ")
 
 
 def _checkpoints(report: Report) -> str:
-    inputs, outputs, agreement = report["inputs"], report["outputs"], report["agreement"]
-    centred = agreement["centred"] if agreement is not None else None
-    known = [key for key in _KNOWN if any(key in entry for entry in inputs)]
-    weights = outputs if len(outputs) <= _COLUMNS else ()
-    head = ["#", "checkpoint", "format", "size", *known]
-    head += ["weight" if len(outputs) == 1 else f"in {output['path']}" for output in weights]
-    head += ["agrees with the others"] if agreement is not None else []
-    head += ["by the differences to the base"] if centred is not None else []
-    rows = []
-    number = 0
-    for index, entry in enumerate(inputs):
-        size = sizes.shown(entry["bytes"])
-        is_base = agreement is not None and entry["path"] == agreement["base"]
-        path = entry["path"] + (" (base)" if is_base else "")
-        row = [str(index + 1), path, entry["format"], size]
-        row += [_known(entry.get(key), "g") for key in known]
-        row += [f"{output['weights'][index]:.4g}" for output in weights]
-        for found in (agreement, centred):
-            if found is not None:
-                row.append(_with_error(found["each"][number]) if entry["averaged"] else "")
-        number += entry["averaged"]
-        rows.append(row)
-    return _table(head, rows, left=(1, 2))
+    table = list(columns(report))
+    numbers = map(str, range(1, 1 + len(report.inputs)))
+    rows = zip(numbers, *map(_with_errors, table), strict=True)
+    left = [n for n, column in enumerate(table, 1) if column.title in ("checkpoint", "format")]
+    return _table(["#", *(column.title for column in table)], list(rows), left)
 
 
-def _agreement(agreement: Mapping[str, Any], numbers: Sequence[int]) -> Iterator[str]:
-    """Pictures, and how the figures come about."""
-    if agreement["elements"] == agreement["size"]:
+def _with_errors(column: Column) -> Sequence[str]:
+    if column.kind != "agreement":
+        return column.cells
+    return [
+        _with_error(one.mean, one.error) if one is not None else "" for one in column.agreements
+    ]
+
+
+def _agreement(agreement: ReportedAgreement, numbers: Sequence[int]) -> Iterator[str]:
+    """Yield pictures, and how the figures come about."""
+    if agreement.exact:
         looked = "all elements of the matrices were looked at, so the figures are exact"
     else:
-        share = f"{agreement['elements']:,} of the {agreement['size']:,} elements"
+        share = f"{agreement.elements:,} of the {agreement.size:,} elements"
         looked = (
             f"{share} of each checkpoint's matrices were looked at; the errors are standard errors "
             "of that sample"
         )
     yield (
         "<p>The cosine between the checkpoints over their tensors of two dimensions or more: 1 is "
-        f"the same direction, 0 nothing in common; below {LEAST_AGREEMENT:g} the mean is most "
-        f"likely no working network. Here {looked}.</p>"
+        f"the same direction, 0 nothing in common; below {LEAST_AGREEMENT:g} the mean most likely "
+        f"does not work as a network. Here {looked}.</p>"
     )
     from merge_avg.report import _charts as charts  # needs matplotlib
 
     yield '<div class="charts">'
-    caption = f"Cosine of each checkpoint with each ({_precise(agreement)} on the mean)"
-    yield _figure("heat-map", caption, charts.heat_map(agreement["pairs"], numbers))
-    centred = agreement["centred"]
-    if centred is not None:
-        caption = f"The same by the differences to {_text(agreement['base'])}"
-        picture = charts.heat_map(centred["pairs"], numbers)
+    caption = f"Cosine of each checkpoint with each ({_precise(agreement)})"
+    yield _figure("heat-map", caption, charts.heat_map(agreement.pairs, numbers))
+    if agreement.centred is not None:
+        caption = f"The same by the differences to {_text(str(agreement.base))}"
+        picture = charts.heat_map(agreement.centred.pairs, numbers)
         yield _figure("heat-map-centred", caption, picture)
-    names, distances = _layers(agreement["tensors"])
-    if names:
+    if agreement.tensors:
         caption = "Distance of each checkpoint from the mean, over the norm, by layer"
-        picture = charts.distances(names, distances, numbers)
+        picture = charts.distances(agreement.tensors, numbers)
         yield _figure("distances", caption, picture, wide=True)
     yield "</div>"
 
 
 def _figure(name: str, caption: str, picture: str, *, wide: bool = False) -> str:
     kind = ' class="wide"' if wide else ""
-    # Two charts of one page have no ids in common, and each says what it is of.
+    # Matplotlib numbers its ids anew in each chart, so two charts of a page would share some.
     picture = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", picture)
     picture = picture.replace("<svg ", f'<svg role="img" aria-label="{caption}" ', 1)
     return f'<figure id="{name}"{kind}>{picture}<figcaption>{caption}</figcaption></figure>'
 
 
-def _least(agreement: Mapping[str, Any], numbers: Sequence[int]) -> str:
+def _least(agreement: Figures, numbers: Sequence[int]) -> str:
     rows = []
     for tensor in least_agreeing(agreement, _LEAST):
-        whole = tensor["elements"] == tensor["size"]
-        far = max(range(len(numbers)), key=tensor["distances"].__getitem__)
+        far = max(range(len(numbers)), key=tensor.distances.__getitem__)
         rows.append(
             [
-                tensor["name"],
-                _with_error(tensor),
-                f"{tensor['size']:,}",
-                "all" if whole else f"{tensor['elements']:,}",
-                f"{tensor['distances'][far]:.3f} (#{numbers[far]})",
+                tensor.name,
+                _with_error(tensor.mean, tensor.error),
+                f"{tensor.size:,}",
+                "all" if tensor.elements == tensor.size else f"{tensor.elements:,}",
+                f"{tensor.distances[far]:.3f} (#{numbers[far]})",
             ]
         )
     head = ["tensor", "agreement", "elements", "looked at", "largest distance from the mean"]
-    rest = len(agreement["tensors"]) - len(rows)
+    rest = len(agreement.tensors) - len(rows)
     more = f'<p class="sub">{rest:,} more are in the output of --json.</p>' if rest else ""
     return _table(head, rows, left=(0,)) + more
 
 
-def _facts(report: Report) -> str:
-    kept, where = kept_entries(report)
-    dtypes = (f"{name} ({count:,})" for name, count in report["dtypes"].items())
+def _done(report: Report) -> str:
+    dtypes = (f"{name} ({counted(count, 'tensor')})" for name, count in report.dtypes.items())
+    told = [(one.label, one.value) for one in facts(report, _MOST_NAMES)]
     rows = [
-        *(["written", output["path"]] for output in report["outputs"]),
-        ["template", report["template"]],
-        ["tensors", ", ".join(f"{count:,} {kind}" for kind, count in report["tensors"].items())],
-        ["dtypes", ", ".join(dtypes)],
-        *(["integers", what] for what in integers(report)),
-        *([[where, shortened(kept, 40)]] if kept else []),
-        ["written bytes", f"{report['bytes_to_write']:,}"],
-        ["threads, memory", f"{report['threads']}, {sizes.shown(report['memory'])}"],
-        *([name, _setting(value)] for name, value in report["policies"].items()),
+        ("template", report.template),
+        *(pair for pair in told if pair[0] not in ("note", "warning")),
+        ("dtypes", ", ".join(dtypes)),
+        ("written bytes", f"{report.bytes_to_write:,}"),
+        ("threads, memory", f"{report.threads}, {shown(report.memory)}"),
+        *((name, _setting(value)) for name, value in report.policies.items()),
     ]
-    return _table(["", ""], [list(map(str, row)) for row in rows], left=(0, 1))
+    return _table(["", ""], rows, left=(0, 1))
 
 
 def _setting(value: Any) -> str:
@@ -296,7 +274,7 @@ def _setting(value: Any) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """A table of texts from anywhere; the columns `left` are text, the others numbers."""
+    """Return a table of texts from anywhere; the columns `left` are text, the others numbers."""
     kinds = [' class="t"' if number in left else ' class="n"' for number in range(len(head))]
     cells = "".join(f"<th{kind}>{_text(text)}</th>" for kind, text in zip(kinds, head, strict=True))
     top = f"<thead><tr>{cells}</tr></thead>" if any(head) else ""
@@ -308,43 +286,21 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _layers(tensors: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
-    """Layers by name, and how far each checkpoint is from the mean there, over the norm.
-
-    A layer is what names have in common up to their first number; what all begin with is left out.
-    """
-    sums: dict[str, list[float]] = {}
-    for tensor in tensors:
-        match = _LAYER.match(tensor["name"])
-        layer = match[0] if match else tensor["name"].rpartition(".")[0] or tensor["name"]
-        square = tensor["norm"] ** 2
-        row = sums.setdefault(layer, [0.0] * (1 + len(tensor["distances"])))
-        row[0] += square
-        for number, distance in enumerate(tensor["distances"], 1):
-            row[number] += distance**2 * square
-    parts = [layer.split(".")[:-1] for layer in sums]
-    start = os.path.commonprefix(parts)  # noqa: RUF071 - of lists, part by part
-    names = [".".join(layer.split(".")[len(start) :]) for layer in sums]
-    return names, [[(one / (row[0] or 1)) ** 0.5 for one in row[1:]] for row in sums.values()]
+def _without_tensors(report: Report) -> dict[str, Any]:
+    """Return the report as JSON without figures of each tensor, of which there may be thousands."""
+    found = as_json(report)
+    agreement = found.get("agreement") or {}
+    for figures in (agreement, agreement.get("centred") or {}):
+        figures.pop("tensors", None)
+    return found
 
 
-def _without_tensors(agreement: Mapping[str, Any]) -> dict[str, Any]:
-    short = {key: value for key, value in agreement.items() if key != "tensors"}
-    if short.get("centred") is not None:
-        short["centred"] = _without_tensors(short["centred"])
-    return short
-
-
-def _with_error(one: Mapping[str, Any]) -> str:
-    if one["mean"] is None:
+def _with_error(mean: float | None, error: float) -> str:
+    if mean is None:
         return ""
-    return f"{one['mean']:.3f}" + (f" ± {one['error']:.1g}" if one["error"] else "")
-
-
-def _known(value: float | None, form: str = ".3f") -> str:
-    return "" if value is None else format(value, form)
+    return f"{mean:.3f}" + (f" ± {error:.1g}" if error else "")
 
 
 def _text(value: str) -> str:
-    """A line as HTML."""
+    """Return a line as HTML."""
     return escape(printable(value))

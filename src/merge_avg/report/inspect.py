@@ -1,92 +1,149 @@
-"""What this program sees in a checkpoint, as plain values and as lines for a person."""
+"""The contents of a checkpoint, as merge-avg sees them: as values, and as lines of text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from merge_avg.checkpoint import assign, dotted
+from merge_avg.checkpoint import TensorInfo, assign, dotted
 from merge_avg.formats import scan
-from merge_avg.report import sizes
+from merge_avg.report._facts import aligned
+from merge_avg.report._report import optional, plain
+from merge_avg.report.sizes import shown
 from merge_avg.selection import read_metadata
 
-Contents = dict[str, Any]
-_WIDEST = 100  # characters that a column is padded to: one long name would widen every line
+# Averaged are float and complex weights, compared integers and bools beside them; the rest is kept.
+Role = Literal["averaged", "compared", "kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        name: dotted.
+        dtype: as torch names it.
+        shape: its extents.
+        role: what a merge does with it.
+        tie: a number that tensors which share memory have in common.
+        trouble: why it cannot be averaged, as in "a sparse tensor".
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    tie: int | None = optional()
+    trouble: str | None = optional()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint, and what it says of itself.
+
+    Attributes:
+        path: the file or directory.
+        format: as in torch-zip, safetensors.
+        nbytes: of all its files.
+        step: None where neither the checkpoint nor its name tells, like the epoch.
+        epoch: as the framework counts it.
+        metrics: by the framework's names.
+        merged: whether an earlier merge wrote it.
+        others: entries without tensors.
+        tensors: in the checkpoint's order.
+    """
+
+    path: str
+    format: str
+    nbytes: int
+    step: int | None
+    epoch: int | None
+    metrics: Mapping[str, float]
+    merged: bool
+    others: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
 
 
 def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
-    """The tensors of a checkpoint in its order, with their roles and ties, and what is known of it.
-
-    A role is "averaged" (float and complex weights), "compared" (integers and bools of a state
-    dict), or "kept". Tensors that share memory have the same `tie`.
+    """Return what is in a checkpoint.
 
     Args:
         path: the checkpoint.
         key: the one state dict whose tensors are weights.
 
     Raises:
-        MergeError: it cannot be read, is no checkpoint, or holds no weights.
+        MergeError: it cannot be read, is not a checkpoint, or holds no weights.
     """
     layout = scan(path)
     weights = {info.path for info in assign(layout, key).weights.values()}
-    sharing: dict[object, list[int]] = {}
-    for number, info in enumerate(layout.tensors):
-        if info.numel and not info.trouble:
-            sharing.setdefault(info.storage, []).append(number)
-    ties = {n: tie for tie, ns in enumerate(_shared(sharing), 1) for n in ns}
+    ties = _ties(layout.tensors)
     known = read_metadata(layout)
-    tensors = []
-    for number, info in enumerate(layout.tensors):
-        numbers = info.dtype.kind in ("float", "complex")
-        role = ("averaged" if numbers else "compared") if info.path in weights else "kept"
-        entry: dict[str, Any] = {
-            "name": dotted(info.path),
-            "dtype": info.dtype.name,
-            "shape": list(info.shape),
-            "role": role,
-        }
-        if number in ties:
-            entry["tie"] = ties[number]
-        if info.trouble:
-            entry["trouble"] = info.trouble
-        tensors.append(entry)
-    return {
-        "path": str(layout.path),
-        "format": layout.format,
-        "bytes": layout.nbytes,
-        "step": known.step,
-        "epoch": known.epoch,
-        "metrics": dict(known.metrics),
-        "merged": known.ours,
-        "others": list(layout.others),
-        "tensors": tensors,
-    }
+    tensors = tuple(
+        Tensor(
+            name=dotted(info.path),
+            dtype=info.dtype.name,
+            shape=tuple(info.shape),
+            role=_role(info) if info.path in weights else "kept",
+            tie=ties.get(number),
+            trouble=info.trouble or None,
+        )
+        for number, info in enumerate(layout.tensors)
+    )
+    return Contents(
+        path=str(layout.path),
+        format=layout.format,
+        nbytes=layout.nbytes,
+        step=known.step,
+        epoch=known.epoch,
+        metrics=dict(known.metrics),
+        merged=known.ours,
+        others=tuple(layout.others),
+        tensors=tensors,
+    )
 
 
-def _shared(sharing: dict[object, list[int]]) -> Iterator[list[int]]:
-    return (numbers for numbers in sharing.values() if len(numbers) > 1)
+def as_json(found: Contents) -> dict[str, Any]:
+    """Return the contents as plain values."""
+    values: dict[str, Any] = plain(found)
+    return values
 
 
 def lines(found: Contents) -> Iterator[str]:
-    """The contents for a person, a line each."""
-    known = [f"{key} {found[key]}" for key in ("step", "epoch") if found[key] is not None]
-    known += [f"{name} {value:g}" for name, value in found["metrics"].items()]
-    about = ", ".join([found["format"], sizes.shown(found["bytes"]), *known])
-    yield f"{found['path']}: {about}{', an output of merge-avg' if found['merged'] else ''}"
+    """Yield the contents, a line at a time. Names in it may hold controls: see `printable`."""
+    known = [("step", found.step), ("epoch", found.epoch)]
+    about = [found.format, shown(found.nbytes)]
+    about += [f"{key} {value}" for key, value in known if value is not None]
+    about += [f"{name} {value:g}" for name, value in found.metrics.items()]
+    about += ["an output of merge-avg"] if found.merged else []
+    yield f"{found.path}: {', '.join(about)}"
     rows = [
         (
-            one["name"],
-            one["dtype"],
-            "x".join(map(str, one["shape"])) or "-",
-            one["role"],
-            f"shares memory ({one['tie']})" if "tie" in one else one.get("trouble", ""),
+            one.name,
+            one.dtype,
+            "x".join(map(str, one.shape)) or "-",
+            one.role,
+            one.trouble or "" if one.tie is None else f"shares memory ({one.tie})",
         )
-        for one in found["tensors"]
+        for one in found.tensors
     ]
-    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield f"  {'  '.join(cells)}".rstrip()
-    if found["others"]:
-        yield f"  without tensors: {', '.join(found['others'])}"
+    for line in aligned(rows, gap="  "):
+        yield f"  {line}"
+    if found.others:
+        yield f"  without tensors: {', '.join(found.others)}"
+
+
+def _role(info: TensorInfo) -> Role:
+    return "averaged" if info.dtype.kind in ("float", "complex") else "compared"
+
+
+def _ties(tensors: tuple[TensorInfo, ...]) -> dict[int, int]:
+    """Return the tie of each tensor that shares its storage, by the tensor's number."""
+    sharing: dict[object, list[int]] = {}
+    for number, info in enumerate(tensors):
+        # Empty tensors share nothing, and of one with a trouble the storage is unknown.
+        if info.numel and not info.trouble:
+            sharing.setdefault(info.storage, []).append(number)
+    shared = [numbers for numbers in sharing.values() if len(numbers) > 1]
+    return {number: tie for tie, numbers in enumerate(shared, 1) for number in numbers}

@@ -1,29 +1,27 @@
-"""The report as Markdown, for the page of a CI job."""
+"""The report in GitHub's Markdown, for the summary of a CI job."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from merge_avg.errors import MergeError
-from merge_avg.report import sizes
+from merge_avg.report._facts import averaged_count, columns, facts
+from merge_avg.report._report import Report
 from merge_avg.report.printable import printable
-from merge_avg.report.report import Report, averaged_count, precision
-
-_KNOWN = ("step", "epoch", "metric")
+from merge_avg.report.sizes import counted
 
 
 def markdown(report: Report) -> str:
-    """A short summary in GitHub's Markdown; names in it stay names."""
+    """Return the report of a merge that ran. Names in it stay names."""
     return "\n".join(_lines(report)) + "\n"
 
 
 def append(path: Path, text: str) -> None:
-    """Adds text to a file, such as the one that GITHUB_STEP_SUMMARY names.
+    """Add text to a file, such as the one that GITHUB_STEP_SUMMARY names.
 
     Raises:
-        MergeError: it cannot be written.
+        MergeError: the file cannot be written.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -33,41 +31,24 @@ def append(path: Path, text: str) -> None:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    inputs, outputs = report["inputs"], report["outputs"]
-    count, agreement = averaged_count(report), report.get("agreement")
-    yield f"### merge-avg: {count} checkpoint{'s' * (count != 1)} averaged"
+    yield f"### merge-avg: {counted(averaged_count(report), 'checkpoint')} averaged"
     yield ""
-    known = [key for key in _KNOWN if any(key in entry for entry in inputs)]
-    columns = ["checkpoint", "size", *known, *("weight" for _ in outputs)]
-    yield _row(columns)
-    yield _row(["---"] * len(columns))
-    for number, entry in enumerate(inputs):
-        cells = [_text(entry["path"]), sizes.shown(entry["bytes"])]
-        cells += [_number(entry.get(key)) for key in known]
-        cells += [_number(output["weights"][number]) for output in outputs]
-        yield _row(cells)
+    table = [column for column in columns(report) if column.title != "format"]
+    yield _row([column.title for column in table])
+    yield _row(["---" for _ in table])
+    yield from map(_row, zip(*(column.cells for column in table), strict=True))
     yield ""
-    for output in outputs:
-        yield f"- written: {_text(output['path'])}"
-    tensors = report["tensors"]["averaged"]
-    yield f"- averaged: {tensors:,} tensors, {report['parameters']:,} parameters"
-    if agreement is not None:
-        yield f"- agreement: {agreement['mean']:.3f} ({precision(agreement)})"
-        if agreement["centred"] is not None:
-            mean = f"{agreement['centred']['mean']:.3f} ({precision(agreement['centred'])})"
-            yield f"- agreement by the differences to {_text(agreement['base'])}: {mean}"
-    yield from (f"- note: {_text(note)}" for note in report["notes"])
-    yield from (f"- **warning**: {_text(warning)}" for warning in report["warnings"])
+    if len(report.outputs) == 1:
+        yield f"- written: {_text(report.outputs[0].path)}"
+    for fact in facts(report):
+        label = f"**{fact.label}**" if fact.label == "warning" else fact.label
+        yield f"- {label}: {_text(fact.value)}"
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}"
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_text, cells))} |"
 
 
 def _text(value: str) -> str:
-    """Text without what Markdown, HTML or a terminal would take for more."""
+    """Return text in which nothing means more than itself in Markdown, HTML or a terminal."""
     return "".join(f"&#{ord(c)};" if c in "|`*_<>[]\\&#!~@" else c for c in printable(value))

@@ -1,4 +1,4 @@
-"""Text that comes from files or their names, as it may be shown."""
+"""Text from files and their names, made safe to show."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ _COMMAND = re.compile(r"^( *):(?=:)|#(?=#\[)")
 
 
 def printable(text: str) -> str:
-    """A line without what would steer a terminal or a CI runner: that is escaped."""
+    """Return a line in which everything that would steer a terminal or a CI runner is escaped."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return _COMMAND.sub(lambda found: found[0][:-1] + f"\\x{ord(found[0][-1]):02x}", shown)

@@ -1,0 +1,237 @@
+"""What a report says, whoever shows it: facts with a label, and the columns of its checkpoints."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from merge_avg.agreement import LEAST_AGREEMENT, TensorAgreement
+from merge_avg.errors import named
+from merge_avg.report._report import (
+    KNOWN,
+    CheckpointAgreement,
+    Figures,
+    Outcome,
+    Report,
+    ReportedAgreement,
+)
+from merge_avg.report.sizes import counted, shown
+
+Style = Literal["", "good", "doubtful"]
+_MOST_WEIGHTS = 6  # columns of weights; those of more outputs are in the facts only
+_MOST_NAMES = 8
+_LEAST = 3  # tensors that are named where the checkpoints agree much less about them
+_MUCH = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing to say, in a few words; a label may come more than once."""
+
+    label: str
+    value: str
+    style: Style = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the table of checkpoints.
+
+    Attributes:
+        kind: what it holds; there is one column of weights for each output.
+        title: above it.
+        cells: one for each input.
+        agreements: where it holds cosines, what the cells are of.
+    """
+
+    kind: Literal["name", "file", "known", "weight", "agreement"]
+    title: str
+    cells: tuple[str, ...]
+    agreements: tuple[CheckpointAgreement | None, ...] = ()
+
+
+def averaged_count(report: Report) -> int:
+    """Return how many inputs are averaged, so without a template or base that is not."""
+    return sum(entry.averaged for entry in report.inputs)
+
+
+def headline(report: Report) -> str:
+    """Return the one sentence that stands above all others."""
+    outputs = report.outputs
+    where = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
+    return f"{_verb(report)} {counted(averaged_count(report), 'checkpoint')} into {where}"
+
+
+def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
+    """Yield what there is to say beside the headline and the table of checkpoints.
+
+    Args:
+        report: of `describe`.
+        most: how many entries that are kept are named.
+    """
+    tensors = counted(report.tensors.averaged, "tensor")
+    what = f"{tensors}, {report.parameters:,} parameters ({', '.join(report.dtypes)})"
+    yield Fact(_verb(report), what)
+    if len(report.outputs) > 1:
+        for number, output in enumerate(report.outputs):
+            weights = f"(weights {', '.join(weights_of(report, number))})"
+            yield Fact("would write" if report.dry_run else "written", f"{output.path} {weights}")
+    yield from _integers(report)
+    yield from _kept(report, most)
+    if report.agreement is not None:
+        yield from _agreement(report.agreement)
+    if report.outcome is None:
+        size = shown(report.bytes_to_read)
+        yield Fact("would read", f"{size} and write {shown(report.bytes_to_write)}")
+        memory = f"{report.memory / (1 << 20):.0f} MiB of memory"
+        threads = counted(report.threads, "thread")
+        yield Fact("would take", f"at most {memory} beside torch's own, with {threads}")
+    else:
+        yield Fact("read", " ".join(reading(report.outcome)))
+    yield from messages(report)
+
+
+def messages(report: Report) -> Iterator[Fact]:
+    """Yield the notes, then the warnings."""
+    count = averaged_count(report)
+    for name, number in list(report.available.items())[:_MOST_NAMES]:
+        yield Fact("note", f"{name!r} is averaged over {number} of {count} checkpoints")
+    agreement = report.agreement
+    if agreement is not None and agreement.base is not None and agreement.centred is None:
+        yield Fact("note", f"no two checkpoints differ from {agreement.base}")
+    yield from (Fact("note", text) for text in report.notes)
+    if report.outcome is not None and report.outcome.nonfinite:
+        names = named(list(report.outcome.nonfinite))
+        yield Fact("warning", f"NaN or infinity in {names}", "doubtful")
+    yield from (Fact("warning", text, "doubtful") for text in report.warnings)
+
+
+def _verb(report: Report) -> str:
+    return "would average" if report.dry_run else "averaged"
+
+
+def weights_of(report: Report, number: int) -> list[str]:
+    """Return the weights in an output, without that of a base that is not averaged."""
+    pairs = zip(report.inputs, report.outputs[number].weights, strict=True)
+    return [f"{w:.4g}" for entry, w in pairs if entry.averaged or entry.path != report.base]
+
+
+def _integers(report: Report) -> Iterator[Fact]:
+    count = report.tensors.integers
+    if report.outcome is None:
+        if count:
+            yield Fact("integers", f"{counted(count, 'tensor')} to compare")
+        return
+    differing = report.outcome.differing
+    if count > len(differing):
+        yield Fact(
+            "integers", f"{counted(count - len(differing), 'tensor')} equal everywhere, copied"
+        )
+    if differing:
+        taken = {"max": "the largest value", "mean": "the rounded mean"}
+        how = taken.get(report.policies["int_policy"], "the template's value")
+        many = f"{counted(len(differing), 'tensor')} with different values"
+        yield Fact("integers", f"{many}, {how} taken: {named(list(differing))}")
+
+
+def _kept(report: Report, most: int) -> Iterator[Fact]:
+    names = [
+        f"{entry.key} ({counted(entry.tensors, 'tensor')}, {shown(entry.nbytes)})"
+        for entry in report.kept
+    ]
+    names += report.others
+    if names:
+        more = f" and {len(names) - most:,} more" if len(names) > most else ""
+        what = ", ".join(names[:most]) + more
+        from_template = Fact("kept", f"from {report.template}: {what}")
+        yield from_template if report.whole else Fact("left out", what)
+
+
+def _agreement(agreement: ReportedAgreement) -> Iterator[Fact]:
+    what = "mean cosine between the checkpoints' matrices"
+    value = f"{agreement.mean:.3f} ({precision(agreement)}; {what})"
+    yield Fact("agreement", value, style(agreement.mean))
+    if agreement.centred is not None:
+        how = f"({precision(agreement.centred)}; by the differences to {agreement.base})"
+        yield Fact("from base", f"{agreement.centred.mean:.3f} {how}")
+    for tensor in least_agreeing(agreement, _LEAST):
+        if tensor.mean is not None and tensor.mean < agreement.mean - _MUCH:
+            yield Fact("least", f"{tensor.mean:.3f} about {tensor.name!r}")
+
+
+def style(cosine: float | None) -> Style:
+    """Return how a cosine is shown."""
+    if cosine is None:
+        return ""
+    return "good" if cosine >= LEAST_AGREEMENT else "doubtful"
+
+
+def precision(figures: Figures) -> str:
+    """Return how precisely the mean cosine is known, in a few words."""
+    if figures.exact:
+        return "exact"
+    # The estimate itself is rough: fewer than four places are significant.
+    return f"sampled, +-{max(figures.error, 0.0001):.1g}"
+
+
+def least_agreeing(figures: Figures, count: int) -> list[TensorAgreement]:
+    """Return the tensors that the checkpoints agree least about, the least first."""
+    known = [(tensor.mean, tensor) for tensor in figures.tensors if tensor.mean is not None]
+    return [tensor for _, tensor in heapq.nsmallest(count, known, key=lambda pair: pair[0])]
+
+
+def reading(outcome: Outcome) -> tuple[str, str]:
+    """Return how much was read, and how fast."""
+    rate = shown(outcome.bytes_read / max(outcome.seconds, 1e-9))
+    return shown(outcome.bytes_read), f"in {outcome.seconds:.2f} s ({rate}/s)"
+
+
+def columns(report: Report) -> Iterator[Column]:
+    """Yield the table of checkpoints, whose rows are the inputs, by its columns."""
+    inputs, outputs, agreement = report.inputs, report.outputs, report.agreement
+    paths = (e.path + " (base)" * (e.path == report.base) for e in inputs)
+    yield Column("name", "checkpoint", tuple(paths))
+    yield Column("file", "format", tuple(entry.format for entry in inputs))
+    yield Column("file", "size", tuple(shown(entry.nbytes) for entry in inputs))
+    for key in KNOWN:
+        values = [getattr(entry, key) for entry in inputs]
+        if any(value is not None for value in values):
+            yield Column("known", key, tuple(map(_number, values)))
+    for output in outputs if len(outputs) <= _MOST_WEIGHTS else ():
+        title = "weight" if len(outputs) == 1 else f"in {output.path}"
+        yield Column("weight", title, tuple(f"{weight:.4g}" for weight in output.weights))
+    if agreement is not None:
+        yield _cosines("agrees", report, agreement)
+        if agreement.centred is not None:
+            yield _cosines("from base", report, agreement.centred)
+
+
+def _cosines(title: str, report: Report, figures: Figures) -> Column:
+    # Figures are those of the averaged inputs, in their order. A path may come twice.
+    each = iter(figures.each)
+    ones = tuple(next(each) if entry.averaged else None for entry in report.inputs)
+    means = (None if one is None else one.mean for one in ones)
+    cells = tuple("" if mean is None else f"{mean:.3f}" for mean in means)
+    return Column("agreement", title, cells, ones)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = " ", widest: int = 100) -> Iterator[str]:
+    """Yield rows as lines with their cells below each other; columns of nothing are left out.
+
+    Args:
+        rows: of equal length.
+        gap: between two cells.
+        widest: to which cells are padded at most: one long name would widen every line.
+    """
+    widths = [min(max(map(len, column)), widest) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width)
+        yield gap.join(cells).rstrip()

@@ -1,0 +1,117 @@
+"""The report as lines of text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from merge_avg.report._report import ReportedCandidate
+from merge_avg.report.text import lines
+from tests.report.helpers import relatives, report_of, save
+
+
+def candidate(name, **known):
+    """Return a candidate of which only this is known."""
+    fields = {"step": None, "epoch": None, "metric": None, "chosen": True, "why": "named"}
+    return ReportedCandidate(name, **(fields | known))
+
+
+def vectors(folder, count=2):
+    """Save vectors that differ."""
+    return save(folder, *({"w": torch.full((5,), float(n))} for n in range(count)))
+
+
+def test_every_fact_is_a_line(tmp_path):
+    """After the headline there is a line for each fact, its label first."""
+    first, *rest = lines(report_of(vectors(tmp_path), tmp_path / "o.pt"))
+    assert first == f"averaged 2 checkpoints into {tmp_path / 'o.pt'}"
+    assert rest[0] == "  averaged 1 tensor, 5 parameters (float32)"
+    assert rest[-1].startswith("  read ")
+    assert len(rest) == 2
+
+
+def test_labels_that_need_a_colon_have_one(tmp_path):
+    """Notes and warnings are set off from what they say; other labels begin a sentence."""
+    state = {"model": {"w": torch.ones(3), "n": torch.tensor(1)}, "epoch": 3}
+    report = report_of(save(tmp_path, state), tmp_path / "o.pt", state_dict=True)
+    report = replace(report, notes=("one",), warnings=("another",))
+    found = list(lines(report))
+    for line in (
+        "  integers: 1 tensor equal everywhere, copied",
+        "  left out: epoch",
+        "  note: one",
+        "  warning: another",
+    ):
+        assert line in found
+
+
+def test_weights_that_differ_are_shown(tmp_path):
+    """Equal weights go without saying; a base that is not averaged has none."""
+    paths = relatives(tmp_path)[:2]
+    base = tmp_path / "base.pt"
+    equal = list(lines(report_of(paths, tmp_path / "o.pt", base=base)))
+    assert not any(line.startswith("  weights") for line in equal)
+    found = list(lines(report_of(paths, tmp_path / "o.pt", base=base, weights=[1, 3])))
+    assert found[1] == "  weights 0.25, 0.75"
+
+
+def test_candidates_are_a_table(tmp_path):
+    """A plan shows each candidate with what is known of it; a run only those beside the inputs."""
+    paths = vectors(tmp_path)
+    best = candidate("a.ckpt", step=1_234_567, metric=0.25, weight=0.5, why="among the best 2")
+    copy = candidate("last.ckpt", step=1_234_567, chosen=False, why="a copy of a.ckpt")
+    planned = report_of(paths, tmp_path / "o.pt", dry_run=True)
+    found = list(lines(replace(planned, candidates=(best, copy))))
+    assert found[1:3] == [
+        "  + a.ckpt    step 1234567 metric 0.25 weight 0.5 among the best 2",
+        "  - last.ckpt step 1234567                        a copy of a.ckpt",
+    ]
+    ran = report_of(paths, tmp_path / "o.pt")
+    assert not any("a.ckpt" in line for line in lines(replace(ran, candidates=(best, copy))))
+    more = replace(ran, candidates=(best, copy, candidate("c.ckpt", chosen=False)))
+    assert sum(".ckpt" in line for line in lines(more)) == 3
+
+
+def test_bars_show_who_does_not_belong(tmp_path):
+    """Few checkpoints that differ have a bar each, below the agreement."""
+    paths = relatives(tmp_path, count=3, layers=3)
+    found = list(lines(report_of(paths, tmp_path / "o.pt")))
+    place = next(n for n, line in enumerate(found) if line.startswith("  agreement "))
+    bars = found[place + 1 : place + 4]
+    assert all(line.startswith(f"    {path} ") for line, path in zip(bars, paths, strict=True))
+    assert bars[2].count("#") < bars[0].count("#") == bars[1].count("#")
+
+
+def test_bars_that_would_look_alike_are_left_out(tmp_path):
+    """Checkpoints that agree equally well have no bars, nor have very many."""
+    paths = relatives(tmp_path, count=2)
+    report = report_of(paths, tmp_path / "o.pt")
+    assert not any("#" in line for line in lines(report))
+    (one, two) = report.agreement.each
+    many = replace(report.agreement, each=(replace(one, mean=0.1), *([two] * 16)))
+    report = replace(report, outcome=replace(report.outcome, agreement=many))
+    assert not any("#" in line for line in lines(report))
+
+
+def test_the_table_of_the_readme(tmp_path):
+    """The lines that the README shows of a plan are those that it gives, to the letter."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    start = readme.index("would average 2 checkpoints into best.ckpt")
+    listed = readme[start : readme.index("```", start)].splitlines()
+    names = [f"epoch={n}-step={n}00-val_loss={loss}.ckpt" for n, loss in enumerate(LOSSES, 2)]
+    known = [{"step": n * 100, "epoch": n, "metric": float(v)} for n, v in enumerate(LOSSES, 2)]
+    weighted = {"weight": 0.5, "why": "among the best 2"}
+    left = {"chosen": False, "why": "not among the best 2"}
+    last = {"step": 400, "epoch": 4, "chosen": False, "why": f"a copy of {names[2]}"}
+    candidates = (
+        candidate(names[1], **known[1], **weighted),
+        candidate(names[2], **known[2], **weighted),
+        candidate(names[0], **known[0], **left),
+        candidate("last.ckpt", **last),
+    )
+    report = report_of(vectors(tmp_path), "best.ckpt", dry_run=True)
+    found = list(lines(replace(report, candidates=candidates)))
+    assert found[: len(listed)] == listed
+
+
+LOSSES = ("0.333", "0.250", "0.200")

@@ -1,0 +1,129 @@
+"""The table of options: everything else is derived from it, so it has to be complete."""
+
+import pytest
+
+from merge_avg.errors import UsageError
+from merge_avg.options import (
+    RECORDED,
+    REPORTED,
+    Criteria,
+    Options,
+    Series,
+    Weighting,
+    meanings,
+    parse_range,
+    parse_size,
+)
+
+CLASSES = [Options, Criteria, Series, Weighting]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("512", 512),
+        ("7B", 7),
+        ("1K", 1024),
+        ("64MiB", 64 << 20),
+        ("1.5G", 3 << 29),
+        ("1T", 1 << 40),
+        ("3kb", 3000),
+        ("2 gb", 2 * 10**9),
+        (" 5GB ", 5 * 10**9),
+    ],
+)
+def test_sizes_are_parsed(text, nbytes):
+    """Units are decimal with B and binary with iB or alone."""
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1 XB", "1e3", "MiB", "1iB", "1.G", "1 2"])
+def test_other_texts_are_not_sizes(text):
+    """What is not a size is wrong usage, with an example."""
+    with pytest.raises(UsageError, match="is not a size") as raised:
+        parse_size(text)
+    assert "512MiB" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "bounds"),
+    [
+        ("100:200", (100, 200, None)),
+        ("100:", (100, None, None)),
+        (":200", (None, 200, None)),
+        (":", (None, None, None)),
+        ("100:200:50", (100, 200, 50)),
+        ("::50", (None, None, 50)),
+        ("100", (100, 100, None)),
+        (" 1 : 2 ", (1, 2, None)),
+        ("0:0", (0, 0, None)),
+    ],
+)
+def test_ranges_are_parsed(text, bounds):
+    """Each bound may be left out, and one number is both."""
+    assert parse_range(text) == bounds
+
+
+@pytest.mark.parametrize("text", ["", "a:b", "1:2:3:4", "-5:", "1.5:2", "1-2", "1:2:-3"])
+def test_other_texts_are_not_ranges(text):
+    """What is not a range is wrong usage, with examples."""
+    with pytest.raises(UsageError, match="is not understood") as raised:
+        parse_range(text)
+    assert "1000:5000" in raised.value.hint
+
+
+@pytest.mark.parametrize("text", ["2:1", "1:2:0", "5::0"])
+def test_empty_ranges_are_refused(text):
+    """A range without a number, and one without steps, are wrong usage too."""
+    with pytest.raises(UsageError, match="is empty"):
+        parse_range(text)
+
+
+def test_what_is_recorded():
+    """Outputs have these options in their provenance, in this order: their bytes depend on it."""
+    order = "normalize dtype key missing int_policy state_dict allow_nonfinite max_shard_size"
+    assert " ".join(RECORDED) == f"{order} include exclude"
+
+
+def test_what_is_reported():
+    """The report has what decides the values, and the device; not how the output is split up."""
+    assert set(REPORTED) == {*RECORDED, "device"} - {"max_shard_size"}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_option_has_help(cls):
+    """Each field that has a meaning says it in a sentence or two."""
+    found = dict(meanings(cls))
+    assert found
+    for name, meaning in found.items():
+        assert meaning.help.strip(), name
+        assert meaning.help.endswith((".", "--metric.")), name
+
+
+def test_every_field_of_options_has_a_meaning():
+    """None is forgotten: the command, the library and the provenance are made from meanings."""
+    assert list(dict(meanings(Options))) == list(Options.__dataclass_fields__)
+
+
+def test_no_two_options_have_the_same_name():
+    """What the command calls an option, short or long, is used once."""
+    names = [
+        name
+        for cls in CLASSES
+        for field, meaning in meanings(cls)
+        if meaning.command
+        for name in meaning.names or (f"--{field.replace('_', '-')}",)
+    ]
+    assert len(names) == len(set(names))
+    assert {"--weights", "-w", "--last", "--no-hashes", "--max-memory"} <= set(names)
+
+
+def test_defaults_ask_for_nothing():
+    """Without options all checkpoints are taken, equally, into one output."""
+    assert Criteria().empty
+    assert Criteria(mode="min").empty  # which alone chooses nothing
+    assert not Criteria(best=1).empty
+    assert not Series().several
+    assert not Series(lasts=(3,)).several
+    assert Series(lasts=(3, 5)).several
+    assert Weighting() == Weighting(weights=None, scheme=None, sigma=None)
