@@ -1,17 +1,22 @@
-"""What holds for all tests: none depends on how fast the machine is. And what many of them need."""
+"""Settings and fixtures for all tests."""
 
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+# No test may depend on how fast the machine is.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
 
 
 @pytest.fixture
 def command(tmp_path, capsys, monkeypatch):
-    """Run the command in a directory of its own; return its exit code, stdout and stderr."""
+    """Run the command within this process, in the test's own directory.
+
+    Calling it returns the exit code, stdout and stderr. See `run_command` in tests/helpers.py for
+    the command in a process of its own.
+    """
     from merge_avg.cli import main
 
     monkeypatch.chdir(tmp_path)

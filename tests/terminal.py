@@ -1,4 +1,4 @@
-"""A terminal to run commands on."""
+"""A pseudo-terminal to run commands on."""
 
 import fcntl
 import os
@@ -9,7 +9,10 @@ import termios
 
 
 def on_terminal(command, columns=80, **options):
-    """What a command writes to a terminal of so many columns, on stderr; it has to succeed."""
+    """Run a command whose stderr is a terminal of so many columns; return what it shows there.
+
+    The command has to succeed.
+    """
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     shown = b""

@@ -1,12 +1,16 @@
-"""Reads checkpoints, each in a process of its own with little memory and time, and tells of it.
+"""Read checkpoints, each in a forked process with little memory and time, and say how that went.
 
-Paths come on stdin, one a line, and a JSON object for each goes to stdout. With the argument
-`verify` it verifies each, and an output `out.safetensors` beside it that says that it is an input.
+    python -m tests.promises.attack_child read|verify FILE...
+
+The files are read first, without limits, so that everything is imported. Then paths come on stdin,
+one a line, and a JSON object for each goes to stdout. `verify` verifies each, and an output
+`out.safetensors` beside it that names it as an input.
 """
 
 from __future__ import annotations
 
 import codecs
+import importlib
 import json
 import os
 import resource
@@ -14,29 +18,19 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import merge_avg.formats.distributed
-import merge_avg.formats.legacy
-import merge_avg.formats.refused
-import merge_avg.formats.safetensors
-import merge_avg.plan._job
-import merge_avg.report.report
-
-# Imported before memory is limited, as what the command imports later.
-import merge_avg.selection._choose
+from merge_avg import MergeError
 from merge_avg.cli import main
-from merge_avg.errors import MergeError
 from merge_avg.report.inspect import contents, lines
 
 MEMORY = 256 << 20  # of address space, code and libraries included
-VERIFY, FIRST = sys.argv[1:2] == ["verify"], sys.argv[2:]
-LIMIT = MEMORY
 SECONDS = 20  # of processor time
 
 
 def read(path: str) -> dict[str, object]:
-    """What reading does, in this process."""
+    """Read a checkpoint in this process, and return how that went."""
     found: dict[str, object] = {"outcome": "right"}
     watch = Watch(path)
     try:
@@ -44,7 +38,7 @@ def read(path: str) -> dict[str, object]:
             found["text"] = sum(map(len, lines(contents(path))))
     except MergeError as error:
         found = {"outcome": "refused", "message": f"{error} {error.hint}"}
-    except Exception:  # noqa: BLE001 - which would be the finding
+    except Exception:  # noqa: BLE001 - the caller asserts that there was none
         found["outcome"] = traceback.format_exc(limit=-6)
     found |= command(path) | {"events": watch.seen}
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -52,7 +46,11 @@ def read(path: str) -> dict[str, object]:
 
 
 class Watch:
-    """What Python's audit hooks tell of code, processes, the network and other files."""
+    """Python's audit events about code, processes, the network and other files.
+
+    Args:
+        path: files whose names begin with it are not other files.
+    """
 
     _REACHING = (
         "import exec compile code. marshal. pickle. ctypes.dlopen ctypes.dlsym ctypes.call "
@@ -62,7 +60,6 @@ class Watch:
     ).split()
 
     def __init__(self, path: str) -> None:
-        """Files whose names do not begin with `path` are others."""
         self.seen: list[str] = []
         self._path, self._armed = path, False
         sys.addaudithook(self._hook)
@@ -80,7 +77,9 @@ class Watch:
 
 
 def verified(path: str) -> dict[str, object]:
-    """What verifying does, in this process."""
+    """Verify a checkpoint in this process, and return how that went."""
+    from merge_avg import verify_output
+
     folder = str(Path(path).parent)
     outputs = path, f"{folder}/out.safetensors"
     tempfile.tempdir = folder  # for the nameless file that a merge may need
@@ -89,18 +88,18 @@ def verified(path: str) -> dict[str, object]:
     for output in outputs:
         try:
             with watch:
-                merge_avg.verify.verify_output(output, threads=1)
+                verify_output(output, threads=1)
             outcomes.append("right")
         except MergeError as error:
             outcomes.append(f"refused: {error}")
-        except Exception:  # noqa: BLE001 - which would be the finding
+        except Exception:  # noqa: BLE001 - the caller asserts that there was none
             outcomes.append(traceback.format_exc(limit=-6))
     runs = [command(path, "--verify", output, "--threads", "1") for output in outputs]
     return {"outcomes": outcomes, "runs": runs, "events": watch.seen}
 
 
 def command(path: str, *arguments: str) -> dict[str, object]:
-    """What the command does; by default a dry run."""
+    """Run the command in this process, by default for a dry run."""
     printed = Path(f"{path}.printed")
     keep = os.dup(2)
     fd = os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -111,26 +110,26 @@ def command(path: str, *arguments: str) -> dict[str, object]:
         main()
     except SystemExit as stop:
         code = stop.code
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - the caller asserts that there was none
         code = traceback.format_exc(limit=-6)
     sys.stderr.flush()
     os.dup2(keep, 2)
     return {"code": code, "stderr": printed.read_text("utf-8", "replace")[:10_000]}
 
 
-def apart(path: str) -> dict[str, object]:
-    """What reading does, in a process of its own."""
+def apart(do: Callable[[str], dict[str, object]], path: str, nbytes: int) -> dict[str, object]:
+    """Read or verify a checkpoint in a process of its own with so many bytes of memory."""
     out, into = os.pipe()
     child = os.fork()
     if not child:
         os.close(out)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+        resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
-            raw = json.dumps((verified if VERIFY else read)(path)).encode()
-        except BaseException:  # noqa: BLE001 - as above
+            raw = json.dumps(do(path)).encode()
+        except BaseException:  # noqa: BLE001 - the caller asserts that there was none
             raw = json.dumps({"outcome": traceback.format_exc(limit=-6)}).encode()
         with os.fdopen(into, "wb") as pipe:
             pipe.write(raw)
@@ -142,20 +141,29 @@ def apart(path: str) -> dict[str, object]:
     return json.loads(raw) if raw else {"outcome": f"the process died: {status}"}
 
 
-if __name__ == "__main__":
-    if VERIFY:  # torch alone has more address space than that
-        import merge_avg.agreement._torch_products
-        import merge_avg.arithmetic.torch_mean
-        import merge_avg.engine._restride
-        import merge_avg.verify
+def serve(what: str, first: Sequence[str]) -> None:
+    """Answer the paths on stdin; see the module."""
+    do = {"read": read, "verify": verified}[what]
+    limit = MEMORY
+    if what == "verify":
+        import torch  # noqa: F401 - it alone takes more address space than the limit
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        LIMIT = MEMORY + pages * resource.getpagesize()
-    for codec in ("cp437", "latin1", "raw_unicode_escape"):  # which are modules, imported once
+        limit += pages * resource.getpagesize()
+    else:  # the safetensors library may need NumPy, whose size should not count
+        size = Path("/proc/self/statm").read_text
+        pages = int(size().split()[0])
+        importlib.import_module("safetensors.numpy")
+        limit += (int(size().split()[0]) - pages) * resource.getpagesize()
+    for codec in ("cp437", "latin1", "raw_unicode_escape"):  # each is a module, imported when used
         codecs.lookup(codec)
-    with tempfile.TemporaryDirectory() as folder:  # what the command imports, imported once
-        command(f"{folder}/none.pt")
-        for path in FIRST:  # what verifying imports
-            verified(path)
+    with tempfile.TemporaryDirectory() as folder:
+        command(f"{folder}/none.pt")  # for the imports of an error
+    for path in first:
+        do(path)
     for line in sys.stdin:
-        print(json.dumps(apart(line.rstrip("\n"))), flush=True)  # noqa: T201
+        print(json.dumps(apart(do, line.rstrip("\n"), limit)), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2:])

@@ -1,6 +1,7 @@
-"""Files that lie. `ATTACKS` maps a name to a function that makes the file, or directory, at a path.
+"""Files that lie, for the tests of readers.
 
-The first line of each function, or the text beside each pickle, says in which way it lies.
+`ATTACKS` maps a name to a function that writes a file or directory at a path. The docstring of
+each function, or the text beside each entry of a table, says how it lies.
 """
 
 from __future__ import annotations
@@ -16,35 +17,40 @@ from pathlib import Path
 from typing import Any
 
 ATTACKS: dict[str, Callable[[Path], object]] = {}
-LARGE: set[str] = set()  # those that take megabytes or seconds
+LARGE: set[str] = set()  # the ones that take megabytes or seconds
 
 
 def attack(function: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Add a function to ATTACKS under its own name."""
     ATTACKS[function.__name__] = function
     return function
 
 
-Bytes = bytes | Callable[[], bytes]  # large ones are made when they are needed
+Bytes = bytes | Callable[[], bytes]  # large ones are made only when they are needed
 
 
 def made(data: Bytes) -> bytes:
+    """Return the bytes of an entry, made now if it is a function."""
     return data() if callable(data) else data
 
 
-# Pickles by hand
+# Pickles by hand. Each of these functions returns opcodes that leave one value on the stack.
 
 
 def text(value: str | bytes) -> bytes:
+    """Push a text (BINUNICODE)."""
     raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
 def number(value: int) -> bytes:
+    """Push an integer of any size (LONG4)."""
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"\x8b" + struct.pack("<I", len(raw)) + raw
 
 
 def numbers(values) -> bytes:
+    """Push a tuple of integers."""
     return b"(" + b"".join(map(number, values)) + b"t"
 
 
@@ -54,7 +60,7 @@ def stored(
     count: bytes = number(4),
     more: bytes = b"",
 ) -> bytes:
-    """A storage of four floats, as a persistent id."""
+    """Push a storage of four floats, by its persistent id."""
     return b"(" + text("storage") + cls + key + text("cpu") + count + more + b"tQ"
 
 
@@ -64,6 +70,7 @@ def tensor(
     start: bytes = number(0),
     storage: bytes | None = None,
 ) -> bytes:
+    """Push a tensor, as torch.save does."""
     storage = stored() if storage is None else storage
     extra = b"\x89ccollections\nOrderedDict\n)R"
     return (
@@ -72,12 +79,12 @@ def tensor(
 
 
 def state(*items: bytes) -> bytes:
-    """A dict of keys and values, with a tensor at its end, so that it is worth a walk."""
+    """Return the pickle of a dict whose last entry is a tensor, so that readers walk through it."""
     return b"\x80\x02}(" + b"".join(items) + text("w") + tensor() + b"u."
 
 
 def doubled(times: int, last: bytes = b"", first: bytes = b")") -> bytes:
-    """A tuple of two times the tuple of two times ...: 2**times leaves in a few bytes."""
+    """Push a tuple of the same tuple twice, and so on: 2**times leaves in a few bytes."""
     return first + b"2\x86" * times + last
 
 
@@ -91,7 +98,7 @@ def _repeated(opcode: bytes) -> bytes:
     return b"\x80\x04" + opcode * (6_000_000 // len(opcode)) + b"."
 
 
-# What the bytes of data.pkl are, and the lie in them.
+# The bytes of data.pkl, and the lie in them.
 PICKLES: dict[str, tuple[Bytes, str]] = {
     "reduce": (b"cos\nsystem\n(S'true'\ntR.", "calls os.system"),
     "inst": (b"(S'true'\nios\nsystem\n.", "calls os.system by the opcode INST"),
@@ -113,7 +120,7 @@ PICKLES: dict[str, tuple[Bytes, str]] = {
     "module_stack": (lambda: text("a." * 500_000) + text("x") + b"\x93.", "the same from the stack"),
     "escape": (b"S'\\q\\x\\7'\n.", "has a text with escapes that are none"),
     "no_stop": (b"N", "does not end"),
-    "line": (lambda: b"I" + b"1" * 2_000_000 + b"\n.", "has a number of two million digits"),
+    "line": (lambda: b"I" + b"1" * 2_000_000 + b"\n.", "has an integer of two million digits"),
     "long_lies": (b"\x8b\xff\xff\xff\x7f.", "has a number that is longer than the file"),
     "text_lies": (b"\x8d" + b"\xff" * 8 + b".", "has a text of 2**64 bytes"),
     "bytes_lie": (b"\x8e" + b"\xff" * 7 + b"\x7f.", "has bytes of 2**63"),
@@ -286,7 +293,7 @@ LOCATOR = struct.Struct("<4sIQI")
 
 
 def record(name: str | bytes, data: bytes = b"", **lies: Any) -> dict[str, Any]:
-    """A record of an archive; `lies` are what its headers say instead of the truth."""
+    """Return a record of an archive; `lies` replace what its headers say."""
     raw = name if isinstance(name, bytes) else name.encode()
     method = lies.get("method", 0)
     truth: dict[str, Any] = {
@@ -310,7 +317,7 @@ def record(name: str | bytes, data: bytes = b"", **lies: Any) -> dict[str, Any]:
 
 
 def archive(*records: dict[str, Any], **lies: Any) -> bytes:
-    """An archive of the records; `lies` are what its end says instead of the truth."""
+    """Return an archive of the records; `lies` replace what its end says."""
     body, directory = b"", b""
     for one in records:
         offset = one.get("offset", len(body))
@@ -337,7 +344,7 @@ def archive(*records: dict[str, Any], **lies: Any) -> bytes:
 
 
 def wide(count=1, size=1, start=1, length=44, where=1, here=None) -> bytes:
-    """The zip64 end of an archive."""
+    """Return the zip64 end of an archive, and the locator behind it."""
     here = count if here is None else here
     end = END64.pack(b"PK\6\6", length, 45, 45, 0, 0, here, count, size, start)
     return end + LOCATOR.pack(b"PK\6\7", 0, where, 1)
@@ -349,11 +356,13 @@ MORE = record("a/version", b"3\n")
 
 
 def wide_field(*sizes: int) -> bytes:
+    """Return the extra field of a record that holds 64-bit sizes."""
     return struct.pack(f"<2H{len(sizes)}Q", 1, 8 * len(sizes), *sizes)
 
 
 def zeros(nbytes: int) -> bytes:
-    """A deflated stream of so many zeros, a multiple of 64 MiB, at little cost."""
+    """Return a deflated stream of so many zeros, a multiple of 64 MiB."""
+    # Each block ends with a full flush and so stands for itself: one is compressed and repeated.
     squeezer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = squeezer.compress(bytes(1 << 26)) + squeezer.flush(zlib.Z_FULL_FLUSH)
     return block * (nbytes >> 26) + zlib.compressobj(9, zlib.DEFLATED, -15).flush()
@@ -403,7 +412,7 @@ ARCHIVES: dict[str, tuple[Bytes, str]] = {
     "disk": (archive(PICKLE, DATA | {"disk": 1}), "lies on another disk"),
     "crc": (archive(PICKLE | {"crc": 1}, DATA), "has a wrong checksum"),
     "nul_name": (archive(record("a/data.pkl\0x", state()), DATA), "ends a name with a zero byte"),
-    "no_text_name": (archive(record(b"\xff/data.pkl", state()), DATA), "has a name that is no text"),
+    "no_text_name": (archive(record(b"\xff/data.pkl", state()), DATA), "has a name that is not text"),
     "up_name": (archive(record("../../x", b""), PICKLE, DATA), "has a name that leads out"),
     "root_name": (archive(record("/data.pkl", state()), DATA), "has a name from the root"),
     "two_roots": (archive(PICKLE, record("b/data.pkl", state()), DATA), "holds two checkpoints"),
@@ -440,7 +449,7 @@ ARCHIVES: dict[str, tuple[Bytes, str]] = {
     ),
     "bomb_mark": (
         lambda: archive(PICKLE, DATA, record("a/merge_avg.json", b"{" * 60_000_000, deflate=True)),
-        "unpacks to a long mark",
+        "unpacks to a long provenance record",
     ),
     "deflate_short": (
         archive(PICKLE, DATA | {"method": 8, "local_method": 8, "size": 400}),
@@ -465,6 +474,7 @@ ARCHIVES: dict[str, tuple[Bytes, str]] = {
 
 
 def safetensors(header: object, data: bytes = bytes(12), length: int | None = None) -> bytes:
+    """Return a file with a header that claims to have a length."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
@@ -472,6 +482,7 @@ def safetensors(header: object, data: bytes = bytes(12), length: int | None = No
 def entry(
     start: object = 0, stop: object = 12, dtype: object = "F32", shape: object = (3,)
 ) -> dict[str, Any]:
+    """Return the header's entry of one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
@@ -507,8 +518,8 @@ HEADERS: dict[str, tuple[Bytes, str]] = {
     "duplicate_inside": (safetensors(b'{"a":{"dtype":"F32","dtype":"I32","shape":[3],"data_offsets":[0,12]}}'), "has a dtype twice"),
     "deep": (safetensors(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "is nested deep"),
     "deep_list": (safetensors(b'{"a":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}"), "is nested deep"),
-    "no_json": (safetensors(b"{hello"), "has a header that is no JSON"),
-    "no_text": (safetensors(b'{"\xff":1}'), "has a header that is no UTF-8"),
+    "no_json": (safetensors(b"{hello"), "has a header that is not JSON"),
+    "no_text": (safetensors(b'{"\xff":1}'), "has a header that is not UTF-8"),
     "mark": (safetensors(b'{"\xef\xbb\xbf":1}'), "has a byte order mark in a name"),
     "half_character": (safetensors(b'{"\\ud800":%b}' % json.dumps(entry()).encode()), "has half a character in a name"),
     "list": (safetensors(b"{}")[:8] + b"[]" + bytes(12), "is a list"),
@@ -547,6 +558,7 @@ HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.
 def legacy(
     data: bytes, keys: bytes = b"](" + text("0") + b"e.", counts: bytes | None = None
 ) -> bytes:
+    """Return a file before torch 1.6: notes, a pickle, the keys of storages, and their bytes."""
     counts = struct.pack("<q4f", 4, 1, 2, 3, 4) if counts is None else counts
     return HEAD + data + keys + counts
 
@@ -569,7 +581,7 @@ OLD: dict[str, tuple[Bytes, str]] = {
 
 @attack
 def legacy_sparse(path: Path) -> None:
-    """Its pickle holds bytes that take all of a file of 3 GiB without content."""
+    """It has a pickle of bytes that fill a sparse file of 3 GiB."""
     with path.open("wb") as file:
         file.write(HEAD + b"\x80\x04\x8e" + (3 << 30).to_bytes(8, "little"))
         file.truncate((3 << 30) + 1000)
@@ -577,7 +589,7 @@ def legacy_sparse(path: Path) -> None:
 
 @attack
 def legacy_sparse_lie(path: Path) -> None:
-    """Its pickle is damaged, and 3 GiB without content follow."""
+    """It has a damaged pickle, followed by a hole of 3 GiB."""
     with path.open("wb") as file:
         file.write(HEAD + b"\x80\x02}(")
         file.truncate(3 << 30)
@@ -585,13 +597,13 @@ def legacy_sparse_lie(path: Path) -> None:
 
 @attack
 def legacy_endless(path: Path) -> None:
-    """Its pickle has nothing but noughts until the end of a file of 100 MB."""
+    """It has a pickle of zeros that only ends with the file of 100 MB."""
     with path.open("wb") as file:
         file.write(HEAD + b"\x80\x02(" + b"K\0" * 50_000_000)
 
 
 def _sparse(path: Path, *, name: str) -> None:
-    """An archive of 3 GiB, one record of which has no content."""
+    """Write an archive of 3 GiB, one record of which is a hole."""
     first = archive(PICKLE, DATA) if name != "a/data.pkl" else archive(DATA)
     records = [PICKLE, DATA] if name != "a/data.pkl" else [DATA]
     body = first[: first.index(b"PK\1\2")]
@@ -611,19 +623,19 @@ def _sparse(path: Path, *, name: str) -> None:
 
 @attack
 def zip_sparse_pickle(path: Path) -> None:
-    """Its pickle takes 3 GiB."""
+    """It has a pickle of 3 GiB."""
     _sparse(path, name="a/data.pkl")
 
 
 @attack
 def zip_sparse_order(path: Path) -> None:
-    """The name of its byte order takes 3 GiB."""
+    """It has a name of a byte order of 3 GiB."""
     _sparse(path, name="a/byteorder")
 
 
 @attack
 def zip_sparse_directory(path: Path) -> None:
-    """Its directory takes 3 GiB."""
+    """It has a directory of 3 GiB."""
     with path.open("wb") as file:
         file.write(b"PK\3\4")
         file.seek(3 << 30)
@@ -632,7 +644,7 @@ def zip_sparse_directory(path: Path) -> None:
 
 @attack
 def zip_many_records(path: Path) -> None:
-    """A million entries of its directory are the same record."""
+    """It has a directory whose million entries are the same record."""
     names = (b"%07d" % i for i in range(1_000_000))
     whole = archive(PICKLE)
     body = whole[: whole.index(b"PK\1\2")]
@@ -649,11 +661,13 @@ def zip_many_records(path: Path) -> None:
 
 
 def obj(module: str, name: str, **attributes: bytes) -> bytes:
+    """Push an object of a class with such attributes."""
     items = b"".join(text(key) + value for key, value in attributes.items())
     return f"c{module}\n{name}\n".encode() + b")\x81}(" + items + b"ub"
 
 
 def size(*extents: int) -> bytes:
+    """Push a torch.Size."""
     return b"ctorch\nSize\n(" + numbers(extents) + b"tR"
 
 
@@ -662,6 +676,7 @@ CHUNK = archive(record("a/data.pkl", b"\x80\x02" + tensor() + b"."), DATA)
 
 
 def tensor_metadata(shape=None, chunks=None, dtype=b"ctorch\nfloat32\n") -> bytes:
+    """Push the metadata of a tensor in chunks."""
     shape = size(4) if shape is None else shape
     one = obj(META, "ChunkStorageMetadata", offsets=size(0), sizes=size(4))
     chunks = b"](" + one + b"e" if chunks is None else chunks
@@ -672,6 +687,7 @@ def tensor_metadata(shape=None, chunks=None, dtype=b"ctorch\nfloat32\n") -> byte
 def place(
     fqn=text("w"), offset=None, file=text("__0_0.distcp"), start=number(0), nbytes=None
 ) -> bytes:
+    """Push the index of a chunk, and the place where it lies."""
     index = obj(META, "MetadataIndex", fqn=fqn, offset=size(0) if offset is None else offset)
     where = obj(
         "torch.distributed.checkpoint.filesystem", "_StorageInfo", relative_path=file, offset=start,
@@ -681,6 +697,7 @@ def place(
 
 
 def metadata(entries=None, places=None, planner=b"}") -> bytes:
+    """Return the pickle of a `.metadata` file."""
     entries = text("w") + tensor_metadata() if entries is None else entries
     whole = obj(
         META, "Metadata", state_dict_metadata=b"}(" + entries + b"u", planner_data=planner,
@@ -690,6 +707,7 @@ def metadata(entries=None, places=None, planner=b"}") -> bytes:
 
 
 def dcp(path: Path, data: bytes, chunks: bytes = CHUNK) -> None:
+    """Write a distributed checkpoint with such metadata."""
     path.mkdir()
     (path / ".metadata").write_bytes(data)
     (path / "__0_0.distcp").write_bytes(chunks)
@@ -711,7 +729,7 @@ def _many_files(path: Path) -> None:
 
 
 SETS = {
-    "right": (metadata(), "nothing: it is the file that the others change"),
+    "right": (metadata(), "does not lie: it is the file that the others change"),
     "path_up": (metadata(places=place(file=text("../../x"))), "has its chunks two folders up"),
     "path_root": (metadata(places=place(file=text("/etc/passwd"))), "has its chunks in /etc/passwd"),
     "path_none": (metadata(places=place(file=b"N")), "has its chunks nowhere"),
@@ -732,7 +750,7 @@ SETS = {
     "shape_bomb": (metadata(text("w") + tensor_metadata(BOMB)), "has an endless shape"),
     "dtype": (metadata(text("w") + tensor_metadata(dtype=b"ctorch\nint7\n")), "is of another dtype"),
     "dtype_bomb": (metadata(text("w") + tensor_metadata(dtype=BOMB)), "is of an endless dtype"),
-    "dtype_wrong": (metadata(text("w") + tensor_metadata(dtype=b"ctorch\nint32\n")), "lies about it"),
+    "dtype_wrong": (metadata(text("w") + tensor_metadata(dtype=b"ctorch\nint32\n")), "is of two dtypes"),
     "no_chunks": (metadata(text("w") + tensor_metadata(chunks=b"]")), "has no chunks"),
     "chunks_none": (metadata(text("w") + tensor_metadata(chunks=b"N")), "has None for chunks"),
     "planner": (metadata(planner=b"}" + text("w") + b"(" + text("a") * 100_000 + b"ts"), "has a long path"),
@@ -764,38 +782,38 @@ def _index(path: Path, table: object) -> None:
 INDEXES: dict[str, tuple[object, str]] = {
     "up": ({"w": "../../x"}, "names a file two folders up"),
     "root": ({"w": "/etc/passwd"}, "names /etc/passwd"),
-    "number": ({"w": 3}, "names no file"),
+    "number": ({"w": 3}, "names a number instead of a file"),
     "other": ({"v": "model-00001-of-00001.safetensors"}, "names what is not there"),
     "lists": (lambda: b'{"weight_map":[' + b"[]," * 4_000_000 + b"1]}", "makes millions of lists"),
     "deep": (b'{"weight_map":' + b"[" * 200_000, "is nested deep"),
-    "no_text": (b'{"weight_map":{"\xff":"x"}}', "is no UTF-8"),
+    "no_text": (b'{"weight_map":{"\xff":"x"}}', "is not UTF-8"),
 }
 
 
 @attack
 def directory_fifo(path: Path) -> None:
-    """It holds a pipe that nobody writes to."""
+    """It has a pipe that nobody writes to."""
     _model(path)
     os.mkfifo(path / "extra.json")
 
 
 @attack
 def directory_loop(path: Path) -> None:
-    """It holds a link to itself."""
+    """It has a link that leads to itself."""
     _model(path)
     (path / "loop.json").symlink_to("loop.json")
 
 
 @attack
 def directory_inside_itself(path: Path) -> None:
-    """It holds a folder that is itself."""
+    """It has a folder that is a link to itself."""
     _model(path)
     (path / "again").symlink_to(".")
 
 
 @attack
 def directory_twice(path: Path) -> None:
-    """The same tensor is in two of its shards."""
+    """It has the same tensor in two shards."""
     path.mkdir()
     for number_ in (1, 2):
         name = f"model-{number_:05}-of-00002.safetensors"
@@ -804,7 +822,7 @@ def directory_twice(path: Path) -> None:
 
 @attack
 def directory_shards(path: Path) -> None:
-    """One shard of 99,999 is there."""
+    """It has one shard of 99,999."""
     _model(path, "model-00001-of-99999.safetensors")
 
 

@@ -1,4 +1,8 @@
-"""Cases that averaging tools have got wrong, each through the command."""
+"""Cases that averaging tools have got wrong, each tried through the command.
+
+The letter and number that open a test's docstring name the case: A1 to A21 are about the arithmetic
+and the choice of tensors, B1 to B22 about files.
+"""
 
 import argparse
 import errno
@@ -19,43 +23,19 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_avg.cli import main
+from tests.helpers import FORMATS, load, save
 from tests.promises import crashing
-
-FORMATS = ["pt", "safetensors"]
-
-
-def save(value, path):
-    if path.suffix == ".safetensors":
-        save_file({key: t.contiguous().clone() for key, t in value.items()}, path)
-    else:
-        torch.save(value, path)
-
-
-def load(path):
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
 
 
 class Case:
     """A directory with checkpoints, and the command."""
 
-    def __init__(self, directory, capsys, monkeypatch):
+    def __init__(self, directory, command):
         self.directory = directory
-        self._capsys = capsys
-        self._monkeypatch = monkeypatch
-
-    def run(self, *arguments):
-        self._monkeypatch.setattr(sys, "argv", ["merge-avg", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = self._capsys.readouterr()
-        return code, printed.out, printed.err
+        self.run = command
 
     def merge(self, states, *options, suffix="pt"):
-        """Saves, merges and loads; asserts that it worked."""
+        """Save state dicts, merge them, and return the mean; the merge has to succeed."""
         paths = [self.directory / f"in{i}.{suffix}" for i in range(len(states))]
         for state, path in zip(states, paths, strict=True):
             save(state, path)
@@ -65,13 +45,14 @@ class Case:
         return load(out)
 
     def refused(self, states, *options, suffix="pt", says=(), code=1):
-        """Saves and merges; asserts the exit code, the words, and that nothing was written."""
+        """Save state dicts, and assert that a merge of them is refused; see `refused_files`."""
         paths = [self.directory / f"in{i}.{suffix}" for i in range(len(states))]
         for state, path in zip(states, paths, strict=True):
             save(state, path)
         self.refused_files(paths, *options, says=says, code=code)
 
     def refused_files(self, paths, *options, says=(), code=1):
+        """Assert that a merge ends in one error with such words and code, and writes nothing."""
         out = self.directory / "refused.pt"
         found, stdout, err = self.run(*paths, "-o", out, *options)
         assert found == code, err
@@ -85,16 +66,17 @@ class Case:
 
 
 @pytest.fixture
-def case(tmp_path, capsys, monkeypatch):
-    return Case(tmp_path, capsys, monkeypatch)
+def case(tmp_path, command):
+    return Case(tmp_path, command)
 
 
 def full(*values):
+    """Return a float32 tensor of the values."""
     return torch.tensor(values, dtype=torch.float32)
 
 
 def test_a1_tied_tensors_are_averaged_once(case):
-    """A1: two names of one storage hold 2.0 and stay tied."""
+    """A1: two names of one storage both hold the mean and stay tied."""
     states = []
     for value in (1.0, 2.0, 3.0):
         shared = full(value, value)
@@ -205,8 +187,8 @@ def test_a10_a11_nothing_overflows(case, suffix):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 20), (torch.float32, 8)])
-def test_a12_a13_every_element_is_rightly_rounded(case, suffix, dtype, count):
-    """A12, A13: no element is wrongly rounded, in whatever order the inputs come."""
+def test_a12_a13_every_element_is_correctly_rounded(case, suffix, dtype, count):
+    """A12, A13: every element is correctly rounded, in whatever order the inputs come."""
     generator = torch.Generator().manual_seed(count)
     states = [{"w": torch.randn(4096, generator=generator).to(dtype)} for _ in range(count)]
     exact = (sum(state["w"].double() for state in states) / count).to(dtype)
@@ -217,7 +199,7 @@ def test_a12_a13_every_element_is_rightly_rounded(case, suffix, dtype, count):
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_a14_missing_keys(case, suffix, lacking):
-    """A14: a key missing or extra in one file is an error; flags skip it or use what is there."""
+    """A14: a key missing from one file is an error; flags skip it or average what is there."""
     states = [{"a": full(v), "b": full(v)} for v in (1.0, 3.0, 5.0)]
     del states[lacking]["b"]
     case.refused(states, suffix=suffix, says=["'b'", "--missing"])
@@ -257,7 +239,7 @@ def test_a17_nonfinite_values(case, suffix, value):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a18_mixed_dtypes(case, suffix):
-    """A18: bfloat16 with float32 asks for --dtype; then both orders give the same."""
+    """A18: bfloat16 with float32 needs --dtype; then both orders give the same bits."""
     narrow, wide = {"w": full(1.0).bfloat16()}, {"w": full(2.0000002)}
     case.refused([narrow, wide], suffix=suffix, says=["'w'", "--dtype"])
     case.refused([wide, narrow], suffix=suffix, says=["'w'", "--dtype"])
@@ -283,21 +265,21 @@ def test_a19_small_and_complex_dtypes(case, suffix):
 
 @pytest.mark.parametrize("weights", ["1,-1", "1,nan", "1", "1,2,3", "0,0", "1,x", "1,inf", ""])
 def test_a20_impossible_weights(case, weights):
-    """A20: weights that sum to zero, are no numbers, or are too many are wrong usage."""
+    """A20: weights that sum to zero, are not numbers, or are too many are wrong usage."""
     case.refused([{"w": full(1)}, {"w": full(2)}], "-w", weights, code=2)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("scale", ["l.weight_scale", "l.weight_scale_inv", "l.weight.absmax"])
 def test_a21_quantised_codes(case, suffix, scale):
-    """A21: codes with a scale beside them are refused; LoRA factors are warned of."""
+    """A21: codes with a scale beside them are refused as quantised weights."""
     for codes in (torch.tensor([1, 2], dtype=torch.int8), full(1, 2).to(torch.float8_e4m3fn)):
         state = {"l.weight": codes, scale: full(0.5)}
         case.refused([state, state], suffix=suffix, says=["'l.weight'", "quantised"])
 
 
 def test_a21_lora_factors(case):
-    """A21: averaging LoRA factors works, with the warning that it is not the mean of products."""
+    """A21: averaging LoRA factors warns that the result is not the mean of their products."""
     paths = [case.directory / "a.pt", case.directory / "b.pt"]
     for fold, path in enumerate(paths):
         a, b = torch.full((2, 3), 1.0 * fold), torch.full((3, 2), 2.0 * fold)
@@ -310,7 +292,7 @@ def test_a21_lora_factors(case):
 
 
 def test_b1_renamed_files(case):
-    """B1: the name inside the archive is not that of the file."""
+    """B1: a renamed file is read, though the name inside its archive is the old one."""
     save({"w": full(1.0)}, case.directory / "before.pt")
     (case.directory / "before.pt").rename(case.directory / "after.pt")
     save({"w": full(3.0)}, case.directory / "b.pt")
@@ -320,7 +302,7 @@ def test_b1_renamed_files(case):
 
 
 def save_as(kind, value, path):
-    """Saves a state dict with one tensor as any of the formats; returns the path."""
+    """Save a state dict with one tensor as any kind of checkpoint, and return its path."""
     if kind == "legacy":
         torch.save(value, path, _use_new_zipfile_serialization=False)
     elif kind == "dcp":
@@ -337,6 +319,7 @@ def save_as(kind, value, path):
 
 
 def load_as(kind, path):
+    """Load what `save_as` has written, or a merge of it."""
     if kind == "dcp":
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -404,7 +387,7 @@ def test_b3_the_output_is_an_input(case, suffix, how, monkeypatch):
     "how", ["same", "symlink", "relative", "inside", "around", "part", "hardlink", "file"]
 )
 def test_b3_the_output_is_an_input_directory(case, kind, how, monkeypatch):
-    """B3: the same for directories: what they hold, what holds them, and links to their files."""
+    """B3: an output may not be an input directory, lie in or around one, or link to its files."""
     paths = [save_as(kind, {"w": full(1.0)}, case.directory / name) for name in ("run/a", "b")]
     (part,) = [one for one in paths[0].iterdir() if one.suffix in (".safetensors", ".distcp")]
     out = case.directory / "out.safetensors"
@@ -539,7 +522,7 @@ def test_b8_state_dicts_do_not_mix(case):
 )
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_b15_no_checkpoints(case, suffix, content, says):
-    """B15: a file that is something else is named as what it is, with a hint."""
+    """B15: a file that is not a checkpoint is named as what it is, with a hint."""
     path = case.directory / f"a.{suffix}"
     path.write_bytes(content)
     case.refused_files([path], says=[says, str(path), "hint:"])
@@ -548,7 +531,7 @@ def test_b15_no_checkpoints(case, suffix, content, says):
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("part", [0.3, 0.9, 0.999])
 def test_b15_truncated_files(case, suffix, part):
-    """B15: a file that was cut short anywhere is refused with the remedy."""
+    """B15: a file that was cut short anywhere is refused with a hint."""
     path = case.directory / f"a.{suffix}"
     save({"w": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
@@ -556,7 +539,7 @@ def test_b15_truncated_files(case, suffix, part):
 
 
 def test_b15_directories_and_wrong_suffixes(case):
-    """B15: a directory is refused; a wrong ending does not matter, for the bytes say the format."""
+    """B15: an empty directory is refused; a file with a wrong ending is read by its bytes."""
     case.refused_files([case.directory], says=["directory"])
     save({"w": full(1.0)}, case.directory / "a.pt")
     wrong = case.directory / "a.safetensors"
@@ -565,7 +548,7 @@ def test_b15_directories_and_wrong_suffixes(case):
 
 
 def shards(folder, state, cuts, suffix, *, index=True):
-    """Shards as transformers names them, each from one cut to the next."""
+    """Write shards named as transformers does, each from one cut to the next; return the folder."""
     folder.mkdir()
     base = "model" if suffix == "safetensors" else "pytorch_model"
     suffix = "safetensors" if suffix == "safetensors" else "bin"
@@ -583,7 +566,7 @@ def shards(folder, state, cuts, suffix, *, index=True):
 
 
 def distributed(folder, state):
-    """A directory of torch.distributed.checkpoint."""
+    """Write a directory of torch.distributed.checkpoint, and return it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save({"model": state}, checkpoint_id=folder, no_dist=True)
@@ -591,13 +574,14 @@ def distributed(folder, state):
 
 
 def legacy(path, state):
+    """Write a file in torch's format before 1.6, and return it."""
     torch.save(state, path, _use_new_zipfile_serialization=False)
     return path
 
 
 @pytest.mark.parametrize("part", [0.0, 0.02, 0.5, 0.97])
 def test_b15_truncated_legacy_files(case, part):
-    """B15: a file of the old format that was cut short anywhere is refused with the remedy."""
+    """B15: a file of the old format that was cut short anywhere is refused by its name."""
     path = legacy(case.directory / "a.pt", {"w": torch.ones(1000)})
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
     case.refused_files([path], says=[str(path)])
@@ -622,8 +606,8 @@ def test_b15_parts_of_directories(case, kind, content):
     case.refused_files([folder], says=[path.name if kind != "metadata" else str(folder)])
 
 
-def test_b15_what_the_bytes_say_counts(case):
-    """B15: safetensors named .pt, a zip named .safetensors, a legacy file named .bin: all read."""
+def test_b15_bytes_decide_the_format(case):
+    """B15: safetensors named .pt, a zip named .safetensors and a legacy file .bin are all read."""
     paths = [case.directory / name for name in ("a.pt", "b.safetensors", "c.bin")]
     save_file({"w": full(1.0)}, paths[0])
     torch.save({"w": full(2.0)}, paths[1])
@@ -636,7 +620,7 @@ def test_b15_what_the_bytes_say_counts(case):
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("index", [True, False])
 def test_b17_shards_that_differ(case, suffix, index):
-    """B17: shards cut elsewhere, one file and a distributed checkpoint average, indexed or not."""
+    """B17: shards cut elsewhere, one file and a distributed checkpoint can be averaged together."""
     states = [{key: full(value * n) for n, key in enumerate("abcd")} for value in (1, 2, 3, 6)]
     paths = [
         shards(case.directory / "x", states[0], [1, 3], suffix, index=index),
@@ -681,6 +665,8 @@ def test_b18_transformers_finds_its_format(case):
 
 
 class Hostile:
+    """An object whose pickle calls a function."""
+
     def __init__(self, function, *arguments):
         self.call = function, arguments
 
@@ -706,7 +692,7 @@ def test_b19_hostile_pickles(case, function, name, protocol):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ["shard", "optimizer", "metadata"])
 def test_b19_hostile_parts_of_directories(case, kind, zipped):
-    """B19: the same for a file anywhere in a directory, weights or not."""
+    """B19: a hostile pickle is refused anywhere in a directory, whether it holds weights or not."""
     mark = case.directory / "mark"
     hostile = {"x": Hostile(os.system, f"touch {mark}")}
     if kind == "metadata":
@@ -722,12 +708,12 @@ def test_b19_hostile_parts_of_directories(case, kind, zipped):
 
 
 class Marked(torch.Tensor):
-    """A subclass of tensors, which torch.save rebuilds by _rebuild_from_type_v2."""
+    """A subclass of Tensor, which torch.save rebuilds by _rebuild_from_type_v2."""
 
 
 @pytest.fixture
 def config(monkeypatch):
-    """A class of a module that is there only while files are written and loaded again."""
+    """Return a class whose module exists only while files are written and loaded again."""
     module = types.ModuleType("omegaconf")
     cls = type("DictConfig", (), {"__module__": "omegaconf"})
     module.DictConfig = cls
@@ -737,8 +723,8 @@ def config(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 @pytest.mark.parametrize("zipped", [True, False])
-def test_b19_what_pickles_hold(case, config, monkeypatch, zipped):
-    """B19: Parameters, subclasses, settings, numpy scalars and whole modules are averaged unrun."""
+def test_b19_objects_are_averaged_without_running_them(case, config, monkeypatch, zipped):
+    """B19: Parameters, subclasses, settings, NumPy scalars and modules are averaged, not run."""
     paths, models = [], []
     for value in (1.0, 3.0):
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
@@ -776,7 +762,7 @@ def test_b19_what_pickles_hold(case, config, monkeypatch, zipped):
 
 
 def test_b19_hostile_opcodes(case):
-    """B19: the same by old opcodes in a zip made by hand."""
+    """B19: pickles that call functions by old opcodes, in a zip made by hand, are refused."""
     for raw in (b"(S'true'\nios\nsystem\n.", b"cos\nsystem\n(S'true'\ntR.", b"\x82\x01."):
         path = case.directory / "a.pt"
         with zipfile.ZipFile(path, "w") as archive:
@@ -788,7 +774,7 @@ def test_b19_hostile_opcodes(case):
     "name", ["info.pt", "new.pt", "t.pt", "with blank.pt", "[a].pt", "-dash.pt", "[red]x.pt"]
 )
 def test_b22_odd_file_names(case, name, monkeypatch):
-    """B22: names are literal, whatever they begin with or hold."""
+    """B22: file names are taken literally, whatever they begin with or hold."""
     monkeypatch.chdir(case.directory)
     save({"w": full(1.0)}, case.directory / name)
     save({"w": full(3.0)}, case.directory / "other.pt")

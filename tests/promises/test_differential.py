@@ -1,6 +1,6 @@
-"""What is read is what torch and safetensors read, bit for bit, on generated files.
+"""Generated files are read bit for bit as torch and safetensors read them.
 
-A few hundred files in the default suite, thousands with `-m large`.
+The default suite tries a few hundred files, and `-m large` thousands.
 """
 
 import warnings
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from merge_avg.checkpoint._dtypes import BY_NAME
+from merge_avg.checkpoint import BY_NAME
 from merge_avg.engine._restride import strided
 from merge_avg.formats import scan
-from merge_avg.io._reader import Reader
+from merge_avg.io import Reader
+from tests.helpers import bits
 
 DTYPES = [
     torch.float64,
@@ -44,7 +45,7 @@ PLAIN = st.none() | st.booleans() | st.integers(-(2**40), 2**70) | st.floats() |
 
 @st.composite
 def bases(draw, dtypes=DTYPES):
-    """A tensor of random bytes that owns its storage."""
+    """Draw a tensor of random bytes that owns its storage."""
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     dtype = draw(st.sampled_from(dtypes))
     count = torch.Size(shape).numel() * dtype.itemsize
@@ -56,7 +57,7 @@ def bases(draw, dtypes=DTYPES):
 
 @st.composite
 def views(draw, base):
-    """A view of a tensor: cut, stepped, transposed, expanded, or itself."""
+    """Draw a view of a tensor: cut, stepped, transposed, expanded, or the tensor itself."""
     for _ in range(draw(st.integers(0, 3))):
         how = draw(st.sampled_from(["cut", "step", "transpose", "expand", "index", "diagonal"]))
         dims = base.dim()
@@ -83,7 +84,7 @@ def views(draw, base):
 
 @st.composite
 def trees(draw):
-    """A state dict in containers, whose tensors share storages here and there."""
+    """Draw a state dict in containers, some of whose tensors share storages."""
     pool = [draw(bases()) for _ in range(draw(st.integers(1, 3)))]
 
     def leaf():
@@ -118,7 +119,7 @@ def trees(draw):
 
 
 def flat(value, path=()):
-    """Every tensor of a tree by its path, as torch read it."""
+    """Yield every tensor of a tree with its path, as torch read it."""
     if isinstance(value, torch.Tensor):
         yield path, value.detach()
     elif isinstance(value, dict | list | tuple):
@@ -128,7 +129,7 @@ def flat(value, path=()):
 
 
 def ours(path, folder):
-    """Every tensor of a file by its path, from the layout and what the reader gives."""
+    """Return every tensor of a file with its path, from its layout and the bytes read by it."""
     layout = scan(path)
     reader = Reader(layout, folder)
     found = []
@@ -145,15 +146,8 @@ def ours(path, folder):
     return found
 
 
-def bits(tensor):
-    """A tensor's bytes in row-major order."""
-    if not tensor.numel():
-        return b""
-    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
-def names(entries):
+def described(entries):
+    """Return what `ours` returns, of the tensors that torch read."""
     return [
         (path, str(t.dtype).removeprefix("torch."), tuple(t.shape), bits(t)) for path, t in entries
     ]
@@ -161,14 +155,14 @@ def names(entries):
 
 def same_files(tmp_path, tree, protocol, zipped):
     # torch itself does not read legacy files of dtypes that have no class of storages.
-    assume(zipped or all(BY_NAME[name].storage for _, name, _, _ in names(flat(tree))))
+    assume(zipped or all(BY_NAME[name].storage for _, name, _, _ in described(flat(tree))))
     path = tmp_path / "a.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(tree, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
         # weights_only refuses protocols above 3 and some dtypes; these files are our own.
         theirs = torch.load(path, weights_only=protocol < 4)
-    assert ours(path, path.parent) == names(flat(theirs))
+    assert ours(path, path.parent) == described(flat(theirs))
 
 
 def same_tensors(tmp_path, tensors, metadata):
@@ -177,7 +171,7 @@ def same_tensors(tmp_path, tensors, metadata):
     with safe_open(path, "pt") as file:
         theirs = [((key,), file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118
         assert dict(scan(path).metadata) == (file.metadata() or {})
-    assert sorted(ours(path, path.parent)) == sorted(names(theirs))
+    assert sorted(ours(path, path.parent)) == sorted(described(theirs))
 
 
 MANY = settings(max_examples=3000, suppress_health_check=list(HealthCheck))
@@ -195,14 +189,14 @@ TENSORS = given(
 @SOME
 @FILES
 def test_files_of_torch(tmp_path, tree, protocol, zipped):
-    """Dtypes, views, ties, nesting, protocols 2 to 5, zip and legacy: what torch.load gives."""
+    """Files of any dtypes, views, ties, nesting and protocol hold what torch.load returns."""
     same_files(tmp_path, tree, protocol, zipped)
 
 
 @FEW
 @TENSORS
 def test_files_of_safetensors(tmp_path, tensors, metadata):
-    """Names, dtypes, shapes, bytes and metadata are those that the package gives."""
+    """Names, dtypes, shapes, bytes and metadata are those that the safetensors library returns."""
     same_tensors(tmp_path, tensors, metadata)
 
 
@@ -210,7 +204,7 @@ def test_files_of_safetensors(tmp_path, tensors, metadata):
 @MANY
 @FILES
 def test_thousands_of_files_of_torch(tmp_path, tree, protocol, zipped):
-    """The same, for thousands of files."""
+    """Thousands of files hold what torch.load returns."""
     same_files(tmp_path, tree, protocol, zipped)
 
 
@@ -218,5 +212,5 @@ def test_thousands_of_files_of_torch(tmp_path, tree, protocol, zipped):
 @MANY
 @TENSORS
 def test_thousands_of_files_of_safetensors(tmp_path, tensors, metadata):
-    """The same, for thousands of files."""
+    """Thousands of files hold what the safetensors library returns."""
     same_tensors(tmp_path, tensors, metadata)

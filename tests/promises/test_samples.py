@@ -1,4 +1,4 @@
-"""Frozen checkpoints of real frameworks (tests/data), averaged without the frameworks."""
+"""Frozen checkpoints of real frameworks, from tests/data, averaged without the frameworks."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.formats import scan
 
 DATA = Path(__file__).parents[1] / "data"
@@ -15,7 +15,7 @@ DIRECTORIES = [name for name in SAMPLES if (DATA / name / "0" / "checkpoint").is
 
 
 def raw(layout):
-    """The bytes of every tensor of a checkpoint, in row-major order, with its shape."""
+    """Return the tensors of a checkpoint, read from its bytes, by last name and shape."""
     found = {}
     for info in layout.tensors:
         if info.trouble:
@@ -42,7 +42,7 @@ def test_the_output_holds_what_the_framework_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
-def test_what_is_no_weight_stays(name, tmp_path):
+def test_files_without_weights_stay(name, tmp_path):
     """Files of a directory that hold no weights are the template's, byte for byte."""
     paths = [next((DATA / name / fold).iterdir()) for fold in ("0", "1")]
     out = tmp_path / "merged"

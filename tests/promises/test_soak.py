@@ -1,4 +1,4 @@
-"""Much of everything: inputs, tensors, bytes, and letters that steer terminals."""
+"""Large numbers of inputs, tensors and bytes, and names that steer terminals."""
 
 import json
 import shutil
@@ -9,12 +9,10 @@ import unicodedata
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from merge_avg.cli import main
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg import merge_checkpoints
+from tests.helpers import FORMATS, load, save
 
-FORMATS = ["pt", "safetensors"]
 STEERING = {
     "long": "n" * 10_000,
     "empty": "",
@@ -30,31 +28,8 @@ STEERING = {
 }
 
 
-def save(value, path):
-    (save_file if path.suffix == ".safetensors" else torch.save)(value, path)
-
-
-def load(path):
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merge-avg", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return command
-
-
 def harmless(text):
-    """That no line of it is a command to a terminal or to a CI runner."""
+    """Assert that no line of a text is a command to a terminal or a CI runner; return the text."""
     for line in text.split("\n"):
         kinds = {unicodedata.category(c) for c in line}
         assert not kinds & {"Cc", "Cf", "Cs", "Zl", "Zp"}, line
@@ -65,8 +40,8 @@ def harmless(text):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kind", STEERING)
-def test_names_are_shown_and_never_obeyed(tmp_path, run, monkeypatch, kind, suffix):
-    """Names of any letters are averaged; whatever is printed shows them escaped."""
+def test_names_are_shown_and_never_obeyed(tmp_path, command, monkeypatch, kind, suffix):
+    """Tensors may have any name, and whatever is printed shows the name escaped."""
     name, page = STEERING[kind], tmp_path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
     paths = [tmp_path / f"{i}.{suffix}" for i in range(2)]
@@ -74,29 +49,29 @@ def test_names_are_shown_and_never_obeyed(tmp_path, run, monkeypatch, kind, suff
         key = "w" if kind == "empty" else f"{name}.w"
         save({name: torch.full((2,), float(i)), f"{key}.i": torch.tensor(i)}, path)
     out = tmp_path / f"out.{suffix}"
-    code, stdout, err = run(*paths, "-o", out, "--int-policy", "max")
+    code, stdout, err = command(*paths, "-o", out, "--int-policy", "max")
     assert code == 0, err
     assert load(out)[name].tolist() == [0.5, 0.5]
-    code, shown, _ = run(*paths, "--inspect")
+    code, shown, _ = command(*paths, "--inspect")
     assert code == 0
     for text in (stdout, err, shown, page.read_text("utf-8")):
         harmless(text)
     assert len(shown) < 10 * len(name) + 10_000
-    _, text, err = run(*paths, "--inspect", "--json")
+    _, text, err = command(*paths, "--inspect", "--json")
     assert name in {tensor["name"] for tensor in json.loads(harmless(text))[0]["tensors"]}
-    _, text, shown = run(*paths, "-o", tmp_path / "no.pt", "--dry-run", "--json")
+    _, text, shown = command(*paths, "-o", tmp_path / "no.pt", "--dry-run", "--json")
     assert json.loads(harmless(text))["dry_run"]
     harmless(err + shown)
     save({name: torch.ones(3)}, paths[1])
     for options in (["-o", tmp_path / "no.pt"], ["-o", tmp_path / "no.pt", "--key", name or "x"]):
-        code, text, err = run(*paths, *options)
+        code, text, err = command(*paths, *options)
         assert (code, text) == (1, "")
         assert [line.partition(":")[0] for line in harmless(err).splitlines()] == ["error", "hint"]
 
 
 @pytest.mark.parametrize("kind", ["markup", "ansi", "bidi", "workflow", "lines"])
-def test_top_level_keys_and_file_names_are_too(tmp_path, run, monkeypatch, kind):
-    """What is kept, and the names of files and folders, is shown escaped as well."""
+def test_top_level_keys_and_file_names_are_too(tmp_path, command, monkeypatch, kind):
+    """Keys that are kept and names of files and folders are shown escaped as well."""
     name = STEERING[kind].replace("/", "_")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     folder = tmp_path / name
@@ -105,23 +80,23 @@ def test_top_level_keys_and_file_names_are_too(tmp_path, run, monkeypatch, kind)
     for i, path in enumerate(paths):
         value = {"model": {"w": torch.full((2,), float(i))}, f"{name}_optim": {"m": torch.ones(2)}}
         torch.save({**value, name: 1, f"loss{name}": i}, path)
-    code, stdout, err = run(*paths, "-o", folder / "out.pt")
+    code, stdout, err = command(*paths, "-o", folder / "out.pt")
     assert code == 0, err
     for text in (
         stdout,
         err,
         (tmp_path / "summary.md").read_text("utf-8"),
-        run(*paths, "--inspect")[1],
+        command(*paths, "--inspect")[1],
     ):
         harmless(text)
-    code, _, err = run(folder / f"none{name}.pt", "-o", tmp_path / "no.pt")
+    code, _, err = command(folder / f"none{name}.pt", "-o", tmp_path / "no.pt")
     assert code == 1
     harmless(err)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_64_inputs(tmp_path, suffix):
-    """The mean of 64 files is that of their float64 values."""
+    """The mean of 64 files is the mean of their float64 values, rounded once."""
     paths, total = [tmp_path / f"{i}.{suffix}" for i in range(64)], torch.zeros(300).double()
     for i, path in enumerate(paths):
         value = torch.randn(300, generator=torch.Generator().manual_seed(i))
@@ -132,7 +107,7 @@ def test_64_inputs(tmp_path, suffix):
 
 
 def measured(*arguments):
-    """Runs the command; the most anonymous memory that its process had, in bytes."""
+    """Run the command in a process of its own and return its peak anonymous memory in bytes."""
     code = (
         "import atexit, re, sys, threading, time\n"
         "peak = [0]\n"
@@ -159,7 +134,7 @@ def measured(*arguments):
 @pytest.mark.large
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_100_000_tensors(tmp_path, suffix):
-    """A hundred thousand tensors, by names as models have them, are averaged."""
+    """A hundred thousand tensors with names as in real models are averaged."""
     paths, count = [tmp_path / f"{i}.{suffix}" for i in range(2)], 100_000
     for fold, path in enumerate(paths):
         value = torch.arange(2.0 * count).view(count, 2) * (fold + 1)
@@ -178,7 +153,7 @@ def test_100_000_tensors(tmp_path, suffix):
 
 @pytest.mark.large
 def test_a_tensor_of_12_gb(tmp_path):
-    """One tensor of 12 GB, most of it a hole, is averaged in little memory."""
+    """One tensor of 12 GB, most of it a hole in a sparse file, is averaged in little memory."""
     nbytes = 12_000_000_000
     free = shutil.disk_usage(tmp_path).free
     if free < nbytes + (1 << 30):
