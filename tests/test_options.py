@@ -1,5 +1,7 @@
 """The table of options: everything else is derived from it, so it has to be complete."""
 
+import json
+
 import pytest
 
 from merge_avg.errors import UsageError
@@ -10,6 +12,7 @@ from merge_avg.options import (
     Options,
     Series,
     Weighting,
+    choices,
     meanings,
     parse_range,
     parse_size,
@@ -105,17 +108,17 @@ def test_every_field_of_options_has_a_meaning():
     assert list(dict(meanings(Options))) == list(Options.__dataclass_fields__)
 
 
-def test_no_two_options_have_the_same_name():
-    """What the command calls an option, short or long, is used once."""
-    names = [
-        name
-        for cls in CLASSES
-        for field, meaning in meanings(cls)
-        if meaning.command
-        for name in meaning.names or (f"--{field.replace('_', '-')}",)
-    ]
-    assert len(names) == len(set(names))
-    assert {"--weights", "-w", "--last", "--no-hashes", "--max-memory"} <= set(names)
+def test_recorded_options_are_plain_values():
+    """The defaults of recorded options go into JSON, and come back as they were."""
+    values = {name: getattr(Options(), name) for name in RECORDED}
+    assert json.loads(json.dumps(values)) == {**values, "include": [], "exclude": []}
+
+
+def test_choices_are_those_of_the_type():
+    """A Literal type lists its values; other types, and unions of several, have no list."""
+    assert choices(Options, "missing") == ("error", "skip", "available")
+    assert choices(Options, "int_policy") == ("error", "template", "max", "mean")
+    assert choices(Options, "key") == choices(Options, "dtype") == choices(Options, "include") == ()
 
 
 def test_defaults_ask_for_nothing():

@@ -1,8 +1,9 @@
 """Every option of a merge, declared once.
 
-A field says what it means, what the command calls it, and whether it is part of an output's
-provenance and of the report. The command line, `merge_checkpoints`, the provenance record and
-`verify_output` are derived from these fields.
+A field says what it means, how the command takes it, and whether it is part of an output's
+provenance and of the report. The command's parameters, the keywords of `merge_checkpoints`, the
+provenance record and the report are derived from these fields. So a new option is one more field
+here, and the code that acts on it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from merge_avg.errors import UsageError
 
@@ -24,7 +25,7 @@ IntPolicy = Literal["error", "template", "max", "mean"]
 # Dtypes that averaged float tensors can be converted to: every format, and every torch, holds them.
 FloatName = Literal["float64", "float32", "float16", "bfloat16"]
 # The same, or the dtype that each tensor has in the template.
-ResultDtype = Literal["float64", "float32", "float16", "bfloat16", "template"]
+ResultDtype = Literal[FloatName, "template"]
 # Whether a metric is better where it is lower, or where it is higher.
 Mode = Literal["min", "max"]
 # How a soup chooses its members.
@@ -38,12 +39,12 @@ Bounds = tuple[int | None, int | None, int | None]  # first, last, and a divisor
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a field of an options class means.
+    """The meaning of a field of an options class.
 
     Attributes:
         help: one or two sentences, for the command's help and the library's documentation.
         metavar: what stands for the value in the command's help.
-        names: what the command calls it, where that is not the field's name: "--output", "-o".
+        names: how the command spells the option, where that differs from the field's name.
         parse: turns the command's text into the value.
         recorded: whether it decides which bytes are written, and so is part of the provenance.
         reported: whether the report lists it among the policies.
@@ -60,17 +61,24 @@ class Meaning:
 
 
 def option(default: Any, help: str, **meaning: Any) -> Any:  # noqa: A002 - as in typer
-    """Return a dataclass field that knows its `Meaning`."""
+    """Return a dataclass field that carries its `Meaning`."""
     return field(default=default, metadata={"meaning": Meaning(help, **meaning)})
 
 
 def meanings(cls: type) -> Iterator[tuple[str, Meaning]]:
-    """Yield the name and the meaning of each option of a class."""
+    """Yield the name and the meaning of each option of a class, in the order of its fields."""
     for one in fields(cls):
         if "meaning" in one.metadata:
             yield one.name, one.metadata["meaning"]
 
 
+def choices(cls: type, name: str) -> tuple[str, ...]:
+    """Return the values that a field of a Literal type may have; none for any other type."""
+    hint = get_type_hints(cls)[name]
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+# As ls and dd take them: a letter alone and KiB count in powers of 1024, kB in powers of 1000.
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
@@ -113,21 +121,22 @@ def parse_range(text: str) -> Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to merge: what is averaged, what is written, and with which means."""
+    """How to merge: what is averaged, what is written, and with which means.
+
+    The recorded options come first: the order of fields is that of the provenance record, whose
+    bytes must not change. A new one goes to their end.
+    """
 
     weights: Sequence[Weight] | None = option(
         None,
-        "One number per checkpoint, zero or above; they need not sum to one. By default all count "
-        "the same.",
-        command=False,  # there it belongs to the selection: see Weighting
+        "One number per checkpoint, of any sum; negative only without `normalize`. By default all "
+        "count the same.",
+        command=False,  # where `Weighting` has them
     )
     normalize: bool = option(
-        True,
-        "Do not divide by the sum of the weights, which may then be negative.",
-        names=("--no-normalize",),
-        recorded=True,
-        reported=True,
+        True, "Divide the weighted sum by the sum of the weights.", recorded=True, reported=True
     )
+    # Any text, so that the library's callers need no cast; `prepare` refuses what is not a dtype.
     dtype: ResultDtype | str | None = option(
         None,
         "Convert the averaged float tensors; template: where checkpoints differ in dtype.",
@@ -143,15 +152,13 @@ class Options:
     )
     missing: Missing = option(
         "error",
-        "Tensors that not every checkpoint has: refuse, keep the template's, or average where they "
-        "are present.",
+        "Tensors that some checkpoint lacks: refuse, skip, or average where present.",
         recorded=True,
         reported=True,
     )
     int_policy: IntPolicy = option(
         "error",
-        "Integers that differ: refuse (but counters are the template's), the template's, the "
-        "largest, or the rounded mean.",
+        "Integers that differ; error spares counters, which are the template's.",
         recorded=True,
         reported=True,
     )
@@ -166,7 +173,7 @@ class Options:
     )
     max_shard_size: int | None = option(
         None,
-        "Write a directory of shards of this size, as in 5GB.",
+        "Write a directory of shards of at most this size, as in 5GB.",
         metavar="SIZE",
         parse=parse_size,
         recorded=True,
@@ -185,11 +192,22 @@ class Options:
         recorded=True,
         reported=True,
     )
-    template: int | Location | None = option(
+    # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
+    template: Location | int | None = option(
         None,
-        "Copy checkpoint number N, or another one that is not averaged, instead of the first.",
+        "Copy checkpoint number N, or one that is not averaged, instead of the first.",
         metavar="N|PATH",
     )
+    base: Location | None = option(
+        None,
+        "The checkpoint that the others were fine-tuned from: compare what they changed.",
+        metavar="CHECKPOINT",
+    )
+    min_agreement: float | None = option(
+        None, "Refuse checkpoints whose matrices agree less (mean cosine).", metavar="X"
+    )
+    agreement: bool = option(True, "Measure how far checkpoints agree.")
+    hashes: bool = option(True, "Record hashes of the checkpoints.")
     overwrite: bool = option(False, "Replace the output if it exists.")
     device: str = option(
         "cpu", "Where sums are kept: cpu, cuda or cuda:N.", metavar="DEVICE", reported=True
@@ -199,25 +217,12 @@ class Options:
     )
     max_memory: int | None = option(
         None,
-        "Memory to take beside torch's own, as in 32MiB; default 64MiB.",
+        "Memory to take beside torch's own, as in 32MiB; 64MiB by default.",
         metavar="SIZE",
         parse=parse_size,
     )
-    min_agreement: float | None = option(
-        None, "Refuse checkpoints whose matrices agree less (mean cosine).", metavar="X"
-    )
-    base: Location | None = option(
-        None,
-        "What the others were fine-tuned from: say how far what they learned agrees.",
-        metavar="CHECKPOINT",
-    )
-    agreement: bool = option(
-        True, "Do not measure how far checkpoints agree.", names=("--no-agreement",)
-    )
-    hashes: bool = option(True, "Do not record hashes of the checkpoints.", names=("--no-hashes",))
 
 
-# In this order they stand in the provenance of outputs, whose bytes must not change.
 RECORDED = tuple(name for name, meaning in meanings(Options) if meaning.recorded)
 REPORTED = tuple(name for name, meaning in meanings(Options) if meaning.reported)
 
@@ -226,10 +231,12 @@ REPORTED = tuple(name for name, meaning in meanings(Options) if meaning.reported
 class Criteria:
     """Which of the checkpoints found are wanted; None where nothing is asked for."""
 
-    last: int | None = None  # the command takes several: see Series.lasts
+    last: int | None = None  # for the command, the largest of `Series.lasts`
     best: int | None = option(None, "The best N by --metric.", metavar="N")
     metric: str | None = option(None, "The metric that decides, as in val_loss.", metavar="NAME")
-    mode: Mode | None = option(None, "Whether lower or higher is better, where not obvious.")
+    mode: Mode | None = option(
+        None, "Whether lower or higher is better, where that is not obvious."
+    )
     steps: Bounds | None = option(
         None, "Only checkpoints of these steps.", metavar="A:B[:EVERY]", parse=parse_range
     )
@@ -259,7 +266,7 @@ class Series:
 
     lasts: tuple[int, ...] = option(
         (),
-        "The last N by step or epoch; twice for two averages.",
+        "The last N by step or epoch; given twice, two averages.",
         metavar="N",
         names=("--last",),
     )
@@ -278,7 +285,7 @@ class Weighting:
 
     weights: Sequence[Weight] | None = option(
         None,
-        "One number per checkpoint, as in 0.5,0.3,0.2; they need not sum to one.",
+        "One number per checkpoint, of any sum; negative only with --no-normalize.",
         metavar="W,W,...",
         names=("--weights", "-w"),
         parse=lambda text: text.split(","),

@@ -265,7 +265,7 @@ def test_choosing_needs_no_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for epoch in (1, 2):
         of_epoch(epoch, epoch)
-    code = "import sys; from merge_avg.cli._app import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import sys; from merge_avg.cli import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     arguments = [sys.executable, "-c", code, ".", "-o", "o.ckpt", "--last", "2", "--dry-run"]
     subprocess.run(arguments, check=True, capture_output=True)

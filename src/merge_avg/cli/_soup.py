@@ -1,65 +1,120 @@
-"""A soup in the making, for a person: a live table on a terminal, plain lines elsewhere."""
+"""The command with --soup: a live table of evaluations on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
+from merge_avg.cli._console import print_json, print_lines, say
+from merge_avg.cli._options import Display, SoupOptions
+from merge_avg.engine import run
+from merge_avg.errors import UsageError
+from merge_avg.options import Mode, Options, Weighting
+from merge_avg.plan import prepare
 from merge_avg.report.printable import printable
-from merge_avg.soup import Soup, Trial
+from merge_avg.selection import Choice
+from merge_avg.soup import Soup, Trial, greedy, score
+
+
+def make_soup(
+    choice: Choice,
+    weighting: Weighting,
+    options: Options,
+    asked: SoupOptions,
+    mode: Mode | None,
+    display: Display,
+) -> None:
+    """Make a soup of the chosen checkpoints, and show how.
+
+    Raises:
+        UsageError: the options do not fit each other.
+    """
+    if display.page is not None or options.base is not None:
+        raise UsageError("a soup has no report", hint="leave out --report and --base")
+    if weighting != Weighting() or not options.normalize or options.template or options.dtype:
+        hint = "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
+        raise UsageError("a soup is the plain mean of its members", hint=hint)
+    command, key = asked.evaluation, asked.eval_json
+    if asked.recipe is None or command is None or mode is None:
+        hint = "write --soup greedy --eval 'python eval.py {}' --mode max"
+        raise UsageError("a soup needs --soup, --eval and --mode", hint=hint)
+    if len(choice.outputs) > 1:
+        raise UsageError("a soup is one output", hint="leave out --leave-one-out or --prefixes")
+    (output,) = choice.outputs
+
+    def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
+        # The score decides about a member. How far members agree is nowhere shown.
+        alone = replace(options, min_agreement=None, agreement=False, overwrite=overwrite)
+        # Scanned anew each time: an evaluation may have written beside the weights meanwhile.
+        run(prepare(paths, output, alone))
+
+    with _shown(quiet=display.quiet) as show:
+        soup = greedy(
+            choice.paths,
+            output,
+            evaluate=lambda path: score(command, path, key),
+            merge=merge,
+            mode=mode,
+            # By this name the log knows the evaluation: with another key it is another one.
+            command=command if key is None else f"{command} [{key}]",
+            overwrite=options.overwrite,
+            show=show,
+        )
+    if not display.quiet:
+        say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
+    if display.as_json:
+        print_json(_as_json(soup))
+    else:
+        print_lines([str(soup.output)])
 
 
 @contextlib.contextmanager
-def watched(say: Callable[[str], None], *, quiet: bool) -> Iterator[Callable[[Trial], None]]:
-    """Shows evaluations on stderr as they are told; `say` prints a line there."""
+def _shown(*, quiet: bool) -> Iterator[Callable[[Trial], None]]:
+    """Yield a function that shows an evaluation on stderr."""
     if quiet:
         yield lambda _: None
     elif not sys.stderr.isatty():
-        yield lambda trial: say(line(trial))
+        yield lambda trial: say(_line(trial))
     else:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table("", "checkpoint", "members", "score", "")
         console = Console(file=sys.stderr, force_terminal=True)
         with Live(table, console=console, refresh_per_second=4):
+            # As `Text`, because a file's name may look like rich's markup.
             yield lambda trial: table.add_row(*map(Text, _cells(trial)))
 
 
-def line(trial: Trial) -> str:
-    """An evaluation as one line."""
+def _line(trial: Trial) -> str:
     number, name, members, score, verdict = _cells(trial)
     what = name if len(trial.members) == 1 else f"+ {name} ({members} members)"
     return f"[{number}] {what}: {score}{', ' + verdict if verdict else ''}"
 
 
-def described(soup: Soup) -> dict[str, object]:
-    """The soup as plain values."""
-    return {
-        "output": str(soup.output),
-        "soup": "greedy",
-        "members": [str(path) for path in soup.members],
-        "score": soup.score,
-        "singles": [{"path": str(path), "score": score} for path, score in soup.singles.items()],
-        "trials": [
-            {
-                "members": [str(path) for path in trial.members],
-                "score": trial.score,
-                "kept": trial.kept,
-                "remembered": trial.remembered,
-            }
-            for trial in soup.trials
-        ],
-    }
-
-
 def _cells(trial: Trial) -> tuple[str, ...]:
+    """Return an evaluation as its number, the new member, the members, the score and a verdict."""
     single = len(trial.members) == 1
     verdict = ("best so far" if trial.kept else "") if single else "kept" if trial.kept else "left"
     verdict += " (from the log)" if trial.remembered else ""
     name = printable(str(trial.members[-1]))
     number, members = f"{trial.number}/{trial.total}", str(len(trial.members))
     return number, name, members, f"{trial.score:.10g}", verdict.strip()
+
+
+def _as_json(soup: Soup) -> dict[str, Any]:
+    shown = ("members", "score", "kept", "remembered")
+    return {
+        "output": soup.output,
+        "soup": "greedy",
+        "members": soup.members,
+        "score": soup.score,
+        "singles": [{"path": path, "score": score} for path, score in soup.singles.items()],
+        "trials": [{name: getattr(trial, name) for name in shown} for trial in soup.trials],
+    }

@@ -1,0 +1,67 @@
+"""Text for people on stderr, and the result on stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from merge_avg.errors import MergeError, failure
+from merge_avg.report.printable import printable
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; names keep their letters, but control characters are escaped."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody listens, which is no reason to stop
+        discard(sys.stderr)
+
+
+def fail(error: MergeError | OSError | MemoryError) -> None:
+    """Say what is wrong with which file, and what to do about it."""
+    if isinstance(error, OSError):
+        error = failure(error)
+    elif isinstance(error, MemoryError):
+        hint = "lower --max-memory or --threads"
+        error = MergeError("there is not enough memory", hint=hint)
+    where = "" if error.where is None else f"{error.where}: "
+    say(f"error: {where}{error.what}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print the result as lines, such as the output's path."""
+    _print("\n".join(map(printable, lines)))
+
+
+def print_json(value: Any) -> None:
+    """Print the result as JSON, paths as text."""
+    import json
+
+    # GitHub's runner takes "##[" for a command to it. In ASCII nothing else needs to be escaped.
+    text = json.dumps(value, ensure_ascii=True, indent=2, default=os.fspath)
+    _print(text.replace("##[", "#\\u0023["))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        discard(sys.stdout)
+        # A reader that left, such as `head`, has what it wanted. A full disk loses the result.
+        if not isinstance(error, BrokenPipeError):
+            what = f"all is done, but stdout cannot be written ({error.strerror})"
+            raise MergeError(what) from None
+
+
+def discard(stream: TextIO) -> None:
+    """Send what else is written to a broken stream to nowhere.
+
+    Its buffer still holds text, which Python would flush at exit, and fail with exit code 120.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,0 +1,71 @@
+"""The command as such: a merge, and its report in each of the ways that are asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from merge_avg.cli._console import discard, print_json, print_lines, say
+from merge_avg.cli._options import Display
+from merge_avg.cli._progress import progress
+from merge_avg.engine import read_ahead, run
+from merge_avg.errors import MergeError
+from merge_avg.options import Options
+from merge_avg.plan import prepare
+from merge_avg.report import Report, as_json, describe
+from merge_avg.selection import Choice
+
+
+def merge(choice: Choice, options: Options, display: Display, *, dry_run: bool) -> None:
+    """Average the chosen checkpoints, or plan to, and report it."""
+    job = prepare(choice.paths, choice.outputs, options, layouts=choice.layouts)
+    if display.page is not None:
+        from merge_avg.report import html
+
+        # Before the merge: who asks for a page that cannot be written gets no output either.
+        html.refuse(display.page, job, dry_run=dry_run)
+    result = None
+    if not dry_run:
+        read_ahead(job)
+        with progress(job, quiet=display.quiet) as advance:
+            result = run(job, advance)
+    report = describe(job, result, choice)
+    if display.page is not None:
+        html.write(display.page, report, overwrite=options.overwrite)
+    if not display.quiet:
+        _show(report, dry_run=dry_run)
+    if display.as_json:
+        print_json(as_json(report))
+    elif not dry_run:
+        print_lines(str(output.path) for output in job.outputs)
+    if not dry_run:
+        _summarise(report)
+
+
+def _show(report: Report, *, dry_run: bool) -> None:
+    """Show the report on stderr: in colour on a terminal, but for the long lines of a plan."""
+    if sys.stderr.isatty() and not dry_run:
+        from merge_avg.report.terminal import show
+
+        try:
+            show(report)
+        except OSError:  # the terminal is gone, but the merge is done
+            discard(sys.stderr)
+    else:
+        from merge_avg.report.text import lines
+
+        for line in lines(report):
+            say(line)
+
+
+def _summarise(report: Report) -> None:
+    """Add a summary to the page of a GitHub Actions job, which this variable names."""
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if page:
+        from merge_avg.report.markdown import append, markdown
+
+        try:
+            append(Path(page), markdown(report))
+        except MergeError as error:  # the merge itself is done
+            say(f"note: {error}")

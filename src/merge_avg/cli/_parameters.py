@@ -1,0 +1,94 @@
+"""The command's parameters, derived from the fields of options classes, and back.
+
+Typer builds a command from the signature of a function. That signature is made here of options
+classes: each of their fields becomes a parameter. When the command is called, the values it is
+given become instances of these classes again.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import abc
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from merge_avg.options import Meaning, meanings
+
+
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that has one parameter for each option in place of an options class.
+
+    A parameter annotated with a dataclass stands for those of its fields that have a `Meaning`. All
+    other parameters stay as they are.
+    """
+    declared = inspect.signature(function, eval_str=True).parameters.values()
+    classes = {one.name: one.annotation for one in declared if is_dataclass(one.annotation)}
+    flat: list[inspect.Parameter] = []
+    for one in declared:
+        flat += _parameters(one.annotation) if one.name in classes else [one]
+
+    @functools.wraps(function)
+    def called(**values: Any) -> None:
+        for name, cls in classes.items():
+            values[name] = _instance(cls, values)
+        function(**values)
+
+    # An option that two classes declare is a ValueError here. The annotations are in the signature;
+    # left on the function as text, typer would evaluate each of them four times.
+    called.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    called.__annotations__ = {}
+    return called
+
+
+def _options(cls: Any) -> Iterator[tuple[str, Meaning, Any]]:
+    """Yield the name, the meaning and the default of each option that the command has."""
+    return ((name, one, getattr(cls, name)) for name, one in meanings(cls) if one.command)
+
+
+def _parameters(cls: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(cls)
+    for name, meaning, default in _options(cls):
+        spelled, text, absent = f"--{name.replace('_', '-')}", meaning.help, default
+        if default is True:  # then all that a flag can do is turn it off
+            spelled, text = f"--no{spelled[1:]}", f"Do not {text[0].lower()}{text[1:]}"
+            absent = False
+        elif default == ():  # which the help would list as a default
+            absent = None
+        kind: Any = str if meaning.parse else _kind(hints[name])
+        given = typer.Option(*meaning.names or [spelled], help=text, metavar=meaning.metavar)
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=absent,
+            annotation=Annotated[kind | None, given],
+        )
+
+
+def _kind(hint: Any) -> Any:
+    """Return the type that typer converts to: of several the first, and a list for a sequence."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return _kind(get_args(hint)[0])
+    return list[get_args(hint)[0]] if origin in (tuple, abc.Sequence) else hint  # type: ignore[misc]
+
+
+def _instance(cls: Any, values: dict[str, Any]) -> Any:
+    """Return the options of a class, whose values are taken out of those of all.
+
+    Raises:
+        UsageError: the text of an option cannot be parsed.
+    """
+    given: dict[str, Any] = {}
+    for name, meaning, default in _options(cls):
+        value = values.pop(name)
+        if default is True:
+            given[name] = not value
+        elif value is not None:
+            parsed = meaning.parse(value) if meaning.parse else value
+            given[name] = tuple(parsed) if default == () else parsed
+    return cls(**given)

@@ -1,0 +1,127 @@
+"""The command as a process: its streams, its signals and its exit codes.
+
+0     done
+1     refused or failed: each output is as it was
+2     wrong usage
+128+n stopped by signal n: 129 hung up, 130 interrupted, 143 terminated
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+
+from merge_avg.cli._app import app
+from merge_avg.cli._console import fail, say
+from merge_avg.errors import MergeError, UsageError
+
+
+def entry() -> None:
+    """Run `main`, and leave the process the short way if all went well. The console script."""
+    # Torch tells whoever imports it that NumPy is not installed. It is not needed.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    # Python would take down torch's modules one by one, which takes longer than many a merge. The
+    # functions registered with atexit are what is left to do: streams are flushed by each print.
+    atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does for its children
+    os._exit(0)
+
+
+def main() -> None:
+    """Run the command, and exit with its code."""
+    try:
+        with _signals():
+            _run()
+    except KeyboardInterrupt:  # it came before the handler was installed
+        sys.exit(130)
+
+
+def _run() -> None:
+    """Run the command; an error is a message and an exit code."""
+    try:
+        _open_streams()
+        app(prog_name="merge-avg")
+    except (MergeError, OSError, MemoryError) as error:
+        fail(error)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except _Stopped as stop:
+        say("stopped; each output is as it was, or complete")
+        sys.exit(stop.code)
+
+
+class _Stopped(SystemExit):
+    """A signal asked the command to end; temporary files are removed as it unwinds."""
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Make signals end the command by an exception, so that it cleans up.
+
+    A signal that is ignored stays so: nohup ignores SIGHUP, and a shell ignores SIGINT for jobs in
+    the background.
+    """
+    code = 0
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        nonlocal code
+        code = code or 128 + signum  # the first signal decides, not the alarm that repeats it
+        # An exception is lost where C code calls back into Python, as in a finalizer. So an alarm
+        # calls this function again every 0.1 s ...
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        # ... but it must not raise into code that is cleaning up because of the first exception.
+        handled = sys.exception()
+        while handled is not None:
+            if isinstance(handled, _Stopped):
+                return
+            handled = handled.__context__
+        raise _Stopped(code)
+
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        # The exception that was lost is about to be printed as "Exception ignored in ...".
+        if not isinstance(what.exc_value, _Stopped):
+            hook(what)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    caught = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop) for one in (signal.SIGALRM, *caught)}
+    # Once Python finalizes, all outputs are settled: a signal could only cause a traceback, or kill
+    # the process, and its exit code would belie what was done.
+    for one in before:
+        atexit.register(signal.signal, one, signal.SIG_IGN)
+    hook, sys.unraisablehook = sys.unraisablehook, lost
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for one, handler in before.items():
+            # None stands for a handler that was not installed from Python: it cannot be restored.
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+
+
+def _open_streams() -> None:
+    """Open the standard streams that are closed.
+
+    A file that the merge opens would get the number of one: then a message written to stderr would
+    land in the output.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+    # A name need not be valid in the locale's encoding; to print it must not fail a merge.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -1,0 +1,158 @@
+"""merge_avg.cli._process: exit codes, signals, and the standard streams."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from merge_avg import cli
+from tests.helpers import COMMAND, run_command
+
+FULL = Path("/dev/full")
+
+
+def test_refusals_and_wrong_usage(folds, tmp_path):
+    """A refusal is exit code 1 with error and hint; wrong usage is 2; neither writes to stdout."""
+    (tmp_path / "out.pt").write_bytes(b"old")
+    refused = run_command(*folds, "-o", "out.pt", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    first, second = refused.stderr.splitlines()
+    assert first == "error: out.pt: the output exists already"
+    assert second.startswith("hint: ")
+    assert (tmp_path / "out.pt").read_bytes() == b"old"
+    for wrong in (["-o", "x.pt"], [*folds], [*folds, "-o", "x.pt", "--max-memory", "big"]):
+        done = run_command(*wrong, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+    assert run_command(*folds, "-o", "out.pt", "--overwrite", cwd=tmp_path).returncode == 0
+
+
+def test_running_out_of_memory_is_a_message(command, folds, monkeypatch):
+    """Memory that is not to be had is a refusal, and its hint names what to lower."""
+    from merge_avg import plan
+
+    def greedy(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(plan, "prepare", greedy)
+    monkeypatch.delitem(sys.modules, "merge_avg.cli._merge", raising=False)
+    code, out, err = command(*folds, "-o", "out.pt")
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [
+        "error: there is not enough memory",
+        "hint: lower --max-memory or --threads",
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_nothing(tmp_path, number, code):
+    """Ctrl-C and SIGTERM in the middle of a merge leave neither output nor temporary file."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.zeros(60_000_000)}, path)
+    command = [*COMMAND, *["a.pt"] * 12, "-o", "out.pt"]
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A job in the background of a script ignores Ctrl-C, and its children do.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
+    while not list(tmp_path.glob(".*")) and running.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    running.send_signal(number)
+    running.communicate(timeout=60)
+    assert running.returncode == code
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_an_ignored_signal_stays_ignored(folds, tmp_path):
+    """Under nohup, a merge goes on when its terminal hangs up."""
+    code = (
+        "import os, signal\nfrom merge_avg import cli, selection\n"
+        "choose = selection.choose\n"
+        "def hung_up(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    return choose(*args)\n"
+        "selection.choose = hung_up\ncli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folds, "-o", "out.pt", "-q"],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out.pt\n", "")
+
+
+def test_a_signal_that_comes_at_a_bad_moment_is_not_lost(folds, tmp_path):
+    """Where Python swallows what a handler raises it comes again; nothing is printed of it."""
+    code = (
+        "import signal, sys, time, weakref\nfrom merge_avg import cli, plan\n"
+        "class Thing: pass\n"
+        "def bad(*args, **named):\n"
+        "    thing = Thing()\n"
+        "    ref = weakref.ref(thing, lambda _: signal.raise_signal(15))\n"
+        "    del thing\n"  # the callback's exception is written off
+        "    print('went on', flush=True)\n"
+        "    end = time.monotonic() + 30\n"
+        "    while time.monotonic() < end: pass\n"
+        "plan.prepare = bad\ncli.main()\n"
+    )
+    command = [sys.executable, "-c", code, *folds, "-o", "out.pt"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "went on\n")
+    assert done.stderr == "stopped; each output is as it was, or complete\n"
+
+
+def test_ctrl_c_before_there_is_a_handler(monkeypatch):
+    """The command has begun, but has not yet asked for the signal: its exit code all the same."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "getsignal", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+
+
+def test_handlers_are_as_before_when_the_command_returns(command, folds):
+    """A program that runs `main` gets its signal handlers and its hook back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = [signal.getsignal(one) for one in numbers], sys.unraisablehook
+    assert command(*folds, "-o", "out.pt", "--dry-run")[0] == 0
+    assert ([signal.getsignal(one) for one in numbers], sys.unraisablehook) == before
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_an_error(folds, tmp_path):
+    """Where stdout cannot be written the merge is done, and the exit code says what is lost."""
+    with FULL.open("w") as full:
+        command = [*COMMAND, *folds, "-o", "out.pt"]
+        done = subprocess.run(
+            command, cwd=tmp_path, check=False, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "error: all is done, but stdout cannot be written" in done.stderr
+    assert (tmp_path / "out.pt").exists()
+
+
+def test_without_numpy_nothing_else_is_said(tmp_path):
+    """Torch's warning that NumPy is missing, which nobody asked for, does not reach the user."""
+    for fold in range(2):  # float64: for which torch is imported
+        torch.save({"w": torch.full((9,), fold, dtype=torch.float64)}, tmp_path / f"{fold}.pt")
+    code = (
+        "import sys; sys.modules['numpy'] = None; from merge_avg.cli import entry\n"
+        "try: entry()\n"
+        "finally: assert 'torch' in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, "0.pt", "1.pt", "-o", "out.pt", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out.pt\n", "")
