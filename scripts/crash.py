@@ -1,8 +1,10 @@
-"""Kills real runs of the command, and lets their system calls fail: see tests/promises/crashing.py.
+"""Kill real runs of the command, and make their system calls fail: see tests/promises/crashing.py.
 
-python scripts/crash.py kill --count 300      SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments
-python scripts/crash.py calls                 SIGKILL at each system call (needs strace)
-python scripts/crash.py inject                each system call fails (needs strace)
+    python scripts/crash.py kill --count 300      SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments
+    python scripts/crash.py calls                 SIGKILL at each system call (needs strace)
+    python scripts/crash.py inject                a failure of each system call (needs strace)
+
+It prints how many runs ended in which way, and exits with 1 where a promise was broken.
 """
 
 from __future__ import annotations

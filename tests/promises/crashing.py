@@ -1,12 +1,13 @@
-"""Real runs of the command that are killed or whose system calls fail, many a second.
+"""Kill real runs of the command or make their system calls fail, several a second.
 
-A server imports torch and the command once, and forks a child for each run: the child is a process
+A server imports torch and the command once, and forks a child for each run. The child is a process
 of its own, runs `merge_avg.cli.main`, and is killed for real. `strace` makes the n-th system call
-of a kind fail in it, or kills it there. `Run.check` holds what is promised against what is found.
+of a kind fail in it, or kills it there. `judge` and `Place.complete` compare what is left with what
+is promised.
 
     python scripts/crash.py kill --count 300      SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments
     python scripts/crash.py calls --signal TERM   a signal at each system call (needs strace)
-    python scripts/crash.py inject                each system call fails (needs strace)
+    python scripts/crash.py inject                a failure of each system call (needs strace)
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ CALLS = {
 }
 
 
-# What is merged: a kind of output each.
+# Makers of checkpoints, one for each kind of output.
 
 
 def _state(fold: int, size: int) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _dcp(path: Path, fold: int, size: int) -> Path:
 
 
 def _tied(path: Path, fold: int, size: int) -> Path:
-    """Tied in the first checkpoint only, so that a scratch file is needed."""
+    """Write tensors that are tied in the first checkpoint only, which takes a scratch file."""
     import torch
 
     tensor = torch.full((size,), float(fold))
@@ -134,9 +135,13 @@ def _tied(path: Path, fold: int, size: int) -> Path:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input and output: what makes checkpoints, what the output is called, options.
+    """A kind of input and output.
 
-    Of some the output is there already, and the run verifies it.
+    Attributes:
+        make: writes a checkpoint; its arguments are a path, the number of the fold, and a size.
+        output: the name of the output.
+        options: further options of the command.
+        verify: whether the run verifies an output that is there, instead of writing it.
     """
 
     make: Callable[[Path, int, int], Path]
@@ -158,11 +163,11 @@ KINDS = {
 }
 
 
-# A directory, what is in it, and what may be in it after a run.
+# A directory for runs: what is in it, and what may be in it after a run.
 
 
 def tree(path: Path) -> Tree:
-    """The bytes of a file, or of all files in a directory."""
+    """Return the bytes of a file, or of all files in a directory."""
     if path.is_file():
         return {".": path.read_bytes()}
     files = (one for one in path.rglob("*") if one.is_file())
@@ -174,9 +179,9 @@ class Place:
 
     Args:
         folder: an empty directory.
-        kind: of KINDS.
-        size: how many elements the largest tensor has.
-        overwrite: whether there is an output already, to be replaced.
+        kind: a key of KINDS.
+        size: the number of elements of the largest tensor.
+        overwrite: whether there is an output already, which the run replaces.
     """
 
     def __init__(self, folder: Path, kind: str, size: int, *, overwrite: bool) -> None:
@@ -197,7 +202,7 @@ class Place:
         self._overwrite = overwrite
 
     def learn(self, run: Callable[[Sequence[str]], None]) -> None:
-        """Lets a run that nothing disturbs show what is complete; then makes what is old."""
+        """Learn the complete output from a run that nothing disturbs, then write the old one."""
         run(self.merge)
         self.whole = tree(self.output)
         if self.verifies:
@@ -209,7 +214,7 @@ class Place:
         self.reset()
 
     def reset(self) -> None:
-        """Puts the old output back, or removes the output."""
+        """Put the old output back, or remove the output."""
         if self.output.is_dir():
             shutil.rmtree(self.output)
         self.output.unlink(missing_ok=True)
@@ -219,20 +224,21 @@ class Place:
             path.write_bytes(data)
 
     def clean(self) -> None:
-        """Removes whatever a run left that it should not have."""
+        """Remove whatever a run left that it should not have."""
         for path in self.folder.iterdir():
             if path not in self._inputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.reset()
 
     def left(self) -> list[str]:
-        """The names of temporaries that are there."""
+        """Return the names of temporaries that are there."""
         return [path.name for path in self.folder.iterdir() if path.name.endswith(TEMPORARY)]
 
     def complete(self) -> bool:
-        """Whether the output is complete. Asserts that it is what was there before otherwise.
+        """Return whether the output is complete.
 
-        Asserts as well that inputs are untouched, and that nothing is there but temporaries.
+        Assert that it is what was there before otherwise, that inputs are untouched, and that
+        nothing else is there but temporaries.
         """
         known = {*self._inputs, self.output}
         strays = {one for one in self.folder.iterdir() if one not in known} - {
@@ -248,9 +254,10 @@ class Place:
 
 
 def judge(place: Place, code: int, stderr: str) -> bool:
-    """Asserts what holds after a run that was not killed outright; whether it was complete.
+    """Assert what holds after a run that was not killed outright; return whether it was complete.
 
-    One message and exit code 1, or 0 and the whole output; after a signal its own code.
+    The run ends with one message and exit code 1, with 0 and the whole output, or after a signal
+    with the signal's code.
     """
     for word in ("Traceback", "Exception ignored", "Error:"):
         assert word not in stderr, stderr
@@ -270,18 +277,21 @@ def judge(place: Place, code: int, stderr: str) -> bool:
     return complete
 
 
-# Processes.
+# Processes: a server, and the runs that it forks.
 
 
 def _serve() -> None:
-    """Forks a run for each line of stdin; a run waits until its gate is closed by the writer."""
+    """Fork a run for each line of stdin.
+
+    A run waits until the server closes its gate, a pipe: so whoever asked can begin to trace it.
+    """
     import torch
 
     import merge_avg.cli
-    import merge_avg.engine._run
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:  # so that no run has anything left to import
+    # A run before the first fork leaves the children nothing to import.
+    with tempfile.TemporaryDirectory() as folder:
         torch.save({"w": torch.ones(2)}, f"{folder}/a.pt")
         sys.argv = ["merge-avg", f"{folder}/a.pt", "-o", f"{folder}/b.pt"]
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):
@@ -306,7 +316,7 @@ def _serve() -> None:
 
 
 def _begin(asked: Mapping[str, Any], number: str, ready: int, gate: tuple[int, int]) -> None:
-    """Makes a forked process what was asked for, and waits until the gate is closed."""
+    """Set up a forked process as asked, and wait until the gate is closed."""
     os.chdir(asked["folder"])
     for fd, name in enumerate((os.devnull, asked["stdout"] + number, asked["stderr"] + number)):
         opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -336,7 +346,7 @@ def _begin(asked: Mapping[str, Any], number: str, ready: int, gate: tuple[int, i
                 os.write(log, json.dumps([event, args], default=str).encode() + b"\n")
 
         sys.addaudithook(hook)
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):  # as Python itself at its start
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):  # as Python itself does at start-up
         if fd in asked["closed"]:
             os.close(fd)
             setattr(sys, name, None)
@@ -345,7 +355,7 @@ def _begin(asked: Mapping[str, Any], number: str, ready: int, gate: tuple[int, i
 
 
 def _end() -> NoReturn:
-    """Runs the command and what Python does at its end, but for freeing all of torch (a second)."""
+    """Run the command and Python's exit functions, but do not free torch, which takes a second."""
     import merge_avg.cli
 
     code: Any = 0
@@ -353,7 +363,7 @@ def _end() -> NoReturn:
         merge_avg.cli.main()
     except SystemExit as end:
         code = end.code
-    except BaseException:  # noqa: BLE001 - as Python itself
+    except BaseException:  # noqa: BLE001 - Python prints it in the same way
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()
@@ -364,7 +374,7 @@ def _end() -> NoReturn:
 
 
 class Server:
-    """Runs the command in children of one process that has torch imported."""
+    """A process that has torch imported, and runs the command in children."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -387,19 +397,19 @@ class Server:
         disturb: Callable[[int], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         **setting: Any,
     ) -> int:
-        """Runs the command in a place; its exit code, below zero for a signal.
+        """Run the command in a place, and return its exit code, which is negative for a signal.
 
-        Of several at once, `codes` has all of them.
+        `codes` has the exit codes of all runs, where several run at once.
 
         Args:
-            place: where.
+            place: the directory for it.
             arguments: the command's.
-            disturb: is entered with the pid before the run begins, and left when it has ended.
-            setting: `stdout` and `stderr`, where they go; `closed`, descriptors that are closed;
-                `environment`, variables to set or (None) to remove; `largest`, how many bytes a
-                file may have; `uid`, who runs it; `together`, how many at once; `audit`, a log
-                of Python's audit events about files; `processes`, how many (and threads) its user
-                may have.
+            disturb: makes a context from the pid, entered before the run and left after it.
+            setting: `stdout` and `stderr`, files for them; `closed`, descriptors to close;
+                `environment`, variables to set or (None) to remove; `largest`, the limit on the
+                size of a file; `uid`, the user; `together`, the number of runs at once; `audit`, a
+                log for Python's audit events about files; `processes`, the limit on the user's
+                processes and threads.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -418,7 +428,7 @@ class Server:
         return self.codes[0]
 
     def plain(self, place: Place) -> Callable[[Sequence[str]], None]:
-        """Runs that nothing disturbs."""
+        """Return a function that runs the command undisturbed; the run has to succeed."""
 
         def run(arguments: Sequence[str]) -> None:
             code = self.run(place, arguments)
@@ -427,7 +437,7 @@ class Server:
         return run
 
     def close(self) -> None:
-        """Ends the server."""
+        """End the server."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
@@ -437,7 +447,7 @@ class Server:
 
 @contextlib.contextmanager
 def traced(pid: int, inject: str, log: Path) -> Iterator[None]:
-    """Lets strace inject something into a process and its threads; the log says what it did."""
+    """Let strace inject something into a process and its threads, and log what it did."""
     calls = inject.partition(":")[0]
     command = ["strace", "-f", "-o", str(log), "-e", f"trace={calls}", "-e", f"inject={inject}"]
     with subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True) as process:
@@ -454,7 +464,7 @@ def _send(pid: int, number: int) -> None:
 
 @contextlib.contextmanager
 def signalled(pid: int, number: int, after: float) -> Iterator[None]:
-    """Sends a signal to a process some time after it begins."""
+    """Send a signal to a process some seconds after entering the context."""
     timer = threading.Timer(after, _send, (pid, number))
     timer.start()
     yield
@@ -464,7 +474,7 @@ def signalled(pid: int, number: int, after: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """A server, and a directory for it and for places."""
+    """Start a server in a directory of its own."""
     with tempfile.TemporaryDirectory(prefix="merge-avg-crash") as name:
         server = Server(Path(name))
         try:
@@ -476,7 +486,7 @@ def serving() -> Iterator[Server]:
 def places(
     server: Server, kinds: Sequence[str], size: int, overwrite: Sequence[bool] = (False, True)
 ) -> Iterator[tuple[str, Place]]:
-    """A place for each kind of output, with and without an old one, and what it is called."""
+    """Yield a label and a place for each kind of output, with and without an old one."""
     for kind in kinds:
         for old in overwrite if not KINDS[kind].verify else overwrite[-1:]:
             folder = Path(tempfile.mkdtemp(prefix=kind, dir=server.folder))
@@ -486,7 +496,7 @@ def places(
 
 
 def recovered(server: Server, place: Place) -> None:
-    """Asserts that the next run completes, and removes what a dead one left."""
+    """Assert that the next run completes and removes what a dead one left."""
     server.plain(place)(place.again)
     assert place.complete()
     assert not place.left(), place.left()
@@ -501,7 +511,7 @@ def kill(
     size: int,
     overwrite: Sequence[bool],
 ) -> collections.Counter[str]:
-    """Runs that are killed at random moments, as many as asked for."""
+    """Kill runs at random moments, and count how they ended."""
     chance = random.Random(seed)  # noqa: S311
     tally: collections.Counter[str] = collections.Counter()
     made = []
@@ -532,7 +542,7 @@ def each_call(
     limit: int,
     overwrite: Sequence[bool],
 ) -> collections.Counter[str]:
-    """Lets the n-th system call of each kind fail or kill, for n = 1, 2, ... as long as it can."""
+    """Make the n-th system call of each kind fail or kill, for each n that there is."""
     tally: collections.Counter[str] = collections.Counter()
     for label, place in places(server, kinds, 300, overwrite):
         for call, failures in errors.items():
@@ -554,7 +564,7 @@ def each_call(
 
 
 def _injected(server: Server, place: Place, inject: str) -> str:
-    """How a run ended into which strace injected something; empty where there was no such call."""
+    """Run with an injection of strace; return how that ended, or "" if there was no such call."""
     log = server.folder / "log"
     code = server.run(place, place.arguments, lambda pid: traced(pid, inject, log))
     text = log.read_text(errors="replace")
@@ -569,16 +579,16 @@ def _injected(server: Server, place: Place, inject: str) -> str:
 
 
 def main() -> int:
-    """Runs what is asked for, and prints how many runs ended in which way."""
+    """Run what is asked for, and print how many runs ended in which way."""
     parser = argparse.ArgumentParser(prog="scripts/crash.py", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["kill", "calls", "inject", "serve"])
-    parser.add_argument("--count", type=int, default=300, help="of runs that are killed")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of outputs")
-    parser.add_argument("--calls", default=",".join(CALLS), help="to inject at")
-    parser.add_argument("--signal", default="KILL", help="to send, for calls")
-    parser.add_argument("--limit", type=int, default=10_000, help="calls of a kind")
-    parser.add_argument("--size", type=int, default=3_000_000, help="elements, for kill")
+    parser.add_argument("--count", type=int, default=300, help="kill: number of runs")
+    parser.add_argument("--seed", type=int, default=0, help="kill: seed of the random moments")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of outputs")
+    parser.add_argument("--calls", default=",".join(CALLS), help="system calls to inject at")
+    parser.add_argument("--signal", default="KILL", help="calls: signal to send")
+    parser.add_argument("--limit", type=int, default=10_000, help="most calls of a kind")
+    parser.add_argument("--size", type=int, default=3_000_000, help="kill: number of elements")
     parser.add_argument("--overwrite", choices=["yes", "no", "both"], default="both")
     options = parser.parse_args()
     if options.what == "serve":
