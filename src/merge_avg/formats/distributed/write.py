@@ -23,23 +23,21 @@ class _ChunksLayout(FileLayout):
     """The layout of a file of chunks.
 
     Attributes:
-        chunks: the archives in it that are written anew, and their offsets.
+        chunks: the archives that are written anew: offset, number of the first slot, and layout.
     """
 
-    chunks: tuple[tuple[int, ZipLayout], ...] = ()
+    chunks: tuple[tuple[int, int, ZipLayout], ...] = ()
 
     def opening(self) -> Iterator[Literal]:
         """Yield what the archives open with."""
-        for base, chunk in self.chunks:
+        for base, _, chunk in self.chunks:
             yield from ((base + at, data) for at, data in chunk.opening())
 
     def closing(self, record: bytes, checksums: Sequence[int]) -> Iterator[Literal]:  # noqa: ARG002
         """Yield what the archives close with."""
-        first = 0
-        for base, chunk in self.chunks:
+        for base, first, chunk in self.chunks:
             sums = checksums[first : first + len(chunk.entries)]
             yield from ((base + at, data) for at, data in chunk.closing(b"", sums))
-            first += len(chunk.entries)
 
 
 def copy(
@@ -59,33 +57,33 @@ def copy(
         raise ValueError("only a file of chunks can be copied as one")
     slots: dict[str, Slot] = {}
     copies: list[tuple[Storage, Slot]] = []
-    copied: list[tuple[Storage, int, int]] = []  # with the offset and the size in the copy
-    chunks: list[tuple[int, ZipLayout]] = []
+    inner: list[tuple[Storage, Slot]] = []
+    chunks: list[tuple[int, int, ZipLayout]] = []
     end = number = 0
     for (_, record), member in zip(archive.records, layout.members, strict=True):
         if record.offset > end:
             gap = Storage(f"bytes from {end}", end, record.offset - end, file=record.file)
-            copied.append((gap, end, gap.nbytes))
+            copies.append((gap, Slot(number, end, gap.nbytes)))
+            number += 1
         end = record.offset + record.nbytes
         names = {info.storage.name for info in member.tensors} if member else set()
         if member is None or not names & averaged:
-            copied.append((record, record.offset, record.nbytes))
+            copies.append((record, Slot(number, record.offset, record.nbytes)))
+            number += 1
             continue
         chunk = zip_copy(member, {}, averaged, recorded=False)
         if names & converted.keys() or chunk.nbytes(b"") != record.nbytes:
             hint = "write one file instead: end the output's name in .safetensors or .pt"
             what = "the chunks of this directory cannot be written anew"
             raise MergeError(what, where=layout.path, hint=hint)
-        # The slots of the chunks come first, so that each chunk finds its checksums in a row.
-        for name, slot in chunk.slots.items():
-            slots[name] = Slot(number + slot.number, record.offset + slot.offset, slot.nbytes)
-        for storage, slot in chunk.copies:
-            moved = Slot(number + slot.number, record.offset + slot.offset, slot.nbytes)
-            copies.append((storage, moved))
+
+        def moved(slot: Slot, first: int = number, base: int = record.offset) -> Slot:
+            return Slot(first + slot.number, base + slot.offset, slot.nbytes)
+
+        slots |= {name: moved(slot) for name, slot in chunk.slots.items()}
+        inner += [(storage, moved(slot)) for storage, slot in chunk.copies]
+        chunks.append((record.offset, number, chunk))
         number += len(chunk.entries)
-        chunks.append((record.offset, chunk))
-    copies += [
-        (storage, Slot(number + n, offset, nbytes))
-        for n, (storage, offset, nbytes) in enumerate(copied)
-    ]
-    return _ChunksLayout(end, (), slots, tuple(copies), checked=True, chunks=tuple(chunks))
+    # In this order copies are hashed: what earlier versions recorded stays comparable.
+    whole = (*copies, *inner)
+    return _ChunksLayout(end, (), slots, whole, checked=True, chunks=tuple(chunks))
