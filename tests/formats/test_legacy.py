@@ -1,4 +1,4 @@
-"""merge_avg.formats.torch_legacy: files as torch.save wrote them before torch 1.6."""
+"""merge_avg.formats.legacy: files as torch.save wrote them before torch 1.6."""
 
 import pickle
 import struct

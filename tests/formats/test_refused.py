@@ -1,4 +1,4 @@
-"""merge_avg.formats.strangers: files that are no checkpoints, by name."""
+"""merge_avg.formats.refused: files that are not checkpoints, by name."""
 
 import pickle
 

@@ -1,6 +1,5 @@
-"""merge_avg.formats.dcp: directories of torch.distributed.checkpoint, read without running them."""
+"""merge_avg.formats.distributed: directories of torch.distributed.checkpoint are read, not run."""
 
-import itertools
 import os
 import pickle
 import shutil
@@ -17,7 +16,6 @@ from torch import nn
 from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
-from merge_avg.formats.distributed.tiling import tile
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore::UserWarning"
@@ -279,31 +277,3 @@ def test_names_that_the_writer_flattened(tmp_path):
     merged = loaded(tmp_path / "out")
     assert merged["w"].tolist() == [0.5] * 3
     assert merged["optimizer.state.exp_avg.w"].tolist() == [0] * 3
-
-
-@pytest.mark.parametrize(
-    ("boxes", "fits"),
-    [
-        ([((0, 0), (2, 3)), ((2, 0), (1, 3))], True),
-        ([((0, 0), (2, 3)), ((1, 0), (1, 3))], False),  # overlap, and a hole
-        ([((0, 0), (2, 2)), ((0, 2), (2, 1)), ((2, 0), (1, 3))], True),
-        ([((0, 0), (2, 2)), ((1, 1), (2, 2)), ((0, 2), (1, 1))], False),
-        ([((0, 0), (3, 3))], True),
-        ([((0, 0), (3, 3)), ((0, 0), (1, 1))], False),
-        ([((0, 0), (3, 4))], False),  # reaches outside
-        ([], False),
-    ],
-)
-def test_boxes_thattile(boxes, fits):
-    """Boxes that overlap, leave a hole or reach outside are told from those that tile."""
-    assert tile(boxes, (3, 3)) == fits
-
-
-def test_any_way_of_cutting_is_a_tiling():
-    """A thousand boxes of a grid tile it, and do not if one lacks or is there twice."""
-    edges = [range(10)] * 3
-    boxes = [((a, 2 * b, 3 * c), (1, 2, 3)) for a, b, c in itertools.product(*edges)]
-    assert tile(boxes, (10, 20, 30))
-    assert not tile(boxes[1:], (10, 20, 30))
-    assert not tile([*boxes, boxes[0]], (10, 20, 30))
-    assert not tile([*boxes[1:], boxes[1]], (10, 20, 30))
