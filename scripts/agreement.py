@@ -1,7 +1,7 @@
-"""Shows what agreement says of a mean: real networks, averaged where that works and where not.
+"""Compare agreement with the accuracy of a mean, where averaging works and where it does not.
 
 The network and the digits are those of kfold_demo.py. In each situation a few networks are trained,
-saved and averaged; the table has their agreement beside the accuracy of their mean.
+saved and averaged; the table shows their agreement beside the accuracy of their mean.
 
     python scripts/agreement.py
 """
@@ -26,14 +26,14 @@ COUNT = 5
 
 
 def parts() -> Iterator[torch.Tensor]:
-    """The images of all folds but one, for each."""
+    """Yield, for each fold, the images of all others."""
     order = torch.randperm(len(IMAGES))
     for fold in order.chunk(COUNT):
         yield order[~torch.isin(order, fold)]
 
 
 def trained(model: nn.Module, chosen: torch.Tensor, times: int = 1) -> nn.Module:
-    """A copy of a model after training."""
+    """Return a copy of a model after training."""
     model = copy.deepcopy(model)
     for _ in range(times):
         train(model, IMAGES[chosen], LABELS[chosen])
@@ -41,7 +41,7 @@ def trained(model: nn.Module, chosen: torch.Tensor, times: int = 1) -> nn.Module
 
 
 def one_run() -> list[nn.Module]:
-    """The last epochs of one run."""
+    """Train one network, and return it after each of the last epochs."""
     everything = torch.arange(len(IMAGES))
     models = [trained(network(), everything)]
     for _ in range(COUNT - 1):
@@ -50,19 +50,19 @@ def one_run() -> list[nn.Module]:
 
 
 def from_one_base() -> list[nn.Module]:
-    """Folds that go on from one trained network."""
+    """Train the folds from one trained network."""
     base = trained(network(), torch.arange(len(IMAGES)), times=2)
     return [trained(base, chosen) for chosen in parts()]
 
 
 def from_one_initialisation() -> list[nn.Module]:
-    """Folds that begin with the same untrained network."""
+    """Train the folds from the same untrained network."""
     initial = network()
     return [trained(initial, chosen) for chosen in parts()]
 
 
 def permuted() -> list[nn.Module]:
-    """Copies of one network with their channels in another order: the same function."""
+    """Return copies of one network with permuted channels, which compute the same function."""
     model = trained(network(), torch.arange(len(IMAGES)))
     models = []
     for _ in range(COUNT):
@@ -82,7 +82,7 @@ def permuted() -> list[nn.Module]:
 
 
 def different_initialisations() -> list[nn.Module]:
-    """Folds that begin with networks of their own."""
+    """Train the folds from a different network each."""
     return [trained(network(), chosen) for chosen in parts()]
 
 
@@ -96,7 +96,7 @@ SITUATIONS: dict[str, Callable[[], list[nn.Module]]] = {
 
 
 def main() -> None:
-    """Trains, averages and prints the table."""
+    """Train, average and print the table."""
     columns = "agreement", "each (mean)", "their mean", "after update_bn", "warned"
     table = Table("networks", *columns, title=f"accuracy on {len(TRUTH)} held-out images")
     for name, make in SITUATIONS.items():

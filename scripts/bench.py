@@ -1,4 +1,4 @@
-"""Measures merge-avg beside other ways to average checkpoints, on the same files in the same run.
+"""Measure merge-avg beside other ways to average checkpoints, on the same files in the same run.
 
     python scripts/bench.py                       every workload, warm cache
     python scripts/bench.py --quick               small files, for a smoke run
@@ -6,10 +6,10 @@
     python scripts/bench.py --curve               time and memory over the number and size of files
 
 Every contender is a process of its own. Contenders take turns, so that a noisy machine is noisy for
-all of them. Times are also ratios to the limit: reading what has to be read of every input once,
-and copying one of them with fsync; with torch's import, and less what `python -c "import torch"`
-takes in the same run. Memory is that of the whole process; `anonymous` leaves out mapped files and
-code.
+all of them. Each time is also printed as a ratio to the limit, which is to read what has to be read
+of every input once and to copy one input with fsync: once as it is, and once less what `python -c
+"import torch"` takes in the same run. Memory is that of the whole process; `anon` leaves out mapped
+files and code.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ MB = 1_000_000
 
 @dataclass(frozen=True)
 class Workload:
-    """How many checkpoints, how each is made at a size in bytes, and what the output is called.
+    """Checkpoints to average.
 
-    `needed` is the part of a file that has to be read: the weights, which come first.
+    Attributes:
+        count: how many there are.
+        nbytes: the size of each.
+        make: writes one; its arguments are a path, a seed and a size.
+        suffix: the ending of inputs and output.
+        needed: the part of a file that has to be read, which is its weights and comes first.
     """
 
     count: int
@@ -79,7 +84,7 @@ def _bfloat16(path: Path, seed: int, nbytes: int) -> None:
 
 
 def _nested(path: Path, seed: int, nbytes: int) -> None:
-    """A model like ResNet-50 in a container, with an optimizer that has one moment."""
+    """Write a model like ResNet-50 in a container, with an optimizer that has one moment."""
     weights = _tensors(seed, _split(nbytes // 2, 160), torch.float32)
     state = {i: {"momentum_buffer": value * 0.1} for i, value in enumerate(weights.values())}
     optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": list(state)}]}
@@ -87,7 +92,7 @@ def _nested(path: Path, seed: int, nbytes: int) -> None:
 
 
 def _sharded(path: Path, seed: int, nbytes: int) -> None:
-    """A directory as of transformers, with the names and proportions of a Llama."""
+    """Write a directory as transformers does, with the names and proportions of a Llama."""
     path.mkdir()
     layers = 16
     hidden = int((nbytes / 2 / (13 * layers + 4)) ** 0.5) // 64 * 64
@@ -143,7 +148,7 @@ WORKLOADS = {
 }
 
 
-# Contenders: ours, and what people use today
+# Contenders: merge-avg, and what people use today
 
 _LOAD = """
 import json, pathlib, shutil, sys, torch
@@ -171,7 +176,7 @@ def save(checkpoint):
         return
     (save_file if output.endswith(".safetensors") else torch.save)(checkpoint, output)
 """
-# A loop as the tools of today have it: the sum takes the dtype of the first checkpoint.
+# The loop that most tools have: the sum has the dtype of the first checkpoint.
 _LOOP = (
     _LOAD
     + """
@@ -210,7 +215,11 @@ save(first)
 
 @dataclass(frozen=True)
 class Contender:
-    """A command for inputs and an output; None where it cannot take the workload."""
+    """A way to average.
+
+    Attributes:
+        command: makes the command from inputs and an output; None where it cannot take them.
+    """
 
     command: Callable[[Sequence[Path], Path], list[str] | None]
 
@@ -231,7 +240,7 @@ def _ours(*options: str) -> Contender:
 
 
 def _limit(needed: float) -> Contender:
-    """Reading a part of every file, and copying the first checkpoint for good."""
+    """Read a part of every file, and copy the first checkpoint with fsync."""
 
     def command(inputs: Sequence[Path], output: Path) -> list[str]:
         one = inputs[0]
@@ -251,7 +260,7 @@ _IMPORT = Contender(lambda *_: [sys.executable, "-c", "import torch"])
 
 
 def _mergekit(program: Path) -> Contender:
-    """The linear method of mergekit; `program` is its mergekit-yaml, which takes directories."""
+    """Run mergekit's linear method; `program` is its mergekit-yaml, which takes directories."""
 
     def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
         if inputs[0].suffix == ".ckpt":
@@ -281,7 +290,7 @@ sd_mecha.merge(mean, output=output, merge_dtype=torch.float32, output_dtype=dtyp
 
 
 def _sd_mecha(python: Path) -> Contender:
-    """The plain average of sd-mecha, which takes safetensors; `python` has it installed."""
+    """Run sd-mecha's plain average, which takes safetensors; `python` has it installed."""
 
     def command(inputs: Sequence[Path], output: Path) -> list[str] | None:
         if inputs[0].suffix != ".safetensors":
@@ -305,7 +314,7 @@ class Reading:
 
 
 def measure(command: Sequence[str], log: Path, patience: float) -> Reading | None:
-    """Runs a command; None if it fails, or takes more than `patience` seconds and is stopped."""
+    """Run a command; return None if it fails, or takes more than `patience` seconds."""
     with log.open("w") as file:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -330,7 +339,10 @@ def measure(command: Sequence[str], log: Path, patience: float) -> Reading | Non
 
 
 def _memory(pid: int) -> dict[str, int]:
-    """What the system counts of a process, in KiB; ru_maxrss would count the parent as well."""
+    """Return what the kernel counts for a process, in KiB.
+
+    `ru_maxrss` would not do: a child inherits its parent's peak.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:  # it has just ended
@@ -371,7 +383,7 @@ def race(
     patience: float,
     needed: float = 1.0,
 ) -> dict[str, Reading]:
-    """The median of each contender over interleaved runs; "limit" and "import torch" are two."""
+    """Return the median of each contender over interleaved runs, "limit" and "import torch" too."""
     output = inputs[0].parent / f"output{suffix}"
     readings: dict[str, list[Reading]] = {}
     failed: set[str] = set()
@@ -401,14 +413,14 @@ def _median(readings: Sequence[Reading]) -> Reading:
 
 
 def ratios(results: dict[str, Reading], name: str) -> tuple[float, float]:
-    """Wall time over the limit's, as it is and less that of importing torch."""
+    """Return wall time over the limit's: as it is, and less the time of importing torch."""
     limit, loading = results["limit"].wall, results["import torch"].wall
     wall = results[name].wall
     return wall / limit, max(wall - loading, 0.0) / limit
 
 
 def show(title: str, results: dict[str, Reading]) -> None:
-    """One table."""
+    """Print a table."""
     print(f"\n{title}")
     titles = "wall s", "x limit", "less import", "cpu s", "anon MiB", "rss MiB"
     print(f"  {'':<16}" + "".join(f"{title:>12}" for title in titles))
@@ -428,7 +440,7 @@ def _made(workload: Workload, folder: Path, count: int, nbytes: int) -> list[Pat
 def _curves(
     run: Callable[[Sequence[Path], str], dict[str, Reading]], folder: Path, scale: int
 ) -> list[dict[str, object]]:
-    """Time and memory over the number of checkpoints, and over their size."""
+    """Measure time and memory over the number of checkpoints, and over their size."""
     rows: list[dict[str, object]] = []
     grid = [("count", count, 100 * MB // scale) for count in (2, 4, 8, 16, 32, 64)]
     grid += [("nbytes", 4, nbytes * MB // scale) for nbytes in (50, 100, 200, 400, 800, 1600)]
@@ -452,7 +464,7 @@ def _curves(
 
 
 def _plot(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Ratios and memory of the workloads as bars; of the curves, time and memory as lines."""
+    """Draw ratios and memory of workloads as bars, or time and memory of curves as lines."""
     import matplotlib as mpl  # noqa: PLC0415 - only where a plot is asked for
 
     mpl.use("Agg")
@@ -498,22 +510,24 @@ def _names(rows: Sequence[dict[str, object]], field: str) -> list[str]:
 
 
 def main() -> None:
-    """Runs what was asked for, and prints and saves the results."""
+    """Run what was asked for, and print and save the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}; by default all")
-    parser.add_argument("--quick", action="store_true", help="files of a hundredth of the size")
+    parser.add_argument("--quick", action="store_true", help="files a hundredth as large")
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache")
-    parser.add_argument("--curve", action="store_true", help="over N and over size instead")
-    parser.add_argument("--ours", action="store_true", help="leave out the peers")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--curve", action="store_true", help="measure over the number and the size of files instead"
+    )
+    parser.add_argument("--ours", action="store_true", help="leave out other tools")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender")
     parser.add_argument(
         "--patience", type=float, default=300.0, help="seconds that a contender may take"
     )
-    parser.add_argument("--folder", type=Path, help="where the files are made")
+    parser.add_argument("--folder", type=Path, help="directory for the files")
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment with it")
     parser.add_argument("--sd-mecha", type=Path, help="python of an environment with sd-mecha")
-    parser.add_argument("--json", type=Path, help="where the numbers go")
-    parser.add_argument("--plot", type=Path, help="where a PNG goes (needs matplotlib)")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--plot", type=Path, help="file for a plot, as PNG (needs matplotlib)")
     options = parser.parse_args()
     if unknown := set(options.workloads) - set(WORKLOADS):
         parser.error(f"no such workload: {', '.join(sorted(unknown))}")
@@ -529,7 +543,7 @@ def main() -> None:
             contenders["mergekit"] = _mergekit(options.mergekit)
         if options.sd_mecha:
             contenders["sd-mecha"] = _sd_mecha(options.sd_mecha)
-    # pip does that with what it installs, but not with what is installed to be edited.
+    # pip compiles what it installs, but not an editable install.
     compileall.compile_dir(Path(merge_avg.__file__).parent, quiet=1)
     run = functools.partial(
         race,

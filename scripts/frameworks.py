@@ -1,8 +1,8 @@
-"""Averages real checkpoints of every framework that installs here, each loaded by it again.
+"""Average real checkpoints of each framework, and let the framework load the result.
 
-Makes an environment for each group of packages (transformers 4 and 5 exclude each other), installs
-this project into it, and runs the tests that are marked `frameworks`. With --samples it renews the
-frozen checkpoints in tests/data, which the ordinary tests average without any framework.
+This makes an environment for each group of packages (transformers 4 and 5 exclude each other),
+installs the project into it, and runs the tests that are marked `frameworks`. With --samples it
+renews the frozen checkpoints in tests/data, which the default tests average without any framework.
 
     python scripts/frameworks.py [--constraint FILE] [--environments DIR] [--samples]
 """
@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Dependency group, and which of the tests it can run.
+# Dependency groups, and the tests that each can run, as an expression of pytest's -k.
 GROUPS = {
     "frameworks": "",
     "frameworks-transformers4": "transformers and not sentence or accelerate or peft",
@@ -25,7 +25,7 @@ GROUPS = {
 
 
 def environment(group: str, folder: Path, constraint: Path | None) -> Path:
-    """An environment with a dependency group and this project; returns its Python."""
+    """Make an environment with a dependency group and this project, and return its Python."""
     python = folder / group / "bin" / "python"
     if not python.exists():
         venv.create(folder / group, with_pip=True)
@@ -39,10 +39,10 @@ def environment(group: str, folder: Path, constraint: Path | None) -> Path:
 
 
 def main() -> int:
-    """Runs everything; returns an exit code."""
+    """Run everything, and return an exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--constraint", type=Path, help="pip's constraints, to choose a torch")
-    parser.add_argument("--environments", type=Path, help="where they are kept between runs")
+    parser.add_argument("--constraint", type=Path, help="constraints for pip, to choose a torch")
+    parser.add_argument("--environments", type=Path, help="directory that keeps them between runs")
     parser.add_argument("--samples", action="store_true", help="renew tests/data instead")
     options = parser.parse_args()
     failed = 0

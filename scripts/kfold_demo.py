@@ -1,14 +1,14 @@
-"""Averages the five folds of a real k-fold training, and shows what became of the accuracy.
+"""Average the five folds of a real k-fold training, and compare the accuracy before and after.
 
 A small CNN with BatchNorm is trained on scikit-learn's digits, one fold at a time, always from the
-same initialisation; the checkpoints are averaged by the command merge-avg itself: all of them, all
-but one, and greedily.
+same initialisation. The command merge-avg averages the checkpoints: all of them, all but one, and
+as a greedy soup.
 
     python scripts/kfold_demo.py [DIRECTORY]
     python scripts/kfold_demo.py --evaluate CHECKPOINT
 
-DIRECTORY, if given, keeps the checkpoints. --evaluate prints the accuracy of one on images that are
-kept apart for choosing.
+DIRECTORY, if given, keeps the checkpoints. --evaluate prints the accuracy of one on the images that
+the soup chooses by.
 """
 
 import subprocess
@@ -30,7 +30,7 @@ EPOCHS = 8
 
 
 def network() -> nn.Sequential:
-    """A CNN for 8 x 8 images in ten classes."""
+    """Return a CNN for 8 x 8 images in ten classes."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16),
@@ -45,13 +45,13 @@ def network() -> nn.Sequential:
 
 
 def batches(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The images in batches of 64, shuffled."""
+    """Return the images in batches of 64, shuffled."""
     order = torch.randperm(len(images))
     return [(images[part], labels[part]) for part in order.split(64)]
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Trains a model in place."""
+    """Train a model in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model.train()
     for _ in range(EPOCHS):
@@ -63,25 +63,25 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's probabilities."""
+    """Return the model's probabilities."""
     predicted: Tensor = model.eval()(images).softmax(dim=1)
     return predicted
 
 
 def loaded(path: Path) -> nn.Sequential:
-    """The network with the weights of a checkpoint."""
+    """Return the network with the weights of a checkpoint."""
     model = network()
     model.load_state_dict(torch.load(path, weights_only=True)["model"])
     return model
 
 
 def accuracy(predicted: Tensor, truth: Tensor) -> float:
-    """How often the most probable class is the right one."""
+    """Return how often the most probable class is the right one."""
     return float((predicted.argmax(dim=1) == truth).float().mean())
 
 
 def split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images and labels to train with, to choose by, and to test on."""
+    """Return images and labels to train with, to choose by, and to test on."""
     digits = load_digits()
     data = (digits.images / 16).astype(np.float32)[:, None]
     parts = train_test_split(data, digits.target, test_size=0.25, random_state=0)
@@ -90,19 +90,19 @@ def split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor,
 
 
 def evaluate(path: Path) -> None:
-    """Prints the accuracy of a checkpoint on the images to choose by."""
+    """Print the accuracy of a checkpoint on the images to choose by."""
     _, (images, truth), _ = split()
     print(f"accuracy {accuracy(outputs(loaded(path), images), truth):.6f}")
 
 
 def merge(*arguments: str | Path) -> None:
-    """Runs the command."""
+    """Run the command."""
     command = [sys.executable, "-m", "merge_avg", *map(str, arguments)]
     subprocess.run([*command, "--overwrite"], check=True)
 
 
 def main(directory: Path) -> None:
-    """Trains, averages and prints the table."""
+    """Train, average and print the table."""
     torch.manual_seed(0)
     (images, labels), _, (held_out, truth) = split()
     initial = network().state_dict()
@@ -134,7 +134,8 @@ def main(directory: Path) -> None:
     rows.append(("greedy soup", accuracy(outputs(loaded(soup), held_out), truth)))
     ensemble = torch.stack(each).mean(dim=0)
     rows.append(("ensemble of the five outputs", accuracy(ensemble, truth)))
-    # Not on the images of the fold that is left out: all others were trained on them.
+    # Tested on the held-out images, not on those of the fold that is left out: the other folds were
+    # trained on them.
     for fold in range(FOLDS):
         without = outputs(loaded(directory / f"avg-without-fold{fold}.pt"), held_out)
         rows.append((f"averaged weights without fold {fold}", accuracy(without, truth)))

@@ -1,12 +1,12 @@
-"""Breaks the source in small ways, one at a time, and lists what no test notices.
+"""Break the source in small ways, one at a time, and list what no test notices.
 
-mutmut (https://mutmut.readthedocs.io) makes the mutants and runs the tests that belong to a module
-on each. Lines that only word a message are left out. A mutant that survives is a test that is
-missing, or a change that makes no difference.
+mutmut (https://mutmut.readthedocs.io) makes the mutants, and runs the tests that belong to a module
+on each. Lines that only word a message are left out. A mutant that survives is a missing test, or a
+change that makes no difference.
 
     python -m pip install mutmut
-    python scripts/mutants.py [--module output] [--show]
-    python scripts/mutants.py --module average --sample 300
+    python scripts/mutants.py --module io/_output --show
+    python scripts/mutants.py --module arithmetic/torch_mean --sample 300
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Which tests belong to a module.
+# The tests that belong to a module.
 TESTS = {
-    "output": "test_output test_temporary",
-    "temporary": "test_temporary test_output",
-    "weights": "test_weights",
-    "plan": "test_plan test_agreement",
-    "files": "test_files",
-    "average": "test_average",
+    "io/_output": "io/test_output io/test_temporary",
+    "io/_temporary": "io/test_temporary io/test_output",
+    "io/_reader": "io/test_reader",
+    "io/_platform": "io/test_platform",
+    "plan/_units": "plan/test_units agreement/test_comparison",
+    "plan/_windows": "plan/test_units",
+    "arithmetic/_weights": "arithmetic/test_weights",
+    "arithmetic/_sums": "arithmetic/test_torch_mean",
+    "arithmetic/torch_mean": "arithmetic/test_torch_mean",
 }
-# Messages may be worded in any way.
+# Lines that only word a message: they may change without a test that notices.
 WORDS = [
     r"\bhint\b",
     r"\bwhat\b",
@@ -47,8 +50,8 @@ ENDED |= dict.fromkeys((24, -24, 36), "timed out")  # -24: of the processor's ti
 
 
 def copied(folder: Path, module: str) -> Path:
-    """A copy of the project that is set up for one module."""
-    tree = folder / module
+    """Copy the project, set the copy up for one module, and return it."""
+    tree = folder / module.replace("/", "-")
     ignored = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "mutants", ".hypothesis")
     shutil.copytree(ROOT, tree, ignore=ignored)
     tests = [f"tests/{name}.py" for name in TESTS[module].split()]
@@ -67,11 +70,11 @@ do_not_mutate_patterns = {json.dumps(WORDS)}
 
 
 def run(tree: Path, module: str, children: int, sample: int) -> tuple[dict[str, str], int]:
-    """How each mutant ended, or each of a random sample, by its name; and how many there are."""
+    """Return how each mutant ended, or each of a random sample, by name, and how many there are."""
     mutmut = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children)]
     meta = tree / "mutants" / "src" / "merge_avg" / f"{module}.py.meta"
 
-    # Tests run in forks, in which threads that torch began before would be missing.
+    # Tests run in forked processes, which lack the threads that torch started before the fork.
     alone = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
     def ended(*names: str) -> dict[str, int | None]:
@@ -88,14 +91,15 @@ def run(tree: Path, module: str, children: int, sample: int) -> tuple[dict[str, 
         codes = ended()
         chosen = list(codes)
     else:
-        every = sorted(ended("*__mutmut_1"))  # mutmut names all when it runs one of each function
+        # mutmut names all mutants once it has run one of each function.
+        every = sorted(ended("*__mutmut_1"))
         chosen = random.Random(0).sample(every, min(sample, len(every)))  # noqa: S311
         codes = ended(*chosen)
     return {name: ENDED.get(codes[name] or 0, "killed") for name in chosen}, len(codes)
 
 
 def shown(tree: Path, name: str) -> str:
-    """What a mutant changes."""
+    """Return what a mutant changes, as a short diff."""
     command = [sys.executable, "-m", "mutmut", "show", name]
     text = subprocess.run(command, cwd=tree, check=False, capture_output=True, text=True).stdout
     lines = [line for line in text.splitlines() if re.match(r"[-+@](?![-+])", line)]
@@ -103,11 +107,11 @@ def shown(tree: Path, name: str) -> str:
 
 
 def main() -> int:
-    """Prints a line a module, and what survived where that is asked for."""
+    """Print a line for each module, and on request the mutants that survived."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--module", choices=TESTS, action="append", help="by default all")
     parser.add_argument("--show", action="store_true", help="show what survived")
-    parser.add_argument("--sample", type=int, default=0, help="so many of a module, not all")
+    parser.add_argument("--sample", type=int, default=0, help="try so many at random, not all")
     parser.add_argument("--children", type=int, default=2, help="processes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -117,7 +121,7 @@ def main() -> int:
             tally = collections.Counter(ended.values())
             lost = len(ended) - tally["survived"]
             share = f"{lost}/{len(ended)} noticed ({100 * lost / len(ended):.0f} %)"
-            print(f"{module:10} {share}, of {every} in all", flush=True)
+            print(f"{module:22} {share}, of {every} in all", flush=True)
             for mutant, how in ended.items() if options.show else ():
                 if how == "survived":
                     print(shown(tree, mutant), flush=True)

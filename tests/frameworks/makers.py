@@ -1,7 +1,7 @@
-"""Small real runs: each framework writes a checkpoint in its own way, and loads one again.
+"""Small real runs in which each framework writes a checkpoint in its own way, and loads one again.
 
-A maker has `make(folder, seed)`, which trains for a moment and returns the checkpoint's path, and
-`load(path)`, which lets the framework load a checkpoint and returns the weights that it has then.
+A maker's `make(folder, seed)` trains for a moment and returns the checkpoint's path. Its
+`load(path)` lets the framework load a checkpoint and returns the weights that it then has.
 """
 
 from __future__ import annotations
@@ -22,22 +22,35 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Maker:
+    """How a framework writes and loads checkpoints.
+
+    Attributes:
+        package: the framework's module.
+        make: writes a checkpoint.
+        load: loads one.
+        output: the name of the output, where it matters to the framework.
+        stored: the dtype in the file, where the framework converts it.
+    """
+
     package: str
     make: Callable[[Path, int], Path]
     load: Callable[[Path], Weights]
-    output: str | None = None  # the name of the output, where it matters to the framework
-    stored: torch.dtype | None = None  # what the file holds, where the framework converts it
+    output: str | None = None
+    stored: torch.dtype | None = None
 
 
 def state(module: nn.Module) -> Weights:
+    """Return a copy of a module's state dict."""
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
 def network() -> nn.Sequential:
+    """Return a small network with weights, running statistics and a counter."""
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
 
 
 def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """Return random batches for `network`."""
     return [(torch.randn(6, 4), torch.randint(0, 2, (6,))) for _ in range(count)]
 
 
@@ -384,7 +397,7 @@ def _ultralytics_make(folder: Path, seed: int) -> Path:
     model = ClassificationModel(deepcopy(_YOLO), verbose=False)
     for value in model.parameters():
         nn.init.normal_(value)
-    # As BaseTrainer.save_model writes it.
+    # The keys that BaseTrainer.save_model writes; training itself would need data sets.
     checkpoint = {
         "epoch": 1,
         "best_fitness": 0.5,
@@ -435,10 +448,11 @@ def _skorch_load(path: Path) -> Weights:
     return state(net.module_)
 
 
-# deepspeed: every checkpoint in a process of its own, since it keeps global state
+# deepspeed keeps global state, so every checkpoint is made and loaded in a process of its own
 
 
 def deepspeed_engine(stage: int) -> Any:
+    """Return an engine for one process without a GPU."""
     import deepspeed
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -453,6 +467,7 @@ def deepspeed_engine(stage: int) -> Any:
 
 
 def deepspeed_process(what: str, stage: int, path: str, seed: int, port: int) -> None:
+    """Make a checkpoint, or load one and write its weights beside it."""
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -1,4 +1,4 @@
-"""The mean, computed without the code under test."""
+"""A mean that is computed without the code under test."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def mean(values: Sequence[Tensor], stored: torch.dtype | None = None) -> Tensor:
-    """The template's where integers differ; else the mean in float64, rounded once.
+    """Return the mean in float64, rounded once, or the first of integers.
 
     Args:
         values: the tensor of each checkpoint.
-        stored: the dtype that the file holds, where the framework loads another.
+        stored: the dtype in the file, where the framework loads another.
     """
     first = values[0]
     if not first.is_floating_point():

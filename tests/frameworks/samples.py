@@ -1,4 +1,4 @@
-"""Renews tests/data: two checkpoints of each maker, and the mean as the framework loads it."""
+"""Renew tests/data: two checkpoints of each maker, and their mean as the framework loads it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg.engine import merge_checkpoints
 from tests.frameworks.makers import MAKERS, Maker
 from tests.frameworks.means import mean
 
 DATA = Path(__file__).parent.parent / "data"
 DISTRIBUTIONS = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch-lightning"}
-# The same as another, but for a word.
+# These write the same files as another maker, except for a word.
 LEFT_OUT = {"pytorch-lightning", "transformers", "deepspeed-1"}
 
 
 def freeze(name: str, maker: Maker, place: Path) -> None:
-    """Writes one sample; the framework has to load the mean, bit for bit, before it counts."""
+    """Write a sample, once the framework has loaded the mean bit for bit."""
     with tempfile.TemporaryDirectory() as temporary:
         made = []
         for seed in range(2):
@@ -47,7 +47,7 @@ def freeze(name: str, maker: Maker, place: Path) -> None:
             target = place / str(seed) / (path.name if path.is_file() else "checkpoint")
             target.parent.mkdir(parents=True)
             (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
-            # Texts of others, which no loader needs.
+            # Texts of other authors, which no loader needs.
             for text in (*target.parent.rglob("README.md"), *target.parent.rglob("*.py")):
                 text.unlink()
         save_file(expected, place / "expected.safetensors")
@@ -57,6 +57,7 @@ def freeze(name: str, maker: Maker, place: Path) -> None:
 
 
 def main() -> None:
+    """Renew the samples that are named, or all."""
     wanted = sys.argv[1:] or [name for name in MAKERS if name not in LEFT_OUT]
     for name, maker in MAKERS.items():
         if name in wanted:

@@ -1,13 +1,11 @@
 """Checkpoints of real frameworks, averaged by the command and loaded by the framework again."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests.frameworks.makers import MAKERS
 from tests.frameworks.means import mean
+from tests.helpers import run_command
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("default")]
 
@@ -23,8 +21,7 @@ def test_the_framework_loads_the_mean(name, tmp_path):
         paths.append(maker.make(folder, seed))
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / (maker.output or "merged")
-    command = [sys.executable, "-m", "merge_avg", *map(str, paths), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(*paths, "-o", out)
     assert done.returncode == 0, done.stderr
     loaded = [maker.load(path) for path in paths]
     merged = maker.load(out)

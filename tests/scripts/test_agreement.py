@@ -1,4 +1,4 @@
-"""scripts/agreement.py: the warning comes for networks whose mean is broken, and for no other."""
+"""scripts/agreement.py warns of networks whose mean is broken, and of no others."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "agreement.py"
 
 @pytest.mark.large
 def test_the_warning_fires_for_the_broken_ones():
-    """Real networks: where the mean lost more than half its accuracy, and only there."""
+    """The warning comes where the mean of real networks lost half the accuracy, and only there."""
     pytest.importorskip("sklearn")
     done = subprocess.run(
         [sys.executable, SCRIPT],

@@ -1,4 +1,4 @@
-"""scripts/bench.py: a smoke run of every workload, and of the curves."""
+"""scripts/bench.py runs every workload and the curves with small files."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ OURS = {"limit", "import torch", "merge-avg", "less measuring"}
 @pytest.mark.large
 @pytest.mark.parametrize("curve", [False, True])
 def test_small_sizes(tmp_path, curve):
-    """With small files it measures every contender that can take a workload, and draws them."""
+    """A quick run measures every contender that can take a workload, and draws a plot."""
     pytest.importorskip("matplotlib")
     numbers, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     options = ["--quick", "--repeat", "1", "--folder", str(tmp_path)]
@@ -38,7 +38,7 @@ def test_small_sizes(tmp_path, curve):
 
 @pytest.mark.large
 def test_patience(tmp_path):
-    """A contender that takes longer than it may is stopped, which is said, and the rest goes on."""
+    """A contender that takes too long is stopped with a message, and the others go on."""
     options = ["bfloat16", "--quick", "--ours", "--repeat", "1", "--folder", str(tmp_path)]
     command = [sys.executable, str(BENCH), *options, "--patience", "0.01"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

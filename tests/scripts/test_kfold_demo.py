@@ -1,4 +1,4 @@
-"""scripts/kfold_demo.py: the README's first demo, for real."""
+"""scripts/kfold_demo.py, the README's first demo, trains and averages real networks."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "kfold_demo.py"
 
 @pytest.mark.large
 def test_the_demo_averages_five_folds(tmp_path):
-    """Five folds average to networks that still recognise digits: all, all but one, a soup."""
+    """Averages of all five folds, of all but one and a soup still recognise digits."""
     pytest.importorskip("sklearn")
     command = [sys.executable, SCRIPT, tmp_path]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
