@@ -1,6 +1,6 @@
 """Charts of the agreement, as SVG to put into a page.
 
-Importing this needs matplotlib, and takes half a second: see `html`, which does it late.
+This imports matplotlib, which takes longer than many a merge; so `html` does it late.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from merge_avg.agreement import TensorAgreement
 from merge_avg.report.printable import printable
 
 _P = ParamSpec("_P")
-_NUMBERS = 12  # checkpoints up to which the cells of the heat map have numbers
-_LINES = 8  # checkpoints up to which each has a colour of its own
+# Checkpoints up to which the cells of the heat map have room for their numbers.
+_NUMBERS = 12
+# Checkpoints up to which each line has a colour that can still be told from the others.
+_LINES = 8
 _TICKS = 24  # names on an axis, at most
+# Up to the first part of a name that is a number, as "model.layers.3" is.
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 # Okabe and Ito's colours, which most people can tell apart.
 _COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8a8a00 #000000".split()
@@ -84,6 +87,7 @@ def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) ->
     if count <= _NUMBERS:
         for i, row in enumerate(pairs):
             for j, value in enumerate(row):
+                # The upper end of viridis is yellow, on which white cannot be read.
                 light = value is None or (value - bottom) / (1 - bottom) > 0.7
                 axes.text(
                     j,
@@ -108,6 +112,7 @@ def distances(tensors: Sequence[TensorAgreement], numbers: Sequence[int]) -> Fig
     order = sorted(range(len(columns)), key=lambda number: -max(columns[number]))
     shown = order if len(order) <= _LINES else order[:3]
     places = range(len(names))
+    # Grey first, so that it lies below the colours.
     for number in reversed(order):
         if number not in shown:
             axes.plot(places, columns[number], color="#c3cad2", linewidth=0.8)
@@ -151,6 +156,7 @@ def layers(tensors: Sequence[TensorAgreement]) -> tuple[list[str], list[list[flo
         for number, distance in enumerate(tensor.distances, 1):
             row[number] += distance**2 * square
     parts = [layer.split(".")[:-1] for layer in sums]
-    start = os.path.commonprefix(parts)  # noqa: RUF071 - of lists, part by part
+    # Of lists it compares whole parts, so layers.1 and layers.10 have only "layers" in common.
+    start = os.path.commonprefix(parts)  # noqa: RUF071
     names = [".".join(layer.split(".")[len(start) :]) for layer in sums]
     return names, [[(one / (row[0] or 1)) ** 0.5 for one in row[1:]] for row in sums.values()]

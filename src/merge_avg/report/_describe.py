@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from merge_avg._version import __version__
@@ -42,7 +42,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         choice: how its checkpoints were chosen.
     """
     plan, template = job.plan, job.layouts[0]
-    aligned = plan.aligned
+    aligned, averaged = plan.aligned, job.averaged
     infos = [(name, row[0]) for name, row in aligned.rows.items() if row[0] is not None]
     outcome = None if result is None else _outcome(job, result)
     agreement = None if outcome is None else outcome.agreement
@@ -64,7 +64,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         others=tuple(template.others),
         whole=job.layout.whole,
         available={
-            str(name): sum(row[number] is not None for number in job.averaged)
+            str(name): sum(row[number] is not None for number in averaged)
             for name, row in aligned.rows.items()
             if None in row and name not in aligned.skipped
         },
@@ -111,25 +111,17 @@ def _candidates(
     weights = {entry.path: entry.weight for entry in inputs}
     return tuple(
         ReportedCandidate(
-            path=str(one.path),
-            step=one.step,
-            epoch=one.epoch,
-            metric=one.metric,
-            chosen=one.chosen,
-            why=one.why,
-            weight=weights.get(str(one.path)),
+            **asdict(one) | {"path": str(one.path), "weight": weights.get(str(one.path))}
         )
         for one in (choice.candidates if choice is not None else ())
     )
 
 
 def _counts(job: Job, infos: Sequence[tuple[Name, TensorInfo]]) -> TensorCounts:
-    skipped = job.plan.aligned.skipped
-    weights = [
-        info.dtype.kind in ("float", "complex") for name, info in infos if name not in skipped
-    ]
-    averaged = sum(weights)
-    return TensorCounts(averaged, len(weights) - averaged, len(infos) - len(weights))
+    kinds = [info.dtype.kind for name, info in infos if name not in job.plan.aligned.skipped]
+    # Bools are among the integers: both are compared and never averaged.
+    averaged = sum(kind in ("float", "complex") for kind in kinds)
+    return TensorCounts(averaged, len(kinds) - averaged, len(infos) - len(kinds))
 
 
 def _notes(job: Job, result: Result | None, choice: Choice | None) -> Iterator[str]:
@@ -143,11 +135,12 @@ def _notes(job: Job, result: Result | None, choice: Choice | None) -> Iterator[s
         if row[0] is not None
     )
     if statistics and len(job.averaged) > 1:
-        # The variance of a mixture is not the mean of the variances.
+        # The mean network has other activations, and so other statistics than the mean ones.
         what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
         how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
         yield f"{what}; {how}"
     if result is not None and job.plan.factors and not result.warnings:
+        # (B1 A + B2 A) / 2 is the mean of B times A. With two different A it is not.
         yield "every LoRA factor A is the same, so this is the mean of what the adapters do"
 
 
@@ -195,7 +188,7 @@ def _figures(found: Agreement, paths: Sequence[str]) -> Figures:
 
 
 def _rounded(value: float) -> float:
-    # Sampling leaves three places at best, so six hide nothing. Exact ones keep JSON readable.
+    # A sample gives three places at best, and the JSON of a large model has many such numbers.
     return round(value, 6)
 
 

@@ -20,10 +20,12 @@ from merge_avg.report._report import (
 from merge_avg.report.sizes import counted, shown
 
 Style = Literal["", "good", "doubtful"]
-_MOST_WEIGHTS = 6  # columns of weights; those of more outputs are in the facts only
+# Outputs up to which each has a column of weights; of more, the facts alone have the weights.
+_MOST_WEIGHTS = 6
 _MOST_NAMES = 8
-_LEAST = 3  # tensors that are named where the checkpoints agree much less about them
-_MUCH = 0.05
+# So many tensors are named at most, and only where the checkpoints agree so much less about them.
+_LEAST = 3
+_LESS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
     tensors = counted(report.tensors.averaged, "tensor")
     what = f"{tensors}, {report.parameters:,} parameters ({', '.join(report.dtypes)})"
     yield Fact(_verb(report), what)
+    # A single output is in the headline, and its weights are in the table.
     if len(report.outputs) > 1:
         for number, output in enumerate(report.outputs):
             weights = f"(weights {', '.join(weights_of(report, number))})"
@@ -103,7 +106,7 @@ def messages(report: Report) -> Iterator[Fact]:
         yield Fact("note", f"no two checkpoints differ from {agreement.base}")
     yield from (Fact("note", text) for text in report.notes)
     if report.outcome is not None and report.outcome.nonfinite:
-        names = named(list(report.outcome.nonfinite))
+        names = named(report.outcome.nonfinite)
         yield Fact("warning", f"NaN or infinity in {names}", "doubtful")
     yield from (Fact("warning", text, "doubtful") for text in report.warnings)
 
@@ -133,7 +136,7 @@ def _integers(report: Report) -> Iterator[Fact]:
         taken = {"max": "the largest value", "mean": "the rounded mean"}
         how = taken.get(report.policies["int_policy"], "the template's value")
         many = f"{counted(len(differing), 'tensor')} with different values"
-        yield Fact("integers", f"{many}, {how} taken: {named(list(differing))}")
+        yield Fact("integers", f"{many}, {how} taken: {named(differing)}")
 
 
 def _kept(report: Report, most: int) -> Iterator[Fact]:
@@ -157,7 +160,7 @@ def _agreement(agreement: ReportedAgreement) -> Iterator[Fact]:
         how = f"({precision(agreement.centred)}; by the differences to {agreement.base})"
         yield Fact("from base", f"{agreement.centred.mean:.3f} {how}")
     for tensor in least_agreeing(agreement, _LEAST):
-        if tensor.mean is not None and tensor.mean < agreement.mean - _MUCH:
+        if tensor.mean is not None and tensor.mean < agreement.mean - _LESS:
             yield Fact("least", f"{tensor.mean:.3f} about {tensor.name!r}")
 
 
@@ -172,18 +175,20 @@ def precision(figures: Figures) -> str:
     """Return how precisely the mean cosine is known, in a few words."""
     if figures.exact:
         return "exact"
-    # The estimate itself is rough: fewer than four places are significant.
+    # The error is an estimate too, so one digit of it is enough, and none below the fourth place.
     return f"sampled, +-{max(figures.error, 0.0001):.1g}"
 
 
 def least_agreeing(figures: Figures, count: int) -> list[TensorAgreement]:
     """Return the tensors that the checkpoints agree least about, the least first."""
+    # A large model has tens of thousands of tensors, of which few are asked for.
     known = [(tensor.mean, tensor) for tensor in figures.tensors if tensor.mean is not None]
     return [tensor for _, tensor in heapq.nsmallest(count, known, key=lambda pair: pair[0])]
 
 
 def reading(outcome: Outcome) -> tuple[str, str]:
     """Return how much was read, and how fast."""
+    # Seconds are rounded, so those of a tiny merge may be 0.
     rate = shown(outcome.bytes_read / max(outcome.seconds, 1e-9))
     return shown(outcome.bytes_read), f"in {outcome.seconds:.2f} s ({rate}/s)"
 
@@ -220,6 +225,7 @@ def _cosines(title: str, report: Report, figures: Figures) -> Column:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    # A step has as many digits as it has: six would make 1234567 and 1234568 the same.
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 

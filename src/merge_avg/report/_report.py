@@ -24,28 +24,20 @@ def optional() -> Any:
 
 @dataclass(frozen=True)
 class ReportedInput:
-    """A checkpoint that a merge reads.
-
-    Attributes:
-        path: as the user named it.
-        format: as `inspect` names it.
-        nbytes: of its files.
-        averaged: False for a template or base that is only copied or compared.
-        weight: after division by the sum; None where there are several outputs.
-        step: where it was found in a run, as are the next two.
-        epoch: as the framework counts it.
-        metric: its value of the metric that decided.
-        hash: of what was read of it, in hexadecimal.
-    """
+    """A checkpoint that a merge reads."""
 
     path: str
     format: str
     nbytes: int
+    # A template or a base may only be copied, or compared with.
     averaged: bool
+    # After division by the sum. Of several outputs each has its own: see `ReportedOutput`.
     weight: float | None = optional()
+    # What was found out when it was chosen from a run.
     step: int | None = optional()
     epoch: int | None = optional()
     metric: float | None = optional()
+    # Of what the outputs have of it, in hexadecimal: the same number as in their provenance.
     hash: str | None = optional()
 
 
@@ -79,6 +71,7 @@ class KeptEntry:
 class ReportedCandidate:
     """A checkpoint that was looked at, and why it was chosen or not."""
 
+    # In a table of candidates an unknown value is a gap, so here None stays in the JSON.
     path: str
     step: int | None
     epoch: int | None
@@ -99,11 +92,7 @@ class CheckpointAgreement:
 
 @dataclass(frozen=True)
 class Figures:
-    """Cosines between checkpoints: see `merge_avg.agreement.Agreement`. Rounded to six places.
-
-    Attributes:
-        odd: the path of the one checkpoint that agrees with no other.
-    """
+    """Cosines between checkpoints, as in `merge_avg.agreement.Agreement`, to six places."""
 
     mean: float
     error: float
@@ -112,6 +101,7 @@ class Figures:
     shrinkage: float
     size: int
     elements: int
+    # The path of the one checkpoint that agrees with no other.
     odd: str | None
     tensors: tuple[TensorAgreement, ...]
 
@@ -123,85 +113,62 @@ class Figures:
 
 @dataclass(frozen=True)
 class ReportedAgreement(Figures):
-    """How far the checkpoints agree; and what they learned since the base, if there is one.
-
-    Attributes:
-        base: the path of the base.
-        centred: figures of the differences to the base; None where fewer than two differ from it.
-    """
+    """How far the checkpoints agree; and what they learned since the base, if there is one."""
 
     base: str | None
+    # None also where fewer than two checkpoints differ from the base.
     centred: Figures | None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is only known once a merge has run.
+    """What is only known once a merge has run."""
 
-    Attributes:
-        agreement: None where it was not measured, or there was nothing to compare.
-        bytes_read: from the checkpoints.
-        seconds: wall time of reading, averaging and writing.
-        differing: integer tensors that differ and were decided by the policy.
-        nonfinite: tensors that hold NaN or infinity, where that was allowed.
-    """
-
+    # None where it was not measured, or there was nothing to compare.
     agreement: ReportedAgreement | None
     bytes_read: int
     seconds: float
+    # Integer tensors whose values the policy chose.
     differing: tuple[str, ...]
+    # Tensors that hold NaN or infinity, where that was allowed.
     nonfinite: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is said of a merge.
-
-    Attributes:
-        version: of merge-avg.
-        inputs: the template first; a base that is not averaged last.
-        outputs: with the weights of the inputs in each.
-        template: the path of the input that the outputs are copies of.
-        base: the path of what the others were fine-tuned from.
-        tensors: counts.
-        parameters: elements of the template's weights, integers left out.
-        dtypes: of the outputs' weights, with the number of tensors.
-        kept: entries with tensors that are not averaged.
-        others: entries without tensors.
-        whole: whether `kept` and `others` are in the outputs.
-        available: tensors that some checkpoint lacks, with the number of checkpoints that have
-            them.
-        bytes_to_read: from all inputs.
-        bytes_to_write: to all outputs.
-        threads: that work at a time.
-        memory: bytes taken at most, beside torch's own.
-        policies: the options that decide what is averaged, and how.
-        notes: for the user, one sentence each.
-        warnings: what may make the mean meaningless, one sentence each.
-        candidates: checkpoints that were looked at; empty where the user named each.
-        outcome: None for a dry run.
-    """
+    """All that is said of a merge. Sizes are in bytes."""
 
     version: str
+    # The template is the first, and a base that is not averaged the last.
     inputs: tuple[ReportedInput, ...]
     outputs: tuple[ReportedOutput, ...]
     template: str
     base: str | None
     tensors: TensorCounts
+    # Elements of the template's weights, integers left out.
     parameters: int
+    # Of the outputs' weights, with the number of tensors.
     dtypes: Mapping[str, int]
+    # Entries with tensors that are not averaged, then entries without tensors; and whether the
+    # outputs have these entries.
     kept: tuple[KeptEntry, ...]
     others: tuple[str, ...]
     whole: bool
+    # Tensors that some checkpoint lacks, with the number of checkpoints that have them.
     available: Mapping[str, int]
     bytes_to_read: int
     bytes_to_write: int
     threads: int
+    # At most, and beside torch's own.
     memory: int
+    # Options that decide what is averaged, and how: `merge_avg.options.REPORTED`.
     policies: Mapping[str, Any]
+    # For the user, one sentence each; a warning says what may make the mean meaningless.
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    # Empty where the user named each checkpoint.
     candidates: tuple[ReportedCandidate, ...]
+    # None for a dry run.
     outcome: Outcome | None
 
     @property

@@ -89,6 +89,7 @@ def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
         if path.resolve().is_relative_to(output.path.resolve()):
             hint = "choose another name for one of them"
             raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
+    # Looked for without importing it, which takes longer than many a merge.
     if importlib.util.find_spec("matplotlib") is None:
         hint = "pip install 'merge-avg[report]'"
         raise MergeError("a report needs matplotlib, which is not installed", hint=hint)
@@ -102,6 +103,7 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
     Raises:
         MergeError: it cannot be written.
     """
+    # As an output is: beside its place, and renamed. A path that appeared meanwhile is refused.
     data = page(report).encode()
     try:
         files = {FILE: FileLayout(len(data), ((0, data),))}
@@ -147,6 +149,7 @@ def _sections(report: Report) -> Iterator[str]:
         yield _section("agreement", "Agreement", "".join(_agreement(agreement, numbers)))
         yield _section("least", "Where they agree least", _least(agreement, numbers))
     yield _section("what", "What was done", _done(report))
+    # Line by line, as `printable` would escape the ends of lines.
     data = "\n".join(map(_text, json.dumps(_without_tensors(report), indent=2).splitlines()))
     yield f"<section><details><summary>The report as JSON</summary><pre>{data}</pre></details>"
     yield "</section>"
@@ -210,7 +213,8 @@ def _agreement(agreement: ReportedAgreement, numbers: Sequence[int]) -> Iterator
         f"the same direction, 0 nothing in common; below {LEAST_AGREEMENT:g} the mean most likely "
         f"does not work as a network. Here {looked}.</p>"
     )
-    from merge_avg.report import _charts as charts  # needs matplotlib
+    # Late, as this imports matplotlib, which a page without an agreement does not need.
+    from merge_avg.report import _charts as charts
 
     yield '<div class="charts">'
     caption = f"Cosine of each checkpoint with each ({_precise(agreement)})"

@@ -20,40 +20,21 @@ Role = Literal["averaged", "compared", "kept"]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of a checkpoint.
-
-    Attributes:
-        name: dotted.
-        dtype: as torch names it.
-        shape: its extents.
-        role: what a merge does with it.
-        tie: a number that tensors which share memory have in common.
-        trouble: why it cannot be averaged, as in "a sparse tensor".
-    """
+    """A tensor of a checkpoint, and what a merge does with it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     role: Role
+    # Tensors that share memory have the same number.
     tie: int | None = optional()
+    # Why it cannot be averaged, as in "a sparse tensor".
     trouble: str | None = optional()
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint, and what it says of itself.
-
-    Attributes:
-        path: the file or directory.
-        format: as in torch-zip, safetensors.
-        nbytes: of all its files.
-        step: None where neither the checkpoint nor its name tells, like the epoch.
-        epoch: as the framework counts it.
-        metrics: by the framework's names.
-        merged: whether an earlier merge wrote it.
-        others: entries without tensors.
-        tensors: in the checkpoint's order.
-    """
+    """A checkpoint, and what it or its name says of it."""
 
     path: str
     format: str
@@ -61,8 +42,11 @@ class Contents:
     step: int | None
     epoch: int | None
     metrics: Mapping[str, float]
+    # Whether an earlier merge wrote it.
     merged: bool
+    # Entries without tensors.
     others: tuple[str, ...]
+    # In the order of its files.
     tensors: tuple[Tensor, ...]
 
 
@@ -77,6 +61,7 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
         MergeError: it cannot be read, is not a checkpoint, or holds no weights.
     """
     layout = scan(path)
+    # By its path, which no two tensors share, while their storages may be the same.
     weights = {info.path for info in assign(layout, key).weights.values()}
     ties = _ties(layout.tensors)
     known = read_metadata(layout)

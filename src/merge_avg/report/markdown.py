@@ -23,6 +23,7 @@ def append(path: Path, text: str) -> None:
     Raises:
         MergeError: the file cannot be written.
     """
+    # Other steps of the job have written to the same file, so it is added to.
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -51,4 +52,5 @@ def _row(cells: Sequence[str]) -> str:
 
 def _text(value: str) -> str:
     """Return text in which nothing means more than itself in Markdown, HTML or a terminal."""
+    # On GitHub an "@" would notify somebody, and a "#" link to an issue.
     return "".join(f"&#{ord(c)};" if c in "|`*_<>[]\\&#!~@" else c for c in printable(value))

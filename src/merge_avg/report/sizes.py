@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def shown(nbytes: float) -> str:
     """Return a number of bytes in decimal units: 1.4 GB."""
+    # Gigabytes are the last unit: people compare checkpoints in them, up to thousands.
     for unit in ("bytes", "kB", "MB", "GB"):
         if nbytes < 1000 or unit == "GB":
             break

@@ -15,7 +15,8 @@ from merge_avg.report._report import Report
 from merge_avg.report.printable import printable
 
 _BAR = 10
-_NARROW = 60  # columns, below which bars and what is known of checkpoints are left out
+# Below so many columns, bars and what is known of checkpoints are left out: names need the room.
+_NARROW = 60
 _COLOURS = {"": "", "good": "green", "doubtful": "yellow"}
 
 
@@ -41,6 +42,7 @@ def show(report: Report, console: Console | None = None) -> None:
 def _console() -> Console:
     """Return stderr, as wide as its terminal, which rich does not ask for where TERM is dumb."""
     width = height = None
+    # An extent of 0 is that of a terminal which nobody has told its size.
     with contextlib.suppress(OSError):
         width, height = (extent or None for extent in os.get_terminal_size(sys.stderr.fileno()))
     return Console(file=sys.stderr, force_terminal=True, width=width, height=height)
@@ -53,6 +55,7 @@ def _checkpoints(report: Report, console: Console) -> Table:
     kinds = {"name", "agreement"}
     kinds |= set() if narrow else {"known"}
     kinds |= {"weight"} if len(report.outputs) == 1 else set()
+    # Rich folds a cell rather than the table, so what may be folded is said for each column.
     table = Table(box=None, pad_edge=False, header_style="dim")
     cells: list[list[Text]] = []
     for column in (one for one in columns(report) if one.kind in kinds):

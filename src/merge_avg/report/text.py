@@ -10,14 +10,16 @@ from merge_avg.report._report import KNOWN, Figures, Report, ReportedCandidate
 # Labels that are not the first words of a sentence, as in "kept from a.pt: epoch".
 _COLON = ("integers", "left out", "note", "warning")
 _BAR = 20
-_MOST_BARS = 16  # checkpoints up to which each has a line
-_SPREAD = 0.05  # of their cosines, below which bars would look alike
+_MOST_BARS = 16
+# Cosines that lie nearer together have bars that look alike.
+_SPREAD = 0.05
 
 
 def lines(report: Report) -> Iterator[str]:
     """Yield the report, a line at a time. Names in it may hold controls: see `printable`."""
     yield headline(report)
     count = averaged_count(report)
+    # After a merge, candidates that were all taken would only repeat what was named.
     if report.candidates and (report.dry_run or len(report.candidates) > count):
         for line in aligned([_candidate(one) for one in report.candidates]):
             yield f"  {line}"
