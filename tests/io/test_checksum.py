@@ -42,3 +42,12 @@ def test_a_checksum_of_nothing_and_of_all():
     assert sums.missing() == [(0, 4)]
     sums.add(0, 4, zlib.crc32(b"0123"))
     assert sums.missing() == []
+
+
+def test_a_complete_run_holds_one_part():
+    """Parts that arrive in order are combined with the last one, however few they were."""
+    sums = Checksum(30)
+    for start in range(0, 30, 10):
+        sums.add(start, 10, zlib.crc32(bytes(10)))
+    assert (len(sums._parts), len(sums._fresh)) == (1, 0)
+    assert sums.value() == zlib.crc32(bytes(30))

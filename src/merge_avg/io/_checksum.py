@@ -29,7 +29,9 @@ class Checksum:
         """Add the CRC-32 of a part; one that overlaps earlier parts is left for `missing`."""
         if nbytes:
             self._fresh.append((start, start + nbytes, crc))
-            if len(self._fresh) >= _FRESH:
+            # The part with the last byte is among the last to arrive. A run that is complete then
+            # holds one part instead of up to 64, which take ten times the memory.
+            if len(self._fresh) >= _FRESH or start + nbytes == self._nbytes:
                 self._combine()
 
     def _combine(self) -> None:
