@@ -93,6 +93,7 @@ def scan_directory(path: Path) -> Layout:
             others.append(name)
             continue
         notes += member.notes
+        # Shards share a prefix, and may not share a tensor: which of two would be the right one?
         for info in member.tensors:
             prefix = prefixes[number]
             whole = replace(info, path=(*prefix, *info.path)) if prefix else info
@@ -135,6 +136,7 @@ def leads_out(root: Path, path: Path) -> bool:
     """
     if not path.is_symlink():
         return False
+    # ROOT/snapshots/REVISION/model.safetensors -> ../../blobs/HASH
     home = root.resolve()
     home = home.parents[1] if home.parent.name == "snapshots" else home
     return not path.resolve().is_relative_to(home)
@@ -263,6 +265,7 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
             families[plain] = suffix
         prefixes[number] = plain
     _check_shards(root, names)
+    # Optimizers and the like lie aside: they do not make a directory one of several state dicts.
     weights = {p for number, p in enumerate(prefixes) if number in members and not _is_aside(p)}
     if len(weights) == 1:
         only = weights.pop()
@@ -336,6 +339,7 @@ def _check_index(files: Mapping[str, File], name: str, members: Mapping[int, Lay
     folder = PurePosixPath(name).parent
     for key, file in table.items():
         whole = (folder / file).as_posix()
+        # An index may name files anywhere: only those of the checkpoint are ever opened.
         if whole not in files:
             far = ".." in PurePosixPath(file).parts or file.startswith("/")
             what = f"it names the file {file!r}, which is {'outside' if far else 'missing'}"

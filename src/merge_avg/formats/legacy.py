@@ -76,6 +76,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
             raise MergeError(what, where=path, hint="fetch or save the file again")
         found[key] = Storage(key, at + _COUNT, nbytes, file=number)
         at += _COUNT + nbytes
+    # Bytes behind the last storage are let through, as torch does.
     lacking = sorted(objects.storages.keys() - found.keys())
     if lacking:
         raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
@@ -135,6 +136,7 @@ def _pickles(file: BinaryIO, nbytes: int) -> _Pickles:
 
 def _parsed(data: bytes) -> _Pickles:
     start = 0
+    # The third, the note on the machine, may say anything: torch looks at none of it.
     for expected in (LEGACY_MAGIC, _VERSION, None):
         loaded = _plain(data, start)
         if expected is not None and loaded.value != expected:
@@ -184,6 +186,7 @@ def copy(
     }
     before, after = archive.around
     literals: list[Literal] = [(0, before + pickle + after)]
+    # The keys in the last pickle keep their order, so that only the pickle's classes can change.
     slots: dict[str, Slot] = {}
     copies: list[tuple[Storage, Slot]] = []
     at = len(literals[0][1])

@@ -55,6 +55,7 @@ _BY_RECORD = {
         "unzip it and pass the policy.pth files inside",
     ),
 }
+# Members that a tar of torch before 0.1.10 may begin with.
 _OLD_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")
 
 
@@ -87,6 +88,7 @@ def _described(head: bytes, nbytes: int, suffix: str) -> tuple[str, str]:
             hint = "load it with torch.load and save it again"
             return "a checkpoint of torch before 0.1.10 (a tar)", hint
         return "a tar archive", "unpack it and pass the checkpoint inside"
+    # Protocols 2 to 5; older ones begin with any printable character.
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         hint = "load it with what wrote it, and save its tensors with torch.save"
         return "a pickle, but not a checkpoint of torch.save", hint

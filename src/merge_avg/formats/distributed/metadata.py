@@ -49,14 +49,12 @@ class Chunk:
     Attributes:
         fqn: the name of the tensor or object.
         offset: of the chunk in the tensor; None for an object.
-        file: the name of the file that holds it.
         start: of its bytes in the file.
         nbytes: their number.
     """
 
     fqn: str
     offset: tuple[int, ...] | None
-    file: str
     start: int
     nbytes: int
 
@@ -76,6 +74,7 @@ class Metadata:
             raise PickleError("it is not metadata of torch.distributed.checkpoint")
         state = _table(root.state)
         self._stored = _table(state.get("storage_data"))
+        # Only the default planner writes the paths of names; see `_path` for those of others.
         plan = state.get("planner_data")
         self._paths = plan if isinstance(plan, dict) else {}
         self.sizes: dict[str, tuple[int, ...]] = {}
@@ -108,6 +107,7 @@ class Metadata:
         if known is None:
             raise PickleError(f"tensor {fqn!r} is of the unknown dtype {shown(dtype)}")
         chunks = _instances(state.get("chunks"))
+        # A list of chunks may be shared by many tensors: its pickle is short, this is not.
         self._allowance.spend(200 * len(chunks) + 500)
         self.sizes[fqn] = _size(state.get("size"))
         self.dtypes[fqn] = known
@@ -133,12 +133,13 @@ class Metadata:
                     raise PickleError("it describes where a chunk lies in an unknown way")
             if not isinstance(fqn, str) or start < 0 or size < 0:
                 raise PickleError("it describes where a chunk lies in an unknown way")
+            # Names of extensions such as compression, which only torch can undo.
             if place.get("transform_descriptors"):
                 hint = "convert the checkpoint: python -m torch.distributed.checkpoint"
                 hint += ".format_utils dcp_to_torch DIRECTORY OUTPUT.pt"
                 raise MergeError(f"the chunks of {fqn!r} are compressed", hint=hint)
             where = None if offset is None else _size(offset)
-            files.setdefault(name, []).append(Chunk(fqn, where, name, start, size))
+            files.setdefault(name, []).append(Chunk(fqn, where, start, size))
         return files
 
     def others(self) -> tuple[str, ...]:
@@ -173,6 +174,7 @@ class Metadata:
         if not chunks or not tile(boxes, shape):
             raise PickleError(f"the chunks of {fqn!r} do not make up the tensor")
         path = self._path(fqn)
+        # One chunk is the tensor itself, with whatever strides it was saved with.
         if len(chunks) == 1:
             return replace(chunks[0][1], path=path)
         chunks.sort(key=lambda chunk: chunk[0])
@@ -186,7 +188,9 @@ class Metadata:
             and info.storage.nbytes == info.numel * dtype.itemsize
             for _, info in chunks
         )
-        if rows:  # cut along the first dimension, as FSDP does: one after the other
+        # Cut along the first dimension, as FSDP does, the chunks are the bytes of the tensor one
+        # after the other, and need no copy in the order of the whole.
+        if rows:
             parts = tuple(info.storage for _, info in chunks)
             return TensorInfo(path, dtype, shape, strides, 0, replace(whole, parts=parts))
         return TensorInfo(path, dtype, shape, strides, 0, replace(whole, tiles=tuple(chunks)))

@@ -93,6 +93,7 @@ def _layouts(
             file.path, _NAME, (file,), (), archive=archive, members=members, set_member=True
         )
         yield files[name][0], layout
+    # The tensors belong to the file that tells of them; files of chunks have none of their own.
     tensors = tuple(metadata.tensor(fqn, stored) for fqn in metadata.sizes)
     stamp = files[_MARKER][1]
     yield number, Layout(stamp.path, _NAME, (stamp,), tensors, metadata.others(), set_member=True)
@@ -108,6 +109,7 @@ def _chunks(
     """Yield the chunks of one file in order, and add them to `stored` by name and offset."""
     end = 0
     with stamp.path.open("rb") as file:
+        # In the order of their bytes: chunks may not overlap, or a copy could not fill both.
         for chunk in sorted(chunks, key=lambda chunk: chunk.start):
             stop = chunk.start + chunk.nbytes
             if chunk.start < end or stop > stamp.nbytes:
@@ -119,6 +121,7 @@ def _chunks(
             if chunk.offset is None or chunk.fqn not in metadata.sizes:
                 yield whole, None
                 continue
+            # The archive reader sees nothing but the chunk, so that no record reaches outside.
             within = Within(chunk.start, f"{name}: ")
             section = io.BufferedReader(_Section(file, chunk.start, chunk.nbytes))
             layout = zip_scan(section, stamp, number, within)

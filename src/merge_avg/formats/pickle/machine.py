@@ -195,6 +195,12 @@ class Machine:
         del self.stack[start:]
         return taken
 
+    def items(self) -> list[Value]:
+        """Take the values above the last mark off the stack, and pay for a list of them."""
+        items = self.since_mark()
+        self.spend(SLOT * len(items))
+        return items
+
     def name(self, module: Value, name: Value) -> None:
         """Push a class or function by its name, unless it is known to run code."""
         if not isinstance(module, str) or not isinstance(name, str):

@@ -230,11 +230,9 @@ def _dup(m: Machine) -> None:
 # Containers
 
 
-@_on("t")
-def _tuple(m: Machine) -> None:
-    items = tuple(m.since_mark())
-    m.spend(SLOT * len(items))
-    m.push(items)
+TABLE[ord("t")] = lambda m: m.push(tuple(m.items()))
+TABLE[ord("l")] = lambda m: m.push(m.items())
+TABLE[ord("\x91")] = lambda m: m.push(frozenset(m.members()))
 
 
 def _tuple_of(count: int) -> _Handler:
@@ -247,13 +245,6 @@ def _tuple_of(count: int) -> _Handler:
 
 for _opcode, _count in {"\x85": 1, "\x86": 2, "\x87": 3}.items():
     TABLE[ord(_opcode)] = _tuple_of(_count)
-
-
-@_on("l")
-def _list(m: Machine) -> None:
-    items = m.since_mark()
-    m.spend(SLOT * len(items))
-    m.push(items)
 
 
 @_on("d")
@@ -269,11 +260,6 @@ def _in_pairs(flat: list[Value]) -> list[tuple[Value, Value]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-@_on("\x91")
-def _frozenset(m: Machine) -> None:
-    m.push(frozenset(m.members()))
-
-
 @_on("a")
 def _append(m: Machine) -> None:
     item = m.pop()
@@ -282,8 +268,7 @@ def _append(m: Machine) -> None:
 
 @_on("e")
 def _appends(m: Machine) -> None:
-    items = m.since_mark()
-    m.spend(SLOT * len(items))
+    items = m.items()
     m.extend(m.top(), items)
 
 
@@ -350,8 +335,7 @@ def _newobj_ex(m: Machine) -> None:
 
 @_on("i")
 def _inst(m: Machine) -> None:
-    args = tuple(m.since_mark())
-    m.spend(SLOT * len(args))
+    args = tuple(m.items())
     module, name = _text(m.line()), _text(m.line())
     m.name(module, name)
     m.make(m.pop(), args)
@@ -359,8 +343,7 @@ def _inst(m: Machine) -> None:
 
 @_on("o")
 def _obj(m: Machine) -> None:
-    function, *args = m.since_mark()
-    m.spend(SLOT * len(args))
+    function, *args = m.items()
     m.make(function, tuple(args))
 
 
@@ -372,14 +355,8 @@ def _build(m: Machine) -> None:
         target.state = state
 
 
-@_on("P")
-def _persid(m: Machine) -> None:
-    m.push(m.persistent(_text(m.line())))
-
-
-@_on("Q")
-def _binpersid(m: Machine) -> None:
-    m.push(m.persistent(m.pop()))
+TABLE[ord("P")] = lambda m: m.push(m.persistent(_text(m.line())))
+TABLE[ord("Q")] = lambda m: m.push(m.persistent(m.pop()))
 
 
 @_on("\x82", "\x83", "\x84")

@@ -105,6 +105,7 @@ class TorchHooks:
         if not isinstance(cls, Global) or not _is_number(numel) or not isinstance(key, str | int):
             raise PickleError("the pickle describes a storage in an unknown way")
         key = shown(key)
+        # Files from other devices name their classes: torch.cuda.FloatStorage is the same bytes.
         dtype = None
         if cls.name != "UntypedStorage":
             dtype = BY_STORAGE.get(cls.name)
@@ -139,6 +140,7 @@ class TorchHooks:
         if function == _LOAD_FROM_BYTES:
             hint = "load them with pickle and save them again with torch.save"
             raise PickleError("its tensors were pickled without torch.save", hint=hint)
+        # An unknown function stays an Instance: a tensor among its arguments is still found.
         if function.module not in ("torch._utils", "torch._tensor"):
             return None
         if function.name in _UNUSUAL:

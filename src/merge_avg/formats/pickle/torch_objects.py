@@ -99,6 +99,7 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
         info = TensorInfo(
             path, info.dtype, info.shape, info.stride, info.start, info.storage, info.trouble
         )
+        # Torch would refuse it too, but only when it loads the file.
         reach = info.stop * info.dtype.itemsize if info.numel else 0
         if not info.trouble and reach > info.storage.nbytes:
             name = dotted(path)

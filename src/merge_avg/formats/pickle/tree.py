@@ -92,6 +92,7 @@ def _children(value: Value, allowance: Allowance) -> Iterator[tuple[str | int, V
             yield from ((key_of(key), child) for key, child in one.items())
         elif isinstance(one, Instance) and _is_module(one):
             yield from _module(one, allowance)
+        # An object has no order of its own: its state comes first, then its arguments and items.
         elif isinstance(one, Instance):
             if id(one) in opened:
                 continue
@@ -125,6 +126,8 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
             what = f"its modules are parts of themselves, or nested more than {_DEEPEST} deep"
             raise PickleError(what)
         state = module.state
+        # Buffers that the state dict leaves out are attributes like any other. Protocols below 4
+        # write the set as a call, which is not looked into: there they count as saved.
         unsaved = state.get("_non_persistent_buffers_set")
         unsaved = unsaved if isinstance(unsaved, set) else set()
         inside = above | {id(module)}
@@ -154,6 +157,7 @@ def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
     """Yield numbers and short texts near the root, the nearest first."""
     level: list[tuple[TreePath, Value]] = [((), root)]
     left, visits = _MOST_SCALARS, _MOST_VISITS
+    # Level by level: an epoch at the root counts more than numbers deep in an optimizer.
     for _ in range(_DEEPEST_SCALAR):
         below: list[tuple[TreePath, Value]] = []
         for path, value in level:

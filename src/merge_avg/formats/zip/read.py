@@ -68,7 +68,8 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
     part = within or Within(0, "")
     records = _records(file, path, number, part)
     root = _root(list(records), path)
-    # torch.serialization.set_crc32_options(False) leaves all checksums zero.
+    # torch.serialization.set_crc32_options(False) leaves all checksums zero. Other archives have at
+    # least one that is not, that of the pickle.
     unchecked = all(record.crc == 0 for record in records.values())
     if unchecked:
         records = {name: replace(record, crc=None) for name, record in records.items()}
@@ -195,6 +196,7 @@ def _bytes(file: BinaryIO, record: Storage, path: Path, base: int, largest: int)
         except zlib.error as error:
             what = f"record {record.name!r} is damaged ({error})"
             raise MergeError(what, where=path, hint="fetch or save the file again") from None
+    # Storages are checked as they are read; what is read here is checked at once.
     if len(content) != record.nbytes or record.crc not in (None, zlib.crc32(content)):
         what = f"record {record.name!r} is damaged: its CRC-32 does not match"
         raise MergeError(what, where=path, hint="fetch or save the file again")

@@ -83,10 +83,12 @@ def records(file: BinaryIO) -> Iterator[Record]:
         flags, method, crc, packed, size, disk, where = (head[i] for i in (3, 4, 7, 8, 9, 13, 16))
         size, packed, where = _wide(extra, size, packed, where)
         name = raw.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
+        # Of two records with one name, one program reads the first and another the last.
         if name in names:
             raise MergeError(f"two records of the zip archive have the same name, {name!r}")
         names.add(name)
         offset = _offset(file, where, raw, flags, method, packed)
+        # The data lies before the directory, on this disk: archives of several exist, torch's not.
         if offset + packed > start or disk:
             raise _misplaced(name)
         ranges.append((where, offset + packed))
@@ -189,6 +191,7 @@ def _offset(file: BinaryIO, where: int, name: bytes, flags: int, method: int, pa
     """Return the offset of a record's data, behind its local header, which has to agree."""
     raw = _bytes(file, where, _LOCAL.size + len(name))
     magic, _, own_flags, own, _, _, _, size, _, length, extra = _LOCAL.unpack_from(raw)
+    # The name is compared as bytes: that two decode to the same text is not enough.
     if (magic, own, length, raw[_LOCAL.size :]) != (b"PK\3\4", method, len(name), name):
         raise _misplaced(name.decode("utf-8", "backslashreplace"))
     if (own_flags ^ flags) & _ENCRYPTED or not (own_flags & _LATER or size in (packed, _NONE)):
