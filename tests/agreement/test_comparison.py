@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg.agreement import _comparison as agreement
-from merge_avg.engine._run import merge_checkpoints, run
+from merge_avg.agreement import Comparison, Sampler
+from merge_avg.agreement._sample import Sample
+from merge_avg.engine import merge_checkpoints, run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
@@ -157,7 +158,7 @@ def looked_at(sample, start, stop):
 )
 def test_pieces_are_looked_at_like_the_whole(size, start, length, taken, every):
     """What is looked at in a part of a tensor is what of the whole lies there, and counted so."""
-    sample = agreement._Sample(size, taken, every if taken < 8192 else 1)
+    sample = Sample(size, taken, every if taken < 8192 else 1)
     start = min(start, size - 1)
     stop = min(start + length, size)
     whole = looked_at(sample, 0, size)
@@ -178,18 +179,18 @@ def test_the_error_is_that_of_the_sample(tmp_path):
     ratios = []
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
-        comparison = agreement.Comparison((0, 1), units)
+        comparison = Comparison((0, 1), units)
         every = {}
         for number, unit in enumerate(units):
             common, first, second = torch.randn(3, len(unit), generator=generator)
-            every[id(unit)] = torch.stack([common + first, common + second * 2]) * (1 + number)
-        sampler = agreement.Sampler(comparison, lambda: None)
+            every[unit.number] = torch.stack([common + first, common + second * 2]) * (1 + number)
+        sampler = Sampler(comparison, lambda: None)
         for window in windows(units, 1 << 15):
-            values = [every[id(p.unit)][:, p.start : p.stop] for p in window]
+            values = [every[p.unit.number][:, p.start : p.stop] for p in window]
             sampler.begin(window)
-            sampler.take((0, 1), torch.cat(values, dim=1))
-            sampler.end()
-        sampler.flush()
+            for k, row in enumerate(torch.cat(values, dim=1)):
+                sampler.see(k, memoryview(row.numpy()).cast("B"))
+        sampler.close()
         found = comparison.result()
         whole = torch.cat(list(every.values()), dim=1)
         assert found.elements < found.size / 2
@@ -329,7 +330,7 @@ def test_a_base_that_is_none_is_refused(tmp_path):
     """A base without any of the matrices is an error that says what a base is."""
     paths = made(tmp_path, [noise(k, 3000) for k in (1, 2)])
     save_file({"other": noise(3, 3000)}, tmp_path / "base.safetensors")
-    with pytest.raises(MergeError, match="no matrix in it is one of the checkpoints'"):
+    with pytest.raises(MergeError, match="it has no matrix that the checkpoints have"):
         merge_checkpoints(paths, tmp_path / "o.safetensors", base=tmp_path / "base.safetensors")
 
 

@@ -1,11 +1,13 @@
-"""How much memory a merge takes, and what it makes of it: threads, windows, and how much is read.
+"""The memory budget: how many threads there are, how large windows are, and how much is read.
 
-All that grows with the work is held in buffers of a few sizes, so the peak is known beforehand.
+Everything that grows with the work is held in buffers of a few sizes, so the peak is known before
+anything is read. tests/plan/test_budget.py compares it with that of real processes.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,33 +17,47 @@ from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
-# What a worker holds for each element of its window: sums, the result, and what is known of those
-# that are not finite or not equal. And for each of the part that is summed at a time: temporaries
-# of the slow paths. Twice both for float64, summed in double-double, and for complex numbers.
+
+# Upper bounds, measured over dtypes and paths. For each element of its window a worker holds sums,
+# the result, and what is known of those that are not finite, not equal or in doubt; and for each of
+# the block that is summed at a time, the temporaries of the slowest path. Twice both for float64,
+# which is summed in double-double, and for complex numbers.
 _WINDOW_BYTES = 56
 _BLOCK_BYTES = 104
-_FIXED = 4 * MIB  # threads, and what torch sets up when it is first used
-_ENTRY_BYTES = 800  # what is known of a tensor of a checkpoint
-_TENSOR_BYTES = 4500  # and of a tensor of the result: where it goes, and what it is compared by
-_OUTPUT_BYTES = 384 << 10  # what laying an output out once more takes, beside what it describes
-_LARGEST_WINDOW = 1 << 19  # bytes: a few of them are still in the cache that cores share
-_USUAL_WINDOW = 1 << 14  # below this, Python's own time shows
+# Measured: stacks and arenas of threads, and what torch sets up when it is first used.
+_FIXED = 4 * MIB
+# Measured with 20,000 tensors: what is known of a tensor of a checkpoint; and of one of the result,
+# which has a unit, targets and a slot, and is compared.
+_ENTRY_BYTES = 800
+_TENSOR_BYTES = 4500
+# For each output but the first. Measured: 40 to 55 KiB for an open file, the record, which is built
+# twice, and the accumulators' objects of eight threads and six dtypes. Derived: four bytes for the
+# CRC-32 of each tensor; and the checksums of the parts of one that is longer than a window.
+_OUTPUT_BYTES = 64 << 10
+_CRC_BYTES = 4
+_SUM_BYTES = 2048
+
+# In bytes: a few such windows are still in the cache that cores share.
+_LARGEST_WINDOW = 1 << 19
+# In elements: with smaller windows, the time that Python takes for each one shows.
+_USUAL_WINDOW = 1 << 14
 _LEAST_WINDOW = 1 << 10
-_MOST_READ = 1 << 22  # bytes
+_MOST_READ = 1 << 22  # bytes that a worker reads at a time: more rows are no faster
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What workers may take.
+    """The memory that workers may take, and what it is taken for.
 
     Attributes:
-        threads: how many workers there are.
+        threads: the number of workers.
         window: the largest window, in elements.
-        rows: how many checkpoints' elements of a window a worker holds at a time.
+        rows: the number of checkpoints whose elements of a window a worker holds at a time.
         itemsize: the bytes of the widest element.
-        entries: how many tensors all checkpoints have, together.
-        outputs: how many averages are made at a time.
-        checkpoints: how many there are, which are compared by a part of each window.
+        entries: the number of tensors of all checkpoints together.
+        outputs: the number of outputs.
+        checkpoints: their number; they are compared by a part of each window.
+        long: the number of tensors of the result that may be longer than a window.
     """
 
     threads: int
@@ -51,26 +67,34 @@ class Budget:
     entries: int = 0
     outputs: int = 1
     checkpoints: int = 1
+    long: int = 0
 
     @property
     def nbytes(self) -> int:
-        """The most anonymous memory that the merge takes, beside what importing torch does."""
+        """Return the most anonymous memory that the merge takes, beside what importing torch does.
+
+        Mapped files are not anonymous: the kernel takes their pages back when it needs them.
+        """
         wide = max(self.itemsize // 4, 1)
         # Some of what is read is held a second time, as float64.
         converted = 8 * max(min(self.rows * self.window, CONVERTED), self.window) * wide
         read = self.window * self.rows * self.itemsize + converted
-        # Averages share all but their sums, which for float64 are of two parts.
+        # Outputs share all but their sums, which take more for float64.
         sums = (self.outputs - 1) * (16 if self.itemsize < 8 else 48)
+        # Checkpoints are compared by one number of 128, or by all of small tensors. A worker sets
+        # them aside until there are enough to multiply.
         numbers = self.checkpoints * self.window
         compared = 2 * self.itemsize * (COMPARED + max(numbers // 128, min(numbers, WHOLE)))
         compared += 36 * wide * max(COMPARED, self.checkpoints)
         block = min(self.window, BLOCK) * _BLOCK_BYTES * wide
         worker = self.window * (_WINDOW_BYTES * wide + sums) + block + read + compared
-        known = _known(self.entries, self.checkpoints) + (self.outputs - 1) * _OUTPUT_BYTES
+        tensors = _tensors(self.entries, self.checkpoints)
+        each = _OUTPUT_BYTES + tensors * _CRC_BYTES + self.long * _SUM_BYTES
+        known = _known(self.entries, self.checkpoints) + (self.outputs - 1) * each
         return _FIXED + known + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
-        """The same with windows that fit `free` bytes of a device's memory.
+        """Return the same with windows that fit `free` bytes of a device's memory.
 
         Raises:
             MergeError: none does.
@@ -85,13 +109,18 @@ class Budget:
         return fit
 
 
+def _tensors(entries: int, checkpoints: int) -> int:
+    """Return how many tensors each checkpoint has, when all have as many."""
+    return -(-entries // max(checkpoints, 1))
+
+
 def _known(entries: int, checkpoints: int) -> int:
-    """The bytes that are known of tensors: names, places, what they are compared by."""
-    return entries * _ENTRY_BYTES + -(-entries // max(checkpoints, 1)) * _TENSOR_BYTES
+    """Return the bytes of all that is known of tensors before anything is read."""
+    return entries * _ENTRY_BYTES + _tensors(entries, checkpoints) * _TENSOR_BYTES
 
 
 def cores() -> int:
-    """How many cores this process may use, as its affinity and its control group say."""
+    """Return how many cores this process may use, by its affinity and its control group."""
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -99,7 +128,7 @@ def cores() -> int:
 
 
 def _control_group(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """The cores that the control group allows, rounded up (Linux, cgroup version 2)."""
+    """Return the cores that the control group allows, rounded up (Linux, cgroup version 2)."""
     try:
         quota, period = path.read_text("ascii").split()
         return None if quota == "max" else -(-int(quota) // int(period))
@@ -114,17 +143,19 @@ def plan_budget(
     max_memory: int | None = None,
     threads: int | None = None,
     outputs: int = 1,
+    lengths: Iterable[int] = (),
 ) -> Budget:
-    """Cuts a budget of memory into threads and windows.
+    """Divide a budget of memory into threads and windows.
 
     Args:
-        checkpoints: how many there are.
+        checkpoints: their number.
         itemsize: the bytes of their widest element.
-        entries: how many tensors they have, together.
+        entries: the number of all their tensors.
         max_memory: the budget in bytes; by default 64 MiB, or 32 MiB a thread where that is more,
             and what is known of very many tensors.
-        threads: how many, if not as many as there are cores.
-        outputs: how many averages are made at a time.
+        threads: their number; by default that of the cores.
+        outputs: their number.
+        lengths: of the tensors of the result, in elements.
 
     Raises:
         UsageError: `threads` is below one.
@@ -135,22 +166,23 @@ def plan_budget(
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     total = max_memory or buffers + max(_known(entries, checkpoints) - MIB, 0)
-    for count in range(workers, 0, -1):
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints)
+    least = replace(least, long=sum(length > least.window for length in lengths))
+    for count, window, rows in _tried(workers, checkpoints, itemsize):
+        budget = replace(least, threads=count, window=window, rows=rows)
+        if budget.nbytes <= total:
+            return budget
+    hint = f"give at least --max-memory {-(-least.nbytes // 1024)}KiB"
+    raise MergeError("the memory budget is too small", hint=hint)
+
+
+def _tried(workers: int, checkpoints: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """Yield threads, window and rows, the fastest first."""
+    for threads in range(workers, 0, -1):
         window = _LARGEST_WINDOW // max(itemsize, 2)
         while window >= _LEAST_WINDOW:
             rows = min(checkpoints, max(_MOST_READ // (window * itemsize), 1))
-            budget = Budget(count, window, rows, itemsize, entries, outputs, checkpoints)
-            if budget.nbytes <= total:
-                return budget
-            if window <= _USUAL_WINDOW:  # rather fewer rows than a tiny window
-                fewer = (
-                    Budget(count, window, fit, itemsize, entries, outputs, checkpoints)
-                    for fit in range(rows - 1, 0, -1)
-                )
-                found = next((budget for budget in fewer if budget.nbytes <= total), None)
-                if found is not None:
-                    return found
+            # Rather smaller windows than fewer rows, unless the window would be tiny.
+            fewest = 1 if window <= _USUAL_WINDOW else rows
+            yield from ((threads, window, count) for count in range(rows, fewest - 1, -1))
             window //= 2
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints).nbytes
-    hint = f"give at least --max-memory {-(-least // 1024)}KiB"
-    raise MergeError("the memory budget is too small", hint=hint)

@@ -25,7 +25,7 @@ from merge_avg.plan._units import Plan, make_plan, with_base
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One of the outputs of a merge: where it goes, and the weights of the checkpoints in it."""
+    """One output of a merge: where it goes, and the weights of the checkpoints in it."""
 
     path: Path
     weights: Weights
@@ -36,15 +36,15 @@ class Job:
     """A merge that is ready to run.
 
     Attributes:
-        outputs: what is written.
+        outputs: one or more.
         layout: of every output.
         options: how the checkpoints are merged.
         roles: of the template's tensors.
-        plan: what is averaged.
+        plan: the units to average.
         budget: threads and windows.
         notes: for the user, one sentence each.
-        base: the number of the checkpoint that the others were fine-tuned from, if it is named.
-        version: the version of merge-avg that the outputs name.
+        base: the number of the checkpoint that the others were fine-tuned from, if one is given.
+        version: the version of merge-avg in the provenance records.
     """
 
     outputs: tuple[OutputSpec, ...]
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """Return the checkpoints, the template first; a base that is none of them is the last."""
+        """Return the checkpoints, the template first and a base that is not one of them last."""
         return self.plan.layouts
 
     @property
@@ -71,6 +71,8 @@ class Job:
     @property
     def kept_texts(self) -> Iterator[bytes]:
         """Yield what the outputs have of the template beside its records: pickles and metadata."""
+        # Hashed, like the bytes that are copied, so that `verify` can tell a template that changed
+        # from an output that did.
         for layout in self.layouts[0].members or self.layouts[:1]:
             if layout is not None and layout.archive is not None and self.layout.whole:
                 yield layout.archive.pickle
@@ -80,7 +82,7 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Return how many bytes are read: each checkpoint's weights, and what is copied."""
+        """Return the number of bytes to read: each checkpoint's weights, and what is copied."""
         units = sum(
             len(unit) * source.dtype.itemsize for unit in self.plan.units for source in unit.sources
         )
@@ -90,7 +92,7 @@ class Job:
         self, output: OutputSpec, hashes: Hashes | None = None, agreement: float | None = None
     ) -> bytes:
         """Return the provenance record of an output; without hashes a draft of the same length."""
-        merged = self.layouts[: self.plan.aligned.checkpoints]
+        merged = self.layouts[: self.plan.aligned.checkpoints]  # without a base
         found = self.version, hashes, agreement
         single = len(self.outputs) == 1
         return write_record(merged, output.weights, self.options, *found, compared=single)
@@ -119,13 +121,7 @@ def prepare(
             be written.
     """
     inputs = [Path(path) for path in paths]
-    if isinstance(outputs, Mapping):
-        if options.weights is not None:
-            raise UsageError("the weights are given twice", hint="give them with the outputs only")
-        asked = {Path(path): weights for path, weights in outputs.items()}
-    else:
-        asked = {Path(outputs): options.weights or [1] * len(inputs)}
-    rows = {path: _checked(inputs, weights, options) for path, weights in asked.items()}
+    asked = _asked(inputs, outputs, options)
     if options.dtype is not None and options.dtype not in (*CONVERTIBLE, TEMPLATE):
         hint = f"choose one of {', '.join((*CONVERTIBLE, TEMPLATE))}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
@@ -133,12 +129,22 @@ def prepare(
         hint = "leave out --no-agreement, or --base and --min-agreement"
         raise UsageError("the agreement is asked for, and not to be measured", hint=hint)
     try:
-        inputs, order = _template_first(inputs, options.template)
+        places = _template_first(inputs, options.template)
+        inputs, order = [path for path, _ in places], [number for _, number in places]
         if options.base is not None and _number_of(inputs, Path(options.base)) is None:
-            order = [*order, None]
-        ordered = {path: _ordered(weights, order, options) for path, weights in rows.items()}
+            order.append(None)
+        # A template or a base that is not one of the inputs has the weight zero.
+        specs = tuple(
+            OutputSpec(
+                path,
+                Weights.of(
+                    [0 if k is None else row[k] for k in order], normalize=options.normalize
+                ),
+            )
+            for path, row in asked.items()
+        )
         with without_collector():
-            job = _prepared(inputs, ordered, options, made_by or __version__, layouts or {})
+            job = _prepared(inputs, specs, options, made_by or __version__, layouts or {})
             if made_by is None:
                 _refuse_outputs(job)
             return job
@@ -146,11 +152,37 @@ def prepare(
         raise failure(error) from None
 
 
+def _asked(
+    inputs: Sequence[Path], outputs: Outputs, options: Options
+) -> Mapping[Path, Sequence[Weight]]:
+    """Return the outputs with the weights of the inputs for each."""
+    if not isinstance(outputs, Mapping):
+        asked = {Path(outputs): options.weights or [1] * len(inputs)}
+    elif options.weights is not None:
+        raise UsageError("the weights are given twice", hint="give them with the outputs only")
+    else:
+        asked = {Path(path): weights for path, weights in outputs.items()}
+    if not inputs or not asked:
+        what = "outputs to write" if inputs else "checkpoints to average"
+        raise UsageError(f"there are no {what}", hint="name at least one")
+    for weights in asked.values():
+        if len(weights) != len(inputs):
+            counts = f"{len(weights)} weights for {len(inputs)} checkpoints"
+            raise UsageError(counts, hint="give one weight per checkpoint, in the same order")
+    first, *more = asked
+    for path in more:
+        if path.suffix != first.suffix:
+            hint = "averages that are made in one run have one format"
+            raise UsageError(f"{first.name} and {path.name} end differently", hint=hint)
+    return asked
+
+
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Looks for no cycles of garbage meanwhile.
+    """Suspend the collector of cyclic garbage.
 
-    A scan makes none, nor does importing torch, of which it would take a third and a sixth.
+    A scan makes no cycles, nor does importing torch. The collector takes a third of the time of the
+    one, and a sixth of the other.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -163,7 +195,7 @@ def without_collector() -> Iterator[None]:
 
 def _prepared(
     inputs: Sequence[Path],
-    rows: Mapping[Path, Weights],
+    outputs: tuple[OutputSpec, ...],
     options: Options,
     version: str,
     scanned: Mapping[Path, Layout],
@@ -181,46 +213,40 @@ def _prepared(
     if options.base is not None and base is None:
         base = len(inputs)
         plan, notes = _based(plan, Path(options.base), roles[0], options.key)
-    entries = sum(len(layout.tensors) for layout in plan.layouts)
     budget = plan_budget(
         len(plan.layouts),
         plan.itemsize,
-        entries,
+        sum(len(layout.tensors) for layout in plan.layouts),
         options.max_memory,
         options.threads,
-        len(rows),
+        len(outputs),
+        map(len, plan.units),
     )
-    first, *more = rows
-    for path in more:
-        if path.suffix != first.suffix:
-            hint = "averages that are made at a time are of one format"
-            raise UsageError(f"{first.name} and {path.name} end differently", hint=hint)
     layout = lay_out(
-        first,
+        outputs[0].path,
         plan,
         roles[0].weights,
         state_dict=options.state_dict,
         shard_size=options.max_shard_size,
     )
-    outputs = tuple(OutputSpec(path, weights) for path, weights in rows.items())
     notes = (*_notes(layouts, options, layout), *notes)
     return Job(outputs, layout, options, roles[0], plan, budget, notes, base, version)
 
 
 def _refuse_outputs(job: Job) -> None:
-    """Raises MergeError where an output cannot or must not be written."""
+    """Raise MergeError where an output cannot or must not be written."""
     directory = job.layout.directory
-    for path in (output.path for output in job.outputs):
-        refuse_inputs(path, job.layouts)
-        refuse_output(path, directory=directory, overwrite=job.options.overwrite)
-        if directory and path.is_dir():
-            _refuse_loss(path, job.layout)
+    for output in job.outputs:
+        refuse_inputs(output.path, job.layouts)
+        refuse_output(output.path, directory=directory, overwrite=job.options.overwrite)
+        if directory and output.path.is_dir():
+            _refuse_loss(output.path, job.layout)
 
 
 def _based(
     plan: Plan, path: Path, template: Roles, key: str | None
 ) -> tuple[Plan, tuple[str, ...]]:
-    """The plan with a base, and what a person should hear of that."""
+    """Return the plan with a base, and notes for the user."""
     layout = scan(path).source
     ours = template.weights
     weights, note = match(plan.layouts[0].path, ours, path, assign(layout, key).weights)
@@ -231,7 +257,7 @@ def _based(
     notes = [note] if note else []
     if matrices and lacking == len(matrices):
         hint = "the base is the checkpoint that the others were fine-tuned from"
-        raise MergeError("no matrix in it is one of the checkpoints'", where=path, hint=hint)
+        raise MergeError("it has no matrix that the checkpoints have", where=path, hint=hint)
     if lacking:
         what = f"{lacking:,} of {len(matrices):,} matrices are not in it, or of another shape"
         notes.append(f"{path}: {what}; they are compared without it")
@@ -239,44 +265,34 @@ def _based(
 
 
 def _template_first(
-    inputs: list[Path], template: int | Location | None
-) -> tuple[list[Path], list[int | None]]:
-    """The checkpoints with the template in front, and the number that each had, if it had one."""
-    numbers: list[int | None] = list(range(len(inputs)))
+    inputs: Sequence[Path], template: int | Location | None
+) -> list[tuple[Path, int | None]]:
+    """Return the checkpoints with their numbers among the inputs, the template first."""
+    places: list[tuple[Path, int | None]] = [(path, k) for k, path in enumerate(inputs)]
     if template is None:
-        return inputs, numbers
+        return places
     text = str(template)
-    path = Path(template) if not isinstance(template, int) else None
-    if text.isdecimal() and not (path is not None and path.exists()):
+    # A file that is called 3 wins over the third checkpoint, unless an int asks for that one.
+    named_so = not isinstance(template, int) and Path(template).exists()
+    if text.isdecimal() and not named_so:
         index = int(text) - 1
         if not 0 <= index < len(inputs):
             hint = f"give a number from 1 to {len(inputs)}, or the path of a checkpoint"
             raise UsageError(f"there is no checkpoint number {text}", hint=hint)
-    else:
-        path = Path(text)
-        found = _number_of(inputs, path)
-        if found is None:
-            return [path, *inputs], [None, *numbers]
-        index = found
-    order = [index, *(i for i in range(len(inputs)) if i != index)]
-    return [inputs[i] for i in order], list(order)
-
-
-def _ordered(weights: Sequence[Weight], order: Sequence[int | None], options: Options) -> Weights:
-    """The weights in the order of the checkpoints; a template that is not averaged has none."""
-    values = [0 if number is None else weights[number] for number in order]
-    return Weights.of(values, normalize=options.normalize)
+        return [places.pop(index), *places]
+    found = _number_of(inputs, Path(text))
+    return [(Path(text), None) if found is None else places.pop(found), *places]
 
 
 def _number_of(inputs: Sequence[Path], path: Path) -> int | None:
-    """Which of the checkpoints a path is of."""
+    """Return which of the checkpoints a path leads to, if to one of them."""
     if not path.exists():
         return None
     return next((i for i, one in enumerate(inputs) if one.exists() and one.samefile(path)), None)
 
 
 def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
-    """Raises MergeError where the output is an input, lies within one, or holds one."""
+    """Raise MergeError where the output is an input, lies within one, or holds one."""
     for layout in layouts:
         path = layout.path
         hint = "choose another output; inputs are never written to"
@@ -297,7 +313,7 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
 
 
 def _refuse_loss(target: Path, layout: OutputLayout) -> None:
-    """Raises MergeError where replacing a directory would lose what the new one does not have."""
+    """Raise MergeError where replacing a directory would lose what the new one does not have."""
     found = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
     names = [path.relative_to(target).as_posix() for path in found]
     lost = [name for name in names if name not in layout.files]
@@ -309,7 +325,7 @@ def _refuse_loss(target: Path, layout: OutputLayout) -> None:
 
 
 def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> tuple[str, ...]:
-    """What a person should hear of beside what the names needed."""
+    """Return notes for the user, beside those on names."""
     notes = [note for layout in layouts for note in layout.notes]
     shards = [layout for layout in layouts if not layout.members and shard_of(layout.path)]
     if shards:
@@ -325,15 +341,3 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
             if texts and options.dtype not in (None, TEMPLATE):
                 notes.append(f"{name} is the template's, and may still name another dtype")
     return tuple(notes)
-
-
-def _checked(
-    inputs: Sequence[Path], weights: Sequence[Weight], options: Options
-) -> Sequence[Weight]:
-    if not inputs:
-        raise UsageError("there are no checkpoints to average", hint="name at least one")
-    if len(weights) != len(inputs):
-        counts = f"{len(weights)} weights for {len(inputs)} checkpoints"
-        raise UsageError(counts, hint="give one weight a checkpoint, in the same order")
-    Weights.of(weights, normalize=options.normalize)
-    return weights

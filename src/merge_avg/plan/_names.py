@@ -223,24 +223,19 @@ def _short(names: Iterable[Name]) -> dict[Name, Name]:
     return {Name(name.state_dict[depth:], name.key): name for name in names}
 
 
-def _same(key: str) -> str:
-    return key
-
-
 def _unwrapped(key: str) -> str:
     return ".".join(segment for segment in key.split(".") if segment not in _WRAPPERS)
-
-
-def _without_model(key: str) -> str:
-    return _unwrapped(key).removeprefix("model.")
 
 
 # Each changes more than the one before. Wrappers add their segments anywhere; "model." is what
 # Lightning modules call the model inside, and only its front is surely not the model's own.
 _CHANGES: tuple[tuple[Callable[[str], str], str | None], ...] = (
-    (_same, None),
+    (lambda key: key, None),
     (_unwrapped, "names were matched without the prefixes of wrappers (module., _orig_mod.)"),
-    (_without_model, "names were matched without the prefix model."),
+    (
+        lambda key: _unwrapped(key).removeprefix("model."),
+        "names were matched without the prefix model.",
+    ),
 )
 
 

@@ -1,6 +1,12 @@
-"""The provenance record: what an output says about how it was made, written and read.
+"""The provenance record of an output: from which inputs it was made, and with which options.
 
-It is JSON, the same for the same inputs and options, so that merging again gives the same bytes.
+    {"merge_avg": "0.1.0",
+     "inputs": [{"name": "fold1.pt", "bytes": 4096, "weight": "1/2", "hash": "00ff..."}, ...],
+     "template": {"name": "fold1.pt", "bytes": 4096, "hash": "00ff..."},
+     "agreement": "+0.912345", "normalize": true, ... the recorded options}
+
+It is the same for the same inputs and options, without a time or a place, so that merging again
+gives the same bytes. `verify` does just that.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ class Hashes:
 
     Attributes:
         read: of each checkpoint's weights, in the order of the job's layouts.
-        kept: of what the outputs have from the template beside the weights that were averaged.
+        kept: of all that the outputs have from the template beside the averaged weights.
     """
 
     read: tuple[int, ...]
@@ -44,17 +50,15 @@ def write_record(
     *,
     compared: bool = True,
 ) -> bytes:
-    """Return the provenance record of an output.
+    """Return the provenance record of an output, or a draft of the same length.
 
-    Hashes and agreement are known only after the reading. Until then, zeros of the same length
-    stand for them, so that the output can be laid out before. Inputs are named from the deepest
-    directory that holds all of them: moving it changes nothing.
+    Inputs are named from the deepest directory that holds all of them: moving it changes nothing.
 
     Args:
         layouts: the checkpoints, the template first.
         weights: of the checkpoints. One with the weight zero is named only where it had a say: as
-            the template, or in what every checkpoint has.
-        options: how they are merged.
+            the template, or in which tensors every checkpoint has.
+        options: the choices that are recorded.
         version: of merge-avg.
         hashes: of what was read; None for a draft.
         agreement: the mean cosine, if it was measured.
@@ -66,6 +70,9 @@ def write_record(
     root = os.path.commonpath([place.parent for place in places.values()])
     names = {k: place.relative_to(root).as_posix() for k, place in places.items()}
 
+    # Hashes and agreement are known when everything has been read. In a safetensors file the record
+    # stands before the weights, which are written meanwhile: so it has to have its length from the
+    # start, and zeros stand for what is not known yet.
     def digest(value: int) -> str | None:
         return f"{value:032x}" if options.hashes else None
 
@@ -73,6 +80,7 @@ def write_record(
         {
             "name": names[k],
             "bytes": layouts[k].nbytes,
+            # Integers, for 0.1 is no float: whoever reads "1/3" computes with the same numbers.
             "weight": f"{weights.integers[k]}/{weights.total}",
             # How much is read of what has no weight depends on what else is made of it.
             "hash": digest(hashes.read[k] if hashes else 0) if weights.integers[k] else None,
@@ -84,10 +92,11 @@ def write_record(
         "bytes": layouts[0].nbytes,
         "hash": digest(hashes.kept if hashes else 0),
     }
-    # As long as a number, for the output has been laid out with one.
+    # "n/a" is as long as a number.
     cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
     record = {
         "merge_avg": version,
+        # By name: in whichever order checkpoints are given, their mean is the same.
         "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
         "template": template,
         "agreement": cosine if options.agreement and compared else None,
@@ -103,8 +112,8 @@ class RecordedInput:
     Attributes:
         name: a path from the directory that holds all inputs.
         nbytes: its size.
-        hash: of its weights; of the template, as such, that of all else that the output has of it.
-        weight: as a fraction.
+        hash: of its weights; for the template, of everything else that the output has of it.
+        weight: a fraction, as text.
     """
 
     name: str
@@ -115,7 +124,7 @@ class RecordedInput:
 
 @dataclass(frozen=True)
 class Record:
-    """A provenance record that was read; `version` wrote it."""
+    """A provenance record that was read, and the version of merge-avg that wrote it."""
 
     inputs: tuple[RecordedInput, ...]
     template: RecordedInput
@@ -132,7 +141,7 @@ def read_record(layout: Layout) -> Record:
     """Return the provenance record of an output.
 
     Raises:
-        MergeError: there is none, or it makes no sense.
+        MergeError: the output has none, or it is damaged.
     """
     text = dict(layout.metadata).get(PROVENANCE)
     if text is None:
@@ -142,11 +151,13 @@ def read_record(layout: Layout) -> Record:
     try:
         return _record(json.loads(text))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UsageError):
-        what = "what it says about how it was made is damaged, or of another version of merge-avg"
+        what = "its provenance record is damaged, or of another version of merge-avg"
         raise MergeError(what, where=layout.path) from None
 
 
 def _record(value: Any) -> Record:
+    # The text is not trusted: it decides which files are opened. KeyError and the like, from
+    # whatever else it holds, are reported as one error by the caller.
     inputs = tuple(
         RecordedInput(
             _inside(one["name"]), int(one["bytes"]), _hash(one["hash"]), _text(one["weight"])

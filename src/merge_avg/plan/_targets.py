@@ -1,12 +1,13 @@
-"""The layout of the output, and where in it each unit goes.
+"""Targets: the files of an output, and where in them each unit goes.
 
-The output is a copy of the template, file by file, where it is of the template's kind. Otherwise
-its weights are gathered into one new file, or cut into shards.
+An output is a copy of the template, file by file, where it is of the template's kind. Otherwise its
+weights are gathered into one new file, or cut into shards.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -31,22 +32,22 @@ from merge_avg.formats.directory import INDEX, is_index, leads_out, read_index, 
 from merge_avg.plan._units import Plan, Unit, tiled
 
 # The formats of new files: with views, and without.
-PICKLED = next(one for one in FORMATS if one.suffixes and one.views)
-PLAIN = next(one for one in FORMATS if one.suffixes and not one.views)
-FILE = "."  # stands for the path of a file in an output that is one
+_PICKLED = next(one for one in FORMATS if one.suffixes and one.views)
+_PLAIN = next(one for one in FORMATS if one.suffixes and not one.views)
+FILE = "."  # the relative path of the one file of an output that is not a directory
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where elements of a unit go in the output.
+    """The place of elements of a unit in an output.
 
     Attributes:
         start, stop: the elements, counted from the unit's start.
         file: the number of the output's file.
-        slot: the name of room in that file.
+        slot: the name of a slot in that file.
         at: offset in the slot, in bytes.
-        view: what they are as a view of the unit, where that is not contiguous: then they reach
-            their slot, which is, by way of the scratch file.
+        view: the tensor as a view of the unit, if it is not contiguous there but in its slot. Then
+            the elements get there by way of the scratch file.
     """
 
     start: int
@@ -64,7 +65,7 @@ class OutputLayout:
     Attributes:
         files: layouts by relative path; "." for an output that is a single file.
         targets: of each unit, by its number.
-        whole: whether an output has all that the template has, not its weights only.
+        whole: whether an output has everything of the template, not its weights only.
     """
 
     files: Mapping[str, FileLayout]
@@ -78,7 +79,7 @@ class OutputLayout:
 
     @property
     def copies(self) -> Iterator[tuple[int, Storage]]:
-        """Yield what is copied from the template: the number of the file, and the bytes."""
+        """Yield the bytes that are copied from the template, with the number of their file."""
         for number, file in enumerate(self.files.values()):
             for storage, _ in file.copies:
                 yield number, storage
@@ -100,19 +101,20 @@ def lay_out(
 
     Args:
         path: of an output; its ending tells the format where the template does not.
-        plan: what is averaged.
+        plan: the work.
         weights: the template's, by name, in its order.
         state_dict: whether a bare state dict is asked for.
         shard_size: the largest size of a shard in bytes, if shards are asked for.
 
     Raises:
-        UsageError: the name or the options do not say what to write.
+        UsageError: the name or the options do not say which format to write.
         MergeError: the format cannot hold the result.
     """
     template, asked = plan.layouts[0], format_for(path.suffix)
+    targets: list[list[Target]] = [[] for _ in plan.units]
     try:
         if shard_size is not None:
-            return _sharded(plan, weights, shard_size)
+            return _sharded(plan, weights, shard_size, targets)
         if template.members and asked is None:
             if state_dict:
                 hint = "give the output a file's name, such as merged.safetensors"
@@ -125,15 +127,15 @@ def lay_out(
                 raise _unclear(path)
         elif template.format == asked.name:
             return _copied(plan)  # it is a bare state dict already
-        return _created(asked or PICKLED, plan, weights, _short_names(weights))
+        _refuse_several(weights)
+        file = _created(asked or _PICKLED, plan, weights, targets)
+        return OutputLayout({FILE: file}, tuple(map(tuple, targets)))
     except MergeError as error:
-        if error.where is not None:
-            raise
-        raise type(error)(error.what, where=path, hint=error.hint) from None
+        raise error.at(path) from None
 
 
 def _unclear(path: Path) -> UsageError:
-    hint = f"end its name in {PLAIN.suffixes[0]}, or in {', '.join(PICKLED.suffixes)}"
+    hint = f"end its name in {_PLAIN.suffixes[0]}, or in {', '.join(_PICKLED.suffixes)}"
     return UsageError(f"the name {path.name!r} does not say which format to write", hint=hint)
 
 
@@ -142,23 +144,24 @@ def _unclear(path: Path) -> UsageError:
 
 def _copied(plan: Plan) -> OutputLayout:
     template = plan.layouts[0]
-    averaged: dict[int, set[str]] = {}
-    converted: dict[int, dict[str, DType]] = {}
-    for storage in {unit.storage for unit in plan.units}:
+    changed = plan.converted()
+    _refuse_shared(plan, changed)
+    averaged: dict[int, set[str]] = defaultdict(set)
+    converted: dict[int, dict[str, DType]] = defaultdict(dict)
+    for part in (part for unit in plan.units for part in unit.storage.ranges):
+        averaged[part.file].add(part.name)
+    for storage, dtype in changed.items():
         for part in storage.ranges:
-            averaged.setdefault(part.file, set()).add(part.name)
-    _refuse_shared(plan)
-    for storage, dtype in plan.converted().items():
-        for part in storage.ranges:
-            converted.setdefault(part.file, {})[part.name] = dtype
+            converted[part.file][part.name] = dtype
     files: dict[str, FileLayout] = {}
     for number, member in enumerate(template.members or (template,)):
         name = relative(template, number) if template.members else FILE
+        # A file of a directory without weights, or with none that are averaged, is copied as it is.
         if member is not None and (number in averaged | converted or not template.members):
-            parts = converted.get(number, {}), averaged.get(number, set())
+            parts = converted[number], averaged[number]
             files[name] = copy(member, *parts, recorded=not template.members)
-        elif converted and is_index(name):
-            files[name] = _literal(_resized_index(template, number, plan))
+        elif changed and is_index(name):
+            files[name] = _resized_index(template, number, plan)
         else:
             files[name] = _verbatim(template, number)
     if template.members:
@@ -167,13 +170,12 @@ def _copied(plan: Plan) -> OutputLayout:
     return OutputLayout(files, targets, whole=True)
 
 
-def _refuse_shared(plan: Plan) -> None:
+def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
     """Raise MergeError where a tensor that is kept shares a storage that gets another dtype."""
-    converted = plan.converted()
-    rows = ((name, row[0]) for name, row in plan.aligned.rows.items())
-    changed = {info.path for name, info in rows if info and plan.result(name) != info.dtype}
+    pairs = ((name, plan.aligned.template(name)) for name in plan.aligned.rows if converted)
+    changed = {info.path for name, info in pairs if plan.result(name) != info.dtype}
     template = plan.layouts[0]
-    for info in template.tensors:
+    for info in template.tensors if converted else ():
         if info.storage in converted and info.path not in changed:
             what = f"tensor {dotted(info.path)!r} is kept, but shares memory with one that --dtype"
             hint = "write a bare state dict with --state-dict, or a .safetensors file"
@@ -186,14 +188,15 @@ def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
     if storage.tiles:
         for _, info in unit.members:
             for tile, view in tiled(info, replace(info, start=info.start - unit.start)):
+                # Its bytes would have to be put in the tile's order once more; torch writes none.
                 if not tile.contiguous:
                     hint = "write one file: end the output's name in .safetensors or .pt"
                     what = f"the chunk {tile.storage.name!r} has strides"
                     raise MergeError(what, where=template.where(tile), hint=hint)
-                home = tile.storage
-                at = tile.start * size
+                home, at = tile.storage, tile.start * size
                 yield Target(view.start, view.stop, home.file, home.name, at, view)
         return
+    # The parts of a storage are of its dtype in the template, and of the result's in the output.
     start = 0
     for part in storage.ranges:
         stop = start + part.nbytes // unit.sources[0].dtype.itemsize
@@ -220,57 +223,51 @@ def _verbatim(template: Layout, number: int) -> FileLayout:
     return FileLayout(nbytes, copies=((whole, Slot(0, 0, nbytes)),))
 
 
-def _literal(data: bytes) -> FileLayout:
-    return FileLayout(len(data), ((0, data),))
-
-
-def _resized_index(template: Layout, number: int, plan: Plan) -> bytes:
+def _resized_index(template: Layout, number: int, plan: Plan) -> FileLayout:
     """Return the template's index with the size that its tensors have with another dtype."""
     index = read_index(template.files[number])
-    keys = index["weight_map"]
-    found = [(name, row[0]) for name, row in plan.aligned.rows.items() if name.key in keys]
-    size = sum(info.numel * plan.result(name).itemsize for name, info in found if info)
+    names = [name for name in plan.aligned.rows if name.key in index["weight_map"]]
+    size = sum(plan.aligned.template(name).numel * plan.result(name).itemsize for name in names)
     metadata = index.get("metadata")
     index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
     return _as_json(index)
 
 
-def _as_json(value: object) -> bytes:
-    return json.dumps(value, indent=2).encode() + b"\n"
+def _as_json(value: object) -> FileLayout:
+    data = json.dumps(value, indent=2).encode() + b"\n"
+    return FileLayout(len(data), ((0, data),))
 
 
 # New files
 
 
-def _short_names(weights: Mapping[Name, TensorInfo]) -> dict[Name, str]:
-    """Return names as keys of the one state dict that an output holds."""
+def _refuse_several(weights: Mapping[Name, TensorInfo]) -> None:
+    """Raise MergeError for the weights of several state dicts: a new file holds one."""
     dicts = {name.state_dict for name in weights}
     if len(dicts) > 1:
         found = named(sorted(str(Name(d[:-1], str(d[-1]))) if d else "" for d in dicts), 8)
         hint = "name the one to write with --key"
         raise MergeError(f"it can hold one state dict, not {found}", hint=hint)
-    return {name: name.key for name in weights}
 
 
 def _created(
     form: Format,
     plan: Plan,
     weights: Mapping[Name, TensorInfo],
-    short: Mapping[Name, str],
+    targets: Sequence[list[Target]],
     shard: int | None = None,
-) -> OutputLayout:
-    """Return the layout of one new file: an output, or shard number `shard` of one.
+) -> FileLayout:
+    """Return the layout of a new file, an output or a shard of one; add the targets in it.
 
     A format with views keeps each unit as one storage, which tensors view as they do in the
     template. In others each tensor is contiguous and stands alone.
     """
     homes = _homes(plan)
     tensors = []
-    targets: list[list[Target]] = [[] for _ in plan.units]
     for name, info in weights.items():
-        dtype, key = plan.result(name), short[name]
+        dtype, key = plan.result(name), name.key
         unit = homes.get(name)
-        if unit is None:  # it has no elements
+        if unit is None:  # it has no elements, and any storage will do
             stride = row_major(info.shape)
             storage = f"empty {dtype.name}" if form.views else key
             tensors.append(NewTensor(key, dtype, info.shape, stride, 0, storage, 0))
@@ -286,37 +283,37 @@ def _created(
             view = None if info.contiguous else info
             ours.append(Target(start, stop, shard or 0, storage, 0, view))
         tensors.append(NewTensor(key, dtype, info.shape, info.stride, start, storage, nbytes))
-    metadata = dict(plan.layouts[0].metadata)
-    file = form.create(tensors, metadata, recorded=shard is None)
-    return OutputLayout({FILE: file}, tuple(map(tuple, targets)))
+    return form.create(tensors, dict(plan.layouts[0].metadata), recorded=shard is None)
 
 
 def _homes(plan: Plan) -> dict[Name, Unit]:
     return {name: unit for unit in plan.units for name, _ in unit.members}
 
 
-def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) -> OutputLayout:
+def _sharded(
+    plan: Plan,
+    weights: Mapping[Name, TensorInfo],
+    shard_size: int,
+    targets: Sequence[list[Target]],
+) -> OutputLayout:
     """Return shards with an index, named like the template's file, beside its other files."""
     template = plan.layouts[0]
-    short = _short_names(weights)
+    _refuse_several(weights)
     replaced = {part.file for info in weights.values() for part in info.storage.ranges}
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)
     files: dict[str, FileLayout] = {}
-    targets: list[list[Target]] = [[] for _ in plan.units]
     table: dict[str, str] = {}
     for number, names in enumerate(shards):
         name = f"{base}-{number + 1:05}-of-{len(shards):05}{suffix}"
         name = f"{base}{suffix}" if len(shards) == 1 else name
-        shard = _created(form, plan, {one: weights[one] for one in names}, short, number)
-        files[name] = shard.files[FILE]
-        for some, more in zip(targets, shard.targets, strict=True):
-            some.extend(more)
-        table |= dict.fromkeys((short[one] for one in names), PurePosixPath(name).name)
+        part = {one: weights[one] for one in names}
+        files[name] = _created(form, plan, part, targets, number)
+        table |= dict.fromkeys((one.key for one in names), PurePosixPath(name).name)
     if len(shards) > 1:
         size = sum(info.numel * plan.result(name).itemsize for name, info in weights.items())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
-        files[f"{base}{suffix}{INDEX}"] = _literal(_as_json(index))
+        files[f"{base}{suffix}{INDEX}"] = _as_json(index)
     for number, member in enumerate(template.members):
         name = relative(template, number)
         if number in replaced or is_index(name) or (member and member.set_member):
@@ -342,12 +339,14 @@ def _shard_name(template: Layout, replaced: set[int]) -> tuple[str, Format, str]
     creatable = {one.name for one in FORMATS if one.suffixes}
     if len(names) == 1 and formats <= creatable:
         ((base, suffix),) = names
-        return base, format_for(suffix) or PICKLED, suffix
-    return "model", PLAIN, PLAIN.suffixes[0]
+        return base, format_for(suffix) or _PICKLED, suffix
+    return "model", _PLAIN, _PLAIN.suffixes[0]
 
 
 def _cut(plan: Plan, weights: Mapping[Name, TensorInfo], limit: int) -> Sequence[list[Name]]:
-    """Return names by shard, in order; what shares memory stays together."""
+    """Return names by shard, in order; names that share memory stay together."""
+    # Files cannot share a storage: apart, tensors that are tied would be written twice, and no
+    # longer tied when they are loaded.
     homes = _homes(plan)
     together: dict[object, list[Name]] = {}
     for name in weights:

@@ -12,7 +12,7 @@ memory, and whatever views them sees the mean.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merge_avg.checkpoint import (
@@ -103,7 +103,10 @@ class Unit:
 class Staging:
     """Tensors of a checkpoint to copy into another geometry, in the scratch file.
 
-    Where two of them go to the same elements they have to agree: `tied_in` ties them.
+    A checkpoint whose tensors lie otherwise than the template's (with other strides, or apart where
+    those are tied) is copied into the template's geometry first. So the loop over windows finds a
+    unit's elements in one run, in the same order in every checkpoint. Where two tensors go to the
+    same elements they have to agree: `tied_in` ties them.
 
     Attributes:
         checkpoint: its number.
@@ -117,7 +120,12 @@ class Staging:
     pairs: tuple[tuple[Name, TensorInfo, TensorInfo], ...]
     offset: int
     nbytes: int
-    tied_in: int
+    tied_in: int = 0
+
+    @property
+    def end(self) -> int:
+        """Return where the next place in the scratch file begins."""
+        return aligned_to_page(self.offset + self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Plan:
         layouts: the checkpoints; the first is the template.
         aligned: the weights by the template's names.
         units: in the template's order.
-        stagings: copies to make first, in places of the scratch file that end at `scratch`.
+        stagings: copies to make first, each with a place of its own in the scratch file.
         factors: tensors A of low-rank products B @ A. Where they are the same everywhere, the mean
             of the products is the product of the means, and elsewhere it is not.
         dtype: the float dtype that is asked for.
@@ -138,7 +146,6 @@ class Plan:
     aligned: Aligned
     units: tuple[Unit, ...]
     stagings: tuple[Staging, ...]
-    scratch: int
     factors: frozenset[Name]
     dtype: str | None = None
 
@@ -146,6 +153,11 @@ class Plan:
         """Return the dtype that a tensor of the template gets."""
         info = self.aligned.template(name)
         return _result(info, None if name in self.aligned.skipped else self.dtype)
+
+    @property
+    def scratch(self) -> int:
+        """Return where the copies end in the scratch file."""
+        return _end(self.stagings)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -165,32 +177,6 @@ class Plan:
         return {info.storage: dtype for info, dtype in pairs if dtype != info.dtype}
 
 
-@dataclass
-class _Copies:
-    """The copies of a plan, each with a place of its own in the scratch file, which ends at `end`.
-
-    A checkpoint whose tensors lie otherwise than the template's (with other strides, or apart where
-    those are tied) is copied into the template's geometry first. So the loop over windows always
-    finds a unit's elements in one run, in one order, in every checkpoint.
-    """
-
-    made: list[Staging] = field(default_factory=list)
-    end: int = 0
-
-    def add(
-        self,
-        checkpoint: int,
-        pairs: Iterator[tuple[Name, TensorInfo, TensorInfo]],
-        nbytes: int,
-        tied_in: int = 0,
-    ) -> int:
-        """Add a copy, and return the offset of its place."""
-        offset = self.end
-        self.made.append(Staging(checkpoint, tuple(pairs), offset, nbytes, tied_in))
-        self.end = aligned_to_page(offset + nbytes)
-        return offset
-
-
 def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:
     """Plan a merge.
 
@@ -208,7 +194,7 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
         info = aligned.template(name)
         if info.numel:
             storages.setdefault(info.storage, []).append((name, info))
-    copies = _Copies()
+    copies: list[Staging] = []
     units: list[Unit] = []
     for members in storages.values():
         for unit in _with_gaps(
@@ -217,8 +203,7 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
             units.append(replace(unit, number=len(units)))
     _tie(aligned, copies)
     factors = frozenset(name for name in aligned.rows if LORA_A.search(name.key))
-    made = tuple(copies.made), copies.end
-    return Plan(tuple(layouts), aligned, tuple(units), *made, factors, dtype)
+    return Plan(tuple(layouts), aligned, tuple(units), tuple(copies), factors, dtype)
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
@@ -232,7 +217,7 @@ def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) ->
         weights: its tensors by the template's names.
     """
     number = len(plan.layouts)
-    copies = _Copies(list(plan.stagings), plan.scratch)
+    copies = list(plan.stagings)
     units: list[Unit] = []
     for unit in plan.units:
         infos = _comparable(unit, weights) if unit.is_matrix else None
@@ -240,13 +225,8 @@ def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) ->
             source = _source(number, unit, infos, copies)
             unit = replace(unit, sources=(*unit.sources, source))  # noqa: PLW2901
         units.append(unit)
-    return replace(
-        plan,
-        layouts=(*plan.layouts, layout),
-        units=tuple(units),
-        stagings=tuple(copies.made),
-        scratch=copies.end,
-    )
+    layouts = (*plan.layouts, layout)
+    return replace(plan, layouts=layouts, units=tuple(units), stagings=tuple(copies))
 
 
 def _comparable(unit: Unit, weights: Mapping[Name, TensorInfo]) -> list[TensorInfo] | None:
@@ -275,6 +255,10 @@ def aligned_to_page(offset: int) -> int:
     return -(-offset // _PAGE) * _PAGE
 
 
+def _end(copies: Sequence[Staging]) -> int:
+    return copies[-1].end if copies else 0
+
+
 def _overlapping(members: Sequence[Member]) -> Iterator[list[Member]]:
     """Yield tensors of a storage in the order of memory, those whose elements overlap together."""
     # Only by their places: names hold texts and numbers, which have no order.
@@ -292,24 +276,24 @@ def _overlapping(members: Sequence[Member]) -> Iterator[list[Member]]:
 
 def _with_gaps(units: Iterator[Unit]) -> Iterator[Unit]:
     """Yield the units of a storage, and between them what no weight covers, to be kept."""
+
     # A storage is written whole, from units alone. So padding, slices that are not averaged and
     # unused capacity are units too, with the template as their only source.
+    def gap(start: int, stop: int) -> Unit:
+        # Of the result's dtype, as its neighbour: all of a storage is converted, or nothing.
+        source = Source(0, theirs, unit.storage, start * theirs.itemsize)
+        return Unit("keep", unit.storage, start, stop, unit.dtype, (), (source,))
+
     end = 0
     for unit in units:
+        theirs = unit.sources[0].dtype
         if unit.start > end:
-            yield _gap(unit, end, unit.start)
+            yield gap(end, unit.start)
         yield unit
         end = unit.stop
-    total = unit.storage.nbytes // unit.sources[0].dtype.itemsize
+    total = unit.storage.nbytes // theirs.itemsize
     if total > end:
-        yield _gap(unit, end, total)
-
-
-def _gap(beside: Unit, start: int, stop: int) -> Unit:
-    # Of the result's dtype, as its neighbour: all of a storage is converted, or nothing.
-    dtype = beside.sources[0].dtype
-    source = Source(0, dtype, beside.storage, start * dtype.itemsize)
-    return Unit("keep", beside.storage, start, stop, beside.dtype, (), (source,))
+        yield gap(end, total)
 
 
 def _unit(
@@ -317,7 +301,7 @@ def _unit(
     aligned: Aligned,
     members: Sequence[Member],
     dtype: str | None,
-    copies: _Copies,
+    copies: list[Staging],
 ) -> Unit:
     """Return the unit of tensors whose elements overlap, and add the copies that it needs."""
     names = [name for name, _ in members]
@@ -338,18 +322,19 @@ def _unit(
     return replace(unit, sources=tuple(sources))
 
 
-def _source(number: int, unit: Unit, infos: Sequence[TensorInfo], copies: _Copies) -> Source:
+def _source(number: int, unit: Unit, infos: Sequence[TensorInfo], copies: list[Staging]) -> Source:
     """Return where a checkpoint has the elements of a unit, if need be after a copy of them."""
     dtype = infos[0].dtype
     if _direct(unit.members, infos):
         shift = infos[0].start - unit.members[0][1].start
         return Source(number, dtype, infos[0].storage, (unit.start + shift) * dtype.itemsize)
-    pairs = (
+    pairs = tuple(
         (name, part, view)
         for (name, ours), info in zip(unit.members, infos, strict=True)
         for part, view in tiled(info, replace(ours, start=ours.start - unit.start))
     )
-    return Source(number, dtype, None, copies.add(number, pairs, len(unit) * dtype.itemsize))
+    copies.append(Staging(number, pairs, _end(copies), len(unit) * dtype.itemsize))
+    return Source(number, dtype, None, copies[-1].offset)
 
 
 def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, TensorInfo]]:
@@ -383,7 +368,7 @@ def _result(info: TensorInfo, dtype: str | None) -> DType:
     return BY_NAME[dtype]
 
 
-def _tie(aligned: Aligned, copies: _Copies) -> None:
+def _tie(aligned: Aligned, copies: list[Staging]) -> None:
     """Add copies that compare pairs which one checkpoint ties, in all that keep them apart."""
     # A model that ties a pair has one value for both. Where a pair differs anywhere, its two means
     # differ, and in a model that ties them one would be lost without a word. Both tensors of a pair
@@ -403,11 +388,12 @@ def _tie(aligned: Aligned, copies: _Copies) -> None:
             for other in everyone:
                 a, b = rows[first][other], row[other]
                 if a and b and (a.storage, a.start) != (b.storage, b.start):
-                    pairs = (
+                    pairs = tuple(
                         (called, part, place)
                         for called, one in ((first, a), (name, b))
                         for part, place in tiled(
                             one, replace(one, start=0, stride=row_major(one.shape))
                         )
                     )
-                    copies.add(other, pairs, a.numel * a.dtype.itemsize, number)
+                    nbytes = a.numel * a.dtype.itemsize
+                    copies.append(Staging(other, pairs, _end(copies), nbytes, number))
