@@ -42,7 +42,7 @@ def test_sizes_are_parsed(text, nbytes):
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1 XB", "1e3", "MiB", "1iB", "1.G", "1 2"])
 def test_other_texts_are_not_sizes(text):
-    """What is not a size is wrong usage, with an example."""
+    """Any other text is a usage error whose hint has an example."""
     with pytest.raises(UsageError, match="is not a size") as raised:
         parse_size(text)
     assert "512MiB" in raised.value.hint
@@ -69,7 +69,7 @@ def test_ranges_are_parsed(text, bounds):
 
 @pytest.mark.parametrize("text", ["", "a:b", "1:2:3:4", "-5:", "1.5:2", "1-2", "1:2:-3"])
 def test_other_texts_are_not_ranges(text):
-    """What is not a range is wrong usage, with examples."""
+    """Any other text is a usage error whose hint has examples."""
     with pytest.raises(UsageError, match="is not understood") as raised:
         parse_range(text)
     assert "1000:5000" in raised.value.hint

@@ -1,4 +1,4 @@
-"""What a report holds of a merge."""
+"""The report of a job and its result."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_counts_are_of_the_template(tmp_path):
 
 
 def test_bytes_are_those_of_the_files(tmp_path):
-    """What is to be written is the output's size to the byte, of all outputs together."""
+    """Bytes to write are the sizes of all outputs together, to the byte."""
     paths = save(tmp_path, *({"w": torch.full((50,), float(n))} for n in range(2)))
     outputs = {str(tmp_path / "x.pt"): [1, 3], str(tmp_path / "y.pt"): [0, 1]}
     report = report_of(paths, outputs)

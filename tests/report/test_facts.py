@@ -1,4 +1,4 @@
-"""What every way to show a report says: facts, and the table of checkpoints."""
+"""The words that every way to show a report has in common."""
 
 from dataclasses import replace
 

@@ -239,7 +239,7 @@ def test_a_browser_shows_it(tmp_path):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 def test_the_browser_would_tell(tmp_path):
-    """What loads something, or runs a script that fails, is seen by this very way of looking."""
+    """A page that loads something, or whose script fails, is caught by the same check."""
     path = tmp_path / "bad.html"
     path.write_text('<img src="http://example.com/x.png"><script>throw Error("oh")</script>')
     _, console, requests = browsed(path, tmp_path)

@@ -53,7 +53,7 @@ def test_a_key_decides_what_is_a_weight(tmp_path):
 
 
 def test_unusual_tensors_are_named(tmp_path):
-    """What cannot be averaged is listed with the reason."""
+    """A tensor that cannot be averaged is listed with the reason."""
     torch.save({"w": W, "s": torch.eye(3).to_sparse()}, tmp_path / "a.pt")
     found = contents(tmp_path / "a.pt")
     assert {one.name: one.trouble for one in found.tensors} == {"w": None, "s": "a sparse tensor"}

@@ -56,7 +56,7 @@ def test_a_run_has_its_keys(values):
 
 
 def test_its_values_are_plain(values):
-    """What JSON cannot tell apart is not there: it comes back from a file as it was."""
+    """Nothing is lost in JSON: parsed again, the values are equal."""
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert (values["output"], values["template"], values["base"]) == ("o.pt", "fold0.pt", "base.pt")
     assert values["merge_avg"] == merge_avg.__version__

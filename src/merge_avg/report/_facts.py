@@ -1,4 +1,4 @@
-"""What a report says, whoever shows it: facts with a label, and the columns of its checkpoints."""
+"""The words of a report, whoever shows it: facts with a label, and a table of its checkpoints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def headline(report: Report) -> str:
 
 
 def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
-    """Yield what there is to say beside the headline and the table of checkpoints.
+    """Yield all there is to say beside the headline and the table of checkpoints.
 
     Args:
         report: of `describe`.

@@ -5,8 +5,9 @@ Scripts read that JSON: a key may be added, but none renamed or removed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from merge_avg.agreement import TensorAgreement
@@ -122,7 +123,7 @@ class ReportedAgreement(Figures):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is only known once a merge has run."""
+    """The part of a report that is only known once a merge has run."""
 
     # None where it was not measured, or there was nothing to compare.
     agreement: ReportedAgreement | None
@@ -196,15 +197,24 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Return a value with its dataclasses as dicts and its tuples as lists."""
-    if is_dataclass(value):
-        pairs = ((one, getattr(value, one.name)) for one in fields(value))
-        return {
-            _KEYS.get(one.name, one.name): plain(item)
-            for one, item in pairs
-            if item is not None or not one.metadata.get("optional")
-        }
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+    # Most values are numbers: a large model has figures of tens of thousands of tensors.
+    if value is None or isinstance(value, float | int | str):
+        return value
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return value
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return {
+        key: plain(item)
+        for name, key, wanted in _keys(value.__class__)
+        if (item := getattr(value, name)) is not None or wanted
+    }
+
+
+@functools.cache
+def _keys(cls: type) -> tuple[tuple[str, str, bool], ...]:
+    """Return each field of a dataclass, its key, and whether it is wanted where it is None."""
+    return tuple(
+        (one.name, _KEYS.get(one.name, one.name), not one.metadata.get("optional"))
+        for one in fields(cls)
+    )
