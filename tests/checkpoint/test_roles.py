@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merge_avg.checkpoint._roles import assign
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 

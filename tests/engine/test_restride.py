@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_avg.engine._restride import mark, restore, slabs
+from merge_avg.engine._restride import mask_members, restore, slabs
 from merge_avg.io._scratch import Scratch
 
 
@@ -23,7 +23,7 @@ def test_what_no_tensor_reaches_is_restored(tmp_path):
     scratch = Scratch(tmp_path)
     mask = scratch.map(0, 10)
     view = type("View", (), {"shape": (2, 2), "stride": (4, 1), "start": 103})
-    mark(mask, [("a", view)], 102)
+    mask_members(mask, [("a", view)], 102)
     assert list(mask[:]) == [0, 1, 1, 0, 0, 1, 1, 0, 0, 0]
     out, theirs = torch.zeros(6), torch.arange(6).bfloat16() + 1
     restore(out, theirs, mask, 1)

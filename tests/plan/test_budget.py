@@ -65,7 +65,7 @@ def test_cores_of_a_control_group(tmp_path, text, cores):
 MEASURE = """
 import json, sys, threading
 import torch  # which some of the merges need
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg.engine import merge_checkpoints
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merge_avg.engine._run import merge_checkpoints
+from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.report import describe
 from merge_avg.report.text import lines

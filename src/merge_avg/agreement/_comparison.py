@@ -1,6 +1,6 @@
-"""Whether checkpoints agree: cosines between their matrices, from a sample of the same reading.
+"""Sums of products of checkpoints, from a sample of what is read for the mean.
 
-The mean of networks that have nothing to do with each other is no network, and no error says so.
+The mean of networks that have nothing to do with each other is not a network, and no error says so.
 What tells is the cosine between the checkpoints over their tensors of two or more dimensions: the
 scales of norm layers lie near 1 everywhere and would hide it. Fine-tunes of one base are nearly
 parallel whatever they learned, so they are also compared by their differences to it.
@@ -12,80 +12,28 @@ sum. No N x N matrix is kept for a tensor: with many of both that would be the l
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from merge_avg.agreement._cosines import Agreement, Products, agreement
+from merge_avg.agreement._sample import Sample, samples
 from merge_avg.arithmetic import LOOPS, int64s, takes
-from merge_avg.checkpoint import BY_NAME
-from merge_avg.io import Buffer, Matrix, Stack
-from merge_avg.plan import Unit, Window, is_matrix
-from merge_avg.tuning import COMPARED, WHOLE
+from merge_avg.checkpoint import BY_NAME, DType
+from merge_avg.io import Buffer, Matrix
+from merge_avg.plan import Piece, Unit, Window, is_matrix
+from merge_avg.tuning import COMPARED
 
-# Of every block of a tensor the first 1/128 is looked at; of large models, and of very many
-# checkpoints, only in every so manieth span of blocks. So it costs next to nothing. Of small models
-# more is looked at, up to all, and the smallest tensors of any model whole. None of that depends on
-# windows, so neither on threads nor on memory.
-_BLOCK = 8192
-_SPAN = 16 * _BLOCK
-_TAKEN = _BLOCK // 128
-_LARGE = 1 << 24  # elements, from which spans are left out
-_MOST_EVERY = 64
-_MANY = 16  # checkpoints, from which products cost more than what is read
-# The error is estimated by leaving out one of these groups at a time. Each is made of many short
-# stretches from all over the model.
+# The error is estimated by leaving out one of these groups at a time. With 16, the estimate is
+# itself off by about a fifth (the standard deviation of a chi with 15 degrees of freedom).
 _GROUPS = 16
+# Each group is made of 16 short stretches from all over the model: layers differ, and groups of
+# whole layers would measure that instead of the sampling.
 _STRETCHES = 16 * _GROUPS
 _WIDE = BY_NAME["float64"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """Which elements of a tensor are looked at.
-
-    Attributes:
-        size: of the tensor.
-        taken: how many of each block, from its start; of a shorter last block as large a part.
-        every: in which spans: in every one, every second, and so on, from the first.
-    """
-
-    size: int
-    taken: int = _BLOCK
-    every: int = 1
-
-    def before(self, place: int) -> int:
-        """How many elements before a place are looked at."""
-        last = self.size // _BLOCK * _BLOCK
-        inside = min(min(place, last) % (self.every * _SPAN), _SPAN)
-        count = min(place, last) // (self.every * _SPAN) * (_SPAN // _BLOCK * self.taken)
-        count += inside // _BLOCK * self.taken + min(inside % _BLOCK, self.taken)
-        if place > last and last // _SPAN % self.every == 0:
-            count += min(place - last, -(-(self.size - last) * self.taken // _BLOCK))
-        return count
-
-    def segments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Where from `start` to `stop` elements are looked at, counted from `start`; how many."""
-        if self.taken == _BLOCK:
-            yield 0, stop - start
-            return
-        last = self.size // _BLOCK * _BLOCK
-        first, period = start // _BLOCK * _BLOCK, self.every * _SPAN
-        blocks = (
-            block
-            for span in range(start // period * period, stop, period)
-            for block in range(max(span, first), min(span + _SPAN, stop), _BLOCK)
-        )
-        for block in blocks:
-            taken = self.taken if block < last else -(-(self.size - last) * self.taken // _BLOCK)
-            begin, end = max(start, block), min(stop, block + taken)
-            if begin < end:
-                yield begin - start, end - begin
-
-    @property
-    def elements(self) -> int:
-        """How many elements are looked at."""
-        return self.before(self.size)
+_FIRST = int64s([0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +41,29 @@ class _Compared:
     """A unit that is compared.
 
     Attributes:
-        unit: what it is.
-        number: among all.
-        sample: of its elements.
+        unit: the unit.
+        line: its number among those that are compared.
+        sample: which of its elements are looked at.
         first: how many elements of earlier ones are looked at.
-        scale: what an element that is looked at stands for.
+        scale: how many elements one that is looked at stands for.
         based: whether the base has it.
     """
 
     unit: Unit
-    number: int
-    sample: _Sample
+    line: int
+    sample: Sample
     first: int
     scale: float
     based: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbours among the elements of a window that are looked at."""
+class Run(NamedTuple):
+    """Neighbours among the elements of a window that are looked at, in the order of `columns`."""
 
-    matrix: _Compared
+    length: int
     group: int
-    count: int
+    line: int
+    scale: float
 
 
 class Comparison:
@@ -123,25 +71,26 @@ class Comparison:
 
     Args:
         checkpoints: the numbers of those that are compared.
-        units: what they are compared by; of these, tensors of two or more dimensions count.
+        units: the units of a plan; of these, tensors of two or more dimensions count.
         base: the number of a checkpoint whose differences to the others are compared as well.
     """
 
     def __init__(
-        self, checkpoints: Sequence[int], units: Iterable[Unit], base: int | None = None
+        self, checkpoints: Sequence[int], units: Sequence[Unit], base: int | None = None
     ) -> None:
         count = len(checkpoints)
         found = [unit for unit in units if count > 1 and _compares(unit, set(checkpoints))]
-        samples = _samples([len(unit) for unit in found], count)
-        self._matrices: dict[int, _Compared] = {}
+        self._compared: list[_Compared] = []
+        self._by_unit: list[_Compared | None] = [None] * len(units)
         first = 0
-        for number, (unit, sample) in enumerate(zip(found, samples, strict=True)):
+        for unit, sample in zip(found, samples([len(unit) for unit in found], count), strict=True):
             based = base in {source.checkpoint for source in unit.sources}
-            elements = sample.elements
-            scale = len(unit) / elements
-            self._matrices[id(unit)] = _Compared(unit, number, sample, first, scale, based)
+            line, elements = len(self._compared), sample.elements
+            one = _Compared(unit, line, sample, first, len(unit) / elements, based)
+            self._compared.append(one)
+            self._by_unit[unit.number] = one
             first += elements
-        self._checkpoints = {checkpoint: row for row, checkpoint in enumerate(checkpoints)}
+        self._rows = {checkpoint: row for row, checkpoint in enumerate(checkpoints)}
         self._base = base
         self._stretch = max(first // _STRETCHES, 1)
         # Of the checkpoints themselves, and of their differences to the base.
@@ -151,54 +100,74 @@ class Comparison:
         self._lock = threading.Lock()
 
     @property
+    def empty(self) -> bool:
+        """Return whether there is nothing to compare."""
+        return not self._compared
+
+    @property
     def height(self) -> int:
-        """How many rows are compared: those of the checkpoints, and of the base behind them."""
-        return len(self._checkpoints) + (self._base is not None)
+        """Return how many rows are compared: those of the checkpoints, and the base's behind."""
+        return len(self._rows) + (self._base is not None)
 
     def beside(self, unit: Unit) -> frozenset[int]:
-        """The numbers of the sources of a unit that are compared and perhaps not averaged."""
+        """Return the sources of a unit that are compared, and perhaps not averaged."""
         sources = enumerate(unit.sources) if self._base is not None else ()
         return frozenset(k for k, source in sources if source.checkpoint == self._base)
 
-    def segments(self, window: Window) -> list[int]:
-        """Where elements of a window are looked at, and how many from there on, by turns."""
+    def rows(self, unit: Unit) -> Mapping[int, Sequence[int]]:
+        """Return the rows that each source of a unit is compared in, by the source's number.
+
+        A base that is averaged has two.
+        """
+        rows: dict[int, list[int]] = {}
+        for k, source in enumerate(unit.sources):
+            if source.checkpoint in self._rows:
+                rows[k] = [self._rows[source.checkpoint]]
+            if source.checkpoint == self._base:
+                rows.setdefault(k, []).append(len(self._rows))
+        return rows
+
+    def select(self, window: Window) -> tuple[list[int], list[Run]]:
+        """Return what is looked at of a window.
+
+        Returns:
+            Where elements are looked at and how many from there on, by turns; and the same
+            elements as runs, cut where tensors end and where groups do.
+        """
         segments: list[int] = []
+        runs: list[Run] = []
         at = 0
         for piece in window:
-            matrix = self._matrices.get(id(piece.unit))
-            if matrix is not None:
-                for begin, count in matrix.sample.segments(piece.start, piece.stop):
+            one = self._by_unit[piece.unit.number]
+            if one is not None:
+                for begin, count in one.sample.segments(piece.start, piece.stop):
                     segments += at + begin, count
+                runs += self._runs(one, piece)
             at += piece.stop - piece.start
-        return segments
+        return segments, runs
 
-    def rows(self, unit: Unit) -> tuple[dict[int, int], dict[int, int]]:
-        """By the numbers of a unit's sources, the rows of checkpoints; and that of the base."""
-        last = len(self._checkpoints)
-        sources = list(enumerate(unit.sources))
-        rows = {
-            k: self._checkpoints[source.checkpoint]
-            for k, source in sources
-            if source.checkpoint in self._checkpoints
-        }
-        base = {k: last for k, source in sources if source.checkpoint == self._base}
-        return rows, base
+    def _runs(self, one: _Compared, piece: Piece) -> Iterator[Run]:
+        # A complex number is two real ones.
+        width = 2 if piece.unit.dtype.kind == "complex" else 1
+        at = one.first + one.sample.before(piece.start)
+        end = one.first + one.sample.before(piece.stop)
+        while at < end:
+            stretch = at // self._stretch
+            stop = min((stretch + 1) * self._stretch, end)
+            yield Run((stop - at) * width, stretch % _GROUPS, one.line, one.scale)
+            at = stop
 
     def multiply(self, rows: Matrix, runs: Sequence[Run], *, based: bool) -> None:
-        """Adds the products of some columns, and of their differences to the base.
+        """Add the products of some columns, and of their differences to the base.
 
         Args:
             rows: of float64, which are changed.
             runs: what the columns are of, one after the other.
-            based: whether the row of the base is theirs.
+            based: whether the last row is the base's.
         """
-        count = len(self._checkpoints)
-        columns = (
-            [run.count for run in runs],
-            [run.group for run in runs],
-            [run.matrix.number for run in runs],
-            [run.matrix.scale for run in runs],
-        )
+        count = len(self._rows)
+        counts, groups, lines, scales = map(list, zip(*runs, strict=True))
+        columns = counts, groups, lines, scales
         ours = rows.run(slice(0, count))
         for kind in range(2 if based else 1):
             grams, sums = self._grams[kind], self._sums[kind]
@@ -213,49 +182,33 @@ class Comparison:
                 if kind:
                     wide -= rows.run(slice(count, count + 1)).tensor()
                 gram = grams.rows(_GROUPS * count, count, _WIDE).tensor()
-                lines = sums.rows(len(self._matrices), 2 * count, _WIDE).tensor()
-                products.multiply(wide, columns, gram.view(_GROUPS, count, count), lines)
-
-    def runs(self, window: Window) -> Iterator[Run]:
-        """What is looked at of a window, cut where tensors end and where groups do."""
-        for piece in window:
-            matrix = self._matrices.get(id(piece.unit))
-            if matrix is None:
-                continue
-            width = 2 if piece.unit.dtype.kind == "complex" else 1
-            at = matrix.first + matrix.sample.before(piece.start)
-            end = matrix.first + matrix.sample.before(piece.stop)
-            while at < end:
-                stretch = at // self._stretch
-                stop = min((stretch + 1) * self._stretch, end)
-                yield Run(matrix, stretch % _GROUPS, (stop - at) * width)
-                at = stop
+                table = sums.rows(len(self._compared), 2 * count, _WIDE).tensor()
+                products.multiply(wide, columns, gram.view(_GROUPS, count, count), table)
 
     def result(self) -> Agreement | None:
-        """The agreement; None where there is nothing to compare."""
-        return self._agreement(0, list(self._matrices.values()))
+        """Return the agreement; None where there is nothing to compare."""
+        return self._agreement(0, self._compared)
 
     def centred(self) -> Agreement | None:
-        """The agreement of the differences to the base; None where there is nothing to compare."""
+        """Return the agreement of the differences to the base, in the same way."""
         if self._base is None:
             return None
-        return self._agreement(1, [one for one in self._matrices.values() if one.based])
+        return self._agreement(1, [one for one in self._compared if one.based])
 
-    def _agreement(self, kind: int, matrices: Sequence[_Compared]) -> Agreement | None:
-        count = len(self._checkpoints)
-        if not matrices:
+    def _agreement(self, kind: int, compared: Sequence[_Compared]) -> Agreement | None:
+        if not compared:
             return None
-        cells, size = _doubles(self._grams[kind]), count * count
+        cells, size = _doubles(self._grams[kind]), len(self._rows) ** 2
         grams = [cells[at : at + size].tolist() for at in range(0, _GROUPS * size, size)]
-        whole = sum(len(one.unit) for one in matrices)
-        elements = sum(one.sample.elements for one in matrices)
-        return agreement(grams, self._tensors(kind, matrices), whole, elements)
+        whole = sum(len(one.unit) for one in compared)
+        elements = sum(one.sample.elements for one in compared)
+        return agreement(grams, self._tensors(kind, compared), whole, elements)
 
-    def _tensors(self, kind: int, matrices: Sequence[_Compared]) -> Iterator[Products]:
-        count = len(self._checkpoints)
+    def _tensors(self, kind: int, compared: Sequence[_Compared]) -> Iterator[Products]:
+        count = len(self._rows)
         sums = _doubles(self._sums[kind])
-        for one in matrices:
-            line = sums[2 * count * one.number : 2 * count * (one.number + 1)]
+        for one in compared:
+            line = sums[2 * count * one.line : 2 * count * (one.line + 1)]
             name = next(str(name) for name, info in one.unit.members if is_matrix(info))
             elements = one.sample.elements
             yield Products(name, one.sample.size, elements, line[:count], line[count:])
@@ -264,11 +217,11 @@ class Comparison:
 class Sampler:
     """What one worker sets aside of windows, until much of it can be multiplied at a time.
 
-    For each window: `begin`, `take` of all its rows, `end`.
+    For each window: `begin`, then `see` for each source; and `close` after the last.
 
     Args:
         comparison: where products are added.
-        load_torch: imports torch; only then it is used.
+        load_torch: imports torch; called before its first use.
     """
 
     def __init__(self, comparison: Comparison, load_torch: Callable[[], None]) -> None:
@@ -280,81 +233,79 @@ class Sampler:
         self._columns = 0
         self._held: list[Run] = []
         self._based = False
+        self._unit: Unit | None = None
         self._runs: list[Run] = []
         self._segments = int64s([])
-        self._rows: tuple[dict[int, int], dict[int, int]] = {}, {}
+        self._rows: Mapping[int, Sequence[int]] = {}
 
     def begin(self, window: Window) -> None:
-        """Makes room for what is looked at of a window."""
-        self._segments = int64s(self._comparison.segments(window))
-        if not self._segments:
+        """Make room for what is looked at of a window."""
+        self._set_aside()
+        self._unit = window[0].unit
+        segments, self._runs = self._comparison.select(window)
+        self._rows = self._comparison.rows(self._unit) if segments else {}
+        if not segments:
             return
-        self._runs = list(self._comparison.runs(window))
-        self._rows = self._comparison.rows(window[0].unit)
-        self._columns, based = sum(run.count for run in self._runs), bool(self._rows[1])
+        self._segments = int64s(segments)
+        self._columns = sum(run.length for run in self._runs)
+        based = bool(self._comparison.beside(self._unit))
         if self._used + self._columns > self._width or based != self._based:
-            self.flush()
+            self._multiply()
             self._based = based
         if self._columns > self._width:
             self._width = self._columns
             self._room = Buffer(8 * self._width * self._comparison.height)
 
-    def take(self, group: Sequence[int], stack: Stack) -> None:
-        """Sets aside elements of some of the window's sources, of which there is a row each."""
-        for rows in self._rows if self._segments else ():
-            targets = [rows.get(k, -1) for k in group]
-            if max(targets) < 0:
-                continue
-            if LOOPS is not None and isinstance(stack, Matrix) and takes(stack.dtype.name):
-                at = self._room.address + 8 * self._used
-                LOOPS.take(stack, self._segments, int64s(targets), at, self._width)
+    def see(self, k: int, data: memoryview) -> None:
+        """Set aside elements of the window as source number k has them."""
+        rows = self._rows.get(k)
+        if rows is None or self._unit is None:
+            return
+        row = _row(data, self._unit.sources[k].dtype)
+        for target in rows:
+            if LOOPS is not None and takes(row.dtype.name):
+                at = self._room.address + 8 * (target * self._width + self._used)
+                LOOPS.take(row, self._segments, _FIRST, at, self._width)
                 continue
             self._load_torch()
             from merge_avg.agreement import _torch_products as products
 
-            values = stack.tensor() if isinstance(stack, Matrix) else stack
             room = self._room.rows(self._comparison.height, self._width, _WIDE)
             place = room.part(self._used, self._used + self._columns).tensor()
-            products.take(values, list(self._segments), targets, place)
+            products.take(row.tensor(), list(self._segments), [target], place)
 
-    def end(self) -> None:
-        """Ends a window."""
-        if self._segments:
+    def close(self) -> None:
+        """Multiply the rest."""
+        self._set_aside()
+        self._multiply()
+
+    def _set_aside(self) -> None:
+        """End the last window."""
+        if self._rows:
             self._held += self._runs
             self._used += self._columns
+        self._rows = {}
 
-    def flush(self) -> None:
-        """Multiplies what is set aside."""
+    def _multiply(self) -> None:
+        """Multiply what is set aside."""
         if self._held:
             if LOOPS is None:
                 self._load_torch()
             rows = self._room.rows(self._comparison.height, self._width, _WIDE)
-            used = rows.part(0, self._used)
-            self._comparison.multiply(used, self._held, based=self._based)
+            self._comparison.multiply(rows.part(0, self._used), self._held, based=self._based)
         self._held, self._used = [], 0
 
 
+def _row(data: memoryview, dtype: DType) -> Matrix:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    numel = len(data) // dtype.itemsize
+    return Matrix(address, dtype, 1, numel, numel, data)
+
+
 def _doubles(buffer: Buffer) -> memoryview[float]:
-    """Memory as float64."""
     return buffer.bytes(len(buffer) // 8 * 8).cast("d")
 
 
-def _samples(sizes: Sequence[int], count: int) -> Iterator[_Sample]:
-    """What is looked at of tensors of some sizes, for so many checkpoints."""
-    total = max(sum(sizes), 1)
-    taken = min(max(_BLOCK * WHOLE // (total * max(count, 1)), _TAKEN), _BLOCK)
-    every = min(max(total * max(count, _MANY) // (_MANY * _LARGE), 1), _MOST_EVERY)
-    left = WHOLE // max(count, 1)
-    whole = set()
-    for number in sorted(range(len(sizes)), key=sizes.__getitem__):
-        left -= sizes[number]
-        if left < 0:
-            break
-        whole.add(number)
-    for number, size in enumerate(sizes):
-        yield _Sample(size) if number in whole else _Sample(size, taken, every)
-
-
 def _compares(unit: Unit, checkpoints: set[int]) -> bool:
-    """Whether a unit is of a matrix that all checkpoints have."""
+    """Return whether a unit is of a matrix that all checkpoints have."""
     return unit.is_matrix and checkpoints <= {source.checkpoint for source in unit.sources}

@@ -1,7 +1,7 @@
-"""Cosines between checkpoints, and how far they are known, from sums of products.
+"""Cosines between checkpoints, and their error, from sums of products.
 
-The error of what was measured on a sample is estimated by leaving out one part of it at a time: the
-delete-a-group jackknife (Kott 2001).
+The error of a figure that comes from a sample is estimated by leaving out one part of the sample at
+a time: the delete-a-group jackknife (Kott 2001).
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# The mean cosine between matrices below which the mean of networks is most likely none.
+# The mean cosine between matrices below which the mean of networks most likely does not work: those
+# of one run, and fine-tunes of one base, lie far above it; networks that were initialised apart lie
+# near 0, whatever they were trained on.
 LEAST_AGREEMENT = 0.5
-_FEW = 16  # of a tensor of which fewer elements are looked at, nothing is said
+# A cosine of n random elements is 0 +- 1/sqrt(n): of fewer than 16 it says nothing.
+_FEW = 16
 
 
 @dataclass(frozen=True, slots=True)
 class TensorAgreement:
-    """How far checkpoints agree about one tensor.
+    """The agreement of checkpoints about one tensor.
 
     Attributes:
-        name: in the template; of tensors that share memory, that of one.
-        size: its elements.
+        name: its name in the template; of tensors that share memory, that of one.
+        size: the number of its elements.
         elements: how many of them were looked at.
         mean: the mean cosine, each pair weighted by the product of its norms; None where fewer than
             two checkpoints hold anything but zeros, or too few elements were looked at.
-        error: about the standard error of `mean`; 0 where all elements were looked at.
+        error: approximately the standard error of `mean`; 0 where all elements were looked at.
         norm: the root mean square of the checkpoints' norms.
         distances: of each checkpoint from the mean of all, over `norm`.
     """
@@ -41,7 +44,7 @@ class TensorAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far checkpoints agree, as cosines over their matrices; of a sample of the elements.
+    """The agreement of checkpoints: cosines over their matrices, from a sample of the elements.
 
     Attributes:
         mean: over all pairs of checkpoints.
@@ -68,7 +71,7 @@ class Agreement:
 
     @property
     def odd(self) -> int | None:
-        """The number of the one checkpoint that agrees with no other, where the others do."""
+        """Return the one checkpoint that agrees with no other, if all others agree."""
         known = {i: value for i, value in enumerate(self.each) if value is not None}
         if len(known) < 3:
             return None
@@ -80,12 +83,12 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """What was measured of a tensor.
+    """Sums of products of one tensor.
 
     Attributes:
         name, size, elements: those of `TensorAgreement`.
-        squares: of each checkpoint's norm.
-        products: of each checkpoint with the sum of all.
+        squares: the squared norm of each checkpoint.
+        products: the product of each checkpoint with the sum of all.
     """
 
     name: str
@@ -98,11 +101,11 @@ class Products:
 def agreement(
     grams: Sequence[Sequence[float]], tensors: Iterable[Products], size: int, elements: int
 ) -> Agreement | None:
-    """The agreement of some checkpoints; None where there is nothing to compare.
+    """Return the agreement of checkpoints; None where there is nothing to compare.
 
     Args:
-        grams: of each group of elements the products of all checkpoints with all, row by row.
-        tensors: what was measured of each tensor; there may be very many.
+        grams: for each group of elements the products of all checkpoints with all, row by row.
+        tensors: the sums of each tensor; there may be very many.
         size: how many elements all of them have.
         elements: how many of these were looked at.
     """
@@ -143,7 +146,8 @@ def _of_tensor(one: Products) -> TensorAgreement:
     count = len(one.squares)
     square, total = sum(one.squares), sum(one.products)
     norms = [math.sqrt(value) for value in one.squares]
-    between = sum(norms) * sum(norms) - square  # by **, what is too large would be an error
+    # The sum of |x||y| over pairs. A product overflows to infinity, where ** would raise.
+    between = sum(norms) * sum(norms) - square
     mean = None
     if between > 0 and sum(norm > 0 for norm in norms) > 1 and one.elements >= min(one.size, _FEW):
         mean = _known((total - square) / between)
@@ -152,7 +156,8 @@ def _of_tensor(one: Products) -> TensorAgreement:
     if one.elements < one.size:
         error = (1 - (mean or 0.0) ** 2) / math.sqrt(one.elements)
     scale = count / (square if square > 0 else 1.0)
-    # Of each to the mean of all: |x - m|^2 = |x|^2 - 2 x.m + |m|^2.
+    # The distance to the mean of all: |x - m|^2 = |x|^2 - 2 x.m + |m|^2, which rounding can make
+    # negative where x is the mean.
     middle = total / count**2
     distances = tuple(
         math.sqrt(max(own - 2 / count * product + middle, 0.0) * scale)
@@ -163,8 +168,8 @@ def _of_tensor(one: Products) -> TensorAgreement:
 
 
 def _cosines(gram: Sequence[float], count: int) -> list[list[float]]:
-    """Cosines from a Gram matrix; NaN where a norm is zero, and on the diagonal."""
-    # A norm of zero makes 0 / 0, and one that is left of rounding nothing better.
+    """Return the cosines of a Gram matrix; NaN where a norm is zero, and on the diagonal."""
+    # A difference to the base that is zero may have a square of less than zero by rounding.
     norms = [math.sqrt(square) if square > 0 else 0.0 for square in gram[:: count + 1]]
     cosines = [[math.nan] * count for _ in range(count)]
     for i in range(count):
@@ -176,7 +181,7 @@ def _cosines(gram: Sequence[float], count: int) -> list[list[float]]:
 
 
 def _means(cosines: Sequence[Sequence[float]]) -> tuple[list[float], float]:
-    """The mean over the pairs of each checkpoint, and over all."""
+    """Return the mean over the pairs of each checkpoint, and over all pairs."""
     return [_mean(row) for row in cosines], _mean([value for row in cosines for value in row])
 
 
@@ -186,7 +191,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _jackknife(values: Sequence[float]) -> float:
-    """The standard error of what came out without each of some groups; 1 where there is but one."""
+    """Return the standard error, from the figures without each group; 1 if there is one group."""
     count = len(values)
     if count < 2:
         return 1.0

@@ -1,7 +1,4 @@
-"""Products of rows by torch: what the compiled loops do, where there are none.
-
-And for tensors that these do not take: those on a device, and of other dtypes.
-"""
+"""Products of rows by torch: for dtypes that the compiled loops lack, or where there are none."""
 
 from __future__ import annotations
 
@@ -11,17 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SHORT = 64  # elements of a run below which many runs are summed at a time
+# Elements of a run below which one matrix product for each run costs more than it computes.
+_SHORT = 64
 
 
 def take(stack: Tensor, runs: Sequence[int], targets: Sequence[int], room: Tensor) -> None:
-    """Copies some elements of rows to rows of a room, as float64; complex ones as pairs.
+    """Copy some elements of rows to rows of a room, as float64; complex ones as pairs.
 
     Args:
         stack: the rows.
         runs: for each run of columns where it begins, and how long it is.
-        targets: for each row that of the room; below zero for none.
-        room: of as many columns.
+        targets: for each row its row in the room; below zero for none.
+        room: has as many columns as are copied.
     """
     rows = [row for row, target in enumerate(targets) if target >= 0]
     places = _places(tuple(runs)).to(stack.device)
@@ -36,11 +34,11 @@ def multiply(
     grams: Tensor,
     sums: Tensor,
 ) -> None:
-    """Adds the products of rows with each other, over runs of columns.
+    """Add the products of rows with each other, over runs of columns.
 
     Args:
         rows: of shape (rows, columns), float64.
-        columns: of each run its length, its matrix in `grams`, its line in `sums`, and a factor.
+        columns: for each run its length, its matrix in `grams`, its line in `sums`, and a factor.
         grams: of shape (groups, rows, rows), to which products are added.
         sums: of shape (lines, 2 * rows): squares, and the products with the sum of all rows.
     """
@@ -53,6 +51,8 @@ def multiply(
         grams.index_add_(0, torch.tensor(groups), found)
         both = torch.cat([found.diagonal(dim1=1, dim2=2), found.sum(dim=2)], dim=1)
     else:
+        # The factors go into the rows, so that all runs of a group make one product; the squares
+        # and the products with the sum need no matrix, only sums by run.
         rows = rows * scale.sqrt()[where]
         groups, lengths = _merged(groups, lengths)
         found = torch.stack([part @ part.mT for part in rows.split(list(lengths), dim=1)])
@@ -66,7 +66,7 @@ def multiply(
 
 
 def _merged(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Neighbours of the same group as one."""
+    """Join neighbours of the same group."""
     merged: list[int] = []
     sums: list[int] = []
     for group, length in zip(groups, lengths, strict=True):
@@ -79,13 +79,14 @@ def _merged(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], l
 
 
 def _real(values: Tensor) -> Tensor:
-    """Numbers of a dtype whose elements can be chosen by their places."""
+    """Return values whose elements torch can select: it cannot those of float8."""
     return values if values.is_complex() or values.itemsize > 1 else values.float()
 
 
+# The sources of a window are looked at in the same places, one after the other.
 @functools.lru_cache(maxsize=64)
 def _places(runs: tuple[int, ...]) -> Tensor:
-    """The places of runs, one after the other."""
+    """Return the places of runs, one after the other."""
     begins, lengths = torch.tensor(runs).view(-1, 2).unbind(1)
     shifts = begins - (lengths.cumsum(0) - lengths)
     return shifts.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))

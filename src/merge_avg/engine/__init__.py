@@ -1,8 +1,12 @@
-"""Where is the loop? Opening, reading, averaging, writing and publishing."""
+"""Where is the loop? Opening, reading, averaging, writing and publishing.
+
+`_run` is the whole merge, `_worker` the loop over windows and checkpoints.
+"""
 
 from __future__ import annotations
 
+from merge_avg.engine._merge_checkpoints import merge_checkpoints
 from merge_avg.engine._readahead import read_ahead
-from merge_avg.engine._run import Result, merge_checkpoints, run
+from merge_avg.engine._run import Result, run
 
 __all__ = ["Result", "merge_checkpoints", "read_ahead", "run"]

@@ -1,4 +1,4 @@
-"""A GPU's lane: what is read travels on streams, beside the arithmetic."""
+"""The lane of a GPU: what is read travels on one stream, while another adds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from merge_avg.io import Buffer, Matrix
 
 
 class CudaLane:
-    """A GPU's: two slots in turn, copies on one stream and arithmetic on another.
+    """A GPU's lane: two slots in turn, copies on one stream and arithmetic on another.
 
     Raises:
-        MergeError: the device or the system has no memory left for it.
+        MergeError: the device has no memory left for it.
     """
 
     slots = 2
-    host = False
 
     def __init__(self, nbytes: int, device: str) -> None:
         self._device = torch.device(device)
@@ -29,7 +28,7 @@ class CudaLane:
         self._used = [torch.cuda.Event() for _ in range(self.slots)]
         self._locked: list[int] = []
         try:
-            self._places = [
+            self._memory = [
                 torch.empty(nbytes, dtype=torch.uint8, device=self._device)
                 for _ in range(self.slots)
             ]
@@ -37,7 +36,7 @@ class CudaLane:
             hint = "use a smaller --max-memory, or --device cpu"
             raise MergeError(f"{device} has not enough free memory", hint=hint) from None
         for room in self._rooms:
-            # Page-locked, so that copies need not wait; a failure costs speed only.
+            # From page-locked memory a copy is asynchronous; where it cannot be had, only slower.
             if torch.cuda.cudart().cudaHostRegister(room.address, nbytes, 0) == 0:
                 self._locked.append(room.address)
         self._entered.__enter__()
@@ -49,21 +48,18 @@ class CudaLane:
     def send(self, slot: int, rows: Matrix) -> Tensor:
         stack = rows.tensor()
         flat = stack.reshape(-1)
-        place = self._places[slot][: flat.numel() * flat.itemsize].view(flat.dtype)
+        there = self._memory[slot][: flat.numel() * flat.itemsize].view(flat.dtype)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._used[slot])
-            place.copy_(flat, non_blocking=True)
+            there.copy_(flat, non_blocking=True)
             self._copied[slot].record(self._copies)
-        return place.view(stack.shape)
+        return there.view(stack.shape)
 
     def arrived(self, slot: int) -> None:
         self._sums.wait_event(self._copied[slot])
 
     def release(self, slot: int) -> None:
         self._used[slot].record(self._sums)
-
-    def fetch(self, values: Tensor, out: Tensor) -> None:
-        out.copy_(values)
 
     def close(self) -> None:
         self._entered.__exit__(None, None, None)
@@ -74,7 +70,7 @@ class CudaLane:
 
 
 def find_device(name: str) -> tuple[str, int | None]:
-    """The device of a name such as "cpu", "cuda" or "cuda:1", and its free bytes if it is a GPU.
+    """Return the device of a name such as "cuda:1", and the bytes that are free on it if a GPU.
 
     Raises:
         MergeError: there is no such device.

@@ -8,50 +8,43 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from merge_avg.io import Buffer, Matrix, Stack
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
 
 class Lane(Protocol):
-    """One worker's way to the device. `host`: the device is the CPU, whose memory is one."""
+    """One worker's way to the device, with room for so many things at a time."""
 
     slots: int
-    host: bool
 
     def room(self, slot: int) -> Buffer:
-        """Host memory to fill, once nothing reads from it any more."""
+        """Return host memory to fill, once nothing reads from it any more."""
 
     def send(self, slot: int, rows: Matrix) -> Stack:
-        """Starts a copy of what lies in a slot to the device; returns where it goes."""
+        """Start a copy of what lies in a slot to the device, and return where it goes."""
 
     def arrived(self, slot: int) -> None:
-        """Lets arithmetic that is asked for from now on wait for the copy."""
+        """Let arithmetic that is asked for from now on wait for the copy."""
 
     def release(self, slot: int) -> None:
-        """Lets the next copy into the slot wait for arithmetic that was asked for until now."""
-
-    def fetch(self, values: Tensor, out: Tensor) -> None:
-        """Copies a result to host memory, and waits for it."""
+        """Let the next copy into the slot wait for arithmetic that was asked for until now."""
 
     def close(self) -> None:
-        """Waits for everything, and gives the memory back."""
+        """Wait for everything, and give the memory back."""
 
 
 def travel(
     lane: Lane, items: Iterable[T], fill: Callable[[T, Buffer], Matrix]
 ) -> Iterator[tuple[T, Stack]]:
-    """Each item with its elements on the device, while the next is read.
+    """Yield each item with its elements on the device, while the next is read.
 
     Args:
-        lane: the way.
+        lane: the way to the device.
         items: what is to be read.
-        fill: reads an item into a slot's memory, and tells of that.
+        fill: reads an item into a slot's memory, and returns where its elements lie.
     """
     ahead: deque[tuple[int, T, Stack]] = deque()
 
@@ -73,10 +66,9 @@ def travel(
 
 
 class HostLane:
-    """The CPU's: what was read is where it is needed."""
+    """The CPU's lane: what was read is where it is needed."""
 
     slots = 1
-    host = True
 
     def __init__(self, nbytes: int) -> None:
         self._buffer = Buffer(nbytes)
@@ -93,16 +85,12 @@ class HostLane:
     def release(self, slot: int) -> None:
         pass
 
-    def fetch(self, values: Tensor, out: Tensor) -> None:
-        if values.data_ptr() != out.data_ptr():
-            out.copy_(values)
-
     def close(self) -> None:
         pass
 
 
 def make_lane(nbytes: int, device: str) -> Lane:
-    """The lane of a device, for `nbytes` bytes at a time."""
+    """Return the lane of a device, for `nbytes` bytes at a time."""
     if device == "cpu":
         return HostLane(nbytes)
     from merge_avg.engine._cuda import CudaLane

@@ -1,4 +1,10 @@
-"""Tensors in a geometry other than their file's: strided copies through the scratch file."""
+"""Tensors in a geometry other than their file's: strided copies by way of the scratch file.
+
+A checkpoint whose tensors lie otherwise than the template's (other strides, or apart where the
+template's are tied) is restrided before the merge; a result that the output holds in other strides
+than the template does is restrided after it. Both are mapped files, so that a tensor of any size
+takes no memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +17,62 @@ import torch
 from torch import Tensor
 
 from merge_avg.checkpoint import Name, TensorInfo
+from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Reader, Scratch, Sink
 from merge_avg.plan import Staging, Target, Unit, aligned_to_page
 
 SLAB = 1 << 17  # elements that are copied at a time
+# Elements are moved, not computed with: as integers, NaN keeps its bits.
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
-def stage(scratch: Scratch, reader: Reader, staging: Staging, tied_in: Path) -> None:
-    """Copies tensors of a checkpoint into another geometry, as the plan says.
+def restride(space: Workspace) -> None:
+    """Copy tensors into the template's geometry, and map what units need beside their windows.
 
     Raises:
         MergeError: two tensors that have to share elements differ.
     """
-    place = _mapped(scratch, staging.offset, staging.nbytes).zero_()
+    job, scratch = space.job, space.scratch
+    for staging in job.plan.stagings:
+        reader = space.readers[staging.checkpoint]
+        restride_input(scratch, reader, staging, job.layouts[staging.tied_in].path)
+    offset = job.plan.scratch
+    for unit, targets in zip(job.plan.units, job.layout.targets, strict=True):
+        if any(target.view is not None for target in targets):
+            nbytes = len(unit) * unit.dtype.itemsize
+            step = aligned_to_page(nbytes)
+            places = range(offset, offset + len(space.sinks) * step, step)
+            space.results[unit.number] = [scratch.map(place, nbytes) for place in places]
+            offset = places.stop
+        if unit.holed:
+            mask = space.masks[unit.number] = scratch.map(offset, len(unit))
+            mask_members(mask, unit.members, unit.start)
+            offset = aligned_to_page(offset + len(unit))
+
+
+def restride_results(space: Workspace) -> None:
+    """Copy results to where outputs have them in another geometry."""
+    for number, results in space.results.items():
+        unit, targets = space.job.plan.units[number], space.job.layout.targets[number]
+        for sink, mapped in zip(space.sinks, results, strict=True):
+            restride_result(sink, unit, targets, mapped)
+
+
+def restride_input(scratch: Scratch, reader: Reader, staging: Staging, tied_in: Path) -> None:
+    """Copy tensors of a checkpoint into another geometry, as the plan says.
+
+    Raises:
+        MergeError: two tensors that have to share elements differ.
+    """
+    room = _mapped(scratch, staging.offset, staging.nbytes).zero_()
     # Behind it: which elements a tensor was copied to already, and the tensor's own bytes.
     behind = aligned_to_page(staging.offset + staging.nbytes)
     taken = _mapped(scratch, behind, staging.nbytes).zero_()
     for name, info, view in staging.pairs:
         copied = _copied(scratch, reader, info, behind + aligned_to_page(staging.nbytes))
         source = strided(copied, info, 0)
-        target = strided(place, view, view.start)
+        target = strided(room, view, view.start)
         marks = strided(taken, view, view.start)
         agree = True
         for dim, step in enumerate(view.stride):
@@ -56,59 +96,57 @@ def _mapped(scratch: Scratch, offset: int, nbytes: int) -> Tensor:
     return torch.frombuffer(scratch.map(offset, nbytes), dtype=torch.uint8)
 
 
-def _copied(scratch: Scratch, reader: Reader, info: TensorInfo, at: int) -> Tensor:
-    """The bytes of a file that a tensor spans, copied to `at`."""
+def _copied(scratch: Scratch, reader: Reader, info: TensorInfo, offset: int) -> Tensor:
+    """Copy the bytes that a tensor spans in its file to an offset of the scratch file."""
     size = info.dtype.itemsize
     nbytes = (info.stop - info.start) * size
-    room = _mapped(scratch, at, nbytes)
+    room = _mapped(scratch, offset, nbytes)
     buffer = Buffer(SLAB)
     for start in range(0, nbytes, SLAB):
         count = min(SLAB, nbytes - start)
-        at = info.start * size + start
-        reader.read(buffer.bytes(count), info.storage, at)
+        reader.read(buffer.bytes(count), info.storage, info.start * size + start)
         room[start : start + count] = buffer.tensor(count, torch.uint8)
     return room
 
 
-def mark(mask: mmap.mmap, members: Iterable[tuple[Name, TensorInfo]], start: int) -> None:
-    """Sets the bytes of the elements that tensors reach to 1, counted from element `start`."""
+def mask_members(mask: mmap.mmap, members: Iterable[tuple[Name, TensorInfo]], start: int) -> None:
+    """Set the bytes of the elements that tensors reach to 1, counted from element `start`."""
     flat = torch.frombuffer(mask, dtype=torch.uint8).zero_()
     for _, info in members:
         flat.as_strided(info.shape, info.stride, info.start - start).fill_(1)
 
 
 def restore(out: Tensor, theirs: Tensor, mask: mmap.mmap, start: int) -> None:
-    """Gives elements that `mask` has no mark for, from element `start` on, other values."""
+    """Give elements that `mask` has a 0 for, from element `start` on, other values."""
     reached = torch.frombuffer(mask, dtype=torch.uint8)[start : start + len(out)] != 0
     out.copy_(torch.where(reached, out, theirs.to(out.dtype)))
 
 
-def spread(out: Sink, unit: Unit, targets: Sequence[Target], mapped: mmap.mmap) -> None:
-    """Copies a result that lies in the scratch file to where the output has it contiguous."""
+def restride_result(sink: Sink, unit: Unit, targets: Sequence[Target], mapped: mmap.mmap) -> None:
+    """Copy a result that lies in the scratch file to where the output has it contiguous."""
     flat = torch.frombuffer(mapped, dtype=torch.uint8)
     buffer = Buffer(SLAB * unit.dtype.itemsize)
     for target in targets:
         if target.view is None:
             continue
         at = target.at
-        for slab in slabs(
-            strided(flat, replace(target.view, dtype=unit.dtype), target.start), SLAB
-        ):
+        view = strided(flat, replace(target.view, dtype=unit.dtype), target.start)
+        for slab in slabs(view, SLAB):
             nbytes = slab.numel() * slab.itemsize
             buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
-            out.write(target.file, target.slot, at, buffer.bytes(nbytes))
+            sink.write(target.file, target.slot, at, buffer.bytes(nbytes))
             at += nbytes
 
 
 def _all_equal(ours: Tensor, theirs: Tensor, where: Tensor | None = None) -> bool:
-    """Whether two tensors are equal (where a third is not zero), a slab at a time."""
+    """Return whether two tensors are equal (where a third is not zero), a slab at a time."""
     where = torch.ones((), dtype=torch.int8).expand_as(ours) if where is None else where
     parts = zip(*(slabs(tensor, SLAB) for tensor in (ours, theirs, where)), strict=True)
     return not any(bool(((a != b) & (mark != 0)).any()) for a, b, mark in parts)
 
 
 def strided(flat: Tensor, info: TensorInfo, start: int) -> Tensor:
-    """A tensor's elements as integers of their size, in `flat` bytes, from element `start` on.
+    """Return a tensor's elements as integers of their size, in `flat` from element `start` on.
 
     Elements of 16 bytes become pairs.
     """
@@ -120,7 +158,7 @@ def strided(flat: Tensor, info: TensorInfo, start: int) -> Tensor:
 
 
 def slabs(view: Tensor, limit: int) -> Iterator[Tensor]:
-    """A tensor cut along its leading dimensions into parts of at most `limit` elements, in order.
+    """Cut a tensor along its leading dimensions into parts of at most `limit` elements, in order.
 
     Tensors of one shape are cut alike.
     """
