@@ -156,7 +156,7 @@ def test_a_process_that_plans_imports_neither_torch_nor_numpy():
 def test_help_waits_for_nothing():
     """What the command imports at its top reaches no scanner, no plan and no engine."""
     heavy = {"merge_avg.engine", "merge_avg.plan", "merge_avg.formats", "merge_avg.selection"}
-    assert not heavy & reached("merge_avg.cli")
+    assert not heavy & reached("merge_avg.cli._app")
 
 
 def test_a_format_waits_for_its_first_file():

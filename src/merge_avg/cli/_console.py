@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
+from merge_avg.cli._options import Display
 from merge_avg.errors import MergeError, failure
 from merge_avg.report.printable import printable
 
@@ -32,23 +33,19 @@ def fail(error: MergeError | OSError | MemoryError) -> None:
         say(f"hint: {error.hint}")
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print the result as lines, such as the output's path."""
-    _print("\n".join(map(printable, lines)))
+def print_result(display: Display, value: Callable[[], Any], lines: Iterable[str]) -> None:
+    """Print the result on stdout: its value as JSON where that is asked for, or else lines."""
+    if display.as_json:
+        import json
 
-
-def print_json(value: Any) -> None:
-    """Print the result as JSON, paths as text."""
-    import json
-
-    # GitHub's runner takes "##[" for a command to it. In ASCII nothing else needs to be escaped.
-    text = json.dumps(value, ensure_ascii=True, indent=2, default=os.fspath)
-    _print(text.replace("##[", "#\\u0023["))
-
-
-def _print(text: str) -> None:
+        # Paths are text. GitHub's runner takes "##[" for a command to it, in JSON too.
+        text = json.dumps(value(), ensure_ascii=True, indent=2, default=os.fspath)
+        text = text.replace("##[", "#\\u0023[")
+    else:
+        text = "\n".join(map(printable, lines))
     try:
-        print(text, flush=True)
+        if text:
+            print(text, flush=True)
     except OSError as error:
         discard(sys.stdout)
         # A reader that left, such as `head`, has what it wanted. A full disk loses the result.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_avg.cli._console import print_json, print_lines
+from merge_avg.cli._console import print_result
 from merge_avg.cli._options import Display
 from merge_avg.report.inspect import as_json, contents, lines
 
@@ -13,7 +13,5 @@ from merge_avg.report.inspect import as_json, contents, lines
 def inspect(checkpoints: Sequence[Path], key: str | None, display: Display) -> None:
     """List what is in checkpoints."""
     found = [contents(path, key) for path in checkpoints]
-    if display.as_json:
-        print_json([as_json(one) for one in found])
-    else:
-        print_lines(line for one in found for line in lines(one))
+    text = (line for one in found for line in lines(one))
+    print_result(display, lambda: [as_json(one) for one in found], text)

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from merge_avg.cli._console import discard, print_json, print_lines, say
+from merge_avg.cli._console import discard, print_result, say
 from merge_avg.cli._options import Display
 from merge_avg.cli._progress import progress
 from merge_avg.engine import read_ahead, run
@@ -35,10 +35,8 @@ def merge(choice: Choice, options: Options, display: Display, *, dry_run: bool) 
         html.write(display.page, report, overwrite=options.overwrite)
     if not display.quiet:
         _show(report, dry_run=dry_run)
-    if display.as_json:
-        print_json(as_json(report))
-    elif not dry_run:
-        print_lines(str(output.path) for output in job.outputs)
+    paths = [str(output.path) for output in job.outputs]
+    print_result(display, lambda: as_json(report), [] if dry_run else paths)
     if not dry_run:
         _summarise(report)
 

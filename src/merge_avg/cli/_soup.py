@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_avg.cli._console import print_json, print_lines, say
+from merge_avg.cli._console import print_result, say
 from merge_avg.cli._options import Display, SoupOptions
 from merge_avg.engine import run
 from merge_avg.errors import UsageError
@@ -66,10 +66,7 @@ def make_soup(
         )
     if not display.quiet:
         say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
-    if display.as_json:
-        print_json(_as_json(soup))
-    else:
-        print_lines([str(soup.output)])
+    print_result(display, lambda: _as_json(soup), [str(soup.output)])
 
 
 @contextlib.contextmanager

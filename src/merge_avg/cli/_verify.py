@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_avg.cli._console import print_json, print_lines, say
+from merge_avg.cli._console import print_result, say
 from merge_avg.cli._options import Display
 from merge_avg.options import Options
 from merge_avg.verify import verify_output
@@ -21,9 +21,6 @@ def verify(
         found.append({"output": one.output, "inputs": one.inputs, "bytes": one.nbytes})
         if not display.quiet:
             hashes = "; their hashes are as recorded" if one.hashed else ""
-            inputs_give = f"what its {len(one.inputs)} inputs give{hashes}"
-            say(f"{output}: all {one.nbytes:,} bytes are {inputs_give}")
-    if display.as_json:
-        print_json(found)
-    else:
-        print_lines(map(str, outputs))
+            given = f"what its {len(one.inputs)} inputs give{hashes}"
+            say(f"{output}: all {one.nbytes:,} bytes are {given}")
+    print_result(display, lambda: found, map(str, outputs))
