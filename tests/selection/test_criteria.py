@@ -1,4 +1,6 @@
-"""What is asked for: steps and epochs, the last, the best by a metric."""
+"""What is asked for: no copies, steps and epochs, the last, the best by a metric."""
+
+import shutil
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,34 @@ from merge_avg.options import Criteria, parse_range
 from merge_avg.selection._criteria import direction
 from merge_avg.selection._select import select
 from tests.selection.helpers import bare, lightning, names, trainer, why
+
+# Copies
+
+
+def test_b9_last_is_a_copy(tmp_path):
+    """B9: last.ckpt with the content of another checkpoint counts once, and a note says so."""
+    for epoch in range(3):
+        path = lightning(tmp_path, epoch, epoch * 10)
+    shutil.copy(path, tmp_path / "last.ckpt")
+    selection = select([tmp_path], Criteria(last=3))
+    assert names(selection) == [f"epoch={i}-step={i * 10}.ckpt" for i in range(3)]
+    assert why(selection)["last.ckpt"] == "a copy of epoch=2-step=20.ckpt"
+    assert any("last.ckpt is a copy" in note for note in selection.notes)
+
+
+def test_links_are_copies(tmp_path):
+    """A checkpoint of the run and a link to it count once."""
+    path = bare(tmp_path / "checkpoint1.pt")
+    (tmp_path / "checkpoint_last.pt").symlink_to(path)
+    assert names(select([tmp_path], Criteria())) == ["checkpoint1.pt"]
+
+
+def test_same_size_is_not_the_same(tmp_path):
+    """Checkpoints without a step that have the same size but different weights all count."""
+    for fold in range(3):
+        bare(tmp_path / f"fold{fold}.pt", fold)
+    assert len(select([tmp_path], Criteria()).chosen) == 3
+
 
 # The best
 

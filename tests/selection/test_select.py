@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.options import Criteria
 from merge_avg.selection._select import select
-from tests.selection.helpers import lightning, names, why
+from tests.selection.helpers import bare, lightning, names, why
 
 
 def test_named_files_are_taken_as_they_are(tmp_path):
@@ -41,3 +42,28 @@ def test_a_missing_file_is_an_error(tmp_path):
     """A path that does not exist is an error that names it."""
     with pytest.raises(MergeError, match="No such file"):
         select([tmp_path / "none.pt", Path("x.pt")], Criteria(last=1))
+
+
+def test_b9_earlier_outputs_do_not_count(tmp_path):
+    """B9: what an earlier merge wrote into the run is left out, and the table says why."""
+    paths = [lightning(tmp_path, epoch, epoch) for epoch in range(3)]
+    merge_checkpoints(paths, tmp_path / "epoch=9-step=9.ckpt")
+    selection = select([tmp_path], Criteria(last=2))
+    assert names(selection) == ["epoch=1-step=1.ckpt", "epoch=2-step=2.ckpt"]
+    assert why(selection)["epoch=9-step=9.ckpt"] == "an earlier output of merge-avg"
+
+
+def test_the_output_itself_does_not_count(tmp_path):
+    """The file that the merge is to write is not a candidate, whatever is in it."""
+    lightning(tmp_path, 0, 1)
+    out = bare(tmp_path / "out.pt")
+    assert names(select([tmp_path], Criteria(), out)) == ["epoch=0-step=1.ckpt"]
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    """A run that holds only an earlier output is an error that says what is there."""
+    bare(tmp_path / "a.pt")
+    merge_checkpoints([tmp_path / "a.pt"], tmp_path / "o.pt")
+    (tmp_path / "a.pt").unlink()
+    with pytest.raises(MergeError, match=r"no checkpoint to average.*o\.pt"):
+        select([tmp_path], Criteria())

@@ -6,8 +6,7 @@ picks what is asked for, and weighs it.
 
 from __future__ import annotations
 
-from merge_avg.selection._candidates import Candidate
 from merge_avg.selection._choose import Choice, choose
-from merge_avg.selection._metadata import Metadata, read_metadata
+from merge_avg.selection._metadata import read_metadata
 
-__all__ = ["Candidate", "Choice", "Metadata", "choose", "read_metadata"]
+__all__ = ["Choice", "choose", "read_metadata"]

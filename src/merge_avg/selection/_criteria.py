@@ -1,30 +1,82 @@
-"""What is asked for: some steps or epochs, the last, or the best by a metric."""
+"""Candidates, and which of them are asked for: some steps or epochs, the last, or the best.
+
+Each function returns the candidates that stay. Those that go are added to `left`, with the reason.
+"""
 
 from __future__ import annotations
 
+import filecmp
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Bounds, Criteria, Mode
-from merge_avg.selection._candidates import Candidate, Found, age
-from merge_avg.selection._metadata import Metadata
+from merge_avg.selection._expand import natural
+from merge_avg.selection._metadata import Metadata, name_metadata
 
 # Words that tell the direction of a metric. They have to match whole, as a "glossy" metric is not a
 # loss. Names that may mean either, such as score or metric, are missing on purpose: --mode decides.
-_LOWER = re.compile(
-    r"loss|err|error|perplexity|ppl|wer|cer|fid|mse|mae|rmse|nll|bpc|bpb", re.IGNORECASE
-)
+_LOWER = re.compile(r"(?i)loss|err|error|perplexity|ppl|wer|cer|fid|mse|mae|rmse|nll|bpc|bpb")
 _HIGHER = re.compile(
-    r"acc|accuracy|bleu|f1|auc|auroc|map|iou|miou|dice|psnr|ssim|rouge\w*|top[-_]?\d+|precision"
-    r"|recall|r2|fitness",
-    re.IGNORECASE,
+    r"(?i)acc|accuracy|bleu|f1|auc|auroc|map|iou|miou|dice|psnr|ssim|rouge\w*|top[-_]?\d+"
+    r"|precision|recall|r2|fitness"
 )
-_FOLD = re.compile(r"fold", re.IGNORECASE)
+_FOLD = re.compile(r"(?i)fold")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that was looked at, its value of the metric that decides, and its fate."""
+
+    path: Path
+    step: int | None = None
+    epoch: int | None = None
+    metric: float | None = None
+    chosen: bool = True
+    why: str = "named"
+
+    def left(self, why: str) -> Candidate:
+        """Return it as one that is left out."""
+        return replace(self, chosen=False, why=why)
+
+
+def age(one: Candidate) -> tuple[object, ...]:
+    """Return a key that sorts by step, epoch and name; what tells neither number comes last."""
+    counts = one.step, one.epoch
+    known = [-1 if count is None else count for count in counts]
+    return counts == (None, None), known, natural(str(one.path))
+
+
+def without_copies(
+    found: Sequence[Candidate], left: list[Candidate]
+) -> tuple[list[Candidate], list[str]]:
+    """Return each checkpoint once, the oldest first, and a note for each copy."""
+    kept: list[Candidate] = []
+    notes = []
+    # Of a checkpoint and its copy last.ckpt, the one whose name says something is kept.
+    for one in sorted(found, key=lambda one: name_metadata(one.path) == Metadata()):
+        twin = next((other for other in kept if _is_copy(one, other)), None)
+        if twin is None:
+            kept.append(one)
+        else:
+            why = f"a copy of {twin.path.name}"
+            left.append(one.left(why))
+            notes.append(f"{one.path} is {why} and is counted once")
+    return sorted(kept, key=age), notes
+
+
+def _is_copy(one: Candidate, other: Candidate) -> bool:
+    a, b = one.path, other.path
+    if a.samefile(b):
+        return True
+    # Bytes are compared only where step, epoch and size leave a doubt: checkpoints are large.
+    if (one.step, one.epoch) != (other.step, other.epoch) or a.is_dir() or b.is_dir():
+        return False
+    return a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False)
 
 
 def check(criteria: Criteria) -> None:
@@ -39,27 +91,33 @@ def check(criteria: Criteria) -> None:
         raise UsageError("--best and --one-best-per-fold exclude each other", hint="give one")
 
 
-# Steps and epochs
-
-
-def within(found: list[Found], criteria: Criteria, left: list[Candidate]) -> list[Found]:
+def _within(found: list[Candidate], criteria: Criteria, left: list[Candidate]) -> list[Candidate]:
     """Return those whose step and epoch are asked for, and that lie far enough apart."""
     for name, bounds in (("step", criteria.steps), ("epoch", criteria.epochs)):
         if bounds is None:
             continue
         _need(found, name)
-        kept = []
-        for one in found:
-            number = getattr(one, name)
-            if _inside(number, bounds):
-                kept.append(one)
-            else:
-                left.append(one.left(f"{name} {number} is not asked for"))
+        kept = [one for one in found if _inside(getattr(one, name), bounds)]
         if not kept:
             what = f"no checkpoint has a {name} that is asked for: there are {_names(found)}"
             raise MergeError(what)
+        left += [
+            one.left(f"{name} {number} is not asked for")
+            for one in found
+            if not _inside(number := getattr(one, name), bounds)
+        ]
         found = kept
-    return found if criteria.min_interval is None else _spaced(found, criteria.min_interval, left)
+    if criteria.min_interval is None:
+        return found
+    # From the newest back, each that lies far enough from the last one kept.
+    clock = _clock(found)
+    spaced: list[Candidate] = []
+    for one in reversed(found):
+        if spaced and getattr(spaced[-1], clock) - getattr(one, clock) < criteria.min_interval:
+            left.append(one.left("too near to the next one"))
+        else:
+            spaced.append(one)
+    return spaced[::-1]
 
 
 def _inside(number: int, bounds: Bounds) -> bool:
@@ -68,22 +126,7 @@ def _inside(number: int, bounds: Bounds) -> bool:
     return low and high and number % (every or 1) == 0
 
 
-def _spaced(found: list[Found], interval: int, left: list[Candidate]) -> list[Found]:
-    """Return the newest, and of the others those that are far enough from the next one chosen."""
-    name = _clock(found)
-    kept: list[Found] = []
-    after: int | None = None
-    for one in reversed(found):
-        at = getattr(one, name)
-        if after is not None and after - at < interval:
-            left.append(one.left("too near to the next one"))
-        else:
-            kept.append(one)
-            after = at
-    return kept[::-1]
-
-
-def _clock(found: Sequence[Found]) -> str:
+def _clock(found: Sequence[Candidate]) -> str:
     """Return what orders checkpoints in time: steps where all are known, else epochs."""
     if all(one.step is not None for one in found):
         return "step"
@@ -91,14 +134,14 @@ def _clock(found: Sequence[Found]) -> str:
     return "epoch"
 
 
-def _need(found: Sequence[Found], name: str) -> None:
+def _need(found: Sequence[Candidate], name: str) -> None:
     for one in found:
         if getattr(one, name) is None:
             hint = f"put it into the name, as in {name}=3.pt, or leave out the option"
             raise MergeError(f"its {name} is not known", where=one.path, hint=hint)
 
 
-def gaps(chosen: Sequence[Candidate]) -> Iterator[str]:
+def _gaps(chosen: Sequence[Candidate]) -> Iterator[str]:
     """Yield a note where neighbours lie much further from each other than others do."""
     for name in ("epoch", "step"):
         numbers = [getattr(one, name) for one in chosen]
@@ -106,15 +149,11 @@ def gaps(chosen: Sequence[Candidate]) -> Iterator[str]:
             continue
         pairs = [(a, b) for a, b in itertools.pairwise(sorted(numbers)) if b > a]
         nearest = min((b - a for a, b in pairs), default=0)
-        # Where a single checkpoint is missing, the distance is twice the smallest: no gap yet.
-        wide = [(a, b) for a, b in pairs if b - a > 2 * nearest]
-        if wide:
-            a, b = wide[0]
-            yield f"there is a gap between {name} {a} and {name} {b} of those chosen"
-            return
-
-
-# Metrics
+        for a, b in pairs:
+            # Where a single checkpoint is missing, the distance is twice the smallest: no gap yet.
+            if b - a > 2 * nearest:
+                yield f"there is a gap between {name} {a} and {name} {b} of those chosen"
+                return
 
 
 def direction(metric: str) -> Mode | None:
@@ -125,13 +164,13 @@ def direction(metric: str) -> Mode | None:
     return None if lower == higher else "min" if lower else "max"
 
 
-def deciding(found: Sequence[Found], criteria: Criteria) -> tuple[str | None, Mode | None]:
+def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | None]:
     """Return the metric that decides, if one does, and whether lower or higher is better."""
-    if criteria.best is None and not criteria.one_best_per_fold and criteria.metric is None:
-        return None, None
     metric = criteria.metric
+    if criteria.best is None and not criteria.one_best_per_fold and metric is None:
+        return None, None
     if metric is None:
-        names = sorted({name for one in found for name in one.metadata.metrics} - {"step", "epoch"})
+        names = sorted(known - {"step", "epoch"})
         if len(names) != 1:
             listed = named(names, 8) if names else "none"
             hint = "name the one that decides with --metric"
@@ -144,79 +183,72 @@ def deciding(found: Sequence[Found], criteria: Criteria) -> tuple[str | None, Mo
     return metric, mode
 
 
-def measured(found: Sequence[Found], metric: str) -> list[Found]:
-    """Return the same checkpoints with their values of a metric."""
-    return [replace(one, metric=_value(one.metadata, metric)) for one in found]
-
-
-def _value(known: Metadata, metric: str) -> float | None:
+def _value(metrics: Mapping[str, float], metric: str) -> float | None:
     """Return the metric of this name, or the only one that is spelt so or ends so.
 
     Frameworks put the same metric under names of their own: val/loss, val_loss, eval_loss.
     """
-    if metric in known.metrics:
-        return known.metrics[metric]
-    plain = _plain(metric)
-    for alike in (
-        [name for name in known.metrics if _plain(name) == plain],
-        [name for name in known.metrics if _plain(name).endswith(f"_{plain}")],
-    ):
-        if len(alike) == 1:
-            return known.metrics[alike[0]]
-    return None
+    if metric in metrics:
+        return metrics[metric]
+    plain = {name: _plain(name) for name in metrics}
+    same = [name for name in plain if plain[name] == _plain(metric)]
+    ending = [name for name in plain if plain[name].endswith(f"_{_plain(metric)}")]
+    return next((metrics[alike[0]] for alike in (same, ending) if len(alike) == 1), None)
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-# The last and the best
-
-
 def pick(
-    found: list[Found], criteria: Criteria, mode: Mode | None, left: list[Candidate]
-) -> list[Candidate]:
-    """Return the last or the best, as asked for, or all.
+    found: list[Candidate],
+    metrics: Mapping[Path, Mapping[str, float]],
+    folds: Mapping[Path, Path],
+    criteria: Criteria,
+    left: list[Candidate],
+) -> tuple[list[Candidate], Mode | None, list[str]]:
+    """Return those asked for, the direction of the metric, and notes for the user.
 
-    Args:
-        found: the checkpoints, the oldest first.
-        criteria: what is asked for.
-        mode: whether lower or higher is better, where the best are asked for.
-        left: what is left out is added to it.
+    The candidates are sorted by age; each has its metrics by name, and the folder of its fold.
 
     Raises:
+        UsageError: what is best is not clear.
         MergeError: there are fewer than asked for, or they do not say what is needed.
     """
+    found = _within(found, criteria, left)
+    metric, mode = _deciding({name for one in found for name in metrics[one.path]}, criteria)
+    notes = []
+    if metric is not None:
+        found = [replace(one, metric=_value(metrics[one.path], metric)) for one in found]
+        notes.append(f"best is the {'lowest' if mode == 'min' else 'highest'} {metric}")
     if criteria.one_best_per_fold:
-        folds: dict[Path, list[Found]] = {}
-        for one in found:
-            folds.setdefault(_fold(one), []).append(one)
-        return [
-            winner
-            for fold, group in folds.items()
-            for winner in _best(group, 1, mode, left, f"the best of {fold.name}")
-        ]
-    if criteria.best is not None:
-        return _best(found, criteria.best, mode, left, f"among the best {criteria.best}")
-    if criteria.last is not None:
-        return _last(found, criteria.last, left)
-    return [one.chosen("asked for") for one in found]
+        chosen = []
+        for fold in dict.fromkeys(folds[one.path] for one in found):
+            group = [one for one in found if folds[one.path] == fold]
+            chosen += _best(group, 1, mode, left, f"the best of {fold.name}")
+    elif criteria.best is not None:
+        chosen = _best(found, criteria.best, mode, left, f"among the best {criteria.best}")
+    elif criteria.last is not None:
+        chosen = _last(found, criteria.last, left)
+    else:
+        chosen = [replace(one, why="asked for") for one in found]
+    return chosen, mode, [*notes, *_gaps(chosen)]
 
 
-def _last(found: list[Found], count: int, left: list[Candidate]) -> list[Candidate]:
+def _last(found: list[Candidate], count: int, left: list[Candidate]) -> list[Candidate]:
     # Steps that repeat were counted within each epoch.
     if _clock(found) == "epoch" or len({one.step for one in found}) < len(found):
         found = sorted(found, key=lambda one: (one.epoch or 0, *age(one)))
     _enough(found, count, "last", found)
     why = f"among the last {count}"
-    left += [one.left(f"not {why}") for one in found[: len(found) - count]]
-    return [one.chosen(why) for one in found[len(found) - count :]]
+    left += [one.left(f"not {why}") for one in found[:-count]]
+    return [replace(one, why=why) for one in found[-count:]]
 
 
 def _best(
-    found: list[Found], count: int, mode: Mode | None, left: list[Candidate], why: str
+    found: list[Candidate], count: int, mode: Mode | None, left: list[Candidate], why: str
 ) -> list[Candidate]:
-    known: list[Found] = []
+    known: list[Candidate] = []
     for one in found:
         if one.metric is None or math.isnan(one.metric):
             lacking = "is not known" if one.metric is None else "is not a number"
@@ -227,30 +259,31 @@ def _best(
     sign = 1 if mode == "max" else -1
     # Of equals, the later one counts: sorting is stable, and `found` is sorted by age.
     ranked = sorted(known, key=lambda one: sign * (one.metric or 0.0))
-    winners = {one.path for one in ranked[len(ranked) - count :]}
+    winners = {one.path for one in ranked[-count:]}
     left += [one.left(f"not {why}") for one in known if one.path not in winners]
-    return [one.chosen(why) for one in known if one.path in winners]
+    return [replace(one, why=why) for one in known if one.path in winners]
 
 
-def _fold(one: Found) -> Path:
+def fold_of(path: Path, run: Path) -> Path:
     """Return the folder that tells folds apart: fold*/ below or above, or that of the argument."""
-    below = one.path.relative_to(one.folder).parts if one.path.is_relative_to(one.folder) else ()
+    below = path.relative_to(run).parts if path.is_relative_to(run) else ()
     if len(below) > 1 and _FOLD.match(below[0]):
-        return one.folder / below[0]
-    return next((path for path in one.path.parents if _FOLD.match(path.name)), one.folder)
+        return run / below[0]
+    return next((parent for parent in path.parents if _FOLD.match(parent.name)), run)
 
 
-def _enough(found: Sequence[Found], count: int, what: str, everything: Sequence[Found]) -> None:
-    if len(found) >= count:
-        return
-    noun = "checkpoint" if len(found) == 1 else "checkpoints"
-    where = " with the metric" if what == "best" else ""
-    raise MergeError(
-        f"the {what} {count} are asked for, and there are {len(found)} {noun}{where}: "
-        f"{_names(everything)}",
-        hint="ask for fewer, or look at them with --dry-run",
-    )
+def _enough(
+    found: Sequence[Candidate], count: int, what: str, everything: Sequence[Candidate]
+) -> None:
+    if len(found) < count:
+        noun = "checkpoint" if len(found) == 1 else "checkpoints"
+        where = " with the metric" if what == "best" else ""
+        raise MergeError(
+            f"the {what} {count} are asked for, and there are {len(found)} {noun}{where}: "
+            f"{_names(everything)}",
+            hint="ask for fewer, or look at them with --dry-run",
+        )
 
 
-def _names(found: Sequence[Found]) -> str:
+def _names(found: Sequence[Candidate]) -> str:
     return named([one.path.name for one in found], 8)

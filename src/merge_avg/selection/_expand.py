@@ -15,22 +15,17 @@ from merge_avg.selection._metadata import STATE
 
 # Files beside the checkpoints of a run that end as checkpoints do: states of a training, as torch,
 # Accelerate and transformers' Trainer save them.
-_BESIDE = re.compile(
-    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)", re.IGNORECASE
-)
+_BESIDE = re.compile(r"(?i)optimizer|scheduler|scaler|rng_state|random_states|training_args")
 # Folders of a run that hold checkpoints: lightning_logs/version_0/checkpoints/ of Lightning,
 # checkpoints/ and ckpt/ of many, and one for each fold of a cross-validation.
-_FOLDERS = re.compile(r"checkpoints?|ckpts?|(fold|version)[-_]?\d+|lightning_logs", re.IGNORECASE)
+_FOLDERS = re.compile(r"(?i)checkpoints?|ckpts?|(fold|version)[-_]?\d+|lightning_logs")
 
 
 def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     """Return the checkpoints that an argument stands for, and whether it may stand for many.
 
-    Args:
-        place: a file, a directory or a pattern.
-        runs: whether directories may be runs. Several directories that are named one by one, with
-            nothing else asked for, are checkpoints; files of different names in them belong
-            together.
+    With `runs`, a directory may be a run. Several directories that are named one by one, with
+    nothing else asked for, are checkpoints: files of different names in them belong together.
 
     Raises:
         MergeError: no file matches the pattern.

@@ -1,20 +1,30 @@
-"""What a checkpoint says about itself: step, epoch and metrics, as frameworks write them.
+"""What is known about a checkpoint: step, epoch and metrics, as frameworks write them.
 
 What is inside counts first, then a Trainer's state beside it, then the name. Numbers are read as
-numbers: step 10 is not step 100.
+numbers: step 10 is not step 100. Metrics may also come from a log beside a run:
+
+    epoch,step,val_loss        [{"step": 10, "val_loss": 0.5}, ...]        {"a.pt": {"acc": 0.9}}
+    0,10,0.5                   {"log_history": [{"step": 10, ...}, ...]}   {"a.pt": 0.9}
+
+A row belongs to the checkpoint that it names, or to the one of its step, or of its epoch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
+import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath
+from merge_avg.errors import MergeError
 from merge_avg.formats import bounded_json
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
@@ -39,7 +49,7 @@ _TABLES = ("metrics", "metric", "scores", "results", "callback_metrics", "logs",
 # task: losses; classification; translation and summaries; detection and segmentation; speech;
 # language models; regression; generated images. `metric` is timm's, `fitness` Ultralytics'.
 _METRIC = re.compile(
-    r"(.*[_/.-])?("
+    r"(?i)(.*[_/.-])?("
     r"loss|error|score|metric|fitness"
     r"|acc|accuracy|top[-_]?[15]|precision|recall|f1|auc|auroc"
     r"|bleu|rouge[a-z0-9]*"
@@ -48,27 +58,26 @@ _METRIC = re.compile(
     r"|ppl|perplexity|nll"
     r"|mse|mae|rmse|r2"
     r"|fid|psnr|ssim"
-    r")([_/.@-].*)?",
-    re.IGNORECASE,
+    r")([_/.@-].*)?"
 )
 
 # Names. Lightning's ModelCheckpoint writes pairs, epoch=3-step=1000-val_loss=0.12.ckpt. Others put
 # a number after a word: checkpoint-1000 of transformers, checkpoint12.pt of fairseq,
 # model_step_1000.pt of OpenNMT. A number that goes on after a dot, as in epoch-2.5, is not one.
 _NUMBER = r"[-+]?(?:\d+\.\d+|\d+|\.\d+)(?:[eE][-+]?\d+)?"
-_PAIR = re.compile(
-    rf"(?P<name>[A-Za-z][\w/@.]*?)=(?P<value>{_NUMBER}|nan|inf)(?=[-_.=,]|$)", re.IGNORECASE
-)
+_PAIR = re.compile(rf"(?i)(?P<name>[A-Za-z][\w/@.]*?)=(?P<value>{_NUMBER}|nan|inf)(?=[-_.=,]|$)")
 _NAMED = re.compile(
-    r"(?:^|[-_./])(?P<kind>step|epoch|iter|checkpoint|ckpt)s?[-_]?(?P<n>\d+)(?!\.?\d)",
-    re.IGNORECASE,
+    r"(?i)(?:^|[-_./])(?P<kind>step|epoch|iter|checkpoint|ckpt)s?[-_]?(?P<n>\d+)(?!\.?\d)"
 )
 # fairseq: checkpoint.best_bleu_27.5.pt and checkpoint_3_5000.pt, epoch and step.
 _FAIRSEQ_BEST = re.compile(rf"^checkpoint[._]best_(?P<name>[A-Za-z][\w/]*)_(?P<value>{_NUMBER})$")
 _FAIRSEQ = re.compile(r"^checkpoint_?(?P<epoch>\d+)_(?P<step>\d+)$")
 # EDM2: network-snapshot-0002147-0.100.pkl, thousands of images and the relative width of the EMA.
 _SNAPSHOT = re.compile(r"snapshot-(?P<step>\d+)-(?P<sigma>\d*\.\d+)$")
-_SUFFIXES = re.compile(r"(\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th))+$", re.IGNORECASE)
+_SUFFIXES = re.compile(r"(?i)(\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th))+$")
+# Columns that name a checkpoint; tables that people make by hand agree on no name for it.
+_PATHS = ("path", "file", "filename", "checkpoint", "ckpt", "name")
+_LARGEST_LOG = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,6 @@ class Metadata:
 
     Attributes:
         step: the number of optimizer steps so far; EDM2 counts thousands of images instead.
-        epoch: as the framework counts it.
         metrics: values by the names that the framework uses.
         sigma: the relative width of a stored power-function EMA (Karras et al. 2024).
         ours: whether it is the output of an earlier merge.
@@ -92,15 +100,13 @@ class Metadata:
 
 def read_metadata(layout: Layout) -> Metadata:
     """Return what a scanned checkpoint says about itself, inside, beside it and by its name."""
-    scalars = dict(layout.scalars)
-    inside = _inside(scalars | _scores(layout))
+    inside = _inside(dict(layout.scalars) | _scores(layout))
     state = _trainer_state(layout.path) if layout.members else Metadata()
     name = name_metadata(layout.path)
-    metrics = {**name.metrics, **state.metrics, **inside.metrics}
     return Metadata(
         _first(inside.step, state.step, name.step),
         _first(inside.epoch, state.epoch, name.epoch),
-        metrics,
+        {**name.metrics, **state.metrics, **inside.metrics},
         name.sigma,
         any(key == PROVENANCE for key, _ in layout.metadata),
     )
@@ -109,6 +115,12 @@ def read_metadata(layout: Layout) -> Metadata:
 def name_metadata(path: Path) -> Metadata:
     """Return what a name says, in the ways of Lightning, fairseq, timm and transformers."""
     stem = _SUFFIXES.sub("", path.name)
+    if found := _SNAPSHOT.search(stem):
+        return Metadata(int(found["step"]), sigma=float(found["sigma"]))
+    if found := _FAIRSEQ_BEST.match(stem):
+        return Metadata(metrics={found["name"]: float(found["value"])})
+    if found := _FAIRSEQ.match(stem):
+        return Metadata(int(found["step"]), int(found["epoch"]))
     step = epoch = None
     metrics: dict[str, float] = {}
     for pair in _PAIR.finditer(stem):
@@ -120,22 +132,13 @@ def name_metadata(path: Path) -> Metadata:
             epoch = whole
         else:
             metrics[name] = value
-    if found := _SNAPSHOT.search(stem):
-        return Metadata(int(found["step"]), sigma=float(found["sigma"]))
-    if found := _FAIRSEQ_BEST.match(stem):
-        metrics[found["name"]] = float(found["value"])
-        return Metadata(step, epoch, metrics)
-    if found := _FAIRSEQ.match(stem):
-        return Metadata(int(found["step"]), int(found["epoch"]), metrics)
     for found in _NAMED.finditer(stem):
         number, kind = int(found["n"]), found["kind"].lower()
-        if kind in ("step", "iter"):
+        # checkpoint-1000/ of transformers counts steps, while the files checkpoint12.pt of fairseq
+        # and checkpoint-12.pth.tar of timm count epochs.
+        if kind in ("step", "iter") or (kind != "epoch" and path.is_dir()):
             step = _first(step, number)
-        elif kind == "epoch":
-            epoch = _first(epoch, number)
-        elif path.is_dir():  # checkpoint-1000/ of transformers counts steps
-            step = _first(step, number)
-        else:  # checkpoint12.pt of fairseq and checkpoint-12.pth.tar of timm count epochs
+        else:
             epoch = _first(epoch, number)
     return Metadata(step, epoch, metrics)
 
@@ -157,25 +160,21 @@ def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
             if isinstance(value, str) and isinstance(score, int | float):
                 metrics.setdefault(value, float(score))
     updates = [_whole(value) for path, value in scalars.items() if (path[0], path[-1]) == _UPDATES]
-    return Metadata(
-        _first(_counted(scalars, _STEPS), *reversed(updates)),
-        _first(_counted(scalars, _EPOCHS), _whole(scalars.get(_EPOCH_WITHIN))),
-        metrics,
-    )
+    steps = [_whole(scalars.get((name,))) for name in _STEPS]
+    epochs = [_whole(scalars.get((name,))) for name in _EPOCHS]
+    epochs.append(_whole(scalars.get(_EPOCH_WITHIN)))
+    return Metadata(_first(*steps, *reversed(updates)), _first(*epochs), metrics)
 
 
 def _scores(layout: Layout) -> dict[TreePath, Scalar]:
-    """Return the scores of Lightning's callbacks, which are tensors of one number.
-
-    They are the only payload that is read here: a few bytes each.
-    """
+    """Return the scores of Lightning's callbacks, which are tensors of one number."""
+    # They are the only payload that is read here: a few bytes each.
     found: dict[TreePath, Scalar] = {}
     for info in layout.tensors:
         path, storage = info.path, info.storage
         form = {"float32": "<f", "float64": "<d"}.get(info.dtype.name)
-        if len(path) != 3 or path[0] != "callbacks" or path[2] != "current_score" or info.shape:
-            continue
-        if form is None or storage.coded or info.trouble:
+        score = len(path) == 3 and path[::2] == ("callbacks", "current_score")
+        if not score or form is None or info.shape or storage.coded or info.trouble:
             continue
         with layout.where(info).open("rb") as file:
             file.seek(storage.offset + info.start * info.dtype.itemsize)
@@ -183,11 +182,6 @@ def _scores(layout: Layout) -> dict[TreePath, Scalar]:
         if len(raw) == info.dtype.itemsize:
             found[path] = struct.unpack(form, raw)[0]
     return found
-
-
-def _counted(scalars: Mapping[TreePath, Scalar], names: tuple[str, ...]) -> int | None:
-    """Return the value of the first of these names at the top."""
-    return _first(*(_whole(scalars.get((name,))) for name in names))
 
 
 def _whole(value: object) -> int | None:
@@ -209,30 +203,83 @@ def _trainer_state(folder: Path) -> Metadata:
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
     # The log holds the whole run up to here: only rows of this very step are of this checkpoint.
-    for row in log_rows(state):
+    for row in _objects(state.get("log_history")):
         if _whole(row.get("step")) in (None, step):
-            metrics |= {name: value for name, value in numbers(row) if name not in _STEPS + _EPOCHS}
+            metrics |= _numbers(row)
+    for name in _STEPS + _EPOCHS:
+        metrics.pop(name, None)
     return Metadata(step, _whole(state.get("epoch")), metrics)
-
-
-def log_rows(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a Trainer's log."""
-    rows = state.get("log_history")
-    for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, dict):
-            yield row
-
-
-def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the entries of a row that are numbers, or texts of numbers as in CSV."""
-    for name, value in row.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            continue
-        try:
-            yield str(name), float(value)
-        except (ValueError, OverflowError):
-            continue
 
 
 def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
+
+
+class Log(dict[tuple[str, object], dict[str, float]]):
+    """The metrics of a log, by ("path", name), ("step", number) and ("epoch", number)."""
+
+    def of(self, path: Path, metadata: Metadata) -> Mapping[str, float]:
+        """Return what is logged under a checkpoint's name, else at its step, else at its epoch."""
+        names = [("path", name) for name in (str(path), path.name, path.stem)]
+        keys = [*names, ("step", metadata.step), ("epoch", metadata.epoch)]
+        return next((self[key] for key in keys if key in self), {})
+
+
+def read_log(path: Path) -> Log:
+    """Read a log; raise MergeError where the file cannot be read or is not one."""
+    try:
+        if path.stat().st_size > _LARGEST_LOG:
+            raise ValueError(f"a log may have up to {_LARGEST_LOG:,} bytes")
+        rows = list(_rows(path, path.read_text("utf-8-sig")))
+    except OSError as error:
+        raise MergeError(error.strerror or str(error), where=path) from None
+    except (ValueError, RecursionError, csv.Error) as error:
+        hint = "give a CSV file with a header, or a JSON list of objects"
+        raise MergeError(f"cannot be read as a log ({error})", where=path, hint=hint) from None
+    log = Log()
+    for row in rows:
+        found = _numbers(row)
+        keys = {str(key).lower(): key for key in row}
+        for column in _PATHS:
+            name = row.get(keys.get(column, column))
+            if isinstance(name, str) and name:
+                log.setdefault(("path", name), {}).update(found)
+        # Rows of one step add up: Lightning's CSVLogger writes the metrics of training and those of
+        # validation in rows of their own.
+        for column, kind in (("step", "step"), ("global_step", "step"), ("epoch", "epoch")):
+            number = found.get(keys.get(column, column))
+            if number is not None and number == number // 1:
+                log.setdefault((kind, number), {}).update(found)
+    return log
+
+
+def _rows(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a log; raise ValueError where it has none."""
+    if path.suffix.lower() != ".json" and text.lstrip()[:1] not in ("[", "{"):
+        return csv.DictReader(io.StringIO(text))
+    found = json.loads(text)
+    if isinstance(found, list):
+        return _objects(found)
+    if not isinstance(found, dict):
+        raise ValueError("not a list of rows")
+    if "log_history" in found:
+        return _objects(found["log_history"])
+    return [
+        {"path": name, **(row if isinstance(row, dict) else {"metric": row})}
+        for name, row in found.items()
+    ]
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the entries of a row that are numbers, or texts of numbers as in CSV."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError, OverflowError):
+                found[str(name)] = float(value)
+    return found
+
+
+def _objects(log: object) -> list[Mapping[str, Any]]:
+    """Return the rows of a log in JSON, which is a list of objects."""
+    return [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []

@@ -10,25 +10,15 @@ from fractions import Fraction
 from merge_avg.errors import UsageError
 from merge_avg.options import Mode
 
-SCHEMES = ("uniform", "linear", "ema:DECAY", "1-sqrt", "metric")
-
 
 def resolve(
-    scheme: str,
-    count: int,
-    metrics: Sequence[float | None] = (),
-    mode: Mode | None = None,
+    scheme: str, count: int, metrics: Sequence[float | None] = (), mode: Mode | None = None
 ) -> tuple[Fraction, ...]:
     """Return the weights of `count` checkpoints, the oldest first; they need not sum to one.
 
-    Args:
-        scheme: "uniform"; "linear": 1, 2, 3, ...; "ema:DECAY": the exponential moving average that
-            starts at the first checkpoint; "1-sqrt": merging in place of a 1 - sqrt decay of the
-            learning rate; "metric": in proportion to a metric, or to its inverse where lower is
-            better.
-        count: how many checkpoints there are.
-        metrics: the checkpoints' metrics, for the scheme "metric".
-        mode: whether a metric is better where it is lower or higher.
+    The scheme "linear" is 1, 2, 3, ...; "ema:DECAY" is the exponential moving average that starts
+    at the first checkpoint; "1-sqrt" merges in place of a 1 - sqrt decay of the learning rate; and
+    "metric" is in proportion to a metric, or to its inverse where lower is better.
 
     Raises:
         UsageError: there is no such scheme, or a metric cannot be a weight.
@@ -38,15 +28,21 @@ def resolve(
     if scheme == "linear":
         return tuple(Fraction(number) for number in range(1, count + 1))
     if scheme == "1-sqrt":
-        return _decay(count)
+        # The mean of x_1 ... x_N is x_1 plus the updates between neighbours, update j (from x_j to
+        # x_{j+1}) scaled by the sum of the weights after j. For a decay g of the learning rate from
+        # 1 to 0, that scale is to be g(j / N) = 1 - sqrt(j / N). So the weights are
+        # c_j = g((j-1) / N) - g(j / N), which are non-negative and sum to 1. Sources: Haegele et
+        # al. 2024 (arXiv:2405.18392) for the shape of the decay, WSM (Tian et al. 2025,
+        # arXiv:2507.17634) for merging in its place.
+        curve = [Fraction(1 - math.sqrt(j / count)) for j in range(count + 1)]
+        return tuple(a - b for a, b in itertools.pairwise(curve))
     if scheme == "metric":
         return _by_metric(metrics, mode)
     name, colon, number = scheme.partition(":")
     if name == "ema" and colon:
         return _moving(number, count)
-    raise UsageError(
-        f"there is no weighting {scheme!r}", hint=f"choose one of {', '.join(SCHEMES)}"
-    )
+    hint = "choose one of uniform, linear, ema:DECAY, 1-sqrt, metric"
+    raise UsageError(f"there is no weighting {scheme!r}", hint=hint)
 
 
 def _moving(text: str, count: int) -> tuple[Fraction, ...]:
@@ -61,19 +57,6 @@ def _moving(text: str, count: int) -> tuple[Fraction, ...]:
     # avg = decay * avg + (1 - decay) * x, unrolled from the first checkpoint on.
     rest = [(1 - decay) * decay**age for age in reversed(range(count - 1))]
     return (decay ** (count - 1), *rest)
-
-
-def _decay(count: int) -> tuple[Fraction, ...]:
-    """Return weights c_j that stand for a decay g of the learning rate, from 1 to 0.
-
-    The mean of checkpoints x_1 ... x_N is x_1 plus the updates between neighbours, update j
-    (from x_j to x_{j+1}) scaled by the sum of the weights after j. For a decay g that scale is to
-    be g(j / N) = 1 - sqrt(j / N), so c_j = g((j-1) / N) - g(j / N): non-negative, and their sum is
-    1. Sources: Haegele et al. 2024 (arXiv:2405.18392) for the shape of the decay, WSM (Tian et al.
-    2025, arXiv:2507.17634) for merging in its place.
-    """
-    curve = [Fraction(1 - math.sqrt(j / count)) for j in range(count + 1)]
-    return tuple(a - b for a, b in itertools.pairwise(curve))
 
 
 def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Fraction, ...]:
@@ -94,22 +77,17 @@ def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Frac
 # Post-hoc EMA
 
 
-def phema(
-    snapshots: Sequence[tuple[float, float]], sigma: float, at: float | None = None
-) -> tuple[Fraction, ...]:
+def phema(snapshots: Sequence[tuple[float, float]], sigma: float) -> tuple[Fraction, ...]:
     """Return the weights of stored power-function EMAs that come nearest to one of another width.
 
-    A power-function EMA at step T has the profile p(t) = (g + 1) t^g / T^(g+1) over training steps
-    0 to T, and the relative width sigma. The weights minimise the squared distance between the sum
-    of the stored profiles and the one asked for. They may be negative. They are divided by their
-    sum, as every profile has the integral 1, so that what never changed stays as it is. Source:
-    Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section
-    3.2 and appendix C (arXiv:2312.02696).
-
-    Args:
-        snapshots: the step and the relative width of each stored average.
-        sigma: the relative width asked for, between 0 and 0.28.
-        at: the step of the average asked for; by default the last one stored.
+    Each snapshot is the step and the relative width of a stored EMA; `sigma`, the width asked for,
+    lies between 0 and 0.28. A power-function EMA at step T has the profile
+    p(t) = (g + 1) t^g / T^(g+1) over training steps 0 to T, and the relative width sigma. The
+    weights minimise the squared distance between the sum of the stored profiles and the one asked
+    for, at the last step stored. They may be negative. They are divided by their sum, as every
+    profile has the integral 1, so that what never changed stays as it is. Source: Karras et al.
+    2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2 and
+    appendix C (arXiv:2312.02696).
 
     Raises:
         UsageError: a width is out of range, or two snapshots have the same step and width.
@@ -117,14 +95,12 @@ def phema(
     if len(set(snapshots)) < len(snapshots):
         hint = "name each once"
         raise UsageError("two stored averages have the same step and width", hint=hint)
-    end = Fraction(max(step for step, _ in snapshots) if at is None else at)
     profiles = [(Fraction(step), Fraction(exponent(width))) for step, width in snapshots]
     if any(step <= 0 for step, _ in profiles):
         raise UsageError("a stored average has step 0", hint="leave it out")
-    wanted = (end, Fraction(exponent(sigma)))
-    matrix = [[_inner(a, b) for b in profiles] for a in profiles]
+    wanted = max(step for step, _ in profiles), Fraction(exponent(sigma))
     # The normal equations of the least squares.
-    weights = _solved(matrix, [_inner(profile, wanted) for profile in profiles])
+    weights = _solved([[_inner(a, b) for b in (*profiles, wanted)] for a in profiles])
     total = sum(weights)
     if not total:
         raise UsageError("the stored averages cannot make this one", hint="choose another width")
@@ -133,13 +109,8 @@ def phema(
 
 
 def exponent(sigma: float) -> float:
-    """Return the exponent of the profile that has a relative width.
-
-    It is the positive root of sigma^2 (g + 2)^2 (g + 3) = g + 1, and falls as sigma grows.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the exponent of the profile that has a relative width, or raise UsageError."""
+    # It is the positive root of sigma^2 (g + 2)^2 (g + 3) = g + 1, and falls as sigma grows.
     if not 0 < sigma < width(0):
         hint = f"choose one above 0 and below {width(0):.4f}"
         raise UsageError(f"no EMA has the relative width {sigma}", hint=hint)
@@ -174,12 +145,9 @@ def _inner(a: tuple[Fraction, Fraction], b: tuple[Fraction, Fraction]) -> Fracti
     return Fraction(power) * scale / end_b
 
 
-def _solved(matrix: list[list[Fraction]], right: list[Fraction]) -> list[Fraction]:
-    """Solve linear equations by elimination.
-
-    In exact fractions, because profiles of similar width make the matrix all but singular.
-    """
-    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+def _solved(rows: list[list[Fraction]]) -> list[Fraction]:
+    """Solve linear equations, each a row with its right side at the end, by elimination."""
+    # In exact fractions, because profiles of similar width make the matrix all but singular.
     for column in range(len(rows)):
         pivot = max(range(column, len(rows)), key=lambda i: abs(rows[i][column]))
         if not rows[pivot][column]:
