@@ -47,7 +47,7 @@ class Meaning:
         names: how the command spells the option, where that differs from the field's name.
         parse: turns the command's text into the value.
         recorded: whether it decides which bytes are written, and so is part of the provenance.
-        reported: whether the report lists it among the policies.
+        reported: whether the report lists it among the policies; by default if it is recorded.
         command: whether the command has it.
     """
 
@@ -62,6 +62,7 @@ class Meaning:
 
 def option(default: Any, help: str, **meaning: Any) -> Any:  # noqa: A002 - as in typer
     """Return a dataclass field that carries its `Meaning`."""
+    meaning.setdefault("reported", meaning.get("recorded", False))
     return field(default=default, metadata={"meaning": Meaning(help, **meaning)})
 
 
@@ -134,63 +135,44 @@ class Options:
         command=False,  # where `Weighting` has them
     )
     normalize: bool = option(
-        True, "Divide the weighted sum by the sum of the weights.", recorded=True, reported=True
+        True, "Divide the weighted sum by the sum of the weights.", recorded=True
     )
     # Any text, so that the library's callers need no cast; `prepare` refuses what is not a dtype.
     dtype: ResultDtype | str | None = option(
         None,
         "Convert the averaged float tensors; template: where checkpoints differ in dtype.",
         recorded=True,
-        reported=True,
     )
     key: str | None = option(
-        None,
-        "Average only this state dict, as in state_dict_ema.",
-        metavar="PATH",
-        recorded=True,
-        reported=True,
+        None, "Average only this state dict, as in state_dict_ema.", metavar="PATH", recorded=True
     )
     missing: Missing = option(
         "error",
         "Tensors that some checkpoint lacks: refuse, skip, or average where present.",
         recorded=True,
-        reported=True,
     )
     int_policy: IntPolicy = option(
         "error",
         "Integers that differ; error spares counters, which are the template's.",
         recorded=True,
-        reported=True,
     )
     state_dict: bool = option(
-        False,
-        "Write the averaged state dict and nothing around it.",
-        recorded=True,
-        reported=True,
+        False, "Write the averaged state dict and nothing around it.", recorded=True
     )
-    allow_nonfinite: bool = option(
-        False, "Average NaN and infinity too.", recorded=True, reported=True
-    )
+    allow_nonfinite: bool = option(False, "Average NaN and infinity too.", recorded=True)
     max_shard_size: int | None = option(
         None,
         "Write a directory of shards of at most this size, as in 5GB.",
         metavar="SIZE",
         parse=parse_size,
         recorded=True,
+        reported=False,
     )
     include: Sequence[str] = option(
-        (),
-        "Average only tensors with such names, as in 'enc.*'.",
-        metavar="PATTERN",
-        recorded=True,
-        reported=True,
+        (), "Average only tensors with such names, as in 'enc.*'.", metavar="PATTERN", recorded=True
     )
     exclude: Sequence[str] = option(
-        (),
-        "Keep tensors with such names from the template.",
-        metavar="PATTERN",
-        recorded=True,
-        reported=True,
+        (), "Keep tensors with such names from the template.", metavar="PATTERN", recorded=True
     )
     # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
     template: Location | int | None = option(
