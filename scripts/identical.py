@@ -136,6 +136,16 @@ def tree(path: Path) -> dict[str, bytes]:
     return {one.relative_to(path.parent).as_posix(): one.read_bytes() for one in files}
 
 
+def verify(python: str, output: Path, paths: list[Path]) -> tuple[int, str]:
+    """Verify an output, whose inputs are named from the deepest directory that holds them all."""
+    parents = [path.parent for path in paths]
+    for folder in (Path(os.path.commonpath(parents)), *parents):
+        code, said = run(python, ["--verify", str(output), "--inputs", str(folder)])
+        if not code or UNRECORDED in said:
+            break
+    return code, said
+
+
 def main() -> int:
     """Compare, and print a line for each difference."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
@@ -161,9 +171,7 @@ def main() -> int:
                     made.append(tree(outputs))
                     if python == options.old and not codes[0][0]:
                         for one in sorted(outputs.iterdir()):
-                            # Inputs are named from the directory that holds them all.
-                            base = os.path.commonpath([path.parent for path in paths])
-                            code, said = run(options.new, ["--verify", str(one), "--inputs", base])
+                            code, said = verify(options.new, one, paths)
                             if UNRECORDED in said:
                                 continue  # a legacy file has no room for it
                             counts["not verified" if code else "verified"] += 1
