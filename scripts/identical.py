@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import save  # type: ignore[attr-defined]
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 # What is asked of every sample, and the ending of the output where it is not the sample's own.
@@ -104,7 +104,7 @@ def samples(folder: Path) -> Iterator[tuple[str, list[Path], str]]:
             save_file(dict(part), shards / f"model-{number:05}-of-00002.safetensors")
         (shards / "config.json").write_text('{"torch_dtype": "float32"}')
         with contextlib.redirect_stdout(sys.stderr):
-            dcp.save({"model": plain(seed)}, checkpoint_id=folder / f"dcp{seed}", no_dist=True)
+            save({"model": plain(seed)}, checkpoint_id=folder / f"dcp{seed}", no_dist=True)
     for name, ending in (
         ("zip*.pt", ".pt"),
         ("deflated*.pt", ".pt"),
