@@ -69,6 +69,9 @@ def test_the_path_is_an_argument(tmp_path):
         ("print('nothing here')", None, "no number: nothing here"),
         ("print('[1, 2]')", "a", "no number 'a' in a JSON object"),
         ("print('{}')", "a", "no number 'a' in a JSON object"),
+        ("print('[' + '{}]')", "a", "no number 'a' in a JSON object"),
+        ("import json; print(json.dumps(dict(a=True)))", "a", "no number 'a' in a JSON object"),
+        ("import json; print(json.dumps(dict(a=10**400)))", "a", "no number 'a' in a JSON object"),
         ("print('0.5 nan')", None, "printed NaN"),
     ],
 )

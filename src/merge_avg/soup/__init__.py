@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from merge_avg.soup._evaluate import score
-from merge_avg.soup._greedy import Merge, Soup, Trial, greedy
+from merge_avg.soup._greedy import Soup, Trial, greedy
 
-__all__ = ["Merge", "Soup", "Trial", "greedy", "score"]
+__all__ = ["Soup", "Trial", "greedy", "score"]

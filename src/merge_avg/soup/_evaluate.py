@@ -8,11 +8,9 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from merge_avg.errors import MergeError, UsageError
 
-PLACEHOLDER = "{}"  # in the command, for the checkpoint's path
 # A number that is not part of a word, such as epoch3, checkpoint-500.pt or 1.5s. NaN counts as a
 # number, so that it is refused: a number printed before it is not the score.
 _NUMBER = re.compile(
@@ -27,12 +25,9 @@ _COMMAND, _TAIL = 300, 1400
 def score(command: str, checkpoint: Path, key: str | None = None) -> float:
     """Run a command on a checkpoint and return the score that it prints.
 
-    Args:
-        command: split as a shell does, but run without one; {} stands for the checkpoint's path,
-            which is added at the end where there is no {}.
-        checkpoint: the file or directory to evaluate.
-        key: the entry of the last JSON object on stdout that is the score, with dots for entries
-            within entries; without it, the score is the last number on stdout.
+    The command is split as a shell does, but run without one. In it, {} stands for the checkpoint's
+    path, which is added at the end where there is no {}. The score is the last number on stdout;
+    with a key, it is that entry of the last JSON object there, with dots for entries in entries.
 
     Raises:
         UsageError: the command cannot be split.
@@ -44,9 +39,9 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
         raise UsageError(f"the command {command!r} is not understood ({error})") from None
     if not words:
         raise UsageError("the evaluation command is empty", hint="give --eval 'python eval.py {}'")
-    if not any(PLACEHOLDER in word for word in words):
-        words.append(PLACEHOLDER)
-    arguments = [word.replace(PLACEHOLDER, str(checkpoint)) for word in words]
+    if not any("{}" in word for word in words):
+        words.append("{}")
+    arguments = [word.replace("{}", str(checkpoint)) for word in words]
     name = command if len(command) <= _COMMAND else command[:_COMMAND] + "..."
     try:
         code, output, errors = _run(arguments)
@@ -58,9 +53,12 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
         hint = "fix it and run again: finished evaluations are not repeated"
         what = f"the evaluation {name!r} failed ({how}): {_end(errors or output)}"
         raise MergeError(what, where=checkpoint, hint=hint)
-    value = _last_number(output) if key is None else _of_json(output, key)
+    if key is None:
+        numbers = _NUMBER.findall(output)
+        value, found = float(numbers[-1]) if numbers else None, "no number"
+    else:
+        value, found = _of_json(output, key), f"no number {key!r} in a JSON object"
     if value is None or math.isnan(value):
-        found = "no number" if key is None else f"no number {key!r} in a JSON object"
         found = found if value is None else "NaN"
         what = f"the evaluation {name!r} printed {found}: {_end(output or errors)}"
         raise MergeError(what, where=checkpoint, hint="print the score as the last thing on stdout")
@@ -69,25 +67,20 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
 
 def _run(arguments: list[str]) -> tuple[int, str, str]:
     """Return the exit status of a command, and its stdout and stderr."""
+    pipe = subprocess.PIPE
     # Without a shell, a path with spaces or a semicolon is one argument and nothing else.
     with subprocess.Popen(  # noqa: S603
-        arguments,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
     ) as process:
         try:
             output, errors = process.communicate()
-        except BaseException:  # Ctrl-C too must not leave an evaluation running
+        # Ctrl-C too must not leave an evaluation running. `subprocess.run` would kill it as well,
+        # but not wait until it is dead, and so might write to what is removed next.
+        except BaseException:
             process.kill()
             process.wait()
             raise
     return process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
-
-
-def _last_number(output: str) -> float | None:
-    numbers = _NUMBER.findall(output)
-    return float(numbers[-1]) if numbers else None
 
 
 def _of_json(output: str, key: str) -> float | None:
@@ -97,25 +90,17 @@ def _of_json(output: str, key: str) -> float | None:
             value = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(value, dict):
-            continue
         # Keys with dots in them, such as "eval.acc", come before entries within entries.
-        for name in [key] if key in value else key.split("."):
+        for name in [key] if isinstance(value, dict) and key in value else key.split("."):
             if not isinstance(value, dict) or name not in value:
                 break
             value = value[name]
         else:
-            return _number(value)
+            try:
+                return float(value) if type(value) in (int, float) else None
+            except OverflowError:  # JSON has integers of any length
+                return None
     return None
-
-
-def _number(value: Any) -> float | None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # JSON has integers of any length
-        return None
 
 
 def _end(text: str) -> str:

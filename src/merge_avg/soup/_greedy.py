@@ -10,20 +10,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import TEMPORARY, refuse_output, remove
 from merge_avg.options import Mode
-from merge_avg.soup._log import LOG, Log, Members, identities
-
-
-class Merge(Protocol):
-    """A function that writes the plain mean of checkpoints, such as `merge_checkpoints`."""
-
-    def __call__(
-        self, paths: Sequence[Path], output: Path, *, overwrite: bool = False
-    ) -> object: ...
+from merge_avg.soup._log import Log, Members, identities
 
 
 @dataclass(frozen=True)
@@ -32,10 +23,8 @@ class Trial:
 
     Attributes:
         members: what was evaluated; for a soup, the last is the new one.
-        score: what the evaluation returned.
         kept: whether the new one stays; for a single checkpoint, whether it is the best so far.
-        number: of this evaluation, from 1.
-        total: how many there will be.
+        number: of this evaluation, from 1 to `total`.
         remembered: whether it was taken from the log of an earlier run.
     """
 
@@ -63,7 +52,7 @@ def greedy(
     output: Path,
     *,
     evaluate: Callable[[Path], float],
-    merge: Merge,
+    merge: Callable[..., object],
     mode: Mode,
     command: str = "",
     log: Path | None = None,
@@ -74,21 +63,12 @@ def greedy(
 
     Each checkpoint is evaluated. The best begins the soup; the others are tried in the order of
     their scores, and stay where the soup with them is not worse. So on this evaluation the result
-    is never worse than the best checkpoint.
+    is never worse than the best checkpoint. `merge` writes the plain mean of checkpoints, and is
+    called as `merge_checkpoints` is; a trial lies beside the output while it is evaluated.
 
     Evaluations are logged at once, and a run with the same log does not repeat them. The log stays
-    beside the output as its record.
-
-    Args:
-        checkpoints: what may go into the soup.
-        output: where the soup is written; a trial lies beside it while it is evaluated.
-        evaluate: returns the score of a checkpoint.
-        merge: writes the plain mean of checkpoints.
-        mode: whether lower or higher scores are better.
-        command: what is evaluated, for the log.
-        log: by default the output's path with ".soup.jsonl" added.
-        overwrite: whether the output may replace what is there.
-        show: called with every evaluation.
+    beside the output as its record: by default its path is the output's with ".soup.jsonl" added.
+    It knows an evaluation by its `command`. `show` is called with every one.
 
     Raises:
         UsageError: there are fewer than two checkpoints.
@@ -99,15 +79,16 @@ def greedy(
         raise UsageError("a soup needs at least two checkpoints", hint="name more of them")
     # Only the merge knows whether it writes a directory.
     refuse_output(output, directory=output.is_dir(), overwrite=overwrite)
-    if any(_same_place(path, output) for path in checkpoints):
+    if output.exists() and any(path.exists() and path.samefile(output) for path in checkpoints):
         hint = "choose another output"
         raise MergeError("the output is one of the checkpoints", where=output, hint=hint)
-    known = Log(
-        log or output.with_name(output.name + LOG),
-        {"soup": "greedy", "command": command, "mode": mode, "inputs": identities(checkpoints)},
-    )
+    header = {"soup": "greedy", "command": command, "mode": mode, "inputs": identities(checkpoints)}
+    known = Log(log or output.with_name(f"{output.name}.soup.jsonl"), header)
     known.open()
-    tried = _trial_beside(output)
+    # A trial is hidden, and has the suffix that evaluations look for. Names may have 255 bytes on
+    # most file systems, and the merge adds a temporary name of its own.
+    stem = os.fsencode(output.stem)[:100].decode("utf-8", "ignore")
+    tried = output.with_name(f".{stem}.trial{TEMPORARY}{output.suffix}")
     sign = 1 if mode == "max" else -1
     trials: list[Trial] = []
 
@@ -116,10 +97,9 @@ def greedy(
         paths = tuple(checkpoints[index] for index in members)
         remembered = members in known.scores
         if not remembered:
-            file = paths[0]
+            file = paths[0] if len(paths) == 1 else tried
             if len(paths) > 1:
                 merge(paths, tried, overwrite=True)
-                file = tried
             value = evaluate(file)
             if math.isnan(value):  # neither better nor worse than any other
                 hint = "make it print a number and run again"
@@ -130,8 +110,8 @@ def greedy(
         # first of equals begins the soup.
         tie = len(members) > 1 and value == best
         kept = best is None or sign * value > sign * best or tie
-        total = 2 * len(checkpoints) - 1
-        trials.append(Trial(paths, value, kept, len(trials) + 1, total, remembered))
+        number, total = len(trials) + 1, 2 * len(checkpoints) - 1
+        trials.append(Trial(paths, value, kept, number, total, remembered))
         show(trials[-1])
         return value, kept
 
@@ -155,14 +135,3 @@ def greedy(
     members = tuple(checkpoints[index] for index in soup)
     merge(members, output, overwrite=overwrite)
     return Soup(output, members, best, dict(zip(checkpoints, singles, strict=True)), tuple(trials))
-
-
-def _trial_beside(output: Path) -> Path:
-    """Return where trials for an output go: hidden, with the suffix that evaluations look for."""
-    # Names may have 255 bytes on most file systems, and the merge adds a temporary name of its own.
-    stem = os.fsencode(output.stem)[:100].decode("utf-8", "ignore")
-    return output.with_name(f".{stem}.trial{TEMPORARY}{output.suffix}")
-
-
-def _same_place(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)

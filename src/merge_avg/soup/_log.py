@@ -18,7 +18,6 @@ from typing import Any
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 
-LOG = ".soup.jsonl"  # appended to the output's name
 Members = tuple[int, ...]
 
 
@@ -48,6 +47,8 @@ class Log:
             return
         try:
             header, *entries = map(json.loads, whole.splitlines())
+            if header != self.header:
+                raise ValueError
             for entry in entries:
                 # Earlier versions tried a mean that was rounded twice, by way of a sum in float64.
                 # Where the final soup was not that mean, they evaluated it as well and added an
@@ -57,8 +58,6 @@ class Log:
                 self.scores[tuple(map(int, entry["members"]))] = float(entry["score"])
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             raise self._of_another() from None
-        if header != self.header:
-            raise self._of_another()
         if len(whole) < len(data):
             with _explained(self.path):
                 os.truncate(self.path, len(whole))
@@ -83,18 +82,17 @@ def identities(paths: Sequence[Path]) -> list[list[str | int]]:
     """Return path, size and time of each file that holds weights, which tell soups apart."""
     found: list[list[str | int]] = []
     for path in paths:
+        files = [path]
         # An evaluation may write its results into a checkpoint's directory: only weights count.
-        for file in _weights_in(path) if path.is_dir() else [path]:
+        if path.is_dir():
+            layout = scan(path)
+            pairs = zip(layout.files, layout.members, strict=True)
+            files = [file.path for file, member in pairs if member is not None]
+        for file in files:
             with _explained(file):
                 state = file.stat()
             found.append([str(file.absolute()), state.st_size, state.st_mtime_ns])
     return found
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    layout = scan(folder)
-    pairs = zip(layout.files, layout.members, strict=True)
-    return [file.path for file, member in pairs if member is not None]
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
