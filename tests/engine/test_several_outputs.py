@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 from merge_avg.io._reader import Tap
+from tests.helpers import save
+from tests.plan.test_budget import MEASURE
 
 COUNT = 4
 
@@ -100,6 +104,21 @@ def test_each_input_is_read_once(tmp_path, monkeypatch):
     for path in paths:
         assert sum(nbytes for one, nbytes in taken if one == path) == weights
     assert result.nbytes == 8 * weights
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_very_many_tensors_are_held_once_for_all_outputs(tmp_path, suffix):
+    """Eight averages of eight checkpoints of 20,000 tensors take no more memory than predicted."""
+    paths = [tmp_path / f"{fold}{suffix}" for fold in range(8)]
+    for fold, path in enumerate(paths):
+        save({f"layers.{i}.weight": torch.full((4, 64), fold + i / 7) for i in range(20_000)}, path)
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / f"o{{}}{suffix}")]
+    done = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted
+    assert len(list(tmp_path.glob("o*"))) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -24,6 +24,7 @@ class CudaLane:
         self._sums = torch.cuda.Stream(self._device)
         self._entered = torch.cuda.stream(self._sums)
         self._rooms = [Buffer(nbytes) for _ in range(self.slots)]
+        # When a slot's host memory may be filled again, and when its device memory may be written.
         self._copied = [torch.cuda.Event() for _ in range(self.slots)]
         self._used = [torch.cuda.Event() for _ in range(self.slots)]
         self._locked: list[int] = []
@@ -39,6 +40,7 @@ class CudaLane:
             # From page-locked memory a copy is asynchronous; where it cannot be had, only slower.
             if torch.cuda.cudart().cudaHostRegister(room.address, nbytes, 0) == 0:
                 self._locked.append(room.address)
+        # From here on, whatever this thread asks torch for is asked of the stream of sums.
         self._entered.__enter__()
 
     def room(self, slot: int) -> Buffer:
@@ -63,6 +65,7 @@ class CudaLane:
 
     def close(self) -> None:
         self._entered.__exit__(None, None, None)
+        # Memory that a copy still reads from must not be unlocked.
         torch.cuda.synchronize(self._device)
         for pointer in self._locked:
             torch.cuda.cudart().cudaHostUnregister(pointer)

@@ -1,4 +1,4 @@
-"""Where a worker's elements travel: from files into host memory, and on to where sums are kept.
+"""The way of elements from files into host memory, and on to where sums are kept.
 
 On the CPU that is one step. For a GPU, elements are read into page-locked host memory and copied on
 a stream of their own, while the next ones are read and the last ones are added on another stream.
@@ -55,6 +55,8 @@ def travel(
         lane.release(slot)
 
     for number, item in enumerate(items):
+        # A slot is taken again only when what was in it has been used: with two slots, one item is
+        # read and copied while the one before is added.
         slot = number % lane.slots
         if len(ahead) == lane.slots:
             yield from use()

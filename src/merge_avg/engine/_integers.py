@@ -38,6 +38,7 @@ class Integers:
 
     def results(self, window: Window) -> Iterator[int]:
         """Yield the number of each output, while its part of the window lies in `out`."""
+        # The template's elements are the result until the policy says otherwise.
         ours = self._reader.read(window, 0, self._out)
         size = window[0].unit.dtype.itemsize
         places = unequal(self._pairs(window, ours), size)
@@ -62,6 +63,7 @@ class Integers:
         """Yield a window of the template with each other source's that is not the same."""
         for k in range(1, len(window[0].unit.sources)):
             theirs = self._reader.read(window, k)
+            # One memcmp, as integers nearly always agree.
             if not same(self._out, self._reader.room(), len(ours)):
                 yield ours, theirs
 

@@ -17,21 +17,21 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, kw_only=True)
 class _Call(Options):
-    """What `merge_checkpoints` takes by name: the options, and where to report progress."""
+    """The keywords of `merge_checkpoints`: the options, and where to report progress."""
 
     progress: Callable[[int], None] | None = None
 
 
+_Plain = Callable[[Sequence[Location], Outputs, _Call], Result]
+
+
 def _with_options(
     options: Callable[P, _Call],
-) -> Callable[
-    [Callable[[Sequence[Location], Outputs, _Call], Result]],
-    Callable[Concatenate[Sequence[Location], Outputs, P], Result],
-]:
+) -> Callable[[_Plain], Callable[Concatenate[Sequence[Location], Outputs, P], Result]]:
     """Give a function the keywords of `Options`, so that each option is declared in one place."""
 
     def decorate(
-        function: Callable[[Sequence[Location], Outputs, _Call], Result],
+        function: _Plain,
     ) -> Callable[Concatenate[Sequence[Location], Outputs, P], Result]:
         first, second, _ = inspect.signature(function).parameters.values()
         named = inspect.signature(options).parameters.values()

@@ -9,48 +9,29 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
 
+from merge_avg.engine._worker import Worker
 from merge_avg.plan import without_collector
 
 
-class Closing(Protocol):
-    """Something to close when its thread ends."""
-
-    def close(self) -> None:
-        """Give back what it holds."""
-
-
-W = TypeVar("W", bound=Closing)
-
-
 def in_parallel(
-    tasks: Iterator[Callable[[W], None]], make_worker: Callable[[], W], threads: int
+    tasks: Iterator[Callable[[Worker], None]], make_worker: Callable[[], Worker], threads: int
 ) -> None:
-    """Run all tasks on worker threads; the first error stops them all, and is raised.
-
-    Args:
-        tasks: what to do with a worker, in the order in which tasks are begun.
-        make_worker: makes the worker of a thread, in that thread.
-        threads: how many threads there are.
-    """
+    """Run tasks on worker threads, each with its own worker; raise the first error, and stop."""
     lock, stop = threading.Lock(), threading.Event()
     # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on
     # which a worker would hang.
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
-    def loop() -> None:
-        with contextlib.closing(make_worker()) as worker:
-            while not stop.is_set():
-                with lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
-                task(worker)
-
     def run() -> None:
         try:
-            loop()
+            with contextlib.closing(make_worker()) as worker:
+                while not stop.is_set():
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        break
+                    task(worker)
         except BaseException as error:  # noqa: BLE001 - it is raised by who waits
             ended.put(error)
         else:

@@ -1,6 +1,6 @@
-"""Asking the system to read the beginning of checkpoints before a merge comes to it.
+"""Asking the system to read the beginning of the checkpoints while the merge is set up.
 
-While the merge is set up, and torch is imported where it is needed, the disk would be idle.
+Otherwise the disk would be idle while outputs are laid out, and torch is imported if it is needed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from collections.abc import Iterator
 
 from merge_avg.plan import Job
 
-_STEP = 1 << 23  # bytes that are asked for at a time
-_MOST = 1 << 30  # bytes that are asked for in all: not to drive other things out of the cache
+# Bytes that are asked for at a time: enough to keep a disk busy between two calls.
+_STEP = 1 << 23
+# Bytes that are asked for in all. Importing torch takes two to three seconds, in which few disks
+# read more; and what is read too early could be dropped before the merge comes to it.
+_MOST = 1 << 30
 
 
 def read_ahead(job: Job) -> None:
-    """Lets the system read what a merge reads first, from now on and in the background.
+    """Let the system read what a merge reads first, from now on and in the background.
 
     It is a hint: where it cannot be given, nothing happens.
     """
+    # RWF_NOWAIT tells what is cached already; without it each step would be read for nothing.
     if hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT"):
         thread = threading.Thread(target=_ask, args=(job,), name="merge-avg-ahead", daemon=True)
         with contextlib.suppress(RuntimeError):  # there may be no more threads
@@ -46,7 +50,7 @@ def _ask(job: Job) -> None:
 
 
 def steps(job: Job) -> Iterator[tuple[str, int]]:
-    """The files and offsets of what is read, a step each, about in the order of the merge."""
+    """Yield the files and offsets of what is read, a step each, about in the order of the merge."""
     seen: set[tuple[str, int]] = set()
     for unit in job.plan.units:
         widest = max(source.dtype.itemsize for source in unit.sources)
@@ -64,7 +68,7 @@ def steps(job: Job) -> Iterator[tuple[str, int]]:
 
 
 def _cached(fd: int, offset: int) -> bool:
-    """Whether a byte can be read without the disk."""
+    """Return whether a byte can be read without the disk."""
     with contextlib.suppress(BlockingIOError):
         os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
         return True

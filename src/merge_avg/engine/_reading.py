@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from merge_avg.engine._observers import Observer
-from merge_avg.engine._recipes import Group
+from merge_avg.engine._recipes import Recipe
 from merge_avg.engine._workspace import Workspace
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Window
@@ -29,22 +29,24 @@ class WindowReader:
         self._watch = watch
         self.room = room
 
-    def stack(self, window: Window, group: Group, room: Buffer) -> Matrix:
+    def stack(self, window: Window, recipe: Recipe, group: Sequence[int], room: Buffer) -> Matrix:
         """Read a window as some sources have it, a row each."""
-        numel = length(window)
-        size = numel * group.dtype.itemsize
-        data = room.bytes(size * len(group.sources))
-        start = window[0].start * group.dtype.itemsize
-        for row, (k, tap) in enumerate(zip(group.sources, group.taps, strict=True)):
+        numel, sources = length(window), recipe.unit.sources
+        dtype = sources[group[0]].dtype
+        size = numel * dtype.itemsize
+        data = room.bytes(size * len(group))
+        start = window[0].start * dtype.itemsize
+        for row, k in enumerate(group):
             ours = data[row * size : (row + 1) * size]
-            if tap is not None and len(window) == 1:  # most windows
-                tap.read(ours, window[0].unit.sources[k].offset + start)
+            tap = recipe.taps[k] if len(window) == 1 else None
+            if tap is not None:  # most windows
+                tap.read(ours, sources[k].offset + start)
             else:
                 self._fill(ours, window, k)
             for one in self._watch:
                 one.see(k, ours)
         self._findings.count(len(data))
-        return room.rows(len(group.sources), numel, group.dtype)
+        return room.rows(len(group), numel, dtype)
 
     def read(self, window: Window, k: int, buffer: Buffer | None = None) -> memoryview:
         """Read a window as source number k has it, into the room if no buffer is given."""

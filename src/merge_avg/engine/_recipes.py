@@ -6,28 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from merge_avg.arithmetic import Mean, MeanFactory, Weights
-from merge_avg.checkpoint import DType
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Tap
 from merge_avg.plan import Unit
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sources of one dtype that are read at a time, a row each.
-
-    Attributes:
-        sources: their numbers.
-        dtype: the dtype of all of them.
-        taps: where each is read from, if it does not lie in parts or in the scratch file.
-        shares: the means that some of the rows are shown to, and which rows.
-    """
-
-    sources: Sequence[int]
-    dtype: DType
-    taps: Sequence[Tap | None]
-    shares: Sequence[tuple[Mean, slice]]
 
 
 @dataclass(frozen=True)
@@ -39,16 +21,24 @@ class Recipe:
         converted: whether some sources have another dtype than the result.
         counted: for each output, the sources that count.
         means: for each output, the running mean.
-        groups: the sources that are read at a time.
-        whole: whether there is one group, that one mean is shown as it is.
+        groups: the sources that are read at a time, all of one dtype.
+        taps: where each source is read from, if it does not lie in parts or in the scratch file.
+        whole: whether there is one group, which one mean is shown as it is.
     """
 
     unit: Unit
     converted: bool
     counted: Sequence[Sequence[int]]
     means: Sequence[Mean]
-    groups: Sequence[Group]
+    groups: Sequence[Sequence[int]]
+    taps: Sequence[Tap | None]
     whole: bool
+
+    def shares(self, group: Sequence[int]) -> Iterator[tuple[Mean, slice]]:
+        """Yield the means that rows of a group are shown to, and which rows."""
+        for mean, wanted in zip(self.means, self.counted, strict=True):
+            for rows in _runs(group, wanted):
+                yield mean, rows
 
 
 class Recipes:
@@ -66,31 +56,27 @@ class Recipes:
             rows = [output.weights for output in self._space.job.outputs]
             chosen = [counted(unit, weights) for weights in rows]
             means = [self._mean(unit, *pair) for pair in enumerate(zip(rows, chosen, strict=True))]
-            beside = self._space.comparison.beside(unit)
-            wanted = sorted(beside.union(*chosen))
-            groups = []
-            for group in _groups(unit, wanted, self._space.job.budget.rows):
-                pairs = zip(means, chosen, strict=True)
-                shares = [(mean, run) for mean, ours in pairs for run in _runs(group, ours)]
-                taps = [self._tap(unit, k) for k in group]
-                groups.append(Group(group, unit.sources[group[0]].dtype, taps, shares))
+            wanted = sorted(self._space.comparison.beside(unit).union(*chosen))
+            groups = tuple(_groups(unit, wanted, self._space.job.budget.rows))
+            taps = [
+                self._space.readers[source.checkpoint].tap(source.storage)
+                if source.storage is not None and not (source.storage.parts or source.storage.tiles)
+                else None
+                for source in unit.sources
+            ]
             converted = any(source.dtype != unit.dtype for source in unit.sources)
-            # Then the loops can read, sum and write in one pass.
-            whole = len(groups) == len(groups[0].shares) == 1 and not converted
-            self._last = Recipe(unit, converted, chosen, means, groups, whole)
+            # Neighbours in one group that go to one mean: read, summed and written in one pass.
+            runs = [rows for group in groups for ours in chosen for rows in _runs(group, ours)]
+            whole = len(groups) == len(runs) == 1 and not converted
+            self._last = Recipe(unit, converted, chosen, means, groups, taps, whole)
         return self._last
-
-    def _tap(self, unit: Unit, k: int) -> Tap | None:
-        source = unit.sources[k]
-        if source.storage is None or source.storage.parts or source.storage.tiles:
-            return None
-        return self._space.readers[source.checkpoint].tap(source.storage)
 
     def _mean(self, unit: Unit, number: int, row: tuple[Weights, Sequence[int]]) -> Mean:
         """Return a running mean for an output, with buffers that it used before."""
         sources = [unit.sources[k] for k in row[1]]
         chosen = tuple(source.checkpoint for source in sources)
         dtypes = tuple(source.dtype.name for source in sources)
+        # By what decides a mean, not by unit: there are few kinds of units, and very many units.
         key = number, chosen, unit.kind, unit.dtype.name, dtypes
         if key not in self._means:
             weights = row[0].subset(chosen)

@@ -9,7 +9,7 @@ takes no memory of its own.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from merge_avg.checkpoint import Name, TensorInfo
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
-from merge_avg.io import Buffer, Reader, Scratch, Sink
-from merge_avg.plan import Staging, Target, Unit, aligned_to_page
+from merge_avg.io import Buffer, Reader, Scratch
+from merge_avg.plan import Staging, aligned_to_page
 
 SLAB = 1 << 17  # elements that are copied at a time
 # Elements are moved, not computed with: as integers, NaN keeps its bits.
@@ -52,11 +52,21 @@ def restride(space: Workspace) -> None:
 
 
 def restride_results(space: Workspace) -> None:
-    """Copy results to where outputs have them in another geometry."""
+    """Copy results from the scratch file to where outputs have them contiguous."""
+    buffer = Buffer(SLAB * space.job.plan.itemsize)
     for number, results in space.results.items():
-        unit, targets = space.job.plan.units[number], space.job.layout.targets[number]
-        for sink, mapped in zip(space.sinks, results, strict=True):
-            restride_result(sink, unit, targets, mapped)
+        dtype = space.job.plan.units[number].dtype
+        for target in space.job.layout.targets[number]:
+            if target.view is None:
+                continue
+            for sink, mapped in zip(space.sinks, results, strict=True):
+                flat, at = torch.frombuffer(mapped, dtype=torch.uint8), target.at
+                view = strided(flat, replace(target.view, dtype=dtype), target.start)
+                for slab in slabs(view, SLAB):
+                    buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
+                    data = buffer.bytes(slab.numel() * slab.itemsize)
+                    sink.write(target.file, target.slot, at, data)
+                    at += len(data)
 
 
 def restride_input(scratch: Scratch, reader: Reader, staging: Staging, tied_in: Path) -> None:
@@ -74,6 +84,8 @@ def restride_input(scratch: Scratch, reader: Reader, staging: Staging, tied_in: 
         source = strided(copied, info, 0)
         target = strided(room, view, view.start)
         marks = strided(taken, view, view.start)
+        # Elements that the template has once and this checkpoint several times can have one mean
+        # only if they are equal. It is the bits that count: NaN is equal to itself.
         agree = True
         for dim, step in enumerate(view.stride):
             if not step and view.shape[dim] > 1:  # the target repeats one element
@@ -120,22 +132,6 @@ def restore(out: Tensor, theirs: Tensor, mask: mmap.mmap, start: int) -> None:
     """Give elements that `mask` has a 0 for, from element `start` on, other values."""
     reached = torch.frombuffer(mask, dtype=torch.uint8)[start : start + len(out)] != 0
     out.copy_(torch.where(reached, out, theirs.to(out.dtype)))
-
-
-def restride_result(sink: Sink, unit: Unit, targets: Sequence[Target], mapped: mmap.mmap) -> None:
-    """Copy a result that lies in the scratch file to where the output has it contiguous."""
-    flat = torch.frombuffer(mapped, dtype=torch.uint8)
-    buffer = Buffer(SLAB * unit.dtype.itemsize)
-    for target in targets:
-        if target.view is None:
-            continue
-        at = target.at
-        view = strided(flat, replace(target.view, dtype=unit.dtype), target.start)
-        for slab in slabs(view, SLAB):
-            nbytes = slab.numel() * slab.itemsize
-            buffer.tensor(slab.numel(), slab.dtype).view(slab.shape).copy_(slab)
-            sink.write(target.file, target.slot, at, buffer.bytes(nbytes))
-            at += nbytes
 
 
 def _all_equal(ours: Tensor, theirs: Tensor, where: Tensor | None = None) -> bool:

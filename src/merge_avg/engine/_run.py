@@ -83,6 +83,7 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened) -> Re
     compared = job.averaged if job.options.agreement else ()
     comparison = Comparison(compared, job.plan.units, job.base)
     with contextlib.ExitStack() as stack:
+        # Outputs first: that there is no room for them should not show at the end of a long merge.
         sinks = [stack.enter_context(opened(output)) for output in job.outputs]
         folder = sinks[0].folder
         readers = [Reader(layout, folder) for layout in job.layouts]
@@ -100,6 +101,7 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened) -> Re
         in_parallel(_tasks(job), functools.partial(Worker, space), job.budget.threads)
         if space.results:
             restride_results(space)
+        # Nothing gets its name before the inputs are known to be whole, and the same as at first.
         for reader in readers:
             reader.finish()
         agreement = comparison.result()
@@ -108,7 +110,7 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened) -> Re
         cosine = None if agreement is None else agreement.mean
         for sink, output in zip(sinks, job.outputs, strict=True):
             sink.complete(job.record(output, hashes, cosine))
-        # Not before all are complete: either all outputs come to be, or none.
+        # Not before all are complete, so that an error leaves none of the outputs.
         for sink in sinks:
             sink.publish()
     return Result(

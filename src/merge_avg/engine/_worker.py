@@ -46,6 +46,7 @@ class Worker:
         """Average windows over all checkpoints, and write the results."""
         for window in batch:
             unit = window[0].unit
+            # What is kept comes this way too: it is read, shown and written without a sum.
             kept = unit.kind == "keep" and unit.dtype == unit.sources[0].dtype
             for one in self._watch:
                 one.begin(window)
@@ -89,13 +90,15 @@ class Worker:
         """Yield the number of each output, while its part of the window lies in `out`."""
         unit, options = window[0].unit, self._space.job.options
         recipe = self._recipes.of(unit)
-        fill = functools.partial(self._reader.stack, window)
+        fill = functools.partial(self._reader.stack, window, recipe)
         for group, stack in travel(self._lane, recipe.groups, fill):
-            for mean, rows in group.shares:
+            for mean, rows in recipe.shares(group):
                 some = stack.run(rows) if isinstance(stack, Matrix) else stack[rows]
                 mean.extend(some, whole=recipe.whole)
         out = self._out.rows(1, length(window), unit.dtype)
         outputs = self._space.job.outputs
+        # All outputs were added in one reading. Their results are written one by one, so that there
+        # is one buffer for them whatever their number.
         for number, (ours, mean) in enumerate(zip(recipe.counted, recipe.means, strict=True)):
             mean.result(out, functools.partial(self._peek, window, ours))
             # A mean of finite numbers of one dtype fits that dtype; a linear combination may not.
@@ -143,6 +146,7 @@ class Worker:
         """Write a piece of an output to where its targets say."""
         unit = piece.unit
         size = unit.dtype.itemsize
+        # Strided results wait in the scratch file until they are whole; see _restride.
         if unit.number in self._results:
             result = self._results[unit.number][number]
             result[piece.start * size : piece.stop * size] = data
