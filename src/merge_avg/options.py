@@ -6,7 +6,8 @@ provenance record and the report are derived from these fields. So a new option 
 here, and the code that acts on it.
 """
 
-from __future__ import annotations
+# Without `annotations` of __future__: types that are text would be compiled each time one is asked
+# for, and while a file is verified nothing is compiled.
 
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from merge_avg.errors import UsageError
 
@@ -75,7 +76,7 @@ def meanings(cls: type) -> Iterator[tuple[str, Meaning]]:
 
 def choices(cls: type, name: str) -> tuple[str, ...]:
     """Return the values that a field of a Literal type may have; none for any other type."""
-    hint = get_type_hints(cls)[name]
+    (hint,) = (one.type for one in fields(cls) if one.name == name)
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
