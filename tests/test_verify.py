@@ -1,10 +1,12 @@
 """merge_avg.verify: an output is derived again, and what is not as it was is named."""
 
+import base64
 import json
 import os
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -14,16 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_avg import verify_output
-from merge_avg.arithmetic._weights import Weights
 from merge_avg.checkpoint import PROVENANCE
 from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.plan import _budget as budget
-from merge_avg.options import Options
-from merge_avg.plan import Hashes
-from merge_avg.plan._provenance import write_record
-from merge_avg.verify import read_record
+from merge_avg.plan import read_record
 
 KINDS = ["pt", "safetensors", "shards", "dcp", "one file of shards", "shards of one file", "bare"]
 
@@ -145,7 +143,7 @@ def test_an_input_that_changed_is_named(tmp_path):
         verify_output(out)
     assert caught.value.where == str(paths[1])
     save_file({"more": torch.ones(3), **state(1)}, paths[1], metadata={"format": "pt"})
-    with pytest.raises(MergeError, match="bytes, and had") as caught:
+    with pytest.raises(MergeError, match="bytes, expected") as caught:
         verify_output(out)
     assert caught.value.where == str(paths[1])
 
@@ -246,7 +244,7 @@ def test_what_is_kept_of_the_template_is_hashed(tmp_path, kind):
         (paths[0] / "config.json").write_text("[]")
     else:
         template(kind)
-    with pytest.raises(MergeError, match="beside its weights is not what") as caught:
+    with pytest.raises(MergeError, match="beside its weights it is not what") as caught:
         verify_output(out, max_memory=12 << 20)
     assert caught.value.where == str(paths[0])
 
@@ -300,7 +298,7 @@ def test_each_input_is_read_once(tmp_path):
 
 
 def test_another_version_is_told(tmp_path):
-    """What another version made is held against the same bytes, and the hint names both."""
+    """An output of another version is compared all the same, and the hint names both."""
     out = damaged(tmp_path, lambda record: record | {"merge_avg": "99.0"})
     with pytest.raises(MergeError, match="bytes are not what") as caught:
         verify_output(out)
@@ -413,31 +411,86 @@ def test_what_says_nothing_cannot_be_verified(tmp_path):
         verify_output(tmp_path / "a.pt")
 
 
-def test_the_record_has_one_length(tmp_path):
-    """Whatever hashes and agreement turn out to be, the record is as long as it was laid out."""
-    paths, _, _ = made(tmp_path, "pt")
-    layouts = [scan(path) for path in paths]
-    weights, options = Weights.uniform(3), Options()
-    most = (1 << 128) - 1
-    lengths = {
-        len(write_record(layouts, weights, options, "0", hashes, agreement))
-        for hashes in (None, Hashes((0,) * 3, 0), Hashes((most,) * 3, most))
-        for agreement in (None, 1.0, -1.0, 0.123456789, -1e-9)
-    }
-    assert len(lengths) == 1
+FROZEN = {
+    "é0.safetensors": (
+        b"c-kvqfPiYHJSD4YrIeD&f>b3dB~LRGB^{;Wj6@JG+Avl}DJ8KaF+M*ntvI!$7${_*V-"
+        b"Z`cqg0Np$<5dZNs}?ACJP-SgV@?y1t4H&fPn^kAh93B0swuPBj*"
+    ),
+    "é1.safetensors": (
+        b"c-kvqfPiYHJSD4YrIeD&f>b3dB~LRGB^{;Wj6@JG+Avl}DJ8KaF+M*ntvI!$7${_*V-"
+        b"Z`cqg0Np$<5dZNs}?ACJP-SgV@?y1t4H&fB^>wAhEw`#cy)}flnp`"
+    ),
+    "o.safetensors": (
+        b"c-"
+        b"oy(&5qk35MHT=zJ|rA2P+G<<Hb4kRH@GpM`$oZf@)*S;AYb(Z&tOhR*aL~Na>}W17ber<D0)vAD*I}i4YxnP~b"
+        b"rbvN;poj~#fjA%iC=>2TbmfbaVNoa=YDCYz)tbj4P*CTX}DJ51iq@HWI*=x_<C>xojV=*odckJk00TNv`>F%no"
+        b"oXa9(1fA9;7Jr_&R0o-AMcnKVuGE=+&UUHR5%~VNclS57!4{2P|<ZsgK-"
+        b"=y<L=}O5W(^5%URZ0Qm8XG_;=~_df)*=3~n;9Ovp#>l1|Fa42qU;6bI%B-"
+        b"ylva$fQmQPIRo<|yl!!~cHG%zz*rB~<Z=WHFwtR2rVYcQ+%)^fp&Y<$AAp&-4+Zp(Vr+c?E&KY|hF^*$D-"
+        b"bU=j(6^>JJv=!d$`;BrF%1o^i%QV8{ZZK7YGcjPm$$bLUWGfrsD!)bchfhvX(tt-ZR{()-"
+        b"T{|TH?i}k#yY}Yel3fzso}5L+p=9s;x_kMJM=C<H08TMI^L7M<k=l5e<blVqr1yx>1Oir>1N62aQv3Pe!lzxO~"
+        b"d=H"
+    ),
+    "o.pt": (
+        b"c-"
+        b"o~^OK;Oa5Z)#w4M8f80~Lrv<x`PL>UA2&DUVhG<v@@KMW70(thK#KOgDD0*A1mqLP8w4Ax>Q2A8_W#KR`lAoVa"
+        b"m7ocIgu*r~CN`XFp%J3F44@7ta6x9wJb5}{%d{WVUYQ;2wG&)%d97U85k*kH}ZG`g1>&vK^eGDb~qyN+MF=~>j"
+        b"H)-~JYrSq$EYZD@oV{%vIDeD2ZnP1X9Y6Ld3bWR=L_4G}pG&i?4B^-"
+        b"U>N4hj}FWqpR?(N7@3iHTod2u%f!F8DNTi1c*Tr?RyUhYGNuZCHM<FRQpnM*iUQ;cxTD4%4MKQyDD+-^-"
+        b"3TkP2T72yq6d(V2zpo?)m${pA16RvMk&licCjasHGhaMOReE9Y4Ik1ImZvtmg?GJ&`?&yTsU8heS-fUFH;h-"
+        b")8f#u<&pE&`M+n2yev>X#Kwm5ZRH=B)%<E|YBvpHuJIJ~(0{Y*ii6!zsXjjp7=iUqmZSo#kFQ=`1VVDR;a3y{S"
+        b"F7+gv-z|Dp>HUqSRK0d7hy7Fc6+`;QVjxNXOarf27-+)R9us^@+-Z{Abr_oZ3-KQRO-"
+        b")6V`&<6_Ym=w09IFqzAE6HVCmZkYw$#w<-"
+        b"_l4>Hw&ajLg_jQkS*CTl?2`_S<iZD6XhrbEi?Wyvsom{yaK{S@yzUXd2UATY8ZlMH(iVxPYL;Sju%*g|Ss@h}Y"
+        b"qGR6KbytEV`3S!V^yuX)={f67AV!4Vpuh$Qmx2~6=G3oXI*%6+8;2&0q-"
+        b"9dxr>8q)Tk<0Gc{SRV~kb9QWT?JF|nc=l!j}PNY|qjBmyFw1u`2BNa}!!G5ZMsb1$I6Wbv&*$iwJFf(w2dbW50"
+        b"=fH5)Y+rDo*VYR5|xn5K)t`A&hn_DTf&&BF=OQ@|dcL?(VfiUI{b;or&wqu8j-"
+        b"+j|3k9EICJWKZ@P9sFyF<D@N;l4DKVCU%L*s{I@4ZOPi_S03-"
+        b"y>PW#6VS(T3n%6M#9vLFJz}%bNo}4<MZTIqdmRYbBuRZeo7U7E+DFv0d6F7=GL`3bB2TQ%+3=*mO{YKYJj%#wH"
+        b"a00w>DV{fSe%Vb%FFRI?j*{}SvELX+SBPZCxX*@)NU0D^CPbd;<r1BnP)y1J#SC#o&tsN-"
+        b"`%6pJUWn%6rz}7=pXt11_~}w76"
+    ),
+}
 
 
-def test_the_record_can_be_read_by_others(tmp_path):
-    """It is a JSON record of the archive, with the inputs, their hashes and the agreement."""
-    paths, out, _ = made(tmp_path, "pt")
-    result = merge_checkpoints(paths, out)
-    with zipfile.ZipFile(out) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("merge_avg.json"))
-        record = json.loads(archive.read(name))
-    assert [one["name"] for one in record["inputs"]] == ["c0.pt", "c1.pt", "c2.pt"]
-    assert [int(one["hash"], 16) for one in record["inputs"]] == list(result.hashes.read)
-    assert abs(float(record["agreement"]) - result.agreement.mean) < 1e-6
-    assert read_record(scan(out)).template.name == "c0.pt"
+@pytest.mark.parametrize("output", ["o.safetensors", "o.pt"])
+def test_an_old_output_verifies(tmp_path, output):
+    """Outputs of the release 0.1.0, frozen here with their inputs, are what a merge gives today."""
+    for name, packed in FROZEN.items():
+        (tmp_path / name).write_bytes(zlib.decompress(base64.b85decode(packed)))
+    record = read_record(scan(tmp_path / output))
+    assert record.version == "0.1.0"
+    assert [one.name for one in record.inputs] == ["é0.safetensors", "é1.safetensors"]
+    found = verify_output(tmp_path / output)
+    assert (found.hashed, found.nbytes) == (True, (tmp_path / output).stat().st_size)
+
+
+@pytest.mark.parametrize("lies", ["c1", "o"])
+@pytest.mark.parametrize("kind", ["safetensors", "shards"])
+def test_the_safetensors_library_is_asked(tmp_path, monkeypatch, kind, lies):
+    """The library checks the output and every input that is or holds safetensors, before work."""
+    paths, out, options = made(tmp_path, kind)
+    merge_checkpoints(paths, out, **options)
+    asked = []
+
+    def check(layout):
+        asked.append(layout.path)
+        if layout.path.name.startswith(lies) or layout.path.parent.name == lies:
+            raise MergeError("another way", where=layout.path)
+
+    monkeypatch.setattr(
+        "merge_avg.formats.safetensors.check", lambda layout: asked.append(layout.path)
+    )
+    verify_output(out)
+    files = [
+        one
+        for path in (out, *paths)
+        for one in ([path] if path.is_file() else path.glob("*.safetensors"))
+    ]
+    assert set(files) <= set(asked)
+    monkeypatch.setattr("merge_avg.formats.safetensors.check", check)
+    with pytest.raises(MergeError, match="another way"):
+        verify_output(out)
 
 
 def test_the_command(tmp_path):

@@ -1,12 +1,15 @@
-"""Deriving an output from its inputs once more, and comparing it bit for bit."""
+"""Verification: an output is derived from its inputs once more, and compared bit for bit.
+
+A verification is a merge whose outputs compare what they are given with what is there. So it takes
+the same memory, and whatever a merge refuses it refuses too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,19 +17,20 @@ from merge_avg._version import __version__
 from merge_avg.checkpoint import File, FileLayout, Layout, dotted
 from merge_avg.engine import run
 from merge_avg.errors import MergeError, failure
-from merge_avg.formats import scan
+from merge_avg.formats import check, scan
 from merge_avg.io import OutputFile, read_fully
 from merge_avg.plan import FILE, Hashes, Job, OutputSpec, Record, prepare, read_record
 
 _BLOCK = 1 << 20
+_AS_IT_WAS = "find the checkpoint as it was then"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found to be the mean of what.
+    """An output that is what its inputs give.
 
     Attributes:
-        output: what was verified.
+        output: the file or directory.
         inputs: its inputs, as they were found.
         nbytes: how many bytes of the output were compared: all of them.
         hashed: whether the inputs' hashes were recorded, and compared too.
@@ -44,18 +48,18 @@ def verify_output(
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Verification:
-    """Makes sure that an output is what merging its inputs gives.
+    """Make sure that an output is what merging its inputs gives.
 
     Args:
-        output: what a merge wrote.
+        output: the file or directory that a merge wrote.
         inputs: the directory from which its inputs are named; by default where the output is, or
             the current directory.
         threads: as for a merge.
         max_memory: as for a merge, in bytes.
 
     Raises:
-        MergeError: the output does not say what it was made of, an input is missing or has changed,
-            or bytes of the output differ; the message says which.
+        MergeError: the output has no provenance record, an input is missing or has changed, or
+            bytes of the output differ; the message says which.
     """
     path = Path(output)
     layout = scan(path)
@@ -65,8 +69,8 @@ def verify_output(
         place = folder / one.name
         size = _size(place)
         if size != one.nbytes:
-            what = f"it has {size:,} bytes, and had {one.nbytes:,} when {path} was made of it"
-            raise MergeError(what, where=place, hint="find the checkpoint as it was then")
+            what = f"{size:,} bytes, expected {one.nbytes:,} as when {path} was made of it"
+            raise MergeError(what, where=place, hint=_AS_IT_WAS)
     options = replace(
         record.options,
         weights=[one.weight for one in record.inputs],
@@ -76,23 +80,27 @@ def verify_output(
     )
     paths = [folder / one.name for one in record.inputs]
     job = prepare(paths, path, options, made_by=record.version)
+    # A merge asks the safetensors library only where that costs little.
+    for found in (layout, *job.layouts):
+        check(found)
     _refuse_others(layout, job)
     compared: list[_Compared] = []
 
     @contextlib.contextmanager
     def opened(output: OutputSpec) -> Iterator[_Compared]:
-        draft = job.record(output)
-        with contextlib.closing(_Compared(path, job.layout.files, draft)) as one:
-            compared.append(one)
-            yield one
+        with contextlib.ExitStack() as stack:
+            compared.append(_Compared(job, job.record(output), stack))
+            yield compared[0]
 
     result = run(job, opened=opened)
+    # First the inputs: one that changed is why the output differs.
     if result.hashes is not None:
         _refuse_changed(job, result.hashes, record, folder, path)
-    differences = compared[0].differences
+    differences = [one for file in compared[0].files for one in file.differences]
     if differences:
         raise _different(layout, differences, record.version)
-    return Verification(path, tuple(paths), compared[0].nbytes, record.options.hashes)
+    nbytes = sum(file.nbytes for file in compared[0].files)
+    return Verification(path, tuple(paths), nbytes, record.options.hashes)
 
 
 def _there(path: Path) -> bool:
@@ -100,25 +108,25 @@ def _there(path: Path) -> bool:
 
 
 def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) -> Path:
-    """The directory that all inputs are in."""
+    """Return the directory that all inputs are in."""
     folders = [Path(given)] if given is not None else [output.parent, Path()]
     wanted = {one.name: one.nbytes for one in record.all}
-    for folder in folders:
-        if all(_there(folder / name) for name in wanted):
-            return folder
-    best = min(folders, key=lambda folder: sum(not _there(folder / name) for name in wanted))
-    lost = next(name for name in wanted if not _there(best / name))
+    lost = {folder: [n for n in wanted if not _there(folder / n)] for folder in folders}
+    best = min(folders, key=lambda folder: len(lost[folder]))
+    if not lost[best]:
+        return best
+    name = lost[best][0]
     hint = "name the directory that the inputs are in: --inputs DIR"
     known = {output, *(best / name for name in wanted)}
     for path in sorted(best.iterdir()) if best.is_dir() else ():
-        if path not in known and path.is_file() and path.stat().st_size == wanted[lost]:
+        if path not in known and path.is_file() and path.stat().st_size == wanted[name]:
             hint = f"{path} has the same size: was it renamed?"
             break
-    raise MergeError(f"its input {lost} is not in {best}", where=output, hint=hint)
+    raise MergeError(f"its input {name} is not in {best}", where=output, hint=hint)
 
 
 def _size(place: Path) -> int:
-    """The size of a checkpoint; that of a file is known without looking into it."""
+    """Return the size of a checkpoint; that of a file is known without a look into it."""
     if place.is_dir():
         return scan(place).nbytes
     try:
@@ -128,7 +136,7 @@ def _size(place: Path) -> int:
 
 
 def _refuse_others(layout: Layout, job: Job) -> None:
-    """Raises MergeError for a file in an output that its inputs do not give."""
+    """Raise MergeError for a file in an output that its inputs do not give."""
     for file in layout.files if layout.members else ():
         if file.path.relative_to(layout.path).as_posix() not in job.layout.files:
             what = "its inputs give no such file"
@@ -136,28 +144,23 @@ def _refuse_others(layout: Layout, job: Job) -> None:
 
 
 def _refuse_changed(job: Job, hashes: Hashes, record: Record, folder: Path, output: Path) -> None:
-    """Raises MergeError for an input that is not what it was."""
+    """Raise MergeError for an input that is not the one that the output was made of."""
     numbers = {layout.path: k for k, layout in enumerate(job.layouts)}
     found = [hashes.read[numbers[folder / one.name]] for one in record.inputs]
     for one, digest in zip(record.all, [*found, hashes.kept], strict=True):
         if one.hash not in (None, digest):
-            what = (
-                "what it has beside its weights is not what"
-                if one is record.template
-                else ("its weights are not those that")
-            )
-            raise MergeError(
-                f"{what} {output} was made of (their hash differs)",
-                where=folder / one.name,
-                hint="find the checkpoint as it was then",
-            )
+            what = "its weights are not those that"
+            if one is record.template:
+                what = "beside its weights it is not what"
+            what += f" {output} was made of (their hash differs)"
+            raise MergeError(what, where=folder / one.name, hint=_AS_IT_WAS)
 
 
 @dataclass(frozen=True)
 class _Difference:
     """Bytes of an output that differ: in which file and slot, from where on, and how many."""
 
-    file: str
+    file: Path
     slot: str | None
     offset: int
     count: int
@@ -168,85 +171,51 @@ def _different(layout: Layout, differences: Sequence[_Difference], version: str)
     total = sum(one.count for one in differences)
     where = "its header or what lies between the records"
     if first.slot is not None:
-        names = [
-            repr(dotted(info.path))
-            for info in layout.tensors
-            if info.storage.name.rpartition("/")[2] == first.slot.rpartition("/")[2]
-        ]
-        where = f"tensor {names[0]}" if names else f"record {first.slot!r}"
-    path = layout.path if first.file == FILE else layout.path / first.file
+        # A slot has the name of a storage in the template, whose archive may be called otherwise.
+        wanted = first.slot.rpartition("/")[2]
+        found = (i for i in layout.tensors if i.storage.name.rpartition("/")[2] == wanted)
+        info = next(found, None)
+        where = f"tensor {dotted(info.path)!r}" if info else f"record {first.slot!r}"
     what = f"{total:,} bytes are not what its inputs give, the first at {first.offset:,} in {where}"
     hint = "merge again, or fetch the file again"
     if version != __version__:
         hint = f"merge-avg {version} made it, and this is {__version__}: {hint}"
-    return MergeError(what, where=path, hint=hint)
+    return MergeError(what, where=first.file, hint=hint)
 
 
 class _Compared:
-    """An output that exists: what would be written is compared with it."""
+    """An output that exists, compared with what would be written; a `Sink`."""
 
-    def __init__(self, path: Path, files: Mapping[str, FileLayout], draft: bytes) -> None:
-        self.folder = Path(tempfile.gettempdir())
-        self._opened = contextlib.ExitStack()
-        self._files: list[_ComparedFile] = []
-        for relative, layout in files.items():
-            place = path if relative == FILE else path / relative
+    def __init__(self, job: Job, draft: bytes, stack: contextlib.ExitStack) -> None:
+        self.folder = Path(tempfile.gettempdir())  # the output's may be read-only
+        self.files: list[_ComparedFile] = []
+        for relative, layout in job.layout.files.items():
+            place = job.outputs[0].path / ("" if relative == FILE else relative)
             try:
-                file = self._opened.enter_context(place.open("rb"))
+                file = stack.enter_context(place.open("rb"))
             except OSError as error:
-                self._opened.close()
-                what = f"cannot be opened ({error.strerror})"
-                raise MergeError(what, where=place) from None
-            self._files.append(_ComparedFile(place, file.fileno(), layout, draft, relative))
-
-    @property
-    def nbytes(self) -> int:
-        """Return how many bytes are compared."""
-        return sum(file.nbytes for file in self._files)
-
-    @property
-    def differences(self) -> list[_Difference]:
-        """Return what differs."""
-        return [one for file in self._files for one in file.differences]
+                raise failure(error, "cannot be opened", place) from None
+            self.files.append(_ComparedFile(place, file.fileno(), layout, draft))
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
         """Compare payload."""
-        self._files[number].fill(name, at, data)
+        self.files[number].fill(name, at, data)
 
     def complete(self, record: bytes) -> None:
         """Compare all the rest."""
-        for file in self._files:
+        for file in self.files:
             file.complete(record)
 
     def publish(self) -> None:
         """Do nothing: the output has its name."""
 
-    def close(self) -> None:
-        """Close the files."""
-        self._opened.close()
-
-
-def _gaps(spans: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """Yield what lies between spans from start to stop, up to an end."""
-    at = 0
-    for start, stop in sorted(spans):
-        if start > at:
-            yield at, start
-        at = max(at, stop)
-    if at < end:
-        yield at, end
-
 
 class _ComparedFile(OutputFile):
-    """One file of it."""
+    """A file of it: where an output would write, this one reads and compares."""
 
-    def __init__(
-        self, path: Path, fd: int, layout: FileLayout, draft: bytes, relative: str
-    ) -> None:
+    def __init__(self, path: Path, fd: int, layout: FileLayout, draft: bytes) -> None:
         super().__init__(path, fd, layout, draft)
-        self._relative = relative
-        self._where = path
-        self._guard = threading.Lock()
+        self._place = path
         self._size = os.fstat(fd).st_size
         self._spans = {
             name: (self.start + slot.offset, self.start + slot.offset + slot.nbytes)
@@ -258,9 +227,11 @@ class _ComparedFile(OutputFile):
         """Compare bytes."""
         there = memoryview(bytearray(max(min(len(data), self._size - offset), 0)))
         if there:
-            read_fully(self.fd, there, offset, self._where)
+            read_fully(self.fd, there, offset, self._place)
         if there == data:
             return
+        # Bytes that are missing differ. Of the others, large integers find the first, and count
+        # them, faster than a loop.
         first, count = len(there), len(data) - len(there)
         differs = int.from_bytes(data[: len(there)], "little") ^ int.from_bytes(there, "little")
         if differs:
@@ -268,8 +239,7 @@ class _ComparedFile(OutputFile):
             count += len(there) - differs.to_bytes(len(there), "little").count(0)
         spans = self._spans.items()
         slot = next((name for name, (a, b) in spans if a <= offset < b), None)
-        with self._guard:
-            self.differences.append(_Difference(self._relative, slot, offset + first, count))
+        self.differences.append(_Difference(self._place, slot, offset + first, count))
 
     def complete(self, record: bytes) -> None:
         """Compare all that is not payload: headers, padding, and the file's end."""
@@ -282,4 +252,15 @@ class _ComparedFile(OutputFile):
                 self.write(memoryview(bytes(min(_BLOCK, stop - at))), at)
         if self._size > self.nbytes:
             extra = self._size - self.nbytes
-            self.differences.append(_Difference(self._relative, None, self.nbytes, extra))
+            self.differences.append(_Difference(self._place, None, self.nbytes, extra))
+
+
+def _gaps(spans: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """Yield what lies between spans from start to stop, up to an end."""
+    at = 0
+    for start, stop in sorted(spans):
+        if start > at:
+            yield at, start
+        at = max(at, stop)
+    if at < end:
+        yield at, end
