@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from merge_avg.report._facts import (
-    aligned,
     columns,
     facts,
     headline,
@@ -191,12 +190,3 @@ def test_weights_of_few_outputs_are_columns(small):
         report = small({f"x{n}.pt": [n, 1, 1] for n in range(count)}, dry_run=True)
         titles = [column.title for column in columns(report) if column.kind == "weight"]
         assert titles == ([f"in x{n}.pt" for n in range(6)] if count == 6 else [])
-
-
-def test_rows_are_aligned():
-    """Cells stand below each other; an empty column takes no room, a very long cell no more."""
-    rows = [("a", "", "bcd", "e"), ("fghi", "", "j", "")]
-    assert list(aligned(rows)) == ["a    bcd e", "fghi j"]
-    assert list(aligned(rows, gap="  ")) == ["a     bcd  e", "fghi  j"]
-    assert list(aligned([("a" * 9, "b"), ("c", "d")], widest=3)) == ["aaaaaaaaa b", "c   d"]
-    assert list(aligned([])) == []

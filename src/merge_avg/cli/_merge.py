@@ -61,7 +61,7 @@ def _summarise(report: Report) -> None:
     """Add a summary to the page of a GitHub Actions job, which this variable names."""
     page = os.environ.get("GITHUB_STEP_SUMMARY")
     if page:
-        from merge_avg.report.markdown import append, markdown
+        from merge_avg.report.text import append, markdown
 
         try:
             append(Path(page), markdown(report))

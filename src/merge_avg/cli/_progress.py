@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from merge_avg.cli._console import say
 from merge_avg.plan import Job
-from merge_avg.report import sizes
+from merge_avg.report.printable import shown
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def progress(job: Job, *, quiet: bool) -> Iterator[Callable[[int], None] | None]
     what = f"averaging {len(job.averaged)} checkpoints"
     if quiet or not sys.stderr.isatty():
         if not quiet:
-            say(f"{what}, {sizes.shown(job.nbytes)}")
+            say(f"{what}, {shown(job.nbytes)}")
         yield None
         return
     # Rich takes longer to import than a small merge takes.

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from merge_avg.agreement import LEAST_AGREEMENT, TensorAgreement
 from merge_avg.errors import named
-from merge_avg.report._report import (
-    KNOWN,
-    CheckpointAgreement,
-    Figures,
-    Outcome,
-    Report,
-    ReportedAgreement,
-)
-from merge_avg.report.sizes import counted, shown
+from merge_avg.report._report import KNOWN, CheckpointAgreement, Figures, Outcome, Report
+from merge_avg.report.printable import counted, shown
 
 Style = Literal["", "good", "doubtful"]
 # Outputs up to which each has a column of weights; of more, the facts alone have the weights.
@@ -39,18 +32,12 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the table of checkpoints.
-
-    Attributes:
-        kind: what it holds; there is one column of weights for each output.
-        title: above it.
-        cells: one for each input.
-        agreements: where it holds cosines, what the cells are of.
-    """
+    """A column of the table of checkpoints, with a cell for each input."""
 
     kind: Literal["name", "file", "known", "weight", "agreement"]
     title: str
     cells: tuple[str, ...]
+    # Where it holds cosines, those that the cells show.
     agreements: tuple[CheckpointAgreement | None, ...] = ()
 
 
@@ -69,9 +56,7 @@ def headline(report: Report) -> str:
 def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
     """Yield all there is to say beside the headline and the table of checkpoints.
 
-    Args:
-        report: of `describe`.
-        most: how many entries that are kept are named.
+    Of the entries that are kept, at most `most` are named.
     """
     tensors = counted(report.tensors.averaged, "tensor")
     what = f"{tensors}, {report.parameters:,} parameters ({', '.join(report.dtypes)})"
@@ -83,8 +68,7 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
             yield Fact("would write" if report.dry_run else "written", f"{output.path} {weights}")
     yield from _integers(report)
     yield from _kept(report, most)
-    if report.agreement is not None:
-        yield from _agreement(report.agreement)
+    yield from _agreement(report)
     if report.outcome is None:
         size = shown(report.bytes_to_read)
         yield Fact("would read", f"{size} and write {shown(report.bytes_to_write)}")
@@ -122,16 +106,11 @@ def weights_of(report: Report, number: int) -> list[str]:
 
 
 def _integers(report: Report) -> Iterator[Fact]:
-    count = report.tensors.integers
-    if report.outcome is None:
-        if count:
-            yield Fact("integers", f"{counted(count, 'tensor')} to compare")
-        return
-    differing = report.outcome.differing
-    if count > len(differing):
-        yield Fact(
-            "integers", f"{counted(count - len(differing), 'tensor')} equal everywhere, copied"
-        )
+    differing = () if report.outcome is None else report.outcome.differing
+    rest = report.tensors.integers - len(differing)
+    if rest:
+        what = "to compare" if report.dry_run else "equal everywhere, copied"
+        yield Fact("integers", f"{counted(rest, 'tensor')} {what}")
     if differing:
         taken = {"max": "the largest value", "mean": "the rounded mean"}
         how = taken.get(report.policies["int_policy"], "the template's value")
@@ -152,7 +131,10 @@ def _kept(report: Report, most: int) -> Iterator[Fact]:
         yield from_template if report.whole else Fact("left out", what)
 
 
-def _agreement(agreement: ReportedAgreement) -> Iterator[Fact]:
+def _agreement(report: Report) -> Iterator[Fact]:
+    agreement = report.agreement
+    if agreement is None:
+        return
     what = "mean cosine between the checkpoints' matrices"
     value = f"{agreement.mean:.3f} ({precision(agreement)}; {what})"
     yield Fact("agreement", value, style(agreement.mean))
@@ -165,10 +147,8 @@ def _agreement(agreement: ReportedAgreement) -> Iterator[Fact]:
 
 
 def style(cosine: float | None) -> Style:
-    """Return how a cosine is shown."""
-    if cosine is None:
-        return ""
-    return "good" if cosine >= LEAST_AGREEMENT else "doubtful"
+    """Return how a cosine is shown, if it is known."""
+    return "" if cosine is None else "good" if cosine >= LEAST_AGREEMENT else "doubtful"
 
 
 def precision(figures: Figures) -> str:
@@ -227,17 +207,3 @@ def _number(value: float | None) -> str:
         return ""
     # A step has as many digits as it has: six would make 1234567 and 1234568 the same.
     return str(value) if isinstance(value, int) else f"{value:.6g}"
-
-
-def aligned(rows: Sequence[Sequence[str]], gap: str = " ", widest: int = 100) -> Iterator[str]:
-    """Yield rows as lines with their cells below each other; columns of nothing are left out.
-
-    Args:
-        rows: of equal length.
-        gap: between two cells.
-        widest: to which cells are padded at most: one long name would widen every line.
-    """
-    widths = [min(max(map(len, column)), widest) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width)
-        yield gap.join(cells).rstrip()

@@ -1,19 +1,33 @@
-"""The report of a merge as values. Fields have the names and the order of the JSON's keys.
+"""The report of a merge: its values, how they come from a job and its result, and their JSON.
 
-Scripts read that JSON: a key may be added, but none renamed or removed.
+Fields have the names and the order of the JSON's keys. Scripts read that JSON: a key may be added,
+but none renamed or removed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from merge_avg.agreement import TensorAgreement
+from merge_avg._version import __version__
+from merge_avg.agreement import LEAST_AGREEMENT, TensorAgreement
+from merge_avg.options import REPORTED
+from merge_avg.report.printable import counted
+
+if TYPE_CHECKING:
+    from merge_avg.agreement import Agreement
+    from merge_avg.checkpoint import Name
+    from merge_avg.engine import Result
+    from merge_avg.plan import Job
+    from merge_avg.selection import Choice
 
 # What is known of checkpoints in a run, by the names of its fields.
 KNOWN = ("step", "epoch", "metric")
+# A sample gives three places at best, and the JSON of a large model has many such numbers.
+_PLACES = 6
 # `bytes` is a type in Python, and the program's own version goes by its name.
 _KEYS = {"nbytes": "bytes", "version": "merge_avg"}
 
@@ -108,7 +122,6 @@ class Figures:
 
     @property
     def exact(self) -> bool:
-        """Return whether every element was looked at."""
         return self.elements == self.size
 
 
@@ -174,13 +187,161 @@ class Report:
 
     @property
     def dry_run(self) -> bool:
-        """Return whether the merge was only planned."""
         return self.outcome is None
 
     @property
     def agreement(self) -> ReportedAgreement | None:
         """Return how far the checkpoints agree, if that was measured."""
         return None if self.outcome is None else self.outcome.agreement
+
+
+def describe(job: Job, result: Result | None, choice: Choice | None = None) -> Report:
+    """Return the report of a merge that ran, or, without a result, of a planned one.
+
+    The choice is how its checkpoints were chosen, where the user did not name each.
+    """
+    plan, template = job.plan, job.layouts[0]
+    aligned, averaged = plan.aligned, job.averaged
+    infos = [(name, row[0]) for name, row in aligned.rows.items() if row[0] is not None]
+    used = [(name, info.dtype.kind) for name, info in infos if name not in aligned.skipped]
+    # Bools are among the integers: both are compared and never averaged.
+    floats = sum(kind in ("float", "complex") for _, kind in used)
+    candidates = choice.candidates if choice is not None else ()
+    inputs = _inputs(job, result, choice)
+    weights = {entry.path: entry.weight for entry in inputs}
+    base = None if job.base is None else str(job.layouts[job.base].path)
+    outcome = None if result is None else _outcome(job, result, base)
+    warnings = plan.warnings if result is None else result.warnings
+    return Report(
+        version=__version__,
+        inputs=inputs,
+        outputs=tuple(
+            ReportedOutput(str(output.path), tuple(output.weights.normalized()))
+            for output in job.outputs
+        ),
+        template=str(template.path),
+        base=base,
+        tensors=TensorCounts(floats, len(used) - floats, len(infos) - len(used)),
+        parameters=sum(info.numel for _, info in infos if info.dtype.kind != "int"),
+        dtypes=Counter(plan.result(name).name for name, _ in infos),
+        kept=tuple(KeptEntry(kept.key, kept.tensors, kept.nbytes) for kept in job.roles.kept),
+        others=tuple(template.others),
+        whole=job.layout.whole,
+        available={
+            str(name): sum(row[number] is not None for number in averaged)
+            for name, row in aligned.rows.items()
+            if None in row and name not in aligned.skipped
+        },
+        bytes_to_read=job.nbytes,
+        bytes_to_write=sum(job.layout.nbytes(job.record(output)) for output in job.outputs),
+        threads=job.budget.threads,
+        memory=job.budget.nbytes,
+        policies={key: getattr(job.options, key) for key in REPORTED},
+        notes=(
+            *(choice.notes if choice is not None else ()),
+            *aligned.notes,
+            *job.notes,
+            *_notes(job, result, [name for name, _ in used]),
+        ),
+        warnings=(*warnings, *(() if outcome is None else _strangers(outcome.agreement))),
+        candidates=tuple(
+            ReportedCandidate(
+                **asdict(one) | {"path": str(one.path), "weight": weights.get(str(one.path))}
+            )
+            for one in candidates
+        ),
+        outcome=outcome,
+    )
+
+
+def _inputs(job: Job, result: Result | None, choice: Choice | None) -> tuple[ReportedInput, ...]:
+    averaged, count = job.averaged, len(job.layouts)
+    candidates = {one.path: one for one in choice.candidates} if choice is not None else {}
+    weights = job.outputs[0].weights.normalized() if len(job.outputs) == 1 else [None] * count
+    # There is a digest for each checkpoint that was merged, so none for a base beside them.
+    digests = () if result is None or result.hashes is None else result.hashes.read
+    return tuple(
+        ReportedInput(
+            path=str(layout.path),
+            format=layout.format,
+            nbytes=layout.nbytes,
+            averaged=number in averaged,
+            weight=weights[number],
+            hash=f"{digests[number]:032x}" if digests and number in averaged else None,
+            **{key: getattr(candidates.get(layout.path), key, None) for key in KNOWN},
+        )
+        for number, layout in enumerate(job.layouts)
+    )
+
+
+def _notes(job: Job, result: Result | None, used: Sequence[Name]) -> Iterator[str]:
+    statistics = sum(name.key.endswith(("running_mean", "running_var")) for name in used)
+    if statistics and len(job.averaged) > 1:
+        # The mean network has other activations, and so other statistics than the mean ones.
+        what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
+        how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
+        yield f"{what}; {how}"
+    if result is not None and job.plan.factors and not result.warnings:
+        # (B1 A + B2 A) / 2 is the mean of B times A. With two different A it is not.
+        yield "every LoRA factor A is the same, so this is the mean of what the adapters do"
+
+
+def _outcome(job: Job, result: Result, base: str | None) -> Outcome:
+    paths = [str(job.layouts[number].path) for number in result.compared]
+    agreement = None
+    if result.agreement is not None:
+        centred = None if result.centred is None else _figures(result.centred, paths)
+        figures = vars(_figures(result.agreement, paths))
+        agreement = ReportedAgreement(**figures, base=base, centred=centred)
+    return Outcome(
+        agreement,
+        bytes_read=result.nbytes,
+        seconds=round(result.seconds, 3),
+        differing=tuple(result.differing),
+        nonfinite=tuple(result.nonfinite),
+    )
+
+
+def _figures(found: Agreement, paths: Sequence[str]) -> Figures:
+    return Figures(
+        mean=round(found.mean, _PLACES),
+        error=round(found.error, _PLACES),
+        each=tuple(
+            CheckpointAgreement(path, _rounded(value), round(error, _PLACES))
+            for path, value, error in zip(paths, found.each, found.errors, strict=True)
+        ),
+        pairs=tuple(tuple(map(_rounded, row)) for row in found.pairs),
+        shrinkage=round(found.shrinkage, _PLACES),
+        size=found.size,
+        elements=found.elements,
+        odd=None if found.odd is None else paths[found.odd],
+        tensors=tuple(
+            replace(
+                tensor,
+                mean=_rounded(tensor.mean),
+                error=round(tensor.error, _PLACES),
+                distances=tuple(round(distance, _PLACES) for distance in tensor.distances),
+            )
+            for tensor in found.tensors
+        ),
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, _PLACES)
+
+
+def _strangers(agreement: ReportedAgreement | None) -> Iterator[str]:
+    """Yield a warning where the mean is most likely not a working network."""
+    if agreement is None:
+        return
+    odd = agreement.odd and f"{agreement.odd} agrees with none of the others; average without it"
+    if agreement.mean < LEAST_AGREEMENT:
+        what = f"the checkpoints hardly agree (cosine {agreement.mean:.2f})"
+        other = "average checkpoints of one initialisation, or average their outputs instead"
+        yield f"{what}, so their mean is most likely no working network: {odd or other}"
+    elif odd:
+        yield odd
 
 
 def as_json(report: Report) -> dict[str, Any]:

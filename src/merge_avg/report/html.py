@@ -6,21 +6,21 @@ would put megabytes of script into every page, and a page that holds scripts cou
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from merge_avg.agreement import LEAST_AGREEMENT
+from merge_avg.agreement import LEAST_AGREEMENT, TensorAgreement
 from merge_avg.checkpoint import FileLayout
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
 from merge_avg.report._facts import (
-    Column,
     averaged_count,
     columns,
     facts,
@@ -29,47 +29,13 @@ from merge_avg.report._facts import (
     precision,
     reading,
 )
-from merge_avg.report._report import Figures, Report, ReportedAgreement, as_json
-from merge_avg.report.printable import printable
-from merge_avg.report.sizes import counted, shown
+from merge_avg.report._report import CheckpointAgreement, Figures, Report, as_json
+from merge_avg.report.printable import counted, printable, shown
 
 _LEAST = 20  # tensors in the table of those that agree least
 _MOST_NAMES = 40  # entries that are named where they are kept
 # Should escaping ever fail: the browser then still runs no script and loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1f2933; background: #f4f6f8;
-  margin: 0; }
-main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 0 0 .75rem; }
-section { background: #fff; border: 1px solid #dfe4e9; border-radius: 8px; padding: 1rem 1.25rem;
-  margin-top: 1rem; }
-.sub { color: #5b6773; margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
-  margin-top: 1rem; }
-.tile { background: #fff; border: 1px solid #dfe4e9; border-radius: 8px; padding: .6rem .9rem; }
-.tile b { display: block; font-size: 1.15rem; font-weight: 600; overflow-wrap: anywhere; }
-.tile span { color: #5b6773; font-size: .85rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 20rem; min-width: 0; }
-figure.wide { flex-basis: 100%; }
-figcaption { color: #5b6773; font-size: .85rem; }
-figure svg { max-width: 100%; height: auto; }
-figure.wide svg { width: 100%; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid #e8ecf0;
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: #5b6773; font-weight: 500; overflow-wrap: normal; }
-td.t { min-width: 9rem; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.message { border-left: 4px solid #9aa3ad; padding: .4rem .8rem; margin: .5rem 0;
-  background: #f4f6f8; overflow-wrap: anywhere; }
-.warning { border-color: #d55e00; background: #fdf1e8; }
-pre { overflow-x: auto; font-size: .8rem; }
-"""
 
 
 def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
@@ -90,7 +56,7 @@ def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
             hint = "choose another name for one of them"
             raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
     # Looked for without importing it, which takes longer than many a merge.
-    if importlib.util.find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         hint = "pip install 'merge-avg[report]'"
         raise MergeError("a report needs matplotlib, which is not installed", hint=hint)
     refuse_inputs(path, job.layouts)
@@ -106,8 +72,8 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
     # As an output is: beside its place, and renamed. A path that appeared meanwhile is refused.
     data = page(report).encode()
     try:
-        files = {FILE: FileLayout(len(data), ((0, data),))}
-        with Output(path, files, overwrite=overwrite) as output:
+        layout = {FILE: FileLayout(len(data), ((0, data),))}
+        with Output(path, layout, overwrite=overwrite) as output:
             output.commit()
     except MergeError as error:
         what = f"{error.what}; the average itself was written"
@@ -116,18 +82,19 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
 
 def page(report: Report) -> str:
     """Return the page of a merge that ran. Nothing in a name is HTML, a formula or a control."""
+    css = files("merge_avg.report").joinpath("page.css").read_text(encoding="utf-8")
     body = "\n".join(_sections(report))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>merge-avg: {_text(report.outputs[0].path)}</title>\n<style>{_CSS}</style>\n"
+        f"<title>merge-avg: {_text(report.outputs[0].path)}</title>\n<style>\n{css}</style>\n"
         f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 def _sections(report: Report) -> Iterator[str]:
-    outputs, agreement = report.outputs, report.agreement
+    outputs = report.outputs
     title = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
     what = f"the average of {counted(averaged_count(report), 'checkpoint')}"
     yield f"<header><h1>{_text(title)}</h1>"
@@ -141,16 +108,17 @@ def _sections(report: Report) -> Iterator[str]:
     if told:
         yield _section("messages", "Notes", "".join(told))
     yield _section("checkpoints", "Checkpoints", _checkpoints(report))
-    if agreement is None:
-        nothing = "<p>It was not measured, or there are no two checkpoints with matrices.</p>"
-        yield _section("agreement", "Agreement", nothing)
-    else:
-        numbers = [number for number, entry in enumerate(report.inputs, 1) if entry.averaged]
-        yield _section("agreement", "Agreement", "".join(_agreement(agreement, numbers)))
-        yield _section("least", "Where they agree least", _least(agreement, numbers))
+    numbers = [number for number, entry in enumerate(report.inputs, 1) if entry.averaged]
+    yield _section("agreement", "Agreement", "".join(_agreement(report, numbers)))
+    if report.agreement is not None:
+        yield _section("least", "Where they agree least", _least(report.agreement, numbers))
     yield _section("what", "What was done", _done(report))
+    # Without the figures of each tensor, of which there may be thousands.
+    found = as_json(report)
+    for figures in (agreement := found.get("agreement") or {}, agreement.get("centred") or {}):
+        figures.pop("tensors", None)
     # Line by line, as `printable` would escape the ends of lines.
-    data = "\n".join(map(_text, json.dumps(_without_tensors(report), indent=2).splitlines()))
+    data = "\n".join(map(_text, json.dumps(found, indent=2).splitlines()))
     yield f"<section><details><summary>The report as JSON</summary><pre>{data}</pre></details>"
     yield "</section>"
 
@@ -185,21 +153,27 @@ def _precise(figures: Figures) -> str:
 def _checkpoints(report: Report) -> str:
     table = list(columns(report))
     numbers = map(str, range(1, 1 + len(report.inputs)))
-    rows = zip(numbers, *map(_with_errors, table), strict=True)
+    rows = zip(
+        numbers,
+        *(map(_cosine, one.agreements) if one.agreements else one.cells for one in table),
+        strict=True,
+    )
     left = [n for n, column in enumerate(table, 1) if column.title in ("checkpoint", "format")]
     return _table(["#", *(column.title for column in table)], list(rows), left)
 
 
-def _with_errors(column: Column) -> Sequence[str]:
-    if column.kind != "agreement":
-        return column.cells
-    return [
-        _with_error(one.mean, one.error) if one is not None else "" for one in column.agreements
-    ]
+def _cosine(one: CheckpointAgreement | TensorAgreement | None) -> str:
+    if one is None or one.mean is None:
+        return ""
+    return f"{one.mean:.3f}" + (f" ± {one.error:.1g}" if one.error else "")
 
 
-def _agreement(agreement: ReportedAgreement, numbers: Sequence[int]) -> Iterator[str]:
+def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
     """Yield pictures, and how the figures come about."""
+    agreement = report.agreement
+    if agreement is None:
+        yield "<p>It was not measured, or there are no two checkpoints with matrices.</p>"
+        return
     if agreement.exact:
         looked = "all elements of the matrices were looked at, so the figures are exact"
     else:
@@ -245,7 +219,7 @@ def _least(agreement: Figures, numbers: Sequence[int]) -> str:
         rows.append(
             [
                 tensor.name,
-                _with_error(tensor.mean, tensor.error),
+                _cosine(tensor),
                 f"{tensor.size:,}",
                 "all" if tensor.elements == tensor.size else f"{tensor.elements:,}",
                 f"{tensor.distances[far]:.3f} (#{numbers[far]})",
@@ -288,21 +262,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
     )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _without_tensors(report: Report) -> dict[str, Any]:
-    """Return the report as JSON without figures of each tensor, of which there may be thousands."""
-    found = as_json(report)
-    agreement = found.get("agreement") or {}
-    for figures in (agreement, agreement.get("centred") or {}):
-        figures.pop("tensors", None)
-    return found
-
-
-def _with_error(mean: float | None, error: float) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:.3f}" + (f" ± {error:.1g}" if error else "")
 
 
 def _text(value: str) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from merge_avg.checkpoint import TensorInfo, assign, dotted
 from merge_avg.formats import scan
-from merge_avg.report._facts import aligned
 from merge_avg.report._report import optional, plain
-from merge_avg.report.sizes import shown
+from merge_avg.report.printable import aligned, shown
 from merge_avg.selection import read_metadata
 
 # Averaged are float and complex weights, compared integers and bools beside them; the rest is kept.
 Role = Literal["averaged", "compared", "kept"]
+as_json = plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,7 @@ class Contents:
 
 
 def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
-    """Return what is in a checkpoint.
-
-    Args:
-        path: the checkpoint.
-        key: the one state dict whose tensors are weights.
+    """Return what is in a checkpoint, whose weights are the tensors of the state dict `key`.
 
     Raises:
         MergeError: it cannot be read, is not a checkpoint, or holds no weights.
@@ -65,17 +61,6 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
     weights = {info.path for info in assign(layout, key).weights.values()}
     ties = _ties(layout.tensors)
     known = read_metadata(layout)
-    tensors = tuple(
-        Tensor(
-            name=dotted(info.path),
-            dtype=info.dtype.name,
-            shape=tuple(info.shape),
-            role=_role(info) if info.path in weights else "kept",
-            tie=ties.get(number),
-            trouble=info.trouble or None,
-        )
-        for number, info in enumerate(layout.tensors)
-    )
     return Contents(
         path=str(layout.path),
         format=layout.format,
@@ -85,14 +70,18 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
         metrics=dict(known.metrics),
         merged=known.ours,
         others=tuple(layout.others),
-        tensors=tensors,
+        tensors=tuple(
+            Tensor(
+                name=dotted(info.path),
+                dtype=info.dtype.name,
+                shape=tuple(info.shape),
+                role=_role(info) if info.path in weights else "kept",
+                tie=ties.get(number),
+                trouble=info.trouble or None,
+            )
+            for number, info in enumerate(layout.tensors)
+        ),
     )
-
-
-def as_json(found: Contents) -> dict[str, Any]:
-    """Return the contents as plain values."""
-    values: dict[str, Any] = plain(found)
-    return values
 
 
 def lines(found: Contents) -> Iterator[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from merge_avg.report._facts import Column, columns, facts, headline, style
+from merge_avg.report._facts import columns, facts, headline, style
 from merge_avg.report._report import Report
 from merge_avg.report.printable import printable
 
@@ -21,12 +21,7 @@ _COLOURS = {"": "", "good": "green", "doubtful": "yellow"}
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Print the report of a merge that ran. Names in it stay names.
-
-    Args:
-        report: of `describe`.
-        console: where to; by default stderr.
-    """
+    """Print the report of a merge that ran, by default on stderr. Names in it stay names."""
     console = console or _console()
     # Everything is printed as `Text`: a plain str would be searched for markup and emoji.
     console.print(Text(printable(headline(report))))
@@ -51,45 +46,37 @@ def _console() -> Console:
 def _checkpoints(report: Report, console: Console) -> Table:
     """Return a row for each checkpoint: its weight, and how far it agrees with the others."""
     narrow = console.width < _NARROW
-    plain = console.is_dumb_terminal or console.options.ascii_only
-    kinds = {"name", "agreement"}
-    kinds |= set() if narrow else {"known"}
-    kinds |= {"weight"} if len(report.outputs) == 1 else set()
+    signs = "#." if console.is_dumb_terminal or console.options.ascii_only else "━╌"
+    hidden = {"file"} | ({"known"} if narrow else set())
+    hidden |= {"weight"} if len(report.outputs) > 1 else set()
     # Rich folds a cell rather than the table, so what may be folded is said for each column.
     table = Table(box=None, pad_edge=False, header_style="dim")
     cells: list[list[Text]] = []
-    for column in (one for one in columns(report) if one.kind in kinds):
+    for column in columns(report):
+        if column.kind in hidden:
+            continue
         if column.kind == "name":
             table.add_column(column.title, overflow="fold", ratio=1 if narrow else None)
         else:
             # On a narrow terminal the last one may take two lines, rather than be cut.
             fits = not (narrow and column.title == "from base")
             table.add_column(column.title, justify="right", no_wrap=fits)
-        cells.append(_coloured(column))
-        if column.title == "agrees" and not narrow:
+        # Cosines of differences to a base are small where all is well, so these have no colour.
+        if column.title != "agrees":
+            cells.append([Text(printable(cell)) for cell in column.cells])
+            continue
+        means = [None if one is None else one.mean for one in column.agreements]
+        colours = [_COLOURS[style(mean)] for mean in means]
+        cells.append(list(map(Text, column.cells, colours)))
+        if not narrow:
             table.add_column("", no_wrap=True)
-            cells.append(_bars(column, "#." if plain else "━╌"))
+            bars = ["" if mean is None else _bar(mean, signs) for mean in means]
+            cells.append(list(map(Text, bars, colours)))
     for row in zip(*cells, strict=True):
         table.add_row(*row)
     return table
 
 
-def _coloured(column: Column) -> list[Text]:
-    # Cosines of differences to a base are small where all is well, so these have no colour.
-    if column.title != "agrees":
-        return [Text(printable(cell)) for cell in column.cells]
-    pairs = zip(column.cells, _means(column), strict=True)
-    return [Text(cell, _COLOURS[style(mean)]) for cell, mean in pairs]
-
-
-def _bars(column: Column, signs: str) -> list[Text]:
-    bars = []
-    for mean in _means(column):
-        full = round(_BAR * max(mean or 0.0, 0.0))
-        bar = "" if mean is None else signs[0] * full + signs[1] * (_BAR - full)
-        bars.append(Text(bar, _COLOURS[style(mean)]))
-    return bars
-
-
-def _means(column: Column) -> list[float | None]:
-    return [None if one is None else one.mean for one in column.agreements]
+def _bar(mean: float, signs: str) -> str:
+    full = round(_BAR * max(mean, 0.0))
+    return signs[0] * full + signs[1] * (_BAR - full)
