@@ -1,0 +1,129 @@
+"""merge_avg.plan: a job is what is known before any payload is read, or one error."""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from merge_avg.errors import MergeError, UsageError
+from merge_avg.formats import scan
+from merge_avg.options import Options
+from merge_avg.plan import prepare, without_collector
+from merge_avg.plan._job import _template_first
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Three checkpoints with an optimizer beside the model."""
+    found = [tmp_path / f"{k}.pt" for k in range(3)]
+    for k, path in enumerate(found):
+        model = {"w": torch.full((4, 3), float(k)), "b": torch.ones(2)}
+        torch.save({"model": model, "optimizer": {"m": torch.ones(9)}}, path)
+    return found
+
+
+def test_a_job_knows_what_will_be_read_and_written(paths, tmp_path):
+    """Bytes to read are each checkpoint's weights and what is copied; nothing is written yet."""
+    job = prepare(paths, tmp_path / "o.pt", Options(weights=[1, 0, 1]))
+    copied = sum(storage.nbytes for _, storage in job.layout.copies)
+    assert copied >= 36
+    assert job.nbytes == 3 * (48 + 8) + copied
+    assert job.averaged == (0, 2)
+    assert [output.weights.integers for output in job.outputs] == [(1, 0, 1)]
+    assert [layout.path for layout in job.layouts] == paths
+    assert (job.layouts[0].archive is None, job.layouts[1].archive is None) == (False, True)
+    assert not (tmp_path / "o.pt").exists()
+
+
+def test_outputs_of_one_job_share_a_layout(paths, tmp_path):
+    """Several outputs differ in their weights, and none records an agreement."""
+    rows = {str(tmp_path / f"{name}.pt"): row for name, row in (("x", [1, 1, 0]), ("y", [0, 1, 3]))}
+    job = prepare(paths, rows, Options())
+    assert [output.path.name for output in job.outputs] == ["x.pt", "y.pt"]
+    assert job.averaged == (0, 1, 2)
+    assert b'"agreement": null' in job.record(job.outputs[0])
+    one = prepare(paths, tmp_path / "x.pt", Options())
+    assert b'"agreement": "+0.000000"' in one.record(one.outputs[0])
+
+
+def test_texts_of_the_template_are_kept_by_copies_only(paths, tmp_path):
+    """What is hashed of the template beside its records depends on what the output has of it."""
+    copy = prepare(paths, tmp_path / "o.pt", Options())
+    bare = prepare(paths, tmp_path / "o.pt", Options(state_dict=True))
+    assert any(b"optimizer" in text for text in copy.kept_texts)
+    assert not any(b"optimizer" in text for text in bare.kept_texts)
+
+
+def test_layouts_that_are_known_are_not_scanned_again(paths, tmp_path, monkeypatch):
+    """A selection hands its layouts on."""
+    known = {path: scan(path) for path in paths}
+    monkeypatch.setattr("merge_avg.plan._job.scan", None)
+    assert prepare(paths, tmp_path / "o.pt", Options(), layouts=known).layouts[0] == known[paths[0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"paths": []}, "there are no checkpoints to average"),
+        ({"outputs": {}}, "there are no outputs to write"),
+        ({"outputs": {"x.pt": [1, 1, 1]}, "weights": [1, 1, 1]}, "the weights are given twice"),
+        ({"outputs": {"x.pt": [1, 1, 1], "y.pth": [1, 1, 1]}}, "x.pt and y.pth end differently"),
+        ({"weights": [1, 2]}, "2 weights for 3 checkpoints"),
+        ({"weights": [1, 2, -1]}, "the weight -1 is negative"),
+        ({"dtype": "int8"}, "the dtype 'int8' cannot be written"),
+        ({"agreement": False, "base": "b.pt"}, "the agreement is asked for"),
+        ({"agreement": False, "min_agreement": 0.5}, "the agreement is asked for"),
+        ({"template": 4}, "there is no checkpoint number 4"),
+    ],
+)
+def test_contradictions_are_usage_errors(paths, tmp_path, given, says):
+    """Options that do not fit each other or the inputs are refused, whatever the files hold."""
+    inputs = given.pop("paths", paths)
+    outputs = given.pop("outputs", tmp_path / "o.pt")
+    with pytest.raises(UsageError, match=says):
+        prepare(inputs, outputs, Options(**given))
+
+
+def test_the_template_comes_first(tmp_path, monkeypatch):
+    """A number counts from one; a file of that name wins; a path that is no input is added."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "2"):
+        (tmp_path / name).touch()
+    inputs = [tmp_path / "a", tmp_path / "b"]
+    assert _template_first(inputs, None) == [(inputs[0], 0), (inputs[1], 1)]
+    swapped = [(inputs[1], 1), (inputs[0], 0)]
+    assert _template_first(inputs, 2) == _template_first(inputs, "b") == swapped
+    found = _template_first(inputs, "2")
+    assert [number for _, number in found] == [None, 0, 1]
+    (tmp_path / "2").unlink()
+    assert _template_first(inputs, "2") == swapped
+
+
+def test_an_output_never_replaces_an_input(paths, tmp_path):
+    """An output that is an input, lies in one, or holds one is refused, --overwrite or not."""
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file({"w": torch.ones(2)}, run / "model.safetensors")
+    with pytest.raises(MergeError, match="the output is the input"):
+        prepare(paths, paths[1], Options(overwrite=True))
+    with pytest.raises(MergeError, match="the output lies in the input"):
+        prepare([run], run / "o.pt", Options(overwrite=True))
+    with pytest.raises(MergeError, match="the output holds the input"):
+        prepare([run / "model.safetensors"], run, Options(overwrite=True, max_shard_size=100))
+
+
+def test_the_collector_runs_again():
+    """Garbage is collected again afterwards, also after an error, if it was before."""
+    with contextlib.suppress(ZeroDivisionError), without_collector():
+        assert not gc.isenabled()
+        assert 1 / 0
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collector():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
