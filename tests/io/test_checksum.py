@@ -27,12 +27,32 @@ def test_parts_in_any_order_give_the_checksum(data, cuts, order):
 
 
 def test_overlapping_parts_are_left_to_be_read():
-    """A part that overlaps another cannot be combined and stays missing."""
+    """Of parts that overlap, the longest counts, or the first; what others have is missing."""
     data = b"0123456789"
-    sums = Checksum(10)
-    sums.add(0, 6, zlib.crc32(data[:6]))
-    sums.add(4, 6, zlib.crc32(data[4:]))
-    assert sums.missing() == [(6, 10)]
+    for parts, missing in (
+        ([(0, 6), (4, 10)], [(6, 10)]),
+        ([(0, 6), (4, 9), (2, 10)], [(0, 2)]),
+        ([(4, 10), (0, 4), (2, 6)], []),
+    ):
+        sums = Checksum(10)
+        for start, stop in parts:
+            sums.add(start, stop - start, zlib.crc32(data[start:stop]))
+        assert sums.missing() == missing
+
+
+@given(data=st.data(), size=st.integers(1, 90))
+def test_parts_that_overlap_give_the_checksum_too(data, size):
+    """Whatever parts come, and however they overlap, with those missing they give the checksum."""
+    whole = bytes(range(size))
+    sums = Checksum(size)
+    edge = st.integers(0, size)
+    parts = data.draw(st.lists(st.tuples(edge, edge).map(sorted), max_size=80))
+    for start, stop in parts:
+        sums.add(start, stop - start, zlib.crc32(whole[start:stop]))
+    for start, stop in sums.missing():
+        sums.add(start, stop - start, zlib.crc32(whole[start:stop]))
+    assert sums.missing() == []
+    assert sums.value() == zlib.crc32(whole)
 
 
 def test_a_checksum_of_nothing_and_of_all():

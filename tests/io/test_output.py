@@ -140,8 +140,8 @@ def test_a_directory_that_came_meanwhile_is_not_replaced(tmp_path):
 class Closing(FileLayout):
     """A layout that remembers the checksums it is closed with, and ends in what it is given."""
 
-    end: tuple = ()
-    told: list = dataclasses.field(default_factory=list)
+    end: tuple[tuple[int, bytes], ...] = ()
+    told: list[tuple[bytes, list[int]]] = dataclasses.field(default_factory=list)
 
     def closing(self, record, checksums):
         self.told.append((record, list(checksums)))

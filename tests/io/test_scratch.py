@@ -1,4 +1,4 @@
-"""merge_avg.scratch: a nameless file that grows and is mapped."""
+"""merge_avg.io._scratch: a nameless file that grows and is mapped."""
 
 import errno
 import os

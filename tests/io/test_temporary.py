@@ -1,4 +1,4 @@
-"""merge_avg.temporary: what a dead run left goes with the next, what a living one makes stays."""
+"""merge_avg.io._temporary: what a dead run left is swept away, what a living one holds stays."""
 
 import errno
 import fcntl
@@ -11,7 +11,8 @@ import time
 import pytest
 
 from merge_avg.io import _temporary as temporary
-from merge_avg.io._temporary import TEMPORARY, Temporary, lock, remove, sweep
+from merge_avg.io._platform import lock
+from merge_avg.io._temporary import TEMPORARY, Temporary, remove, sweep
 
 
 def make(folder, *, directory=False):
@@ -46,7 +47,8 @@ def test_the_dead_go_and_the_living_stay(tmp_path, directory):
 def test_the_lock_goes_with_the_process(tmp_path, directory):
     """Another process's temporary stays while it lives, and goes when it was killed."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom merge_avg.temporary import Temporary\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from merge_avg.io._temporary import Temporary\n"
         f"made = Temporary(Path(sys.argv[1]), directory={directory})\n"
         "print(made.path, flush=True)\ntime.sleep(60)\n"
     )
@@ -54,7 +56,7 @@ def test_the_lock_goes_with_the_process(tmp_path, directory):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         path = tmp_path / other.stdout.readline().strip()
         sweep(tmp_path)
-        assert path.exists()
+        assert list(tmp_path.iterdir()) == [path]
         other.send_signal(signal.SIGKILL)
     sweep(tmp_path)
     assert not list(tmp_path.iterdir())

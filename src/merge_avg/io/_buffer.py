@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from merge_avg.checkpoint import DType
-from merge_avg.io._platform import same_memory
+from merge_avg.io._platform import memcmp
 
 if TYPE_CHECKING:
     import torch
@@ -17,18 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Rows of numbers in host memory, one for each checkpoint that was read.
-
-    An address and not a tensor: the compiled loops take addresses, and torch need not be imported.
+    """Rows of numbers in host memory: `count` rows of `numel`, one for each checkpoint.
 
     Attributes:
-        address: of the first number.
-        dtype: of all numbers.
-        count: the number of rows.
-        numel: the numbers in each row.
         stride: the numbers between the beginnings of two rows.
         held: the object that keeps the memory alive.
     """
+
+    # An address and not a tensor: compiled loops take addresses, and torch need not be imported.
 
     address: int
     dtype: DType
@@ -41,9 +37,9 @@ class Matrix:
         """Return some neighbouring rows."""
         if rows == slice(0, self.count):
             return self
-        start = self.address + rows.start * self.stride * self.dtype.itemsize
+        at = self.address + rows.start * self.stride * self.dtype.itemsize
         count = rows.stop - rows.start
-        return Matrix(start, self.dtype, count, self.numel, self.stride, self.held)
+        return Matrix(at, self.dtype, count, self.numel, self.stride, self.held)
 
     def part(self, start: int, stop: int) -> Matrix:
         """Return the columns from `start` to `stop`."""
@@ -96,4 +92,5 @@ class Buffer:
 
 def same(ours: Buffer, theirs: Buffer, nbytes: int) -> bool:
     """Return whether the first bytes of two buffers are the same."""
-    return same_memory(ours.address, theirs.address, nbytes)
+    # Python compares memoryviews element by element, and slices of bytes only after copying them.
+    return not memcmp(ours.address, theirs.address, nbytes)

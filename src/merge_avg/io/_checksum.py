@@ -16,17 +16,16 @@ class Checksum:
     Adjoining parts are combined from time to time, so that few are held whatever the size.
     """
 
-    __slots__ = "_ends", "_fresh", "_lock", "_nbytes", "_parts"  # there may be very many
+    __slots__ = "_fresh", "_lock", "_nbytes", "_parts"  # there may be very many
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._fresh: list[tuple[int, int, int]] = []  # start, stop, crc
-        self._parts: dict[int, tuple[int, int]] = {}  # start: (stop, crc)
-        self._ends: dict[int, int] = {}  # stop: start
+        self._parts: list[tuple[int, int, int]] = []  # the same, sorted and apart from each other
         self._lock = threading.Lock()
 
     def add(self, start: int, nbytes: int, crc: int) -> None:
-        """Add the CRC-32 of a part; one that overlaps earlier parts is left for `missing`."""
+        """Add the CRC-32 of a part; of two that overlap, the shorter is left for `missing`."""
         if nbytes:
             self._fresh.append((start, start + nbytes, crc))
             # The part with the last byte is among the last to arrive. A run that is complete then
@@ -36,36 +35,28 @@ class Checksum:
 
     def _combine(self) -> None:
         with self._lock:
-            while self._fresh:
-                self._join(*self._fresh.pop(0))
-
-    def _join(self, start: int, stop: int, crc: int) -> None:
-        if any(a < stop and start < b for a, (b, _) in self._parts.items()):
-            return
-        if start in self._ends:
-            before = self._ends.pop(start)
-            _, first = self._parts.pop(before)
-            crc = zlib_ng.crc32_combine(first, crc, stop - start)
-            start = before
-        if stop in self._parts:
-            after, last = self._parts.pop(stop)
-            crc = zlib_ng.crc32_combine(crc, last, after - stop)
-            stop = after
-        self._parts[start] = stop, crc
-        self._ends[stop] = start
+            # Another thread may add a part at any moment: those that are here now are taken.
+            fresh = [self._fresh.pop() for _ in range(len(self._fresh))]
+            parts: list[tuple[int, int, int]] = []
+            for part in sorted(self._parts + fresh):
+                start, stop, crc = part
+                begin, end, before = parts[-1] if parts else (0, -1, 0)
+                if start > end:
+                    parts.append(part)
+                elif start == end:
+                    parts[-1] = begin, stop, zlib_ng.crc32_combine(before, crc, stop - start)
+                elif stop - start > end - begin:
+                    parts[-1] = part
+            self._parts = parts
 
     def missing(self) -> list[tuple[int, int]]:
         """Return the ranges of bytes that no part covers yet, as start and stop."""
         self._combine()
-        gaps = []
-        at = 0
-        for start, (stop, _) in sorted(self._parts.items()):
-            if start > at:
-                gaps.append((at, start))
-            at = stop
-        return [*gaps, (at, self._nbytes)] if at < self._nbytes else gaps
+        stops = [0, *(stop for _, stop, _ in self._parts)]
+        starts = [*(start for start, _, _ in self._parts), self._nbytes]
+        return [gap for gap in zip(stops, starts, strict=True) if gap[0] < gap[1]]
 
     def value(self) -> int:
         """Return the CRC-32 of the whole run, all of which has been added."""
         self._combine()
-        return self._parts[0][1] if self._parts else 0
+        return self._parts[0][2] if self._parts else 0

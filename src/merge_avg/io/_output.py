@@ -15,7 +15,6 @@ import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 from zlib_ng import zlib_ng
@@ -51,8 +50,7 @@ def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
         raise MergeError("it is a file", where=path, hint="choose another name for the directory")
     if path.exists() and not (path.is_file() or directory):
         raise MergeError("not a regular file", where=path, hint="choose another output")
-    empty = directory and not any(path.iterdir())
-    if not overwrite and not empty:
+    if not overwrite and (not directory or any(path.iterdir())):
         raise _exists(path, "the output exists already")
 
 
@@ -64,9 +62,7 @@ def _exists(path: Path, what: str) -> MergeError:
 class Sink(Protocol):
     """Where a mean goes: a new output, or one that exists and is compared with it."""
 
-    @property
-    def folder(self) -> Path:
-        """Return the directory for nameless files of the merge."""
+    folder: Path  # for nameless files of the merge
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
         """Take payload."""
@@ -81,63 +77,46 @@ class Sink(Protocol):
 class Output:
     """An output in the making. Leaving the context without `commit` removes every trace of it.
 
-    Args:
-        path: where it will be.
-        files: their layouts by relative path; a single one called "." is a file, not a directory.
-        draft: stands for its provenance record, which is as long.
-        overwrite: whether it may replace what is there.
+    The layouts of its files come by relative path; a single one called "." is a file, not a
+    directory. `draft` stands for its provenance record, which is as long.
     """
 
     def __init__(
         self, path: Path, files: Mapping[str, FileLayout], draft: bytes = b"", *, overwrite: bool
     ) -> None:
         self.path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        self.folder = self.path.parent
         self._overwrite = overwrite
         self._directory = set(files) != {"."}
         self._files: list[OutputFile] = []
-        sweep(self.path.parent)
+        sweep(self.folder)
         with _explained(self.path):
             self._temporary = Temporary(self.path, directory=self._directory)
         try:
             for relative, layout in files.items():
-                fd = self._opened(relative) if self._directory else self._temporary.fd
+                fd = self._temporary.fd
+                if self._directory:
+                    place = self._temporary.path / relative
+                    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+                    with _explained(self.path):
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        fd = os.open(place, flags, 0o666)
                 self._files.append(OutputFile(self.path, fd, layout, draft))
-            self._reserve()
+            # Claimed now, so that a full disk shows before anything is read.
+            nbytes = sum(file.nbytes for file in self._files)
+            with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
+                for file in self._files:
+                    reserve(file.fd, file.nbytes)
+            for file in self._files:
+                for offset, data in file.layout.opening():
+                    file.write(memoryview(data), offset)
         except BaseException:  # Ctrl-C too must leave nothing behind
             self._discard()
             raise
 
-    def _opened(self, relative: str) -> int:
-        place = self._temporary.path / relative
-        with _explained(self.path):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(place, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-
-    def _reserve(self) -> None:
-        """Claim the space, so that a full disk shows before anything is read."""
-        nbytes = sum(file.nbytes for file in self._files)
-        with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
-            for file in self._files:
-                reserve(file.fd, file.nbytes)
-        for file in self._files:
-            for offset, data in file.layout.opening():
-                file.write(memoryview(data), offset)
-
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
-        """Write payload `at` bytes into a slot of a file, from any thread.
-
-        Args:
-            number: of the file.
-            name: of a slot in its layout.
-            at: offset in the slot, in bytes.
-            data: the bytes.
-        """
+        """Write payload `at` bytes into the slot `name` of file `number`, from any thread."""
         self._files[number].fill(name, at, data)
-
-    @property
-    def folder(self) -> Path:
-        """Return the directory for nameless files of the merge."""
-        return self.path.parent
 
     def commit(self) -> None:
         """Complete the files, force them to the disk and give the output its name."""
@@ -161,11 +140,11 @@ class Output:
             if self._directory:
                 self._publish_directory()
             else:
-                self._publish()
+                self._publish_file()
         with _explained(self.path, "it is complete, but may not outlast a power failure"):
-            sync_directory(self.path.parent)
+            sync_directory(self.folder)
 
-    def _publish(self) -> None:
+    def _publish_file(self) -> None:
         temporary = self._temporary.path
         if self._overwrite:
             os.replace(temporary, self.path)
@@ -186,12 +165,10 @@ class Output:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-        else:
-            return
-        if not self._overwrite:
-            raise _exists(self.path, "another output appeared there in the meantime")
-        if not exchange(temporary, self.path):
-            self._swap(temporary, self._temporary.aside)
+            if not self._overwrite:
+                raise _exists(self.path, "another output appeared there in the meantime") from None
+            if not exchange(temporary, self.path):
+                self._swap(temporary, self._temporary.aside)
 
     def _swap(self, temporary: Path, aside: Path) -> None:
         """Replace a directory in two steps; the next run undoes a first step that stayed alone."""
@@ -209,24 +186,19 @@ class Output:
         finally:
             os.close(old)
 
-    def _discard(self) -> None:
-        if self._directory:
-            for file in self._files:
-                file.close()
-        self._files.clear()
-        self._temporary.remove()
-        self._temporary.close()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._discard()
+
+    def _discard(self) -> None:
+        for file in self._files if self._directory else ():
+            with contextlib.suppress(OSError):  # all was forced to the disk before
+                os.close(file.fd)
+        self._files.clear()
+        self._temporary.remove()
+        self._temporary.close()
 
 
 class OutputFile:
@@ -277,11 +249,6 @@ class OutputFile:
         """Write the last literals."""
         for offset, data in self.closing(record):
             self.write(memoryview(data), offset)
-
-    def close(self) -> None:
-        """Close the file."""
-        with contextlib.suppress(OSError):  # all was forced to the disk before
-            os.close(self.fd)
 
 
 @contextlib.contextmanager

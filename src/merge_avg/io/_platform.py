@@ -15,16 +15,12 @@ _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE, of linux/fs.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE = getattr(_LIBC, "sync_file_range", None)
-_MEMCMP = _LIBC.memcmp
-_MEMCMP.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+memcmp = _LIBC.memcmp
+memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 
 def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
-    """Fill `into` from `offset` of a file on, in as many calls as it takes.
-
-    Raises:
-        MergeError: the file ends before that, or cannot be read.
-    """
+    """Fill `into` from `offset` of a file on, or raise MergeError."""
     at, size = 0, len(into)
     while at < size:
         # Most reads need one call: slicing a memoryview would cost as much as the call itself.
@@ -40,11 +36,7 @@ def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
 
 
 def write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    """Write all of `data` at `offset`, in as many calls as it takes.
-
-    Raises:
-        MergeError: the file cannot be written.
-    """
+    """Write all of `data` at `offset`, or raise MergeError."""
     at = 0
     while at < len(data):
         try:
@@ -54,11 +46,7 @@ def write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
 
 
 def reserve(fd: int, nbytes: int, start: int = 0) -> None:
-    """Claim a file's space from `start` on, so that a full disk is an error now and not later.
-
-    Raises:
-        OSError: there is not so much space, or a file cannot be so large.
-    """
+    """Claim a file's space from `start` on, so that a full disk is an OSError now and not later."""
     if not nbytes:
         return
     try:
@@ -73,20 +61,17 @@ def reserve(fd: int, nbytes: int, start: int = 0) -> None:
 
 
 def start_writeback(fd: int) -> None:
-    """Let the disk begin with what was written to a file, while more is made (Linux).
-
-    This is a hint: where it cannot be given, `fsync` does all of it in the end.
-    """
+    """Let the disk begin with what was written to a file, while more is made (Linux)."""
+    # This is a hint: where it cannot be given, `fsync` does all of it in the end.
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(2))
 
 
 def exchange(a: Path, b: Path) -> bool:
     """Swap the names of two directories in one step; return False where the system cannot."""
+    names = _AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b)
     renameat2 = getattr(_LIBC, "renameat2", None)
-    if renameat2 is None:
-        return False
-    return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _EXCHANGE) == 0)
+    return renameat2 is not None and renameat2(*names, _EXCHANGE) == 0
 
 
 def sync_directory(path: Path) -> None:
@@ -105,19 +90,9 @@ def sync_directory(path: Path) -> None:
 
 
 def lock(fd: int) -> bool | None:
-    """Mark an open file as in use until it is closed or the process ends.
-
-    Returns:
-        False where another process has the lock, None where the file system has no locks.
-    """
+    """Lock a file while it is open. Return False if another process has it, None if none can."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno == errno.EWOULDBLOCK else None
     return True
-
-
-def same_memory(ours: int, theirs: int, nbytes: int) -> bool:
-    """Return whether the bytes at two addresses are the same."""
-    # Python compares memoryviews element by element, and slices of bytes only after copying them.
-    return not _MEMCMP(ours, theirs, nbytes)

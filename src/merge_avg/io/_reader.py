@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,10 +30,7 @@ class Tap:
     """A storage that is read from.
 
     Attributes:
-        storage: the storage.
-        fd: the open file that it lies in.
-        offset: of its first byte in that file.
-        path: what messages call the file.
+        offset: of its first byte in the open file `fd`, which messages call `path`.
         sums: returns what keeps the checksums of its parts, where it has a checksum.
     """
 
@@ -62,13 +59,10 @@ class Reader:
     storage that is read whole is checked there and then; of others, `finish` reads what is left,
     and checks. Storages that are deflated or in big-endian byte order are decoded, when they are
     first read, into a nameless file in `scratch`.
-
-    Files are read and not mapped: one that shrinks under a mapping kills the process (SIGBUS), and
-    mapped pages count as memory of the process.
-
-    Raises:
-        MergeError: a file cannot be opened, or is not the one that was scanned.
     """
+
+    # Files are read and not mapped: one that shrinks under a mapping kills the process (SIGBUS),
+    # and mapped pages count as memory of the process.
 
     def __init__(self, layout: Layout, scratch: Path) -> None:
         self.path = layout.path
@@ -76,7 +70,7 @@ class Reader:
         self._fds: dict[int, int] = {}
         # By identity, as hashing a storage costs more than a read.
         self._sums: dict[int, tuple[Storage, Checksum]] = {}
-        self._decoded: dict[Storage, int] = {}
+        self._decoded: dict[Storage, Tap] = {}
         self._lock = threading.Lock()
         self._scratch = scratch
         self._spool: BinaryIO | None = None
@@ -85,37 +79,39 @@ class Reader:
         """Fill `into` from byte `at` of a storage on; `again` where it was counted before.
 
         Raises:
-            MergeError: the file ends before that, or cannot be read, or the checksum is wrong.
+            MergeError: a file cannot be opened or read, ends before that, or is not the one that
+                was scanned; or the checksum is wrong.
         """
-        if storage.parts:
-            for part, start, first, last in _overlaps(storage.parts, at, at + len(into)):
-                self.read(into[first - at : last - at], part, first - start, again=again)
+        if not storage.parts:
+            self.tap(storage).read(into, at, again=again)
             return
-        self.tap(storage).read(into, at, again=again)
+        stop = at + len(into)
+        ends = list(itertools.accumulate(part.nbytes for part in storage.parts))
+        for number in range(bisect.bisect_right(ends, at), len(ends)):
+            part, end = storage.parts[number], ends[number]
+            start = end - part.nbytes
+            if start >= stop:
+                break
+            first, last = max(at, start), min(stop, end)
+            self.read(into[first - at : last - at], part, first - start, again=again)
 
     def tap(self, storage: Storage) -> Tap:
         """Return where the bytes of a storage without parts come from."""
-        path = self._files[storage.file].path
+        fd, path = self._fd(storage.file), self._files[storage.file].path
         if storage.coded:
-            offset = self._decode(storage)
-            return Tap(storage, self._spooled().fileno(), offset, path, None)
-        sums = None if storage.crc is None else self._checksum
-        return Tap(storage, self._fd(storage.file), storage.offset, path, sums)
+            return self._decode(storage, fd, path)
+        return Tap(
+            storage, fd, storage.offset, path, None if storage.crc is None else self._checksum
+        )
 
     def _checksum(self, storage: Storage) -> Checksum:
-        found = self._sums.get(id(storage))
-        if found is None:
+        if id(storage) not in self._sums:
             with self._lock:
-                made = storage, Checksum(storage.nbytes)
-                found = self._sums.setdefault(id(storage), made)
-        return found[1]
+                self._sums.setdefault(id(storage), (storage, Checksum(storage.nbytes)))
+        return self._sums[id(storage)][1]
 
     def finish(self) -> None:
-        """Check the CRC-32 of every storage that was read from, and that the files are the same.
-
-        Raises:
-            MergeError: a checksum is wrong, or a file changed since it was scanned.
-        """
+        """Raise MergeError where a storage has another CRC-32, or a file changed since the scan."""
         block = memoryview(bytearray(_BLOCK))
         for storage, sums in self._sums.values():
             path = self._files[storage.file].path
@@ -127,7 +123,7 @@ class Reader:
             if sums.value() != storage.crc:
                 raise _damaged(storage, path)
         for number, fd in self._fds.items():
-            _refuse_changed(self._files[number], os.fstat(fd))
+            _refuse_changed(self._files[number], fd)
 
     def close(self) -> None:
         """Close the files."""
@@ -139,35 +135,28 @@ class Reader:
             self._spool.close()
 
     def _fd(self, number: int) -> int:
-        fd = self._fds.get(number)
-        if fd is not None:
-            return fd
+        if number in self._fds:
+            return self._fds[number]
         with self._lock:
             if number not in self._fds:
                 file = self._files[number]
                 try:
-                    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._fds[number] = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
                     raise failure(error, "cannot be opened", file.path) from None
-                self._fds[number] = fd
-                _refuse_changed(file, os.fstat(fd))
+                _refuse_changed(file, self._fds[number])
             return self._fds[number]
 
-    def _spooled(self) -> BinaryIO:
-        if self._spool is None:
-            self._spool = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - see close()
-        return self._spool
-
-    def _decode(self, storage: Storage) -> int:
-        """Return where in the spool a storage's decoded bytes begin."""
-        fd = self._fd(storage.file)
+    def _decode(self, storage: Storage, fd: int, path: Path) -> Tap:
+        """Return where the decoded bytes of a storage lie in the spool."""
         with self._lock:
             if storage in self._decoded:
                 return self._decoded[storage]
-            path = self._files[storage.file].path
             crc = nbytes = 0
             try:
-                spool = self._spooled()
+                if self._spool is None:
+                    self._spool = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - close()
+                spool = self._spool
                 start = spool.seek(0, os.SEEK_END)
                 for block in _inflated(fd, storage, path):
                     crc = zlib_ng.crc32(block, crc)
@@ -183,23 +172,8 @@ class Reader:
                 raise MergeError(what, where=path, hint=hint) from None
             if nbytes != storage.nbytes or storage.crc not in (None, crc):
                 raise _damaged(storage, path)
-            self._decoded[storage] = start
-            return start
-
-
-def _overlaps(
-    parts: Sequence[Storage], at: int, stop: int
-) -> Iterator[tuple[Storage, int, int, int]]:
-    """Yield the parts that bytes `at` to `stop` of a storage lie in.
-
-    Each comes with where it starts in the storage, and the first and last of the bytes in it.
-    """
-    ends = list(itertools.accumulate(part.nbytes for part in parts))
-    for number in range(bisect.bisect_right(ends, at), len(parts)):
-        start = ends[number] - parts[number].nbytes
-        if start >= stop:
-            return
-        yield parts[number], start, max(at, start), min(stop, ends[number])
+            self._decoded[storage] = Tap(storage, spool.fileno(), start, path, None)
+            return self._decoded[storage]
 
 
 def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
@@ -244,8 +218,9 @@ def _damaged(storage: Storage, path: Path) -> MergeError:
     return MergeError(what, where=path, hint="fetch or save the file again")
 
 
-def _refuse_changed(file: File, found: os.stat_result) -> None:
+def _refuse_changed(file: File, fd: int) -> None:
     """Raise MergeError for a file that is not what it was when it was scanned."""
+    found = os.fstat(fd)
     then = file.nbytes, file.mtime_ns, file.device, file.inode
     if then != (found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino):
         hint = "run again when nothing writes to it any more"

@@ -31,11 +31,7 @@ class Scratch:
         self._file.close()
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
-        """Return bytes of the file, mapped; it grows as needed. `offset` is a multiple of 64 KiB.
-
-        Raises:
-            MergeError: there is not enough space.
-        """
+        """Return mapped bytes of the file, which grows; `offset` is a multiple of 64 KiB."""
         if offset + nbytes > self._size:
             # A write to a mapped hole kills the process (SIGBUS) when the disk is full.
             try:

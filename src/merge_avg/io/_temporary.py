@@ -22,27 +22,17 @@ from pathlib import Path
 from merge_avg.io._platform import lock
 
 TEMPORARY = ".merge-avg-tmp"
-_OLD = ".old"  # marks an output that was moved aside to be replaced
+# In a name, .old marks an output that was moved aside to be replaced.
 _NAME = re.compile(
     rf"\.(?P<stem>.*)\.(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}(?P<old>\.old)?{re.escape(TEMPORARY)}",
     re.DOTALL,
 )
-_DAY = 86400
 
 
 class Temporary:
     """A new file or directory beside an output, removed with the object or the interpreter.
 
-    Args:
-        output: what it will be renamed to.
-        directory: whether to make a directory.
-
-    Attributes:
-        path: its name.
-        fd: an open descriptor that holds the lock; writable for a file.
-
-    Raises:
-        OSError: it cannot be made.
+    The open descriptor `fd` holds the lock; that of a file is writable.
     """
 
     def __init__(self, output: Path, *, directory: bool) -> None:
@@ -51,8 +41,7 @@ class Temporary:
         if len(raw := os.fsencode(stem)) > 200:
             stem = raw[:197].decode("utf-8", "ignore") + "..."
         while True:
-            name = f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}"
-            self.path = output.with_name(name)
+            self.path = output.with_name(f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}")
             # Before it exists, so that a signal at any moment finds somebody to remove it.
             self.remove = weakref.finalize(self, _undo, self.path, os.getpid())
             flags = os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -76,7 +65,7 @@ class Temporary:
     @property
     def aside(self) -> Path:
         """Return a name for what it replaces, where the two cannot be exchanged."""
-        return self.path.with_suffix(_OLD + TEMPORARY)
+        return self.path.with_suffix(f".old{TEMPORARY}")
 
     def close(self) -> None:
         """Drop the lock."""
@@ -142,8 +131,7 @@ def _is(path: Path, fd: int) -> bool:
 
 def _touched(path: Path) -> bool:
     """Return whether anything was written to it within a day."""
-    newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
-    return time.time() - newest < _DAY
+    return time.time() - max(one.lstat().st_mtime for one in (path, *path.rglob("*"))) < 86400
 
 
 @functools.cache
