@@ -70,7 +70,7 @@ def test_overlaps_that_only_the_template_has_are_refused():
     plain = info("w", Storage("s", 0, 24), 0, (2, 3))
     with pytest.raises(MergeError, match=r"^f1.pt: tensor 'w' overlaps itself in f0.pt"):
         planned({"w": odd}, {"w": plain})
-    assert not planned({"w": odd}, {"w": odd}).stagings
+    assert not planned({"w": odd}, {"w": odd}).restrides
 
 
 @pytest.mark.parametrize(

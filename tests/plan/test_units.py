@@ -21,16 +21,16 @@ def test_shared_elements_are_one_unit():
     assert (unit.start, unit.stop, unit.kind) == (0, 4, "mean")
 
 
-def test_other_geometry_is_staged():
+def test_other_geometry_is_copied():
     """A checkpoint that keeps apart what the template ties is copied together first."""
     storage, one, two = Storage("data/0", 64, 16), Storage("a", 0, 16), Storage("b", 16, 16)
     ours = {"a": info("a", storage, 0, (4,)), "b": info("b", storage, 0, (4,))}
     theirs = {"a": info("a", one, 0, (4,)), "b": info("b", two, 0, (4,))}
     plan = planned(ours, theirs)
-    (staging,) = plan.stagings
-    assert (staging.checkpoint, staging.tied_in, staging.nbytes) == (1, 0, 16)
+    (restride,) = plan.restrides
+    assert (restride.checkpoint, restride.tied_in, restride.nbytes) == (1, 0, 16)
     assert plan.units[0].sources[1].storage is None
-    (reverse,) = planned(theirs, ours).stagings
+    (reverse,) = planned(theirs, ours).restrides
     assert (reverse.checkpoint, reverse.tied_in) == (0, 1)
 
 
@@ -39,7 +39,7 @@ def test_wider_strides_do_not_move_other_tensors():
     storage = Storage("data/0", 64, 16)
     ours = {"a": info("a", storage, 0, (1, 4), (4, 1))}
     theirs = {"a": info("a", storage, 0, (1, 4), (99, 1))}
-    assert not planned(ours, theirs).stagings
+    assert not planned(ours, theirs).restrides
 
 
 def test_a_plan_says_what_comes_out():
@@ -56,7 +56,7 @@ def test_a_plan_says_what_comes_out():
     for dtype, expected in (("bfloat16", BF16), ("template", F32), (None, F32)):
         plan = make_plan(layouts, aligned, dtype)
         assert (plan.layouts, plan.aligned, plan.dtype) == (tuple(layouts), aligned, dtype)
-        assert (plan.scratch, plan.stagings) == (0, ())
+        assert (plan.scratch, plan.restrides) == (0, ())
         results = {str(name): plan.result(name).name for name in rows}
         assert results == {"w": expected.name, "n": "int64", "k": "float32"}
         assert plan.converted() == ({storages[0]: BF16} if expected == BF16 else {})
@@ -120,7 +120,7 @@ def test_checkpoints_that_lack_a_tensor_take_no_part():
     assert [source.checkpoint for source in unit.sources] == [0, 2]
 
 
-def test_stagings_get_rooms_of_their_own():
+def test_restrides_get_rooms_of_their_own():
     """Each copy has its place in the scratch file, on pages of their own; all of it counts."""
     storage = Storage("s", 0, 400_000)
     ours, theirs = {}, {}
@@ -129,7 +129,7 @@ def test_stagings_get_rooms_of_their_own():
         ours[key] = info(key, storage, 1 + number * 30_000, (100, 200))
         theirs[key] = info(key, Storage(key, 8, 80_000), 0, (100, 200), (1, 100), dtype=F32)
     plan = planned(ours, theirs, theirs)
-    assert [(s.checkpoint, s.offset, s.nbytes, s.tied_in) for s in plan.stagings] == [
+    assert [(s.checkpoint, s.offset, s.nbytes, s.tied_in) for s in plan.restrides] == [
         (1 + n % 2, n * 131_072, 80_000, 0) for n in range(6)
     ]
     assert plan.scratch == 6 * 131_072
@@ -139,19 +139,19 @@ def test_stagings_get_rooms_of_their_own():
             source = unit.sources[index]
             offset = (2 * number + index - 1) * 131_072
             assert source == Source(index, F32, None, offset)
-            ((name, part, view),) = plan.stagings[2 * number + index - 1].pairs
+            ((name, part, view),) = plan.restrides[2 * number + index - 1].pairs
             assert (str(name), part) == (key, theirs[key])
             assert view == replace(ours[key], start=0)
 
 
-def test_a_staging_has_the_dtype_of_its_checkpoint():
+def test_a_restride_has_the_dtype_of_its_checkpoint():
     """Tensors that are copied into another geometry keep their own dtype and size."""
     ours = {"w": info("w", Storage("s", 0, 24), 0, (2, 3))}
     theirs = {"w": info("w", Storage("t", 0, 12), 0, (2, 3), (1, 2), dtype=BF16)}
     plan = planned(ours, theirs, dtype="float32")
-    (staging,) = plan.stagings
-    assert staging.nbytes == 12
-    assert staging.pairs[0][2].dtype == BF16
+    (restride,) = plan.restrides
+    assert restride.nbytes == 12
+    assert restride.pairs[0][2].dtype == BF16
     assert plan.units[0].sources[1] == Source(1, BF16, None, 0)
 
 
@@ -191,21 +191,21 @@ def test_ties_are_checked_wherever_they_are_not():
     apart = {"x": info("x", a, 0, (20_000,)), "y": info("y", b, 0, (20_000,))}
     tied = {"x": apart["x"], "y": info("y", a, 0, (20_000,))}
     plan = planned(apart, tied, apart, tied)
-    assert [(s.checkpoint, s.tied_in, s.offset, s.nbytes) for s in plan.stagings] == [
+    assert [(s.checkpoint, s.tied_in, s.offset, s.nbytes) for s in plan.restrides] == [
         (0, 1, 0, 80_000),
         (2, 1, 131_072, 80_000),
     ]
     assert plan.scratch == 262_144
-    for staging in plan.stagings:
-        assert [(str(name), part, view.start) for name, part, view in staging.pairs] == [
+    for restride in plan.restrides:
+        assert [(str(name), part, view.start) for name, part, view in restride.pairs] == [
             ("x", apart["x"], 0),
             ("y", apart["y"], 0),
         ]
     shifted = {"x": apart["x"], "y": info("y", a, 1, (19_999,))}
     other = {"x": apart["x"], "y": info("y", b, 0, (19_999,))}
-    assert not planned(other, shifted).stagings
+    assert not planned(other, shifted).restrides
     lacking = make_plan(*rows_of(apart, tied, {"x": apart["x"]}))
-    assert [s.checkpoint for s in lacking.stagings] == [0]
+    assert [s.checkpoint for s in lacking.restrides] == [0]
 
 
 def test_what_comes_behind_a_checkpoint_that_lacks_it_is_checked():
@@ -217,8 +217,8 @@ def test_what_comes_behind_a_checkpoint_that_lacks_it_is_checked():
     apart = {key: info(key, one, 2, (2, 3), (1, 2)) for key, one in (("x", a), ("y", b))}
     tied = {key: info(key, a, 2, (2, 3), (1, 2)) for key in "xy"}
     first = {"e": info("e", a, 0, (0,)), **apart}
-    (staging,) = make_plan(*rows_of(first, {"e": first["e"], **tied})).stagings
-    assert [(view.start, view.stride, part) for _, part, view in staging.pairs] == [
+    (restride,) = make_plan(*rows_of(first, {"e": first["e"], **tied})).restrides
+    assert [(view.start, view.stride, part) for _, part, view in restride.pairs] == [
         (0, (3, 1), apart["x"]),
         (0, (3, 1), apart["y"]),
     ]

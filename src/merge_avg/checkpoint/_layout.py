@@ -92,7 +92,6 @@ class Archive:
         pickle_name: its record's name.
         classes: each time the pickle names a storage's class.
         frames: where the pickle's FRAME opcodes start.
-        unchecked: whether it was written without checksums.
         prefix: of the names of storages, before the pickle's key.
         around: for a legacy file, the bytes before the pickle and those after it.
     """
@@ -102,6 +101,5 @@ class Archive:
     pickle_name: str
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
-    unchecked: bool = False
     prefix: str = ""
     around: tuple[bytes, bytes] = (b"", b"")

@@ -20,7 +20,7 @@ from merge_avg.checkpoint import Name, TensorInfo
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Reader, Scratch
-from merge_avg.plan import Staging, aligned_to_page
+from merge_avg.plan import Restride, aligned_to_page
 
 SLAB = 1 << 17  # elements that are copied at a time
 # Elements are moved, not computed with: as integers, NaN keeps its bits.
@@ -34,9 +34,9 @@ def restride(space: Workspace) -> None:
         MergeError: two tensors that have to share elements differ.
     """
     job, scratch = space.job, space.scratch
-    for staging in job.plan.stagings:
-        reader = space.readers[staging.checkpoint]
-        restride_input(scratch, reader, staging, job.layouts[staging.tied_in].path)
+    for one in job.plan.restrides:
+        reader = space.readers[one.checkpoint]
+        restride_input(scratch, reader, one, job.layouts[one.tied_in].path)
     offset = job.plan.scratch
     for unit, targets in zip(job.plan.units, job.layout.targets, strict=True):
         if any(target.view is not None for target in targets):
@@ -69,18 +69,18 @@ def restride_results(space: Workspace) -> None:
                     at += len(data)
 
 
-def restride_input(scratch: Scratch, reader: Reader, staging: Staging, tied_in: Path) -> None:
+def restride_input(scratch: Scratch, reader: Reader, one: Restride, tied_in: Path) -> None:
     """Copy tensors of a checkpoint into another geometry, as the plan says.
 
     Raises:
         MergeError: two tensors that have to share elements differ.
     """
-    room = _mapped(scratch, staging.offset, staging.nbytes).zero_()
+    room = _mapped(scratch, one.offset, one.nbytes).zero_()
     # Behind it: which elements a tensor was copied to already, and the tensor's own bytes.
-    behind = aligned_to_page(staging.offset + staging.nbytes)
-    taken = _mapped(scratch, behind, staging.nbytes).zero_()
-    for name, info, view in staging.pairs:
-        copied = _copied(scratch, reader, info, behind + aligned_to_page(staging.nbytes))
+    behind = aligned_to_page(one.offset + one.nbytes)
+    taken = _mapped(scratch, behind, one.nbytes).zero_()
+    for name, info, view in one.pairs:
+        copied = _copied(scratch, reader, info, behind + aligned_to_page(one.nbytes))
         source = strided(copied, info, 0)
         target = strided(room, view, view.start)
         marks = strided(taken, view, view.start)
@@ -93,7 +93,7 @@ def restride_input(scratch: Scratch, reader: Reader, staging: Staging, tied_in: 
                 source, target, marks = (t.narrow(dim, 0, 1) for t in (source, target, marks))
         agree &= _all_equal(source, target, marks)
         if not agree:
-            others = [str(other) for other, _, _ in staging.pairs if other != name]
+            others = [str(other) for other, _, _ in one.pairs if other != name]
             what = f"tensor {str(name)!r} varies where it repeats one element in {tied_in}"
             if others:
                 pair = f"{others[0]!r} and {str(name)!r}"

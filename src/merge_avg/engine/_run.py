@@ -145,7 +145,7 @@ def _output(job: Job, output: OutputSpec) -> Output:
 def _restrides(job: Job) -> bool:
     """Return whether a tensor, or a result, lies otherwise than in the template: seldom."""
     units = zip(job.plan.units, job.layout.targets, strict=True)
-    return bool(job.plan.stagings) or any(
+    return bool(job.plan.restrides) or any(
         unit.holed or any(target.view is not None for target in targets) for unit, targets in units
     )
 

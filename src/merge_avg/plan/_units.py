@@ -100,7 +100,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Staging:
+class Restride:
     """Tensors of a checkpoint to copy into another geometry, in the scratch file.
 
     A checkpoint whose tensors lie otherwise than the template's (with other strides, or apart where
@@ -136,7 +136,7 @@ class Plan:
         layouts: the checkpoints; the first is the template.
         aligned: the weights by the template's names.
         units: in the template's order.
-        stagings: copies to make first, each with a place of its own in the scratch file.
+        restrides: copies to make first, each with a place of its own in the scratch file.
         factors: tensors A of low-rank products B @ A. Where they are the same everywhere, the mean
             of the products is the product of the means, and elsewhere it is not.
         dtype: the float dtype that is asked for.
@@ -145,7 +145,7 @@ class Plan:
     layouts: tuple[Layout, ...]
     aligned: Aligned
     units: tuple[Unit, ...]
-    stagings: tuple[Staging, ...]
+    restrides: tuple[Restride, ...]
     factors: frozenset[Name]
     dtype: str | None = None
 
@@ -157,7 +157,7 @@ class Plan:
     @property
     def scratch(self) -> int:
         """Return where the copies end in the scratch file."""
-        return _end(self.stagings)
+        return _end(self.restrides)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -194,16 +194,17 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
         info = aligned.template(name)
         if info.numel:
             storages.setdefault(info.storage, []).append((name, info))
-    copies: list[Staging] = []
+    restrides: list[Restride] = []
     units: list[Unit] = []
     for members in storages.values():
         for unit in _with_gaps(
-            _unit(layouts, aligned, together, dtype, copies) for together in _overlapping(members)
+            _unit(layouts, aligned, together, dtype, restrides)
+            for together in _overlapping(members)
         ):
             units.append(replace(unit, number=len(units)))
-    _tie(aligned, copies)
+    _tie(aligned, restrides)
     factors = frozenset(name for name in aligned.rows if LORA_A.search(name.key))
-    return Plan(tuple(layouts), aligned, tuple(units), tuple(copies), factors, dtype)
+    return Plan(tuple(layouts), aligned, tuple(units), tuple(restrides), factors, dtype)
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
@@ -217,16 +218,16 @@ def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) ->
         weights: its tensors by the template's names.
     """
     number = len(plan.layouts)
-    copies = list(plan.stagings)
+    restrides = list(plan.restrides)
     units: list[Unit] = []
     for unit in plan.units:
         infos = _comparable(unit, weights) if unit.is_matrix else None
         if infos is not None:
-            source = _source(number, unit, infos, copies)
+            source = _source(number, unit, infos, restrides)
             unit = replace(unit, sources=(*unit.sources, source))  # noqa: PLW2901
         units.append(unit)
     layouts = (*plan.layouts, layout)
-    return replace(plan, layouts=layouts, units=tuple(units), stagings=tuple(copies))
+    return replace(plan, layouts=layouts, units=tuple(units), restrides=tuple(restrides))
 
 
 def _comparable(unit: Unit, weights: Mapping[Name, TensorInfo]) -> list[TensorInfo] | None:
@@ -255,8 +256,8 @@ def aligned_to_page(offset: int) -> int:
     return -(-offset // _PAGE) * _PAGE
 
 
-def _end(copies: Sequence[Staging]) -> int:
-    return copies[-1].end if copies else 0
+def _end(restrides: Sequence[Restride]) -> int:
+    return restrides[-1].end if restrides else 0
 
 
 def _overlapping(members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -301,7 +302,7 @@ def _unit(
     aligned: Aligned,
     members: Sequence[Member],
     dtype: str | None,
-    copies: list[Staging],
+    restrides: list[Restride],
 ) -> Unit:
     """Return the unit of tensors whose elements overlap, and add the copies that it needs."""
     names = [name for name, _ in members]
@@ -316,13 +317,15 @@ def _unit(
     for number in range(len(layouts)):
         infos = [info for name in names if (info := aligned.rows[name][number]) is not None]
         if infos:
-            sources.append(_source(number, unit, infos, copies))
+            sources.append(_source(number, unit, infos, restrides))
             if sources[-1].storage is None:
                 check_copied(layouts, number, members)
     return replace(unit, sources=tuple(sources))
 
 
-def _source(number: int, unit: Unit, infos: Sequence[TensorInfo], copies: list[Staging]) -> Source:
+def _source(
+    number: int, unit: Unit, infos: Sequence[TensorInfo], restrides: list[Restride]
+) -> Source:
     """Return where a checkpoint has the elements of a unit, if need be after a copy of them."""
     dtype = infos[0].dtype
     if _direct(unit.members, infos):
@@ -333,8 +336,8 @@ def _source(number: int, unit: Unit, infos: Sequence[TensorInfo], copies: list[S
         for (name, ours), info in zip(unit.members, infos, strict=True)
         for part, view in tiled(info, replace(ours, start=ours.start - unit.start))
     )
-    copies.append(Staging(number, pairs, _end(copies), len(unit) * dtype.itemsize))
-    return Source(number, dtype, None, copies[-1].offset)
+    restrides.append(Restride(number, pairs, _end(restrides), len(unit) * dtype.itemsize))
+    return Source(number, dtype, None, restrides[-1].offset)
 
 
 def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, TensorInfo]]:
@@ -368,7 +371,7 @@ def _result(info: TensorInfo, dtype: str | None) -> DType:
     return BY_NAME[dtype]
 
 
-def _tie(aligned: Aligned, copies: list[Staging]) -> None:
+def _tie(aligned: Aligned, restrides: list[Restride]) -> None:
     """Add copies that compare pairs which one checkpoint ties, in all that keep them apart."""
     # A model that ties a pair has one value for both. Where a pair differs anywhere, its two means
     # differ, and in a model that ties them one would be lost without a word. Both tensors of a pair
@@ -396,4 +399,4 @@ def _tie(aligned: Aligned, copies: list[Staging]) -> None:
                         )
                     )
                     nbytes = a.numel * a.dtype.itemsize
-                    copies.append(Staging(other, pairs, _end(copies), nbytes, number))
+                    restrides.append(Restride(other, pairs, _end(restrides), nbytes, number))

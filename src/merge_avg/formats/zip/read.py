@@ -105,8 +105,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         pickle_name,
         objects.classes,
         objects.frames,
-        unchecked,
-        f"{part.name}{root}data/",
+        prefix=f"{part.name}{root}data/",
     )
     metadata: tuple[tuple[str, str], ...] = ()
     provenance = records.get(f"{root}{PROVENANCE_FILE}") if within is None else None
