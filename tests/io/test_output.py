@@ -175,7 +175,7 @@ FAILURES = [
 
 
 def failing(monkeypatch, name, number, code):
-    """Lets the n-th call of a function of `os` fail."""
+    """Let the n-th call of a function of `os` fail."""
     real, calls = getattr(os, name), []
 
     def call(*args, **kwargs):
@@ -217,15 +217,15 @@ def test_a_result_that_may_not_last_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_directories_that_cannot_be_forced_are_none(tmp_path, monkeypatch, code):
-    """A file system that cannot force a directory to the disk is no failure."""
+def test_directories_that_cannot_be_forced_are_left(tmp_path, monkeypatch, code):
+    """A file system that cannot force a directory to the disk does not fail the merge."""
     failing(monkeypatch, "fsync", 2, code)
     write(tmp_path / "out")
     assert contents(tmp_path) == {"out": b"abcdef"}
 
 
-def test_directories_that_cannot_be_opened_are_none(tmp_path, monkeypatch):
-    """Nor is a directory that may be written to and not read."""
+def test_directories_that_cannot_be_opened_are_left(tmp_path, monkeypatch):
+    """Nor does a directory that may be written to but not read."""
     failing(monkeypatch, "open", 2, errno.EACCES)
     write(tmp_path / "out")
     assert contents(tmp_path) == {"out": b"abcdef"}
@@ -340,7 +340,7 @@ def test_an_old_directory_that_cannot_be_removed_is_no_failure(tmp_path, monkeyp
 
 
 def test_outputs_that_are_directories(tmp_path):
-    """A file is no place for a directory, an empty directory is; a full one needs --overwrite."""
+    """A directory may replace an empty one, or a full one with --overwrite, but never a file."""
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     made(tmp_path / "full")

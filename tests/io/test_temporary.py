@@ -24,7 +24,7 @@ def make(folder, *, directory=False):
 
 
 def abandon(made):
-    """As if its process had died: the lock goes, the file stays."""
+    """Drop the lock and keep the file, as if the process had died."""
     made.remove.detach()
     made.close()
     return made.path
@@ -216,7 +216,7 @@ def test_a_taken_name_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_lock_has_three_answers(tmp_path):
-    """It could be had, somebody else has it, or there are none."""
+    """A lock is taken, or held by another process, or the file cannot have one."""
     with (tmp_path / "a").open("w") as ours, (tmp_path / "a").open() as theirs:
         assert lock(ours.fileno()) is True
         assert lock(theirs.fileno()) is False
@@ -297,5 +297,5 @@ def test_names_are_cut_only_where_they_are_too_long(tmp_path, name):
 
 
 def test_a_folder_that_cannot_be_listed_is_left(tmp_path):
-    """A sweep of nothing, or of what may not be read, is no error."""
+    """Sweeping a directory that does not exist or cannot be listed does nothing."""
     sweep(tmp_path / "none")

@@ -115,7 +115,7 @@ def test_the_result_is_the_mean_of_its_members(tmp_path, shared):
     st.sampled_from(["min", "max"]),
 )
 def test_never_worse_than_the_best_checkpoint(tmp_path_factory, values, seed, mode):
-    """Whatever the scores, the result's own score is no worse than that of the best checkpoint."""
+    """For any scores, the result scores at least as well as the best checkpoint."""
     folder = tmp_path_factory.mktemp("soup")
     paths = made(folder, tuple(map(float, values)))
 
