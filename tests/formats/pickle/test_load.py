@@ -1,8 +1,9 @@
-"""merge_avg.formats.pickle.load: a pickle is read, never run."""
+"""merge_avg.formats.pickle.load: a pickle is read, never run; opcodes are those of pickletools."""
 
 import collections
 import contextlib
 import pickle
+import pickletools
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.load import TABLE, load
 from merge_avg.formats.pickle.values import CutShortError, Global, Instance, PickleError
 from tests.formats.pickle.helpers import read
 
@@ -116,3 +117,120 @@ def test_known_calls_are_made_by_the_caller():
     value = load(b"(cm\nadd\n(I1\nI2\ntRcm\nsub\n(I1\ntRl.", persistent=None, call=call).value
     assert value[0] == 3
     assert (value[1].function, value[1].args) == (Global("m", "sub"), (1,))
+
+
+def test_every_opcode_has_a_handler():
+    """The table knows the opcodes of pickletools, all of them and no other; STOP ends the loop."""
+    known = {ord(opcode.code) for opcode in pickletools.opcodes} - {ord(".")}
+    assert {code for code, handler in enumerate(TABLE) if handler is not None} == known
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"K\xff.",
+        b"M\xff\xff.",
+        b"J\xff\xff\xff\xff.",
+        b"\x8a\2\xff\x7f.",
+        b"\x8b\2\0\0\0\xff\x80.",
+        b"G?\xf8\0\0\0\0\0\0.",
+        b"I01\n.",
+        b"I00\n.",
+        b"I-12\n.",
+        b"L-12L\n.",
+        b"F1.5\n.",
+        b"V\\u00f6\n.",
+        b"X\2\0\0\0\xc3\xb6.",
+        b"\x8c\1a.",
+        b"\x8d\1\0\0\0\0\0\0\0a.",
+        b"C\1a.",
+        b"B\1\0\0\0a.",
+        b"\x8e\1\0\0\0\0\0\0\0a.",
+        b"\x96\1\0\0\0\0\0\0\0a.",
+        b"K\1\x85.",
+        b"K\1K\2\x86.",
+        b"K\1K\2K\3\x87.",
+        b"(K\1K\2l.",
+        b"(K\1K\2d.",
+        b"]K\1a.",
+        b"](K\1K\2e.",
+        b"}K\1K\2s.",
+        b"}(K\1K\2u.",
+        b"\x8f(K\1\x90.",
+        b"(K\1\x91.",
+        b"K\1K\0020.",
+        b"K\1(K\0021.",
+        b"K\0012\x86.",
+        b"(K\0010K\2t.",
+        b"K\1\x94K\2\x94h\0\x87.",
+        b"K\1p0\n0g0\n.",
+        b"N.",
+        b"\x88.",
+        b"\x89.",
+        b").",
+        b"\x80\5\x95\2\0\0\0\0\0\0\0N.",
+    ],
+)
+def test_values_are_those_of_pickle(data):
+    """An opcode alone gives the same value, of the same type, as Python's own unpickler."""
+    ours, theirs = read(data), pickle.loads(data)
+    assert ours == theirs
+    assert isinstance(ours, type(theirs))
+
+
+@pytest.mark.parametrize(
+    "data", [b"cm\nf\n(K\1tR.", b"cm\nf\nK\1\x85\x81.", b"(K\1im\nf\n.", b"(cm\nf\nK\1o."]
+)
+def test_each_way_to_call_is_a_call(data):
+    """REDUCE, NEWOBJ, INST and OBJ make an instance of function and arguments."""
+    value = read(data)
+    assert (value.function, value.args) == (Global("m", "f"), (1,))
+
+
+def test_keywords_are_arguments_too():
+    """NEWOBJ_EX remembers positions and names."""
+    assert read(b"cm\nf\n)}\x92.").args == ((), {})
+
+
+def test_what_is_set_on_an_object_is_remembered():
+    """State, items and entries of an object that was never made are kept apart."""
+    value = read(b"cm\nf\n)RK\1a(K\2K\3eK\4K\5sK\6b.")
+    assert (value.items, value.pairs, value.state) == ([1, 2, 3], [(4, 5)], 6)
+
+
+@pytest.mark.parametrize("data", [b"\x80\6N.", b"I1x\n.", b"\xfe.", b"S'\n.", b"}(K\1u."])
+def test_damage_is_a_pickle_error(data):
+    """Unknown protocols, opcodes and numbers are told as damage."""
+    with pytest.raises(PickleError, match="damaged"):
+        read(data)
+
+
+@pytest.mark.parametrize("data", [b"\x82\x01.", b"\x83\x01\x00.", b"\x97.", b"\x98."])
+def test_registries_and_buffers_from_outside_are_refused(data):
+    """Extension codes and out-of-band buffers have no place in a checkpoint."""
+    with pytest.raises(PickleError):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (rb"'a\nb\x41\101\\\''", "a\nbAA\\'"),
+        (rb'"\t\q\"\0"', '\t\\q"\0'),
+        (b"'a\\\nb'", None),
+    ],
+)
+def test_quoted_texts(raw, text):
+    """The escapes of protocol 0 are Python's; unknown ones stay, without a warning."""
+    if text is None:  # the line ends within the quotes
+        with pytest.raises(PickleError, match="without quotes"):
+            read(b"S" + raw + b"\n.")
+    else:
+        assert read(b"S" + raw + b"\n.") == text
+
+
+def test_long_values_are_passed_over():
+    """A text or bytes of megabytes is left out, and what follows is read."""
+    long, nbytes = "x" * (2 << 20), 2 << 20
+    value = read(pickle.dumps([long, long.encode(), bytearray(long.encode()), 7], 5))
+    assert [getattr(one, "nbytes", one) for one in value] == [nbytes, nbytes, nbytes, 7]

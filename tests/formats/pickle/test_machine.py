@@ -4,10 +4,9 @@ import pickle
 
 import pytest
 
-from merge_avg.formats.pickle.allowance import Allowance
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.machine import inert_dict
-from merge_avg.formats.pickle.values import PickleError
+from merge_avg.formats.pickle.values import Allowance, PickleError
 from tests.formats.pickle.helpers import read
 
 

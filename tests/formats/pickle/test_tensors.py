@@ -2,9 +2,8 @@
 
 import pytest
 
-from merge_avg.formats.pickle.allowance import Allowance
 from merge_avg.formats.pickle.tensors import TorchHooks
-from merge_avg.formats.pickle.values import Global, InertDict, PickleError
+from merge_avg.formats.pickle.values import Allowance, Global, InertDict, PickleError
 
 FLOATS = ("storage", Global("torch", "FloatStorage", 5, 9), "0", "cpu", 6)
 BYTES = ("storage", Global("torch.storage", "UntypedStorage"), "0", "cpu", 24)

@@ -17,8 +17,10 @@ Specification: torch/distributed/checkpoint/metadata.py and filesystem.py.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge_avg.checkpoint import (
@@ -32,12 +34,13 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats.distributed.tiling import tile
-from merge_avg.formats.pickle.allowance import Allowance
 from merge_avg.formats.pickle.load import load
-from merge_avg.formats.pickle.values import Global, Instance, PickleError, Value, shown
+from merge_avg.formats.pickle.values import Allowance, Global, Instance, PickleError, Value, shown
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # its first corner, and its extents
 
 _LONGEST_PATH = 200
+_MOST_CUT = 6  # dimensions that a tensor is cut along: a box has two corners for each
 _METADATA = Global("torch.distributed.checkpoint.metadata", "Metadata")
 _TORCH_SIZE = Global("torch", "Size")
 
@@ -233,3 +236,26 @@ def _table(value: Value) -> dict[Value, Value]:
 
 def _attributes(value: Value) -> dict[Value, Value]:
     return _table(value.state if isinstance(value, Instance) else value)
+
+
+def tile(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
+    """Return whether boxes cover a tensor of this shape, each element once.
+
+    Each box is known by its corners with signs, the mixed differences of the function that is 1 in
+    the box and 0 outside. Functions are equal where their differences are: boxes tile a tensor
+    exactly if their corners add up to those of the tensor. That takes time in proportion to the
+    number of boxes, where comparing each with each other would take its square.
+    """
+    if any(not len(offset) == len(size) == len(shape) for offset, size in boxes):
+        return False
+    # Dimensions along which every box has the whole extent make no difference.
+    cut = [d for d in range(len(shape)) if any((o[d], s[d]) != (0, shape[d]) for o, s in boxes)]
+    if not all(shape) or len(cut) > _MOST_CUT:
+        return not all(shape) and not boxes
+    corners: Counter[tuple[int, ...]] = Counter()
+    whole: Box = ((0,) * len(shape), shape)
+    for sign, (offset, size) in [(-1, whole), *((1, box) for box in boxes)]:
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(offset[d] + end * size[d] for d, end in zip(cut, ends, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())

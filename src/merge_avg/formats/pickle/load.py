@@ -1,24 +1,48 @@
-"""A pickle is read, never run: nothing that it names is imported or called.
+r"""A pickle is read, never run: its opcodes, and what each makes the machine do.
 
-80 02            PROTO 2            the protocol; protocols 0 and 1 begin without
-opcode argument                     one opcode after the other, see `opcodes`
-...
-2e               STOP               the end; further bytes belong to somebody else
+    80 02              PROTO 2              the protocol; protocols 0 and 1 begin without
+    7d 71 00           EMPTY_DICT BINPUT 0  push a dict, and store it in the memo
+    58 01 00 00 00 77  BINUNICODE 1 'w'     push a text: its length is part of the argument
+    4b 03              BININT1 3            push a number
+    73                 SETITEM              take both off, and set an entry of the dict below them
+    2e                 STOP                 the end: what is left is the value
+
+An opcode is a byte, with an argument of a fixed size, of a length and as many bytes, or of a line.
+
+Specification: CPython's Lib/pickletools.py, protocols 0 to 5.
 """
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from merge_avg.errors import MergeError
-from merge_avg.formats.pickle.allowance import Allowance
-from merge_avg.formats.pickle.machine import Call, Machine, Persistent
-from merge_avg.formats.pickle.opcodes import COSTS, TABLE
-from merge_avg.formats.pickle.values import CutShortError, PickleError, Value, shown
+from merge_avg.formats.pickle.machine import SLOT, Call, Machine, Persistent
+from merge_avg.formats.pickle.values import (
+    Allowance,
+    CutShortError,
+    InertDict,
+    Instance,
+    PickleError,
+    Value,
+    shown,
+)
 
+_LONGEST_VALUE = 1 << 20  # of a text or of bytes: longer ones are passed over
+_MOST_MARKS = 100_000
 # What a handler raises on an argument or a stack that no pickler would have written.
 _DAMAGE = (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError, RecursionError)
+_ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+_LETTERS = {
+    b"\n": b"",
+    **dict(zip(map(bytes, zip(b"abfnrtv")), map(bytes, zip(b"\a\b\f\n\r\t\v")), strict=True)),
+    **{quoted: quoted for quoted in (b"\\", b"'", b'"')},
+}
+
+_Handler = Callable[[Machine], object]
 
 
 @dataclass(frozen=True)
@@ -38,14 +62,10 @@ def load(
     call: Call,
     allowance: Allowance | None = None,
 ) -> Loaded:
-    """Read the pickle that begins at `start` of `data`.
+    """Read the pickle that begins at `start` of `data`, and leave the bytes around it alone.
 
-    Args:
-        data: bytes before and after the pickle are left alone.
-        start: of the pickle.
-        persistent: resolves a persistent id.
-        call: returns what a call of a known function stands for, or None for any other.
-        allowance: pays for every object.
+    `persistent` resolves a persistent id. `call` returns what a call of a known function stands
+    for, or None for any other. The allowance pays for every object.
 
     Raises:
         PickleError: the pickle is damaged.
@@ -63,3 +83,261 @@ def load(
         raise (CutShortError if machine.at >= len(data) else PickleError)(what) from None
     frames = tuple(frame - start for frame in machine.frames)
     return Loaded(value, frames, machine.at - start)
+
+
+# Numbers and texts
+
+
+def _fixed(size: int, decode: Callable[[bytes], Value]) -> _Handler:
+    return lambda m: m.push(decode(m.take(size)))
+
+
+def _sized(size: int, decode: Callable[[bytes], Value]) -> _Handler:
+    """Return the handler of an opcode that has a length of `size` bytes and then as many bytes."""
+
+    def handler(m: Machine) -> None:
+        count = m.number(size)
+        if count > _LONGEST_VALUE:
+            m.push(m.skip(count))
+            return
+        value = decode(m.take(count))
+        m.spend(value.__sizeof__() + 16)
+        m.push(value)
+
+    return handler
+
+
+def _lined(decode: Callable[[bytes], Value]) -> _Handler:
+    def handler(m: Machine) -> None:
+        value = decode(m.line(_LONGEST_VALUE))
+        m.spend(value.__sizeof__() + 16)
+        m.push(value)
+
+    return handler
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _old_text(raw: bytes) -> str:
+    """Decode a string of Python 2, which may be bytes in any encoding."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _signed(raw: bytes) -> int:
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def _decimal(raw: bytes) -> int | bool:
+    # Protocol 0 has no opcodes for True and False: they are the numbers 01 and 00.
+    return raw == b"01" if raw in (b"00", b"01") else int(raw)
+
+
+# Not codecs.escape_decode, which is undocumented, nor ast.literal_eval, which warns of unknown
+# escapes and takes other literals too.
+def _quoted(raw: bytes) -> str:
+    if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in b"\"'":
+        raise ValueError("a string without quotes")
+    return _old_text(_ESCAPE.sub(_unescaped, raw[1:-1]))
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    octal, hexadecimal, letter = found.groups()
+    if octal:
+        return bytes([int(octal, 8) & 0xFF])
+    return bytes([int(hexadecimal, 16)]) if hexadecimal else _LETTERS.get(letter, found[0])
+
+
+# The pickle, the stack and containers
+
+
+def _proto(m: Machine) -> None:
+    version = m.number(1)
+    if version > 5:
+        raise ValueError(f"pickle protocol {version}")
+
+
+def _frame(m: Machine) -> None:
+    m.frames.append(m.opcode_at)
+    if m.at + m.number(8) > len(m.data):
+        raise CutShortError("the pickle is damaged: a frame of it ends too early")
+
+
+def _mark(m: Machine) -> None:
+    if len(m.marks) == _MOST_MARKS:
+        raise ValueError("marks of absurd depth")
+    m.marks.append(len(m.stack))
+
+
+def _pop(m: Machine) -> None:
+    if m.marks and len(m.stack) == m.marks[-1]:
+        m.marks.pop()
+    else:
+        m.pop()
+
+
+def _dup(m: Machine) -> None:
+    m.counts(m.top())
+    m.push(m.top())
+
+
+def _tuple_of(count: int) -> _Handler:
+    return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
+
+
+def _dict(m: Machine) -> None:
+    made = InertDict()
+    m.set(_pairs(m), made)
+    m.push(made)
+
+
+def _pairs(m: Machine) -> list[tuple[Value, Value]]:
+    flat = m.since_mark()
+    if len(flat) % 2:
+        raise ValueError("a key without a value")
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _setitem(m: Machine) -> None:
+    value, key = m.pop(), m.pop()
+    m.set([(key, value)], m.top())
+
+
+def _additems(m: Machine) -> None:
+    items = m.members()
+    target = m.top()
+    if isinstance(target, set):
+        target.update(items)
+    else:
+        m.extend(items, target)
+
+
+# Names, calls and objects
+
+
+def _stack_global(m: Machine) -> None:
+    name, module = m.pop(), m.pop()
+    m.name(module, name)
+
+
+def _newobj_ex(m: Machine) -> None:
+    kwargs, args, function = m.pop(), m.pop(), m.pop()
+    m.instance((args, kwargs), function)
+
+
+def _inst(m: Machine) -> None:
+    args = tuple(m.items())
+    m.name(_text(m.line()), _text(m.line()))
+    m.make(args, m.pop())
+
+
+def _obj(m: Machine) -> None:
+    function, *args = m.items()
+    m.make(tuple(args), function)
+
+
+def _build(m: Machine) -> None:
+    state, target = m.pop(), m.top()
+    if isinstance(target, Instance | InertDict):
+        target.state = state
+
+
+def _ext(_: Machine) -> None:
+    raise PickleError("the pickle names a class by a number of the extension registry")
+
+
+def _buffer(_: Machine) -> None:
+    raise PickleError("the pickle needs buffers that lie outside of it")
+
+
+# Arguments are evaluated from left to right: what is on top of the stack comes first.
+_HANDLERS: dict[str, _Handler] = {
+    "\x80": _proto,
+    "\x95": _frame,
+    # Constants, and numbers of 1, 2 and 4 bytes, of any size, and floats.
+    "N": lambda m: m.push(None),
+    "\x88": lambda m: m.stack.append(True),
+    "\x89": lambda m: m.stack.append(False),
+    "K": _fixed(1, lambda raw: raw[0]),
+    "M": _fixed(2, lambda raw: int.from_bytes(raw, "little")),
+    "J": _fixed(4, _signed),
+    "\x8a": _sized(1, _signed),
+    "\x8b": _sized(4, _signed),
+    "G": _fixed(8, lambda raw: struct.unpack(">d", raw)[0]),
+    # Texts, bytes, and strings of Python 2, with lengths of 4, 1 or 8 bytes.
+    "X": _sized(4, _text),
+    "\x8c": _sized(1, _text),
+    "\x8d": _sized(8, _text),
+    "B": _sized(4, bytes),
+    "C": _sized(1, bytes),
+    "\x8e": _sized(8, bytes),
+    "\x96": _sized(8, bytearray),
+    "U": _sized(1, _old_text),
+    "T": _sized(4, _old_text),
+    # Protocol 0 writes each value on a line.
+    "I": _lined(_decimal),
+    "L": _lined(lambda raw: int(raw.rstrip(b"L"))),
+    "F": _lined(float),
+    "S": _lined(_quoted),
+    "V": _lined(lambda raw: raw.decode("raw-unicode-escape")),
+    # MARK, POP, POP_MARK and DUP.
+    "(": _mark,
+    "0": _pop,
+    "1": Machine.since_mark,
+    "2": _dup,
+    # Containers: empty ones, of items above the mark or at the top, and more items.
+    "]": lambda m: m.push([]),
+    "}": lambda m: m.push(InertDict()),
+    ")": lambda m: m.push(()),
+    "\x8f": lambda m: m.push(set()),
+    "l": lambda m: m.push(m.items()),
+    "t": lambda m: m.push(tuple(m.items())),
+    "d": _dict,
+    "\x85": _tuple_of(1),
+    "\x86": _tuple_of(2),
+    "\x87": _tuple_of(3),
+    "a": lambda m: m.extend([m.pop()], m.top()),
+    "e": lambda m: m.extend(m.items(), m.top()),
+    "s": _setitem,
+    "u": lambda m: m.set(_pairs(m), m.top()),
+    "\x90": _additems,
+    "\x91": lambda m: m.push(frozenset(m.members())),
+    # The memo: PUT, BINPUT, LONG_BINPUT and MEMOIZE; GET, BINGET and LONG_BINGET.
+    "p": lambda m: m.put(int(m.line())),
+    "q": lambda m: m.put(m.number(1)),
+    "r": lambda m: m.put(m.number(4)),
+    "\x94": lambda m: m.put(len(m.memo) + len(m.far)),
+    "g": lambda m: m.get(int(m.line())),
+    "h": lambda m: m.get(m.number(1)),
+    "j": lambda m: m.get(m.number(4)),
+    # GLOBAL and STACK_GLOBAL.
+    "c": lambda m: m.name(_text(m.line()), _text(m.line())),
+    "\x93": _stack_global,
+    # REDUCE and NEWOBJ, NEWOBJ_EX, INST, OBJ and BUILD; persistent ids.
+    **dict.fromkeys("R\x81", lambda m: m.make(m.pop(), m.pop())),
+    "\x92": _newobj_ex,
+    "i": _inst,
+    "o": _obj,
+    "b": _build,
+    "P": lambda m: m.push(m.persistent(_text(m.line()))),
+    "Q": lambda m: m.push(m.persistent(m.pop())),
+    **dict.fromkeys("\x82\x83\x84", _ext),
+    **dict.fromkeys("\x97\x98", _buffer),
+}
+# Lists, since a lookup by number is the quickest.
+TABLE = [_HANDLERS.get(chr(code)) for code in range(256)]
+# Bytes that an opcode's objects take on 64-bit CPython; a handler pays for the rest itself.
+COSTS = [0] * 256
+for _codes, _nbytes in {
+    "]l": 100,
+    "}d": 160,
+    "\x8f\x91": 250,
+    "t\x85\x86\x87": 80,
+    "JMG": 32,
+    "\x95": 40,
+    "pqr\x94a": SLOT,
+    "R": 10,  # time, not memory
+}.items():
+    for _code in _codes:
+        COSTS[ord(_code)] = _nbytes

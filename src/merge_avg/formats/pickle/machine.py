@@ -4,7 +4,7 @@
     marks                     ^                             where a run of items begins
     memo    0: 'w'   1: {}   2: 'weight'                    values by number, put and got
 
-Each opcode of `opcodes` works on one of these. Here they are inert: a call that the caller's hooks
+Each opcode works on one of these (see `load`). Here they are inert: a call that the caller's hooks
 do not know becomes an `Instance`, and nothing is imported, called or constructed.
 
 Specification: CPython's Lib/pickletools.py, protocols 0 to 5.
@@ -14,14 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from merge_avg.formats.pickle.allowance import Allowance
-from merge_avg.formats.pickle.dangerous import (
-    GETTERS,
-    names_a_member,
-    refuse,
-    refuse_if_dangerous,
-)
+from merge_avg.formats.pickle.dangerous import GETTERS, names_a_member, refuse, refuse_if_dangerous
 from merge_avg.formats.pickle.values import (
+    Allowance,
     CutShortError,
     Global,
     InertDict,
@@ -30,19 +25,18 @@ from merge_avg.formats.pickle.values import (
     Value,
 )
 
-# Resolves a persistent id.
-Persistent = Callable[[Value], Value]
+Persistent = Callable[[Value], Value]  # resolves a persistent id
 # Returns the value that a call of a known function stands for, or None for any other function.
 Call = Callable[[Global, tuple[Value, ...]], Value | None]
 
 # Bytes on 64-bit CPython, by which memory is estimated.
 SLOT = 10  # a place in a list, such as the stack or the memo, while the list grows
-ENTRY = 100  # an entry of a dict, while it grows
+_ENTRY = 100  # an entry of a dict, while it grows
 _MEMBER = 128  # the same of a set
 _GLOBAL = 130
 _INSTANCE = 280
 
-LONGEST_NAME = 1000  # characters of a module and a class together
+_LONGEST_NAME = 1000  # characters of a module and a class together
 _LARGEST_KEY = 1000  # values in a tuple that is a key
 _MOST_CRAFTED = 10_000  # keys whose hashes whoever wrote the pickle can choose
 _STEP = 1000  # places that are paid for at once when the stack grows
@@ -50,15 +44,7 @@ _DEEPEST_STACK = 4_000_000
 
 
 class Machine:
-    """The state of a pickle's program, and the steps that its opcodes are made of.
-
-    Args:
-        data: bytes before and after the pickle are left alone.
-        start: of the pickle in them.
-        persistent: resolves persistent ids.
-        call: resolves calls of known functions.
-        allowance: pays for every object.
-    """
+    """The state of a pickle's program, and the steps that its opcodes are made of."""
 
     def __init__(
         self, data: bytes, start: int, persistent: Persistent, call: Call, allowance: Allowance
@@ -68,6 +54,7 @@ class Machine:
         self.at = start
         self.opcode_at = start
         self.stack: list[Value] = []
+        self.push = self.stack.append  # without the time of a method around it
         self.marks: list[int] = []
         # Writers number memo entries 0, 1, 2, ...: a list holds them in a tenth of the memory that
         # a dict takes. Numbers that leave a gap, which only other writers use, go to the dict.
@@ -80,7 +67,9 @@ class Machine:
         self.crafted = 0
         self.getters = 0  # times that getattr was pushed, less the calls that name a member
 
-    def run(self, table: Sequence[Callable[[Machine], None] | None], costs: Sequence[int]) -> Value:
+    def run(
+        self, table: Sequence[Callable[[Machine], object] | None], costs: Sequence[int]
+    ) -> Value:
         """Run to the STOP opcode, and return the value that is left.
 
         Args:
@@ -99,7 +88,10 @@ class Machine:
                 allowance.read = at - self.start
                 allowance.spend(0)
             if len(stack) > deepest:
-                deepest = self.deeper(deepest)
+                if deepest == _DEEPEST_STACK:
+                    raise ValueError("a stack of absurd depth")
+                self.spend(SLOT * _STEP)
+                deepest += _STEP
             # Three opcodes make up almost half of a state dict: BINPUT and LONG_BINPUT, which put
             # the top of the stack into the memo, and BININT1, a small number.
             if opcode == 0x71 and stack:
@@ -130,13 +122,6 @@ class Machine:
         self.allowance.read = max(self.allowance.read, self.at - self.start)
         self.allowance.spend(nbytes)
 
-    def deeper(self, deepest: int) -> int:
-        """Pay for a deeper stack, and return how deep it may be."""
-        if deepest == _DEEPEST_STACK:
-            raise ValueError("a stack of absurd depth")
-        self.spend(SLOT * _STEP)
-        return deepest + _STEP
-
     # Arguments of opcodes
 
     def take(self, count: int) -> bytes:
@@ -155,7 +140,7 @@ class Machine:
         self.at += count
         return Omitted(count)
 
-    def line(self, longest: int = LONGEST_NAME) -> bytes:
+    def line(self, longest: int = _LONGEST_NAME) -> bytes:
         """Read up to a newline, which is left out."""
         end = self.data.find(b"\n", self.at, self.at + longest + 1)
         if end < 0:
@@ -171,10 +156,6 @@ class Machine:
         return int.from_bytes(self.take(size), "little")
 
     # The stack
-
-    def push(self, value: Value) -> None:
-        """Put a value on the stack."""
-        self.stack.append(value)
 
     def pop(self) -> Value:
         """Take the top value off the stack."""
@@ -205,7 +186,7 @@ class Machine:
         """Push a class or function by its name, unless it is known to run code."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a global's name is not a text")
-        if len(module) + len(name) > LONGEST_NAME:
+        if len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("a name of absurd length")
         if not self.counts(Global(module, name)):
             refuse_if_dangerous(module, name)
@@ -247,18 +228,14 @@ class Machine:
         elif 0 <= index < count:
             self.memo[index] = value
         else:
-            self.spend(2 * ENTRY)
+            self.spend(2 * _ENTRY)
             self.far[index] = value
-
-    def memoize(self) -> None:
-        """Store the top of the stack under the next number."""
-        self.put(len(self.memo) + len(self.far))
 
     # Containers
 
-    def set(self, target: Value, pairs: list[tuple[Value, Value]]) -> None:
+    def set(self, pairs: list[tuple[Value, Value]], target: Value) -> None:
         """Set entries of a dict, or of an object that may be one."""
-        self.spend(ENTRY * len(pairs))
+        self.spend(_ENTRY * len(pairs))
         for key, _ in pairs:
             if type(key) is not str:
                 self.check_key(key)
@@ -269,7 +246,7 @@ class Machine:
         else:
             raise TypeError(f"entries for a {type(target).__name__}")
 
-    def extend(self, target: Value, items: list[Value]) -> None:
+    def extend(self, items: list[Value], target: Value) -> None:
         """Append items to a list, or to an object that may be one."""
         if isinstance(target, list):
             target.extend(items)
@@ -313,7 +290,7 @@ class Machine:
 
     # Calls
 
-    def make(self, function: Value, args: Value) -> None:
+    def make(self, args: Value, function: Value) -> None:
         """Push what a call stands for: what the caller makes of it, else an Instance."""
         if isinstance(function, Global):
             if not isinstance(args, tuple):
@@ -323,9 +300,9 @@ class Machine:
             if known is not None:
                 self.push(known)
                 return
-        self.instance(function, args)
+        self.instance(args, function)
 
-    def instance(self, function: Value, args: Value) -> None:
+    def instance(self, args: Value, function: Value) -> None:
         """Push a call that is not made."""
         self.spend(_INSTANCE)
         if type(function) is Global and function in GETTERS:
@@ -338,20 +315,14 @@ class Machine:
 
 
 def inert_dict(pairs: Value, allowance: Allowance) -> InertDict:
-    """Return a dict of the pairs, or the entries of a dict, that a pickle passes to a dict's class.
-
-    They are checked as the entries of any other dict.
-    """
+    """Return the dict that a pickle makes by passing pairs, or a dict, to a dict's class."""
     if isinstance(pairs, dict):
         pairs = list(pairs.items())
     if not isinstance(pairs, list | tuple):
         raise TypeError("a dict of something other than pairs")
-    machine = Machine(b"", 0, _unused, _unused, allowance)
-    machine.spend(ENTRY * len(pairs))
+    # A machine of its own checks and pays for them as the entries of any other dict.
+    machine = Machine(b"", 0, lambda _: None, lambda *_: None, allowance)
+    machine.spend(_ENTRY * len(pairs))
     made = InertDict()
-    machine.set(made, [(key, value) for key, value in pairs])
+    machine.set([(key, value) for key, value in pairs], made)
     return made
-
-
-def _unused(*_: Value) -> None:
-    return None

@@ -25,9 +25,8 @@ from merge_avg.checkpoint import (
     TensorInfo,
     impossible,
 )
-from merge_avg.formats.pickle.allowance import Allowance
 from merge_avg.formats.pickle.machine import inert_dict
-from merge_avg.formats.pickle.values import Global, InertDict, PickleError, Value, shown
+from merge_avg.formats.pickle.values import Allowance, Global, InertDict, PickleError, Value, shown
 
 _LARGEST = 1 << 63  # every number in a pickle of torch is smaller
 _NOWHERE = Storage("", 0, 0)

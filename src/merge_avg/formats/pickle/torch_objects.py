@@ -1,29 +1,57 @@
 """The checkpoint that a pickle of torch.save describes: its tensors, storages and scalars.
 
-    pickle  --load-->  a tree of values  --tree-->  paths and tensors, on storages by key
-                       (hooks: tensors)             |
-                                                    `--placed-->  the same, on bytes of a file
+    {"epoch": 3,                            ("epoch",)                   a scalar
+     "model": {"conv.weight": tensor},      ("model", "conv.weight")     a tensor
+     "ema": [tensor],                       ("ema", 0)
+     "net": an nn.Module}                   ("net", "conv.weight")       as its state dict names it
 
-A zip archive and a legacy file keep the bytes of storages in different places; `placed` asks them.
+What lies in an object's state or arguments counts as lying in the object. The tree may have loops,
+and may share parts, so that it unfolds to far more than was read: each step costs something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from merge_avg.checkpoint import ClassSpan, DType, Scalar, Storage, TensorInfo, TreePath, dotted
+from merge_avg.checkpoint import (
+    ATTRIBUTES,
+    ClassSpan,
+    DType,
+    Scalar,
+    Storage,
+    TensorInfo,
+    TreePath,
+    dotted,
+)
 from merge_avg.errors import MergeError
-from merge_avg.formats.pickle.allowance import Allowance
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks
-from merge_avg.formats.pickle.tree import key_of, paid, scalars_near, tensors_below
-from merge_avg.formats.pickle.values import Instance, Value, shown
+from merge_avg.formats.pickle.values import (
+    Allowance,
+    Global,
+    Instance,
+    PickleError,
+    Value,
+    shown,
+)
 
-# Returns the storage of a key that holds so many bytes of a dtype, or raises MergeError.
-Find = Callable[[str, int, DType | None], Storage]
+_DEEPEST = 200
+_VISIT = 20  # bytes that one step through the tree costs
+_OPENED = 300  # bytes that a look into an object costs
+_MODULE = ("_parameters", "_buffers", "_modules")  # in the state of a pickled nn.Module
+
+# Scalars are a courtesy: the search for them stops early rather than late.
+_DEEPEST_SCALAR = 6
+_MOST_SCALARS = 1000
+_MOST_CHILDREN = 10_000
+_MOST_VISITS = 200_000
+_LONGEST_TEXT = 200
+_NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of the dtypes of its scalars
 
 
 @dataclass(frozen=True)
@@ -31,12 +59,11 @@ class Objects:
     """The content of a pickle.
 
     Attributes:
-        tensors: with their paths; the names of their storages are the pickle's keys.
-        storages: by key; the place of their bytes is not known yet.
+        tensors: with their paths, on storages that have the pickle's keys as names.
+        storages: by key, without a place in a file.
         others: top-level keys without tensors.
-        kind: of the root: "a dict", "a list", "a tensor", or "an object of CLASS".
-        classes: each place where the pickle names the class of a storage.
-        frames: where its FRAME opcodes start.
+        bare: whether it is a single tensor.
+        classes, frames: for a copy, see `Archive`.
         nbytes: its size.
         scalars: numbers and short texts that lie beside the tensors, by their paths.
     """
@@ -44,14 +71,17 @@ class Objects:
     tensors: tuple[TensorInfo, ...]
     storages: Mapping[str, Stored]
     others: tuple[str, ...]
-    kind: str
+    bare: bool
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
     nbytes: int
     scalars: tuple[tuple[TreePath, Scalar], ...] = ()
 
-    def placed(self, find: Find) -> tuple[TensorInfo, ...]:
-        """Return the tensors over the storages of a file."""
+    def placed(self, find: Callable[[str, int, DType | None], Storage]) -> tuple[TensorInfo, ...]:
+        """Return the tensors over the storages of a file.
+
+        `find` returns the storage of a key that holds so many bytes of a dtype, or raises.
+        """
         found = {
             key: find(key, stored.storage.nbytes, stored.dtype)
             for key, stored in self.storages.items()
@@ -71,15 +101,10 @@ class Objects:
         )
 
 
+# Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
 @lru_cache(maxsize=1)
 def read_objects(data: bytes, density: float = 1.0) -> Objects:
     """Read a pickle of torch without running it.
-
-    Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
-
-    Args:
-        data: the pickle.
-        density: how much each byte of it counts, see `Allowance`.
 
     Raises:
         MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
@@ -115,7 +140,7 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
         tuple(infos),
         hooks.storages,
         others,
-        _kind(root),
+        isinstance(root, Tensor),
         tuple(hooks.classes),
         loaded.frames,
         loaded.nbytes,
@@ -123,37 +148,188 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
     )
 
 
-def _kind(root: Value) -> str:
-    match root:
-        case Tensor():
-            return "a tensor"
-        case dict():
-            return "a dict"
-        case list() | tuple():
-            return "a list"
-        case Instance():
-            return f"an object of {shown(root.function)}"
-    return f"a {type(root).__name__}"
-
-
 def refuse_root(objects: Objects, path: Path) -> None:
     """Raise MergeError for a pickle that is one tensor, or one rank's part of a checkpoint."""
-    if objects.kind == "a tensor":
+    if objects.bare:
         hint = "pass checkpoints that hold a state dict: a dict of names and tensors"
         raise MergeError("it holds a single tensor without a name", where=path, hint=hint)
     keys = {*objects.others, *(str(info.path[0]) for info in objects.tensors)}
-    if {"ds_config", "ds_version"} & keys and _is_hollow(objects.tensors):
-        hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
-        what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
-        raise MergeError(what, where=path, hint=hint)
+    if {"ds_config", "ds_version"} & keys:
+        # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 partitioned.
+        module = [info.shape for info in objects.tensors if info.path[0] == "module"]
+        if module and {(0,)}.issuperset(module):
+            hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
+            what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
+            raise MergeError(what, where=path, hint=hint)
     if any(info.trouble and "distributed" in info.trouble for info in objects.tensors):
         hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
-        what = "it holds one rank's parts of distributed tensors"
         hint += " of torch.distributed.checkpoint"
+        what = "it holds one rank's parts of distributed tensors"
         raise MergeError(what, where=path, hint=hint)
 
 
-def _is_hollow(tensors: tuple[TensorInfo, ...]) -> bool:
-    # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 has partitioned.
-    module = [info for info in tensors if info.path[0] == "module"]
-    return bool(module) and all(info.shape == (0,) for info in module)
+def tensors_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Tensor]]:
+    """Yield every tensor below `root` with its path, in order."""
+    if isinstance(root, Tensor):
+        yield (), root
+        return
+    # A stack of iterators instead of recursion: Python's own stack is too small for a tree that
+    # is deep on purpose, and a loop is found by the objects above.
+    above: set[int] = {id(root)}
+    levels: list[tuple[TreePath, int, Iterator[tuple[str | int, Value]]]]
+    levels = [((), id(root), _children(root, allowance))]
+    while levels:
+        path, owner, children = levels[-1]
+        for key, child in children:
+            allowance.spend(_VISIT)
+            if isinstance(child, Tensor):
+                yield (*path, key), child
+            elif isinstance(child, dict | list | tuple | Instance) and id(child) not in above:
+                if len(levels) == _DEEPEST:
+                    raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
+                above.add(id(child))
+                levels.append(((*path, key), id(child), _children(child, allowance)))
+                break
+        else:
+            levels.pop()
+            above.discard(owner)
+
+
+def key_of(key: Value) -> str | int:
+    """Return a dict's key as a part of a path."""
+    small = isinstance(key, int) and key.bit_length() <= 64
+    return key if small or isinstance(key, str) else shown(key)
+
+
+def paid(text: str, allowance: Allowance) -> str:
+    """Pay for a text that is about to be kept, and return it."""
+    allowance.spend(100 + 4 * len(text))
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    # The entries that a pickle sets on an object that may be a kind of dict.
+    pairs: list[tuple[Value, Value]]
+
+
+def _children(value: Value, allowance: Allowance) -> Iterator[tuple[str | int, Value]]:
+    opened: set[int] = set()
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        allowance.spend(_VISIT)
+        if isinstance(one, dict):
+            yield from ((key_of(key), child) for key, child in one.items())
+        elif isinstance(one, Instance) and _is_module(one):
+            yield from _module(one, allowance)
+        # An object has no order of its own: its state comes first, then its arguments and items.
+        elif isinstance(one, Instance):
+            if id(one) in opened:
+                continue
+            allowance.spend(_OPENED)
+            opened.add(id(one))
+            pending += (_Pairs(one.pairs), one.items, one.args, one.state)
+        elif isinstance(one, list | tuple):
+            yield from enumerate(one)
+        elif isinstance(one, _Pairs):
+            yield from ((key_of(key), child) for key, child in one.pairs)
+
+
+def _is_module(value: Value) -> bool:
+    return (
+        isinstance(value, Instance)
+        and isinstance(value.state, dict)
+        and all(isinstance(value.state.get(key), dict) for key in _MODULE)
+    )
+
+
+def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]:
+    """Yield a pickled nn.Module's tensors as its state dict names them, then its other attributes.
+
+    Specification: torch/nn/modules/module.py, state_dict.
+    """
+    rest: dict[str, Value] = {}
+    stack: list[tuple[str, Instance, frozenset[int]]] = [("", root, frozenset())]
+    while stack:
+        prefix, module, above = stack.pop()
+        if id(module) in above or len(above) == _DEEPEST:
+            what = f"its modules are parts of themselves, or nested more than {_DEEPEST} deep"
+            raise PickleError(what)
+        state = module.state
+        # Buffers that the state dict leaves out are attributes like any other. Protocols below 4
+        # write the set as a call, which is not looked into: there they count as saved.
+        unsaved = state.get("_non_persistent_buffers_set")
+        unsaved = unsaved if isinstance(unsaved, set) else set()
+        inside = above | {id(module)}
+        # Names take the most memory, since each begins with those of all the modules above.
+        entries = sum(len(state[kind]) for kind in _MODULE) + len(state)
+        allowance.spend((_OPENED + len(prefix)) * entries + 100 * len(inside))
+        for kind in ("_parameters", "_buffers"):
+            for key, child in state[kind].items():
+                name = f"{prefix}{paid(str(key_of(key)), allowance)}"
+                if kind == "_buffers" and key in unsaved:
+                    rest[name] = child
+                else:
+                    yield name, child
+        for key, child in state.items():
+            if key not in _MODULE and isinstance(child, Tensor | dict | list | tuple | Instance):
+                rest[f"{prefix}{paid(str(key_of(key)), allowance)}"] = child
+        children = [
+            (f"{prefix}{paid(str(key_of(key)), allowance)}.", child)
+            for key, child in state["_modules"].items()
+            if _is_module(child)
+        ]
+        stack += reversed([(name, child, inside) for name, child in children])
+    yield ATTRIBUTES, rest
+
+
+def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
+    """Yield numbers and short texts near the root, the nearest first."""
+    level: list[tuple[TreePath, Value]] = [((), root)]
+    left, visits = _MOST_SCALARS, _MOST_VISITS
+    # Level by level: an epoch at the root counts more than numbers deep in an optimizer.
+    for _ in range(_DEEPEST_SCALAR):
+        below: list[tuple[TreePath, Value]] = []
+        for path, value in level:
+            children = _children(value, Allowance(limit=_MOST_VISITS * _VISIT))
+            for key, child in itertools.islice(children, _MOST_CHILDREN):
+                visits -= 1
+                plain = _plain(child)
+                if plain is not None:
+                    yield (*path, key), plain
+                    left -= 1
+                elif len(below) < _MOST_SCALARS and isinstance(
+                    child, dict | list | tuple | Instance
+                ):
+                    below.append(((*path, key), child))
+                if not left or not visits:
+                    return
+        level = below
+
+
+def _plain(value: Value) -> Scalar | None:
+    """Return a number or a short text as it is, and None for anything else.
+
+    NumPy's scalars are numbers too: numpy.core.multiarray.scalar(dtype('f8'), bytes).
+    """
+    match value:
+        case bool():
+            return None
+        case int() if value.bit_length() <= 64:
+            return value
+        case float():
+            return value
+        case str() if len(value) <= _LONGEST_TEXT:
+            return value
+        case Instance(
+            function=Global(name="scalar"), args=(Instance(args=(str() as code, *_)), raw)
+        ):
+            match raw:  # protocols 0 to 2 hold bytes as a text that a codec turns into bytes
+                case Instance(function=Global("_codecs", "encode"), args=(str() as text, "latin1")):
+                    raw = text.encode("latin1", "replace")
+            form = _NUMPY.get(code)
+            if form and isinstance(raw, bytes) and len(raw) == struct.calcsize(form):
+                number: int | float = struct.unpack(form, raw)[0]
+                return number
+    return None

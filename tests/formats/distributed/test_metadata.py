@@ -1,4 +1,4 @@
-"""merge_avg.formats.distributed.tiling: boxes that cover a tensor, each element once."""
+"""merge_avg.formats.distributed.metadata: boxes that cover a tensor, each element once."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_avg.formats.distributed.tiling import tile
+from merge_avg.formats.distributed.metadata import tile
 
 
 @pytest.mark.parametrize(

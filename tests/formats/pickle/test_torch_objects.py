@@ -1,4 +1,4 @@
-"""merge_avg.formats.pickle.tree: tensors and scalars, each with its path."""
+"""merge_avg.formats.pickle.torch_objects: tensors and scalars, each with its path."""
 
 import pickle
 import zipfile
@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from merge_avg.checkpoint import ATTRIBUTES
-from merge_avg.formats.pickle.allowance import Allowance
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.tensors import TorchHooks
-from merge_avg.formats.pickle.tree import key_of, scalars_near, tensors_below
-from merge_avg.formats.pickle.values import PickleError
+from merge_avg.formats.pickle.torch_objects import key_of, scalars_near, tensors_below
+from merge_avg.formats.pickle.values import Allowance, PickleError
 
 
 def tree(data):
