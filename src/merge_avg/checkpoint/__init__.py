@@ -25,7 +25,7 @@ from merge_avg.checkpoint._layout import (
     Layout,
     Scalar,
 )
-from merge_avg.checkpoint._roles import ATTRIBUTES, Name, Roles, assign, is_kept
+from merge_avg.checkpoint._roles import ATTRIBUTES, Kept, Name, Roles, assign, is_kept
 from merge_avg.checkpoint._storage import (
     File,
     Storage,
@@ -51,6 +51,7 @@ __all__ = [
     "DType",
     "File",
     "FileLayout",
+    "Kept",
     "Layout",
     "Literal",
     "Name",

@@ -26,6 +26,7 @@ _NUMBERS = 12
 # Checkpoints up to which each line has a colour that can still be told from the others.
 _LINES = 8
 _TICKS = 24  # names on an axis, at most
+_WIDEST = 24  # letters of such a name, from its end
 # Up to the first part of a name that is a number, as "model.layers.3" is.
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 # Okabe and Ito's colours, which most people can tell apart.
@@ -36,12 +37,9 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": "#3c4650",
-    "xtick.color": "#3c4650",
-    "ytick.color": "#3c4650",
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), "#3c4650"),
 }
 
 
@@ -79,25 +77,20 @@ def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) ->
     cells = [[float("nan") if value is None else value for value in row] for row in pairs]
     image = axes.imshow(cells, vmin=bottom, vmax=1, cmap=colours, interpolation="nearest")
     step = -(-count // _TICKS)
-    axes.set_xticks(range(0, count, step), [str(number) for number in numbers[::step]])
-    axes.set_yticks(range(0, count, step), [str(number) for number in numbers[::step]])
     axes.tick_params(length=0)
-    axes.set_xlabel("checkpoint #")
-    axes.set_ylabel("checkpoint #")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(0, count, step), list(map(str, numbers[::step])))
+        axis.set_label_text("checkpoint #")
     if count <= _NUMBERS:
         for i, row in enumerate(pairs):
             for j, value in enumerate(row):
+                if value is None:
+                    continue
+                text = f"{value:.2f}" if value < 0.995 else f"{value:.3g}"
                 # The upper end of viridis is yellow, on which white cannot be read.
-                light = value is None or (value - bottom) / (1 - bottom) > 0.7
-                axes.text(
-                    j,
-                    i,
-                    "" if value is None else f"{value:.2f}" if value < 0.995 else f"{value:.3g}",
-                    ha="center",
-                    va="center",
-                    fontsize=8 if count <= 8 else 6,
-                    color="#1f2933" if light else "white",
-                )
+                colour = "#1f2933" if (value - bottom) / (1 - bottom) > 0.7 else "white"
+                size = 8 if count <= 8 else 6
+                axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.9).outline.set_visible(False)
     return figure
 
@@ -125,19 +118,14 @@ def distances(tensors: Sequence[TensorAgreement], numbers: Sequence[int]) -> Fig
     axes.grid(axis="y", color="#e8ecf0")
     axes.set_axisbelow(True)
     step = -(-len(names) // _TICKS)
-    labels = [_clipped(printable(name)) for name in names[::step]]
-    turned = 0 if sum(map(len, labels)) < 90 else 45
-    axes.set_xticks(
-        range(0, len(names), step), labels, rotation=turned, ha="right" if turned else "center"
-    )
+    texts = map(printable, names[::step])
+    labels = [text if len(text) <= _WIDEST else f"…{text[1 - _WIDEST :]}" for text in texts]
+    turn: dict[str, Any] = {"rotation": 45, "ha": "right"} if sum(map(len, labels)) >= 90 else {}
+    axes.set_xticks(places[::step], labels, **turn)
     axes.margins(x=0.02)
     title = "checkpoint" if len(shown) == len(order) else "farthest"
     axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.005, 1), frameon=False, fontsize=8)
     return figure
-
-
-def _clipped(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def layers(tensors: Sequence[TensorAgreement]) -> tuple[list[str], list[list[float]]]:
@@ -149,12 +137,11 @@ def layers(tensors: Sequence[TensorAgreement]) -> tuple[list[str], list[list[flo
     for tensor in tensors:
         match = _LAYER.match(tensor.name)
         layer = match[0] if match else tensor.name.rpartition(".")[0] or tensor.name
-        # Distances are over the norm. Their squares add up once they are multiplied by its square.
-        square = tensor.norm**2
+        # Distances are over the norm. Their squares add up once they are multiplied by its square;
+        # the norm itself comes first, as a distance of 1.
         row = sums.setdefault(layer, [0.0] * (1 + len(tensor.distances)))
-        row[0] += square
-        for number, distance in enumerate(tensor.distances, 1):
-            row[number] += distance**2 * square
+        for number, distance in enumerate((1.0, *tensor.distances)):
+            row[number] += distance**2 * tensor.norm**2
     parts = [layer.split(".")[:-1] for layer in sums]
     # Of lists it compares whole parts, so layers.1 and layers.10 have only "layers" in common.
     start = os.path.commonprefix(parts)  # noqa: RUF071

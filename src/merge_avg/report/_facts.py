@@ -41,16 +41,11 @@ class Column:
     agreements: tuple[CheckpointAgreement | None, ...] = ()
 
 
-def averaged_count(report: Report) -> int:
-    """Return how many inputs are averaged, so without a template or base that is not."""
-    return sum(entry.averaged for entry in report.inputs)
-
-
 def headline(report: Report) -> str:
     """Return the one sentence that stands above all others."""
     outputs = report.outputs
     where = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
-    return f"{_verb(report)} {counted(averaged_count(report), 'checkpoint')} into {where}"
+    return f"{_verb(report)} {counted(report.averaged, 'checkpoint')} into {where}"
 
 
 def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
@@ -82,9 +77,8 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
 
 def messages(report: Report) -> Iterator[Fact]:
     """Yield the notes, then the warnings."""
-    count = averaged_count(report)
     for name, number in list(report.available.items())[:_MOST_NAMES]:
-        yield Fact("note", f"{name!r} is averaged over {number} of {count} checkpoints")
+        yield Fact("note", f"{name!r} is averaged over {number} of {report.averaged} checkpoints")
     agreement = report.agreement
     if agreement is not None and agreement.base is not None and agreement.centred is None:
         yield Fact("note", f"no two checkpoints differ from {agreement.base}")
@@ -162,8 +156,8 @@ def precision(figures: Figures) -> str:
 def least_agreeing(figures: Figures, count: int) -> list[TensorAgreement]:
     """Return the tensors that the checkpoints agree least about, the least first."""
     # A large model has tens of thousands of tensors, of which few are asked for.
-    known = [(tensor.mean, tensor) for tensor in figures.tensors if tensor.mean is not None]
-    return [tensor for _, tensor in heapq.nsmallest(count, known, key=lambda pair: pair[0])]
+    known = (tensor for tensor in figures.tensors if tensor.mean is not None)
+    return heapq.nsmallest(count, known, key=lambda tensor: tensor.mean or 0.0)
 
 
 def reading(outcome: Outcome) -> tuple[str, str]:
@@ -181,29 +175,21 @@ def columns(report: Report) -> Iterator[Column]:
     yield Column("file", "format", tuple(entry.format for entry in inputs))
     yield Column("file", "size", tuple(shown(entry.nbytes) for entry in inputs))
     for key in KNOWN:
-        values = [getattr(entry, key) for entry in inputs]
+        values: list[float | None] = [getattr(entry, key) for entry in inputs]
         if any(value is not None for value in values):
-            yield Column("known", key, tuple(map(_number, values)))
+            # Of steps all digits count: six would make 1234567 and 1234568 the same.
+            cells = (
+                f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in values
+            )
+            yield Column("known", key, tuple(cells))
     for output in outputs if len(outputs) <= _MOST_WEIGHTS else ():
         title = "weight" if len(outputs) == 1 else f"in {output.path}"
         yield Column("weight", title, tuple(f"{weight:.4g}" for weight in output.weights))
-    if agreement is not None:
-        yield _cosines("agrees", report, agreement)
-        if agreement.centred is not None:
-            yield _cosines("from base", report, agreement.centred)
-
-
-def _cosines(title: str, report: Report, figures: Figures) -> Column:
-    # Figures are those of the averaged inputs, in their order. A path may come twice.
-    each = iter(figures.each)
-    ones = tuple(next(each) if entry.averaged else None for entry in report.inputs)
-    means = (None if one is None else one.mean for one in ones)
-    cells = tuple("" if mean is None else f"{mean:.3f}" for mean in means)
-    return Column("agreement", title, cells, ones)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    # A step has as many digits as it has: six would make 1234567 and 1234568 the same.
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    for title, figures in (("agrees", agreement), ("from base", agreement and agreement.centred)):
+        if figures is not None:
+            # Figures are those of the averaged inputs, in their order. A path may come twice.
+            each = iter(figures.each)
+            ones = tuple(next(each) if entry.averaged else None for entry in inputs)
+            means = (None if one is None else one.mean for one in ones)
+            cells = ("" if mean is None else f"{mean:.3f}" for mean in means)
+            yield Column("agreement", title, tuple(cells), ones)

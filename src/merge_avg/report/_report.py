@@ -19,15 +19,13 @@ from merge_avg.report.printable import counted
 
 if TYPE_CHECKING:
     from merge_avg.agreement import Agreement
-    from merge_avg.checkpoint import Name
+    from merge_avg.checkpoint import Kept, Name
     from merge_avg.engine import Result
     from merge_avg.plan import Job
     from merge_avg.selection import Choice
 
 # What is known of checkpoints in a run, by the names of its fields.
 KNOWN = ("step", "epoch", "metric")
-# A sample gives three places at best, and the JSON of a large model has many such numbers.
-_PLACES = 6
 # `bytes` is a type in Python, and the program's own version goes by its name.
 _KEYS = {"nbytes": "bytes", "version": "merge_avg"}
 
@@ -71,15 +69,6 @@ class TensorCounts:
     averaged: int
     integers: int
     kept: int
-
-
-@dataclass(frozen=True)
-class KeptEntry:
-    """An entry of the template that is not averaged, such as the optimizer's state."""
-
-    key: str
-    tensors: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -163,9 +152,9 @@ class Report:
     parameters: int
     # Of the outputs' weights, with the number of tensors.
     dtypes: Mapping[str, int]
-    # Entries with tensors that are not averaged, then entries without tensors; and whether the
-    # outputs have these entries.
-    kept: tuple[KeptEntry, ...]
+    # Entries whose tensors are not averaged, such as the optimizer's state, then entries without
+    # tensors; and whether the outputs have these entries.
+    kept: tuple[Kept, ...]
     others: tuple[str, ...]
     whole: bool
     # Tensors that some checkpoint lacks, with the number of checkpoints that have them.
@@ -188,6 +177,11 @@ class Report:
     @property
     def dry_run(self) -> bool:
         return self.outcome is None
+
+    @property
+    def averaged(self) -> int:
+        """Return how many inputs are averaged, so without a template or base that is not."""
+        return sum(entry.averaged for entry in self.inputs)
 
     @property
     def agreement(self) -> ReportedAgreement | None:
@@ -224,7 +218,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         tensors=TensorCounts(floats, len(used) - floats, len(infos) - len(used)),
         parameters=sum(info.numel for _, info in infos if info.dtype.kind != "int"),
         dtypes=Counter(plan.result(name).name for name, _ in infos),
-        kept=tuple(KeptEntry(kept.key, kept.tensors, kept.nbytes) for kept in job.roles.kept),
+        kept=job.roles.kept,
         others=tuple(template.others),
         whole=job.layout.whole,
         available={
@@ -243,7 +237,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
             *job.notes,
             *_notes(job, result, [name for name, _ in used]),
         ),
-        warnings=(*warnings, *(() if outcome is None else _strangers(outcome.agreement))),
+        warnings=(*warnings, *_strangers(None if outcome is None else outcome.agreement)),
         candidates=tuple(
             ReportedCandidate(
                 **asdict(one) | {"path": str(one.path), "weight": weights.get(str(one.path))}
@@ -304,14 +298,14 @@ def _outcome(job: Job, result: Result, base: str | None) -> Outcome:
 
 def _figures(found: Agreement, paths: Sequence[str]) -> Figures:
     return Figures(
-        mean=round(found.mean, _PLACES),
-        error=round(found.error, _PLACES),
+        mean=_rounded(found.mean),
+        error=_rounded(found.error),
         each=tuple(
-            CheckpointAgreement(path, _rounded(value), round(error, _PLACES))
-            for path, value, error in zip(paths, found.each, found.errors, strict=True)
+            CheckpointAgreement(*one)
+            for one in zip(paths, _rounded(found.each), _rounded(found.errors), strict=True)
         ),
-        pairs=tuple(tuple(map(_rounded, row)) for row in found.pairs),
-        shrinkage=round(found.shrinkage, _PLACES),
+        pairs=_rounded(found.pairs),
+        shrinkage=_rounded(found.shrinkage),
         size=found.size,
         elements=found.elements,
         odd=None if found.odd is None else paths[found.odd],
@@ -319,16 +313,20 @@ def _figures(found: Agreement, paths: Sequence[str]) -> Figures:
             replace(
                 tensor,
                 mean=_rounded(tensor.mean),
-                error=round(tensor.error, _PLACES),
-                distances=tuple(round(distance, _PLACES) for distance in tensor.distances),
+                error=_rounded(tensor.error),
+                distances=_rounded(tensor.distances),
             )
             for tensor in found.tensors
         ),
     )
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, _PLACES)
+def _rounded(value: Any) -> Any:
+    """Return a number, or those in a tuple, to six places; None stays None."""
+    # A sample gives three places at best, and the JSON of a large model has many such numbers.
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    return None if value is None else round(value, 6)
 
 
 def _strangers(agreement: ReportedAgreement | None) -> Iterator[str]:
@@ -348,12 +346,14 @@ def as_json(report: Report) -> dict[str, Any]:
     """Return the report as plain values. The outcome's keys stand beside the others."""
     found = plain(report)
     outcome = found.pop("outcome") or {}
-    derived = {
+    return {
+        "merge_avg": found.pop("merge_avg"),
         "output": report.outputs[0].path,
         "dry_run": report.dry_run,
         "int_policy": report.policies["int_policy"],
+        **found,
+        **outcome,
     }
-    return {"merge_avg": found.pop("merge_avg"), **derived, **found, **outcome}
 
 
 def plain(value: Any) -> Any:

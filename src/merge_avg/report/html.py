@@ -20,15 +20,7 @@ from merge_avg.checkpoint import FileLayout
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
-from merge_avg.report._facts import (
-    averaged_count,
-    columns,
-    facts,
-    least_agreeing,
-    messages,
-    precision,
-    reading,
-)
+from merge_avg.report._facts import columns, facts, least_agreeing, messages, precision, reading
 from merge_avg.report._report import CheckpointAgreement, Figures, Report, as_json
 from merge_avg.report.printable import counted, printable, shown
 
@@ -96,10 +88,11 @@ def page(report: Report) -> str:
 def _sections(report: Report) -> Iterator[str]:
     outputs = report.outputs
     title = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
-    what = f"the average of {counted(averaged_count(report), 'checkpoint')}"
+    what = f"the average of {counted(report.averaged, 'checkpoint')}"
     yield f"<header><h1>{_text(title)}</h1>"
     yield f'<p class="sub">{what}, made by merge-avg {_text(report.version)}</p></header>'
-    yield f'<div class="tiles">{"".join(_tiles(report))}</div>'
+    tiles = (f'<div class="tile"><b>{one}</b><span>{of}</span></div>' for one, of in _tiles(report))
+    yield f'<div class="tiles">{"".join(tiles)}</div>'
     # Lines that scroll by end with the warnings, and a page begins with them.
     told = [
         f'<p class="message {fact.label}"><b>{fact.label}:</b> {_text(fact.value)}</p>'
@@ -127,23 +120,19 @@ def _section(name: str, title: str, content: str) -> str:
     return f'<section id="{name}"><h2>{title}</h2>{content}</section>'
 
 
-def _tiles(report: Report) -> Iterator[str]:
+def _tiles(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield the most important figures, and what each is of."""
     agreement = report.agreement
     if agreement is not None:
-        yield _tile(f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}")
+        yield f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}"
         if agreement.centred is not None:
-            centred = agreement.centred
-            yield _tile(f"{centred.mean:.3f}", f"from the base, {_precise(centred)}")
-        yield _tile(f"{agreement.shrinkage:.3f}", "norm of the mean over mean of the norms")
-    yield _tile(f"{report.tensors.averaged:,}", "tensors averaged")
-    yield _tile(f"{report.parameters:,}", "parameters")
+            yield f"{agreement.centred.mean:.3f}", f"from the base, {_precise(agreement.centred)}"
+        yield f"{agreement.shrinkage:.3f}", "norm of the mean over mean of the norms"
+    yield f"{report.tensors.averaged:,}", "tensors averaged"
+    yield f"{report.parameters:,}", "parameters"
     if report.outcome is not None:
         size, how = reading(report.outcome)
-        yield _tile(size, f"read {how}")
-
-
-def _tile(value: str, label: str) -> str:
-    return f'<div class="tile"><b>{value}</b><span>{label}</span></div>'
+        yield size, f"read {how}"
 
 
 def _precise(figures: Figures) -> str:
@@ -174,14 +163,10 @@ def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
     if agreement is None:
         yield "<p>It was not measured, or there are no two checkpoints with matrices.</p>"
         return
-    if agreement.exact:
-        looked = "all elements of the matrices were looked at, so the figures are exact"
-    else:
-        share = f"{agreement.elements:,} of the {agreement.size:,} elements"
-        looked = (
-            f"{share} of each checkpoint's matrices were looked at; the errors are standard errors "
-            "of that sample"
-        )
+    looked = "all elements of the matrices were looked at, so the figures are exact"
+    if not agreement.exact:
+        share = f"{agreement.elements:,} of the {agreement.size:,} elements of each checkpoint's"
+        looked = f"{share} matrices were looked at; the errors are standard errors of that sample"
     yield (
         "<p>The cosine between the checkpoints over their tensors of two dimensions or more: 1 is "
         f"the same direction, 0 nothing in common; below {LEAST_AGREEMENT:g} the mean most likely "
@@ -216,15 +201,9 @@ def _least(agreement: Figures, numbers: Sequence[int]) -> str:
     rows = []
     for tensor in least_agreeing(agreement, _LEAST):
         far = max(range(len(numbers)), key=tensor.distances.__getitem__)
-        rows.append(
-            [
-                tensor.name,
-                _cosine(tensor),
-                f"{tensor.size:,}",
-                "all" if tensor.elements == tensor.size else f"{tensor.elements:,}",
-                f"{tensor.distances[far]:.3f} (#{numbers[far]})",
-            ]
-        )
+        looked = "all" if tensor.elements == tensor.size else f"{tensor.elements:,}"
+        distance = f"{tensor.distances[far]:.3f} (#{numbers[far]})"
+        rows.append([tensor.name, _cosine(tensor), f"{tensor.size:,}", looked, distance])
     head = ["tensor", "agreement", "elements", "looked at", "largest distance from the mean"]
     rest = len(agreement.tensors) - len(rows)
     more = f'<p class="sub">{rest:,} more are in the output of --json.</p>' if rest else ""

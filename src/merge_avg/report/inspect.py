@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from merge_avg.checkpoint import TensorInfo, assign, dotted
+from merge_avg.checkpoint import assign, dotted
 from merge_avg.formats import scan
 from merge_avg.report._report import optional, plain
 from merge_avg.report.printable import aligned, shown
 from merge_avg.selection import read_metadata
 
-# Averaged are float and complex weights, compared integers and bools beside them; the rest is kept.
-Role = Literal["averaged", "compared", "kept"]
 as_json = plain
 
 
@@ -25,7 +23,9 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    role: Role
+    # "averaged" for float and complex weights, "compared" for integers and bools beside them, and
+    # "kept" for all the rest.
+    role: str
     # Tensors that share memory have the same number.
     tie: int | None = optional()
     # Why it cannot be averaged, as in "a sparse tensor".
@@ -59,7 +59,11 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
     layout = scan(path)
     # By its path, which no two tensors share, while their storages may be the same.
     weights = {info.path for info in assign(layout, key).weights.values()}
-    ties = _ties(layout.tensors)
+    # Empty tensors share nothing, and of one with a trouble the storage is unknown.
+    storages = Counter(one.storage for one in layout.tensors if one.numel and not one.trouble)
+    shared = (storage for storage, count in storages.items() if count > 1)
+    ties = {storage: tie for tie, storage in enumerate(shared, 1)}
+    roles = {"float": "averaged", "complex": "averaged"}
     known = read_metadata(layout)
     return Contents(
         path=str(layout.path),
@@ -75,11 +79,11 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
                 name=dotted(info.path),
                 dtype=info.dtype.name,
                 shape=tuple(info.shape),
-                role=_role(info) if info.path in weights else "kept",
-                tie=ties.get(number),
+                role=roles.get(info.dtype.kind, "compared") if info.path in weights else "kept",
+                tie=ties.get(info.storage) if info.numel and not info.trouble else None,
                 trouble=info.trouble or None,
             )
-            for number, info in enumerate(layout.tensors)
+            for info in layout.tensors
         ),
     )
 
@@ -106,18 +110,3 @@ def lines(found: Contents) -> Iterator[str]:
         yield f"  {line}"
     if found.others:
         yield f"  without tensors: {', '.join(found.others)}"
-
-
-def _role(info: TensorInfo) -> Role:
-    return "averaged" if info.dtype.kind in ("float", "complex") else "compared"
-
-
-def _ties(tensors: tuple[TensorInfo, ...]) -> dict[int, int]:
-    """Return the tie of each tensor that shares its storage, by the tensor's number."""
-    sharing: dict[object, list[int]] = {}
-    for number, info in enumerate(tensors):
-        # Empty tensors share nothing, and of one with a trouble the storage is unknown.
-        if info.numel and not info.trouble:
-            sharing.setdefault(info.storage, []).append(number)
-    shared = [numbers for numbers in sharing.values() if len(numbers) > 1]
-    return {number: tie for tie, numbers in enumerate(shared, 1) for number in numbers}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from merge_avg.errors import MergeError
-from merge_avg.report._facts import averaged_count, columns, facts, headline, weights_of
+from merge_avg.report._facts import columns, facts, headline, weights_of
 from merge_avg.report._report import KNOWN, Figures, Report, ReportedCandidate
 from merge_avg.report.printable import aligned, counted, printable
 
@@ -22,7 +22,7 @@ def lines(report: Report) -> Iterator[str]:
     """Yield the report, a line at a time. Names in it may hold controls: see `printable`."""
     yield headline(report)
     # After a merge, candidates that were all taken would only repeat what was named.
-    if report.dry_run or len(report.candidates) > averaged_count(report):
+    if report.dry_run or len(report.candidates) > report.averaged:
         for line in aligned([_candidate(one) for one in report.candidates]):
             yield f"  {line}"
     weights = weights_of(report, 0)
@@ -62,7 +62,7 @@ def markdown(report: Report) -> str:
     told = written + [(fact.label, fact.value) for fact in facts(report)]
     return "\n".join(
         [
-            f"### merge-avg: {counted(averaged_count(report), 'checkpoint')} averaged",
+            f"### merge-avg: {counted(report.averaged, 'checkpoint')} averaged",
             "",
             _row([column.title for column in table]),
             _row(["---" for _ in table]),
