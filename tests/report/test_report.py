@@ -1,15 +1,19 @@
-"""The report's JSON: its keys are those that scripts read."""
+"""The report of a job and its result, and its JSON, whose keys are those that scripts read."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import merge_avg.report
-from merge_avg.options import REPORTED
-from merge_avg.report import as_json
+from merge_avg.options import REPORTED, Criteria, Options, Series, Weighting
+from merge_avg.plan import prepare
+from merge_avg.report import as_json, describe
+from merge_avg.selection import choose
+from tests.helpers import noise
 from tests.report.helpers import relatives, report_of, save
 
 # Frozen: a key may be added, but scripts read these.
@@ -100,3 +104,123 @@ def test_the_face_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = merge_avg.report.nothing
+
+
+# What is said of a job
+
+
+def test_counts_are_of_the_template(tmp_path):
+    """Floats are averaged, integers counted apart, and tensors left out by choice are kept."""
+    state = {"w": torch.ones(2, 3), "n": torch.tensor(3), "left": torch.ones(7)}
+    paths = save(tmp_path, state, state)
+    report = report_of(paths, tmp_path / "o.pt", exclude=["left"], dtype="float16")
+    counts = report.tensors
+    assert (counts.averaged, counts.integers, counts.kept) == (1, 1, 1)
+    assert report.parameters == 6 + 7
+    # What is kept keeps its dtype.
+    assert report.dtypes == {"float16": 1, "int64": 1, "float32": 1}
+
+
+def test_bytes_are_those_of_the_files(tmp_path):
+    """Bytes to write are the sizes of all outputs together, to the byte."""
+    paths = save(tmp_path, *({"w": torch.full((50,), float(n))} for n in range(2)))
+    outputs = {str(tmp_path / "x.pt"): [1, 3], str(tmp_path / "y.pt"): [0, 1]}
+    report = report_of(paths, outputs)
+    assert report.bytes_to_write == sum(Path(path).stat().st_size for path in outputs)
+    # Each input is read once, however many outputs there are; and a few records of the template.
+    assert report.bytes_to_read == report.outcome.bytes_read
+    assert 400 <= report.bytes_to_read < 600
+    assert [entry.nbytes for entry in report.inputs] == [path.stat().st_size for path in paths]
+
+
+def test_a_template_that_is_not_averaged(tmp_path):
+    """It comes first, has the weight 0 and no hash, and is not counted as averaged."""
+    paths = save(tmp_path, *({"w": torch.full((5,), float(n))} for n in range(3)))
+    report = report_of(paths[1:], tmp_path / "o.pt", template=paths[0])
+    assert report.template == str(paths[0])
+    assert [entry.averaged for entry in report.inputs] == [False, True, True]
+    assert [entry.weight for entry in report.inputs] == [0, 0.5, 0.5]
+    assert [entry.hash is None for entry in report.inputs] == [True, False, False]
+
+
+def test_hashes_can_be_left_out(tmp_path):
+    """Without hashes no input has one."""
+    paths = save(tmp_path, *({"w": torch.full((5,), float(n))} for n in range(2)))
+    report = report_of(paths, tmp_path / "o.pt", hashes=False)
+    assert {entry.hash for entry in report.inputs} == {None}
+
+
+def chosen(run, **criteria):
+    """Plan the merge of chosen checkpoints of a run, and return the report."""
+    choice = choose([run], run / "o.ckpt", Criteria(**criteria), Series(), Weighting())
+    return describe(prepare(choice.paths, choice.outputs, Options()), None, choice)
+
+
+def test_candidates_have_what_is_known_of_them(tmp_path):
+    """Chosen inputs carry step, epoch and metric; candidates that are inputs carry a weight."""
+    names = ["epoch=1-val_loss=0.5.ckpt", "epoch=2-val_loss=0.1.ckpt", "epoch=3-val_loss=0.3.ckpt"]
+    states = ({"state_dict": {"w": noise(n, 3, 3)}, "global_step": n * 10} for n in range(3))
+    save(tmp_path, *states, names=names)
+    report = chosen(tmp_path, best=2, metric="val_loss")
+    assert [(one.step, one.epoch, one.metric) for one in report.inputs] == [
+        (10, 2, 0.1),
+        (20, 3, 0.3),
+    ]
+    table = {Path(one.path).name: one for one in report.candidates}
+    assert [table[name].weight for name in names] == [None, 0.5, 0.5]
+    assert [table[name].chosen for name in names] == [False, True, True]
+    assert "best is the lowest val_loss" in report.notes
+
+
+def test_a_checkpoint_that_was_found_twice(tmp_path):
+    """Where the same file is among the candidates twice, the chosen one has the weight."""
+    states = ({"state_dict": {"w": noise(n, 3, 3)}, "epoch": n} for n in range(2))
+    paths = save(tmp_path, *states, names=["epoch=0.ckpt", "epoch=1.ckpt"])
+    arguments = [tmp_path, paths[1]]
+    choice = choose(arguments, tmp_path / "o.ckpt", Criteria(last=2), Series(), Weighting())
+    report = describe(prepare(choice.paths, choice.outputs, Options()), None, choice)
+    assert [one.weight for one in report.candidates if one.chosen] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_averaged_statistics_are_a_note(tmp_path, excluded):
+    """Where running statistics are averaged a note says what to do; not where they are kept."""
+    state = {"bn.running_mean": torch.ones(3), "bn.running_var": torch.ones(3), "w": torch.ones(3)}
+    options = {"exclude": ["bn.*"]} if excluded else {}
+    notes = report_of(save(tmp_path, state, state), tmp_path / "o.pt", **options).notes
+    found = [note for note in notes if "2 BatchNorm statistics averaged" in note]
+    assert len(found) == (not excluded)
+    assert all("recalibrate_batch_norm" in note for note in found)
+    assert not any("BatchNorm" in note for note in report_of([tmp_path / "0.pt"], "o.pt").notes)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_lora_factors(tmp_path, same):
+    """Equal factors A are a note, others a warning."""
+    a, b = "base_model.q.lora_A.weight", "base_model.q.lora_B.weight"
+    states = ({a: noise(0 if same else n, 4, 8), b: noise(n + 9, 8, 4)} for n in range(2))
+    report = report_of(save(tmp_path, *states), tmp_path / "o.pt", agreement=False)
+    note = any("every LoRA factor A is the same" in text for text in report.notes)
+    warning = any("LoRA" in text for text in report.warnings)
+    assert (note, warning) == (same, not same)
+
+
+def test_figures_are_rounded(tmp_path):
+    """Cosines, errors and distances have six places; norms, which have a unit, are as they are."""
+    report = report_of(relatives(tmp_path), tmp_path / "o.pt", base=tmp_path / "base.pt")
+    for figures in (report.agreement, report.agreement.centred):
+        values = [figures.mean, figures.error, figures.shrinkage]
+        values += [value for row in figures.pairs for value in row]
+        values += [value for tensor in figures.tensors for value in tensor.distances]
+        assert values == [round(value, 6) for value in values]
+    assert any(tensor.norm != round(tensor.norm, 6) for tensor in report.agreement.tensors)
+    assert report.agreement.base == str(tmp_path / "base.pt") == report.base
+
+
+def test_the_one_that_does_not_belong_is_named_in_a_warning(tmp_path):
+    """Where all others agree, the advice is to leave that one out."""
+    states = [{"w": noise(0, 30, 30) + noise(n, 30, 30) / 9} for n in (1, 2, 3)]
+    paths = save(tmp_path, *states, {"w": noise(9, 30, 30)})
+    report = report_of(paths, tmp_path / "o.pt")
+    (warning,) = report.warnings
+    assert warning.endswith(f"{paths[3]} agrees with none of the others; average without it")
