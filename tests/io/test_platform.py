@@ -73,3 +73,13 @@ def test_space_is_claimed_from_a_place_on(tmp_path, monkeypatch):
             else:
                 reserve(file.fileno(), 6, 3)
                 assert (tmp_path / "a").stat().st_size == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("150000 100000\n", 2), ("max 100000\n", None), ("nonsense", None)]
+)
+def test_cores_of_a_control_group(tmp_path, text, cores):
+    """The quota of a control group counts, rounded up."""
+    (tmp_path / "cpu.max").write_text(text)
+    assert platform._control_group(tmp_path / "cpu.max") == cores
+    assert platform._control_group(tmp_path / "none") is None

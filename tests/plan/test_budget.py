@@ -1,4 +1,4 @@
-"""merge_avg.budget: memory is promised beforehand, and the promise holds in real processes."""
+"""merge_avg.plan: memory is promised beforehand, and the promise holds in real processes."""
 
 import json
 import subprocess
@@ -46,20 +46,19 @@ def test_the_default_is_64_mib_on_two_cores(monkeypatch):
     assert plan_budget(8, 4, 100).threads == 8
 
 
+def test_long_tensors_count_for_each_output():
+    """Long tensors cost memory for each output after the first; a first one has room for them."""
+    short, long = ([1000] * 100, [100_000] * 100)
+    for outputs, more in ((1, False), (2, True)):
+        plans = [plan_budget(8, 4, 800, 1 << 28, 2, outputs, one) for one in (short, long)]
+        assert (plans[0].nbytes < plans[1].nbytes) == more
+        assert plans[0].window == plans[1].window
+
+
 def test_no_threads_is_a_usage_error():
     """--threads 0 is refused."""
     with pytest.raises(UsageError, match="a thread at least"):
         plan_budget(2, 4, 1, threads=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"), [("150000 100000\n", 2), ("max 100000\n", None), ("nonsense", None)]
-)
-def test_cores_of_a_control_group(tmp_path, text, cores):
-    """The quota of a control group counts, rounded up."""
-    (tmp_path / "cpu.max").write_text(text)
-    assert budget._control_group(tmp_path / "cpu.max") == cores
-    assert budget._control_group(tmp_path / "none") is None
 
 
 MEASURE = """
@@ -137,85 +136,103 @@ KINDS["many tensors"] = lambda g, n: {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+# Of long tensors an output keeps the checksums of parts.
+KINDS["long tensors"] = lambda g, n: {f"k{i}": torch.randn(n // 60, generator=g) for i in range(60)}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def chosen(cases, usual):
+    """Cases of which a few are usual; the others are variations, which take minutes in all."""
+    return [pytest.param(*case, marks=() if case in usual else pytest.mark.large) for case in cases]
+
+
+def held(paths, output, memory):
+    """The memory that a merge took in a process of its own, and what was predicted."""
+    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(output), str(memory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(done.stdout)
+    assert measured <= predicted
+    return predicted
+
+
+def saved(folder, kind, names, numel):
+    """Checkpoints of a kind, each of other numbers."""
+    paths = []
+    for fold, name in enumerate(names):
+        paths.append(folder / f"{name}.safetensors")
+        save_file(KINDS[kind](torch.Generator().manual_seed(fold), numel), paths[-1])
+    return paths
+
+
+@linux
 @pytest.mark.parametrize(
     ("kind", "memory"),
-    [(kind, memory) for kind in KINDS for memory in (0, 12 * MIB)]
-    + [(kind, 256 * MIB) for kind in ("float64 ties", "all nan", "integers")],
+    chosen(
+        [(kind, memory) for kind in KINDS for memory in (0, 12 * MIB)]
+        + [(kind, 256 * MIB) for kind in ("float64 ties", "all nan", "integers")],
+        {
+            ("float32", 12 * MIB),
+            ("float64 ties", 12 * MIB),
+            ("bfloat16", 0),
+            ("nan", 12 * MIB),
+            ("integers", 12 * MIB),
+            ("many tensors", 0),
+        },
+    ),
 )
 def test_the_promise_holds(tmp_path, kind, memory):
     """The process takes no more anonymous memory, above the import, than the plan predicts."""
-    paths = []
-    for fold in range(5):
-        generator = torch.Generator().manual_seed(fold)
-        paths.append(tmp_path / f"{fold}.safetensors")
-        save_file(KINDS[kind](generator, 600_000), paths[-1])
-    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "o.pt"), str(memory)]
     if kind == "many tensors" and memory:
-        command[-1] = str(20 * MIB)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, predicted = json.loads(done.stdout)
-    assert measured <= predicted
-    assert not memory or predicted <= int(command[-1])
+        memory = 20 * MIB
+    predicted = held(saved(tmp_path, kind, range(5), 600_000), tmp_path / "o.pt", memory)
+    assert not memory or predicted <= memory
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["float32", "many tensors"])
+@linux
+@pytest.mark.parametrize("kind", ["float32", pytest.param("many tensors", marks=pytest.mark.large)])
 def test_the_promise_holds_with_a_base(tmp_path, kind):
     """A base that the checkpoints are compared with takes no more than predicted either."""
-    paths = []
-    for name in ("0", "1", "2", "base"):
-        generator = torch.Generator().manual_seed(ord(name[0]))
-        paths.append(tmp_path / f"{name}.safetensors")
-        save_file(KINDS[kind](generator, 600_000), paths[-1])
-    command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "o.pt"), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, predicted = json.loads(done.stdout)
-    assert measured <= predicted
+    held(saved(tmp_path, kind, (0, 1, 2, "base"), 600_000), tmp_path / "o.pt", 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 @pytest.mark.parametrize(
     "kind",
-    ["float32", "wide float32", "float64 ties", "bfloat16", "complex64"],
+    chosen(
+        [
+            ("float32",),
+            ("wide float32",),
+            ("float64 ties",),
+            ("bfloat16",),
+            ("complex64",),
+            ("long tensors",),
+        ],
+        {("float64 ties",), ("long tensors",)},
+    ),
 )
 def test_the_promise_holds_for_several_averages(tmp_path, kind):
     """Nine averages at a time take no more than predicted, within a budget of 20 MiB."""
-    paths = []
-    for fold in range(9):
-        generator = torch.Generator().manual_seed(fold)
-        paths.append(tmp_path / f"{fold}.safetensors")
-        save_file(KINDS[kind](generator, 400_000), paths[-1])
-    where = str(tmp_path / "o{}.pt")
-    command = [sys.executable, "-c", MEASURE, *map(str, paths), where, str(20 * MIB)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, predicted = json.loads(done.stdout)
-    assert measured <= predicted <= 20 * MIB
+    paths = saved(tmp_path, kind, range(9), 400_000)
+    assert held(paths, tmp_path / "o{}.pt", 20 * MIB) <= 20 * MIB
     assert len(list(tmp_path.glob("o*.pt"))) == 9
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("count", [2, 6])
+@linux
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.large)])
 def test_the_promise_holds_for_very_many_tensors(tmp_path, count):
     """What is known of 20,000 tensors of each checkpoint is part of the prediction."""
-    paths = [str(tmp_path / f"{fold}.pt") for fold in range(count)]
+    paths = [tmp_path / f"{fold}.pt" for fold in range(count)]
     for fold, path in enumerate(paths):
         torch.save({f"layers.{i}.w": torch.full((3, 9), float(fold)) for i in range(20_000)}, path)
-    command = [sys.executable, "-c", MEASURE, *paths, str(tmp_path / "o.pt"), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, predicted = json.loads(done.stdout)
-    assert measured <= predicted
+    held(paths, tmp_path / "o.pt", 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 def test_the_promise_holds_for_integers_of_many_checkpoints(tmp_path):
     """Of integers that all differ only a few are Python's at a time, which take ten times more."""
-    paths = [str(tmp_path / f"{fold}.safetensors") for fold in range(16)]
+    paths = [tmp_path / f"{fold}.safetensors" for fold in range(16)]
     for fold, path in enumerate(paths):
         generator = torch.Generator().manual_seed(fold)
         numbers = torch.randint(300, 30_000, (300_000,), generator=generator)
         save_file({"n": numbers.to(torch.int16)}, path)
-    command = [sys.executable, "-c", MEASURE, *paths, str(tmp_path / "o.pt"), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, predicted = json.loads(done.stdout)
-    assert measured <= predicted
+    held(paths, tmp_path / "o.pt", 0)

@@ -23,7 +23,7 @@ from merge_avg.agreement._sample import Sample, samples
 from merge_avg.arithmetic import LOOPS, int64s, takes
 from merge_avg.checkpoint import BY_NAME, DType
 from merge_avg.io import Buffer, Matrix
-from merge_avg.plan import Piece, Unit, Window, is_matrix
+from merge_avg.plan import Piece, Unit, Window
 from merge_avg.tuning import COMPARED
 
 # The error is estimated by leaving out one of these groups at a time. With 16, the estimate is
@@ -209,7 +209,7 @@ class Comparison:
         sums = _doubles(self._sums[kind])
         for one in compared:
             line = sums[2 * count * one.line : 2 * count * (one.line + 1)]
-            name = next(str(name) for name, info in one.unit.members if is_matrix(info))
+            name = next(str(name) for name, info in one.unit.members if len(info.shape) > 1)
             elements = one.sample.elements
             yield Products(name, one.sample.size, elements, line[:count], line[count:])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from merge_avg.io._buffer import Buffer, Matrix, Stack, same
 from merge_avg.io._output import Output, OutputFile, Sink, refuse_output
-from merge_avg.io._platform import read_fully
+from merge_avg.io._platform import cores, read_fully
 from merge_avg.io._reader import Reader, Tap
 from merge_avg.io._scratch import Scratch
 from merge_avg.io._temporary import TEMPORARY, remove
@@ -23,6 +23,7 @@ __all__ = [
     "Sink",
     "Stack",
     "Tap",
+    "cores",
     "read_fully",
     "refuse_output",
     "remove",

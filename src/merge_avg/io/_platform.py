@@ -96,3 +96,20 @@ def lock(fd: int) -> bool | None:
     except OSError as error:
         return False if error.errno == errno.EWOULDBLOCK else None
     return True
+
+
+def cores() -> int:
+    """Return how many cores this process may use, by its affinity and its control group."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    return max(1, min(count, _control_group() or count))
+
+
+def _control_group(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+    """Return the cores that the control group allows, rounded up (Linux, cgroup version 2)."""
+    try:
+        quota, period = path.read_text("ascii").split()
+        return None if quota == "max" else -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        return None

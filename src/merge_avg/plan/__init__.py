@@ -6,7 +6,7 @@ from merge_avg.plan._budget import Budget
 from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
 from merge_avg.plan._provenance import Hashes, Record, RecordedInput, read_record
 from merge_avg.plan._targets import FILE, OutputLayout, Target
-from merge_avg.plan._units import Restride, Unit, aligned_to_page, is_matrix
+from merge_avg.plan._units import Restride, Unit, aligned_to_page
 from merge_avg.plan._windows import Piece, Window, batches
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Window",
     "aligned_to_page",
     "batches",
-    "is_matrix",
     "prepare",
     "read_record",
     "refuse_inputs",

@@ -6,12 +6,11 @@ anything is read. tests/plan/test_budget.py compares it with that of real proces
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from merge_avg.errors import MergeError, UsageError
+from merge_avg.io import cores
 from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 
 MIB = 1 << 20
@@ -117,23 +116,6 @@ def _tensors(entries: int, checkpoints: int) -> int:
 def _known(entries: int, checkpoints: int) -> int:
     """Return the bytes of all that is known of tensors before anything is read."""
     return entries * _ENTRY_BYTES + _tensors(entries, checkpoints) * _TENSOR_BYTES
-
-
-def cores() -> int:
-    """Return how many cores this process may use, by its affinity and its control group."""
-    count = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    return max(1, min(count, _control_group() or count))
-
-
-def _control_group(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """Return the cores that the control group allows, rounded up (Linux, cgroup version 2)."""
-    try:
-        quota, period = path.read_text("ascii").split()
-        return None if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
 
 
 def plan_budget(

@@ -294,22 +294,21 @@ def _number_of(inputs: Sequence[Path], path: Path) -> int | None:
 def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
     """Raise MergeError where the output is an input, lies within one, or holds one."""
     for layout in layouts:
-        path = layout.path
-        hint = "choose another output; inputs are never written to"
+        path, files = layout.path, [file.path for file in layout.files]
+        relation = None
         if target.exists() and target.samefile(path):
-            raise MergeError(f"the output is the input {path}", where=target, hint=hint)
-        if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
-            raise MergeError(f"the output lies in the input {path}", where=target, hint=hint)
-        inside = (path, *(file.path for file in layout.files))
-        if target.is_dir() and any(
-            one.resolve().is_relative_to(target.resolve()) for one in inside
-        ):
-            raise MergeError(f"the output holds the input {path}", where=target, hint=hint)
-        if target.is_file():
-            for file in layout.files:
-                if target.samefile(file.path):
-                    what = f"the output is a part of the input {path}"
-                    raise MergeError(what, where=target, hint=hint)
+            relation = "is"
+        elif path.is_dir() and target.resolve().is_relative_to(path.resolve()):
+            relation = "lies in"
+        elif target.is_dir():
+            whole = target.resolve()
+            if any(one.resolve().is_relative_to(whole) for one in (path, *files)):
+                relation = "holds"
+        elif target.is_file() and any(target.samefile(file) for file in files):
+            relation = "is a part of"
+        if relation is not None:
+            hint = "choose another output; inputs are never written to"
+            raise MergeError(f"the output {relation} the input {path}", where=target, hint=hint)
 
 
 def _refuse_loss(target: Path, layout: OutputLayout) -> None:

@@ -89,7 +89,7 @@ class Unit:
     @property
     def is_matrix(self) -> bool:
         """Return whether it is averaged, and of a tensor of two dimensions or more."""
-        return self.kind == "mean" and any(is_matrix(info) for _, info in self.members)
+        return self.kind == "mean" and any(len(info.shape) > 1 for _, info in self.members)
 
     @property
     def holed(self) -> bool:
@@ -244,11 +244,6 @@ def _comparable(unit: Unit, weights: Mapping[Name, TensorInfo]) -> list[TensorIn
     # Copies that go to the same elements would have to agree, and a base may well disagree.
     alone = len(infos) == 1 and not unit.members[0][1].overlaps_itself
     return infos if alone or _direct(unit.members, infos) else None
-
-
-def is_matrix(info: TensorInfo) -> bool:
-    """Return whether a tensor has two dimensions or more."""
-    return len(info.shape) > 1
 
 
 def aligned_to_page(offset: int) -> int:
