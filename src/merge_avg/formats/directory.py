@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,8 +33,7 @@ from merge_avg.checkpoint import (
     is_kept,
 )
 from merge_avg.errors import MergeError, named
-from merge_avg.formats import bounded_json
-from merge_avg.formats._table import scan_file, set_format
+from merge_avg.formats import bounded_json, scan_file, set_format
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
@@ -55,14 +54,6 @@ _OF_ONE = re.compile(
 _LARGEST_INDEX = 100_000_000
 
 
-@dataclass
-class _Tree:
-    """The files below a directory by their relative paths, and notes on what was left out."""
-
-    files: dict[str, File] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def scan_directory(path: Path) -> Layout:
     """Return the layout of a checkpoint directory.
 
@@ -70,23 +61,20 @@ def scan_directory(path: Path) -> Layout:
         MergeError: a file in it cannot be read or is damaged, shards are missing or hold a tensor
             twice, or it holds no checkpoint or several.
     """
-    tree = _walk(path)
+    files, notes = _walk(path)
     # An output has a provenance file of its own: that of the template is never copied.
-    provenance = tree.files.pop(PROVENANCE_FILE, None)
+    provenance = files.pop(PROVENANCE_FILE, None)
     metadata: tuple[tuple[str, str], ...] = ()
     if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
         metadata = ((PROVENANCE, provenance.path.read_text("utf-8", "replace")),)
-    stamps = tuple(tree.files.values())
-    names = list(tree.files)
-    members = _members(path, tree)
-    for name in names:
-        if is_index(name):
-            _check_index(tree.files, name, members)
+    names = list(files)
+    members = _members(path, files)
+    for name in filter(is_index, names):
+        _check_index(files, name, members)
     prefixes = _prefixes(path, names, members)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
     others: list[str] = []
-    notes = list(tree.notes)
     for number, name in enumerate(names):
         member = members.get(number)
         if member is None:
@@ -109,7 +97,7 @@ def scan_directory(path: Path) -> Layout:
     return Layout(
         path,
         "directory",
-        stamps,
+        tuple(files.values()),
         tuple(tensors),
         tuple(others),
         metadata,
@@ -143,12 +131,14 @@ def leads_out(root: Path, path: Path) -> bool:
 
 
 def relative(layout: Layout, number: int) -> str:
-    """Return the path of a directory's file below it, with slashes."""
+    """Return the path of a directory's file within it, with slashes."""
     return layout.files[number].path.relative_to(layout.path).as_posix()
 
 
-def _walk(root: Path) -> _Tree:
-    tree = _Tree()
+def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
+    """Return the files below a directory by relative path, and notes on what is left out."""
+    files: dict[str, File] = {}
+    notes: list[str] = []
     nested = _nested(root)
     for folder, folders, names in os.walk(root):
         here = Path(folder)
@@ -156,24 +146,22 @@ def _walk(root: Path) -> _Tree:
             if name in _IGNORED or (here / name).is_symlink() or (here == root and name in nested):
                 folders.remove(name)
                 if (here / name).is_symlink():
-                    tree.notes.append(f"{here / name} is a link to a directory and is left out")
+                    notes.append(f"{here / name} is a link to a directory and is left out")
         folders.sort()
         for name in names:
             file = here / name
             if not file.is_file():
-                what = (
-                    "it is a link to nothing" if file.is_symlink() else "it is not a regular file"
-                )
-                raise MergeError(what, where=file, hint="fetch the checkpoint again")
-            tree.files[file.relative_to(root).as_posix()] = File.of(file)
+                kind = "a link to nothing" if file.is_symlink() else "not a regular file"
+                raise MergeError(f"it is {kind}", where=file, hint="fetch the checkpoint again")
+            files[file.relative_to(root).as_posix()] = File.of(file)
     # The order of files decides that of tensors: it may not depend on the file system.
-    tree.files = dict(sorted(tree.files.items(), key=lambda item: item[0].split("/")))
-    outside = [name for name, file in tree.files.items() if leads_out(root, file.path)]
+    files = dict(sorted(files.items(), key=lambda item: item[0].split("/")))
+    outside = [name for name, file in files.items() if leads_out(root, file.path)]
     if outside:
-        tree.notes.append(f"{root}: {named(outside)} links to a file outside of it")
+        notes.append(f"{root}: {named(outside)} links to a file outside of it")
     if nested:
-        tree.notes.append(f"{root}: {named(sorted(nested))} is left out, a checkpoint of its own")
-    return tree
+        notes.append(f"{root}: {named(sorted(nested))} is left out, a checkpoint of its own")
+    return files, notes
 
 
 def _nested(root: Path) -> set[str]:
@@ -182,10 +170,9 @@ def _nested(root: Path) -> set[str]:
     Raises:
         MergeError: there is nothing but several of them.
     """
-    found = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and _OF_A_RUN.fullmatch(entry.name)
-    )
-    if any(entry.suffix in SUFFIXES or set_format(entry.name) for entry in root.iterdir()):
+    entries = sorted(root.iterdir())
+    found = [entry.name for entry in entries if entry.is_dir() and of_a_run(entry.name)]
+    if any(entry.suffix in SUFFIXES or set_format(entry.name) for entry in entries):
         return set(found)
     if len(found) < 2:
         return set()
@@ -200,27 +187,25 @@ def _nested(root: Path) -> set[str]:
     raise MergeError(what, where=root, hint=hint)
 
 
-def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
+def _members(root: Path, files: Mapping[str, File]) -> dict[int, Layout]:
     """Return the layouts of the files that hold tensors, by number."""
-    numbers = {name: number for number, name in enumerate(tree.files)}
     members: dict[int, Layout] = {}
-    for name in tree.files:
+    for name in files:
         found = set_format(PurePosixPath(name).name)
         if found is not None:
-            folder = str(PurePosixPath(name).parent)
+            folder = PurePosixPath(name).parent
             inside = {
-                PurePosixPath(other).name: (numbers[other], tree.files[other])
-                for other in tree.files
-                if str(PurePosixPath(other).parent) == folder
+                PurePosixPath(other).name: (number, file)
+                for number, (other, file) in enumerate(files.items())
+                if PurePosixPath(other).parent == folder
             }
             members |= found.code.scan_set(root / folder, inside)
-    for name, number in numbers.items():
+    for number, (name, file) in enumerate(files.items()):
         if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
         try:
             # A .bin or .pkl file may be anything; a file that says .safetensors may not.
-            strict = name.endswith(".safetensors")
-            layout = scan_file(tree.files[name], number, strict=strict)
+            layout = scan_file(file, number, strict=name.endswith(".safetensors"))
         except MergeError as error:
             from merge_avg.formats.pickle.values import DangerousPickleError
 
@@ -237,8 +222,7 @@ def _members(root: Path, tree: _Tree) -> dict[int, Layout]:
 def _path_of(name: str) -> TreePath:
     """Return the folders and the name of a file, without its ending and the number of a shard."""
     path = PurePosixPath(name)
-    stem = path.stem.removesuffix(".pth")  # model.pth.tar
-    return (*path.parts[:-1], unsharded(stem))
+    return (*path.parts[:-1], unsharded(path.stem.removesuffix(".pth")))  # model.pth.tar
 
 
 def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -> list[TreePath]:
@@ -266,15 +250,8 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
         prefixes[number] = plain
     _check_shards(root, names)
     # Optimizers and the like lie aside: they do not make a directory one of several state dicts.
-    weights = {p for number, p in enumerate(prefixes) if number in members and not _is_aside(p)}
-    if len(weights) == 1:
-        only = weights.pop()
-        return [() if prefix == only else prefix for prefix in prefixes]
-    return prefixes
-
-
-def _is_aside(prefix: TreePath) -> bool:
-    return any(map(is_kept, prefix))
+    weights = {prefixes[number] for number in members if not any(map(is_kept, prefixes[number]))}
+    return [() if weights == {prefix} else prefix for prefix in prefixes]
 
 
 def _check_shards(root: Path, names: Sequence[str]) -> None:
@@ -333,24 +310,19 @@ def read_index(file: File) -> dict[str, Any]:
 
 def _check_index(files: Mapping[str, File], name: str, members: Mapping[int, Layout]) -> None:
     """Raise MergeError where an index and the shards beside it contradict each other."""
-    table = read_index(files[name])["weight_map"]
     numbers = {other: number for number, other in enumerate(files)}
     keys: dict[str, set[str]] = {}
-    folder = PurePosixPath(name).parent
-    for key, file in table.items():
-        whole = (folder / file).as_posix()
+    where, hint = files[name].path, "fetch the checkpoint again"
+    for key, file in read_index(files[name])["weight_map"].items():
+        whole = (PurePosixPath(name).parent / file).as_posix()
         # An index may name files anywhere: only those of the checkpoint are ever opened.
         if whole not in files:
             far = ".." in PurePosixPath(file).parts or file.startswith("/")
             what = f"it names the file {file!r}, which is {'outside' if far else 'missing'}"
-            raise MergeError(what, where=files[name].path, hint="fetch the checkpoint again")
+            raise MergeError(what, where=where, hint=hint)
         if whole not in keys:
             member = members.get(numbers[whole])
-            keys[whole] = set(_names(member)) if member else set()
+            keys[whole] = {dotted(info.path) for info in member.tensors} if member else set()
         if key not in keys[whole]:
             what = f"it says that {key!r} is in {file}, which does not hold it"
-            raise MergeError(what, where=files[name].path, hint="fetch the checkpoint again")
-
-
-def _names(layout: Layout) -> Iterator[str]:
-    return (dotted(info.path) for info in layout.tensors)
+            raise MergeError(what, where=where, hint=hint)

@@ -32,7 +32,7 @@ from merge_avg.checkpoint import (
     Storage,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats._table import LEGACY_MAGIC
+from merge_avg.formats import LEGACY_MAGIC
 from merge_avg.formats.pickle.load import Loaded, load
 from merge_avg.formats.pickle.torch_objects import Objects, objects_at, refuse_root
 from merge_avg.formats.pickle.values import CutShortError, Global, Value
