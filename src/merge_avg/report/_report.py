@@ -200,11 +200,11 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     used = [(name, info.dtype.kind) for name, info in infos if name not in aligned.skipped]
     # Bools are among the integers: both are compared and never averaged.
     floats = sum(kind in ("float", "complex") for _, kind in used)
-    candidates = choice.candidates if choice is not None else ()
     inputs = _inputs(job, result, choice)
     weights = {entry.path: entry.weight for entry in inputs}
     base = None if job.base is None else str(job.layouts[job.base].path)
     outcome = None if result is None else _outcome(job, result, base)
+    agreement = None if outcome is None else outcome.agreement
     warnings = plan.warnings if result is None else result.warnings
     return Report(
         version=__version__,
@@ -237,12 +237,12 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
             *job.notes,
             *_notes(job, result, [name for name, _ in used]),
         ),
-        warnings=(*warnings, *_strangers(None if outcome is None else outcome.agreement)),
+        warnings=(*warnings, *_strangers(agreement)),
         candidates=tuple(
             ReportedCandidate(
                 **asdict(one) | {"path": str(one.path), "weight": weights.get(str(one.path))}
             )
-            for one in candidates
+            for one in (choice.candidates if choice is not None else ())
         ),
         outcome=outcome,
     )

@@ -61,7 +61,8 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
     Raises:
         MergeError: it cannot be written.
     """
-    # As an output is: beside its place, and renamed. A path that appeared meanwhile is refused.
+    # Like an output: written beside its place, then renamed. A path that appeared meanwhile is
+    # refused.
     data = page(report).encode()
     try:
         layout = {FILE: FileLayout(len(data), ((0, data),))}
@@ -121,7 +122,7 @@ def _section(name: str, title: str, content: str) -> str:
 
 
 def _tiles(report: Report) -> Iterator[tuple[str, str]]:
-    """Yield the most important figures, and what each is of."""
+    """Yield the headline figures, each with its label."""
     agreement = report.agreement
     if agreement is not None:
         yield f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}"
@@ -141,12 +142,8 @@ def _precise(figures: Figures) -> str:
 
 def _checkpoints(report: Report) -> str:
     table = list(columns(report))
-    numbers = map(str, range(1, 1 + len(report.inputs)))
-    rows = zip(
-        numbers,
-        *(map(_cosine, one.agreements) if one.agreements else one.cells for one in table),
-        strict=True,
-    )
+    cells = [map(_cosine, one.agreements) if one.agreements else one.cells for one in table]
+    rows = zip(map(str, range(1, 1 + len(report.inputs))), *cells, strict=True)
     left = [n for n, column in enumerate(table, 1) if column.title in ("checkpoint", "format")]
     return _table(["#", *(column.title for column in table)], list(rows), left)
 
