@@ -1,9 +1,11 @@
 """Average the weights of PyTorch checkpoints: exactly, in bounded memory, without running them.
 
-AverageModelMerger(models).merge_models()       models in memory
-merge_checkpoints(paths, output)                files, as the command merge-avg does it
-verify_output(path)                             whether a file is the mean that it says it is
-RunningMean(count)                              tensors, one at a time
+    merge_checkpoints(paths, output)            average files, as the command merge-avg does
+    verify_output(path)                         derive an output again, and compare every byte
+    AverageModelMerger(models).merge_models()   average models that are in memory
+    RunningMean(count)                          average tensors, one at a time
+
+What a user can cause to go wrong raises `MergeError`, with a hint where there is a next step.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ __all__ = [
     "verify_output",
 ]
 
-# Imported when they are first asked for: torch takes seconds, and the command's help needs none.
+# Imported when they are first asked for: importing torch takes seconds, and most of the command
+# needs none of it.
 _HOMES = {
     "AverageModelMerger": "merger",
     "Result": "engine",

@@ -71,6 +71,7 @@ def verify_output(
         if size != one.nbytes:
             what = f"{size:,} bytes, expected {one.nbytes:,} as when {path} was made of it"
             raise MergeError(what, where=place, hint=_AS_IT_WAS)
+    # From here on it is the merge that the record describes, with this machine's resources.
     options = replace(
         record.options,
         weights=[one.weight for one in record.inputs],
@@ -109,6 +110,7 @@ def _there(path: Path) -> bool:
 
 def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) -> Path:
     """Return the directory that all inputs are in."""
+    # Inputs are named from the directory of all, wherever that is by now.
     folders = [Path(given)] if given is not None else [output.parent, Path()]
     wanted = {one.name: one.nbytes for one in record.all}
     lost = {folder: [n for n in wanted if not _there(folder / n)] for folder in folders}
@@ -117,6 +119,7 @@ def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) 
         return best
     name = lost[best][0]
     hint = "name the directory that the inputs are in: --inputs DIR"
+    # Of a file that was only renamed the size is a good hint, and costs nothing.
     known = {output, *(best / name for name in wanted)}
     for path in sorted(best.iterdir()) if best.is_dir() else ():
         if path not in known and path.is_file() and path.stat().st_size == wanted[name]:
@@ -145,6 +148,7 @@ def _refuse_others(layout: Layout, job: Job) -> None:
 
 def _refuse_changed(job: Job, hashes: Hashes, record: Record, folder: Path, output: Path) -> None:
     """Raise MergeError for an input that is not the one that the output was made of."""
+    # The plan has the template first; the record has the inputs by name.
     numbers = {layout.path: k for k, layout in enumerate(job.layouts)}
     found = [hashes.read[numbers[folder / one.name]] for one in record.inputs]
     for one, digest in zip(record.all, [*found, hashes.kept], strict=True):

@@ -1,12 +1,17 @@
-"""merge_avg.align: names that meet, and what becomes of those that do not."""
+"""merge_avg.plan: names that meet, and what becomes of those that do not."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from merge_avg.checkpoint import Name, Storage
 from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
+from merge_avg.plan._names import NameFilter, match
 from merge_avg.report import describe
 from merge_avg.report.text import lines
+from tests.plan.helpers import info
 
 
 @pytest.fixture
@@ -114,3 +119,73 @@ def test_prefixes_of_wrappers_are_looked_through(merge, ours, theirs):
     values, job = merge({ours: 1.0, f"{ours}2": 1.0}, {theirs: 3.0, f"{theirs}2": 5.0})
     assert values == {ours: 2.0, f"{ours}2": 3.0}
     assert "were matched without the prefix" in job.plan.aligned.notes[0]
+
+
+def matched(template, other):
+    """The keys of another checkpoint by the template's, and the note; values share no storage."""
+    ours, theirs = (
+        {Name((), key): info(key, Storage(str(place), 0, 8), 0, (2,)) for key, place in one.items()}
+        for one in (template, other)
+    )
+    column, note = match(Path("a.pt"), ours, Path("b.pt"), theirs)
+    return {str(name): one.path[0] for name, one in column.items()}, note
+
+
+def apart(*keys):
+    """Keys of tensors that lie in storages of their own."""
+    return {key: number for number, key in enumerate(keys)}
+
+
+def test_names_that_meet_as_they_are_stay():
+    """A prefix is looked through only where more names meet without it."""
+    both = apart("module.w", "w")
+    assert matched(both, dict(reversed(both.items()))) == ({"w": "w", "module.w": "module.w"}, None)
+    found, note = matched(apart("model.w", "x"), apart("model.w", "y"))
+    assert (found, note) == ({"model.w": "model.w", "y": "y"}, None)
+
+
+def test_the_smallest_change_that_helps_is_made():
+    """Wrappers are dropped before the prefix of a model is; the note says which."""
+    found, note = matched(apart("model.w"), apart("module.model.w"))
+    assert found == {"model.w": "module.model.w"}
+    assert note == "b.pt: names were matched without the prefixes of wrappers (module., _orig_mod.)"
+    found, note = matched(apart("w"), apart("module.model.w"))
+    assert found == {"w": "module.model.w"}
+    assert note == "b.pt: names were matched without the prefix model."
+
+
+def test_a_change_that_makes_two_names_one_is_not_made():
+    """Where dropping a prefix would confuse two tensors, names stay apart."""
+    found, note = matched(apart("v"), apart("model.w", "w"))
+    assert (set(found), note) == ({"model.w", "w"}, None)
+
+
+@pytest.mark.parametrize("kept", ["head", "emb"])
+def test_a_tie_that_was_dropped_is_found(kept):
+    """A checkpoint that holds one of two tied tensors meets a template that holds both."""
+    found, note = matched({"emb": 0, "head": 0, "w": 1}, {kept: 5, "w": 6})
+    assert found == {"emb": kept, "head": kept, "w": "w"}
+    assert "was matched with the tensor that it is tied to" in str(note)
+
+
+def test_a_tie_that_the_template_dropped_is_no_extra():
+    """The other way round, the second name of a tied tensor is not one too many."""
+    found, note = matched({"emb": 0, "w": 1}, {"emb": 5, "head": 5, "w": 6})
+    assert found == {"emb": "emb", "w": "w"}
+    assert note == "b.pt: 'head' was matched with the tensor that it is tied to"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        ((), (), True),
+        (("enc.*",), (), True),
+        (("net.enc.*",), (), True),
+        (("dec.*",), (), False),
+        (("enc.*",), ("*.w",), False),
+        ((), ("net.*",), False),
+    ],
+)
+def test_a_filter_takes_keys_and_whole_names(include, exclude, chosen):
+    """A pattern fits a key in its state dict or the name with its path; exclusion wins."""
+    assert (Name(("net",), "enc.w") in NameFilter(include, exclude)) == chosen

@@ -1,4 +1,9 @@
-"""What will be done? Everything about a merge that is known before a byte of payload is read."""
+"""What will be done? Everything about a merge that is known before a byte of payload is read.
+
+`prepare` scans the checkpoints and makes a `Job`: which tensor of one is which of another, the
+units to average, where each goes in the outputs, and the windows that fit the memory budget. What
+headers tell of an error shows here, before hours of reading.
+"""
 
 from __future__ import annotations
 

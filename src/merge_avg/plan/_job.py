@@ -1,4 +1,4 @@
-"""The job: everything about a merge that is known before a byte of payload is read."""
+"""The job: the inputs, the plan, the outputs and the budget of a merge, ready to run."""
 
 from __future__ import annotations
 
@@ -145,6 +145,7 @@ def prepare(
         )
         with without_collector():
             job = _prepared(inputs, specs, options, made_by or __version__, layouts or {})
+            # An output to compare with exists, and is not written.
             if made_by is None:
                 _refuse_outputs(job)
             return job
@@ -200,6 +201,7 @@ def _prepared(
     version: str,
     scanned: Mapping[Path, Layout],
 ) -> Job:
+    # Copies: the caller may change its lists before the record is written.
     options = replace(options, include=[*options.include], exclude=[*options.exclude])
     found = (scanned.get(path) or scan(path) for path in inputs)
     # Only a copy of the template needs its pickle and list of records.
@@ -251,6 +253,7 @@ def _based(
     ours = template.weights
     weights, note = match(plan.layouts[0].path, ours, path, assign(layout, key).weights)
     based = with_base(plan, layout, weights)
+    # The base's source is the last of each unit that it could be compared with.
     matrices = [unit for unit in based.units if unit.is_matrix]
     number = len(plan.layouts)
     lacking = sum(unit.sources[-1].checkpoint != number for unit in matrices)
@@ -313,6 +316,7 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
 
 def _refuse_loss(target: Path, layout: OutputLayout) -> None:
     """Raise MergeError where replacing a directory would lose what the new one does not have."""
+    # A file that the output does not have may be the only copy of something.
     found = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
     names = [path.relative_to(target).as_posix() for path in found]
     lost = [name for name in names if name not in layout.files]
@@ -332,6 +336,7 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
         what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
         notes.append(f"{path} is {what}")
     if output.directory:
+        # The files that say how a model of Hugging Face is built; weights alone do not fit all.
         for name in ("config.json", "adapter_config.json"):
             found = [layout.path / name for layout in layouts]
             texts = {path.read_bytes() for path in found if path.is_file()}

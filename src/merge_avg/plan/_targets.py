@@ -110,6 +110,8 @@ def lay_out(
         UsageError: the name or the options do not say which format to write.
         MergeError: the format cannot hold the result.
     """
+    # The ending decides between safetensors and pickles; between the two kinds of pickles, and for
+    # names without an ending, the template does. A copy keeps what else the template holds.
     template, asked = plan.layouts[0], format_for(path.suffix)
     targets: list[list[Target]] = [[] for _ in plan.units]
     try:
@@ -166,6 +168,7 @@ def _copied(plan: Plan) -> OutputLayout:
             files[name] = _verbatim(template, number)
     if template.members:
         files[PROVENANCE_FILE] = RecordFile()
+    # In a copy every slot has the name of its storage: units go where their storages are.
     targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
     return OutputLayout(files, targets, whole=True)
 
@@ -314,6 +317,7 @@ def _sharded(
         size = sum(info.numel * plan.result(name).itemsize for name, info in weights.items())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
         files[f"{base}{suffix}{INDEX}"] = _as_json(index)
+    # Configurations, tokenizers and weights that are not averaged come along as they are.
     for number, member in enumerate(template.members):
         name = relative(template, number)
         if number in replaced or is_index(name) or (member and member.set_member):

@@ -222,10 +222,8 @@ def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) ->
     units: list[Unit] = []
     for unit in plan.units:
         infos = _comparable(unit, weights) if unit.is_matrix else None
-        if infos is not None:
-            source = _source(number, unit, infos, restrides)
-            unit = replace(unit, sources=(*unit.sources, source))  # noqa: PLW2901
-        units.append(unit)
+        more = () if infos is None else (_source(number, unit, infos, restrides),)
+        units.append(replace(unit, sources=(*unit.sources, *more)))
     layouts = (*plan.layouts, layout)
     return replace(plan, layouts=layouts, units=tuple(units), restrides=tuple(restrides))
 
