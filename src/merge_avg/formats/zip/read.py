@@ -55,11 +55,7 @@ class Within:
 def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = None) -> Layout:
     """Return the layout of a zip checkpoint.
 
-    Args:
-        file: the archive, from its first byte.
-        stamp: the file that it is or is part of.
-        number: of that file in the checkpoint.
-        within: the place of an archive that is part of a file; it may hold a bare tensor.
+    An archive `within` the file, of which `file` shows nothing else, may hold a bare tensor.
 
     Raises:
         MergeError: it is damaged, encrypted or dangerous, or not a checkpoint of torch.save.
@@ -74,8 +70,13 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
     if unchecked:
         records = {name: replace(record, crc=None) for name, record in records.items()}
     pickle_name = f"{root}data.pkl"
-    pickle = _bytes(file, records[pickle_name], path, part.offset, _LARGEST_PICKLE)
-    big = _is_big_endian(file, records.get(f"{root}byteorder"), path, part.offset)
+    stored = records[pickle_name]
+    pickle = _bytes(file, stored, path, part.offset, _LARGEST_PICKLE)
+    order, noted = b"little", records.get(f"{root}byteorder")
+    if noted is not None:
+        order = _bytes(file, noted, path, part.offset, _LARGEST_ORDER)
+    if order not in (b"little", b"big"):
+        raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
 
     def find(key: str, size: int, dtype: DType | None) -> Storage:
         name = f"{root}data/{key}"
@@ -85,15 +86,17 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, within: Within | None = N
         if record.nbytes != size:
             found = f"{record.nbytes:,} bytes long, expected {size:,}"
             raise MergeError(f"record {record.name!r} is {found}")
-        if big and record.swapped == 1:
+        if order == b"big" and record.swapped == 1:
             if dtype is None:
                 what = f"record {record.name!r} is in big-endian byte order and has no dtype"
                 raise MergeError(what, hint="load it with torch.load and save it again")
             record = records[name] = replace(record, swapped=dtype.word)
         return record
 
+    # A byte of a pickle that was packed counts for its share of the file.
+    density = 1.0 if stored.packed is None else stored.packed / max(stored.nbytes, 1)
     try:
-        objects = read_objects(pickle, _density(records[pickle_name]))
+        objects = read_objects(pickle, density)
         tensors = objects.placed(find)
     except MergeError as error:
         raise error.at(path) from None
@@ -139,20 +142,11 @@ def _records(file: BinaryIO, path: Path, number: int, within: Within) -> dict[st
     return dict(sorted(found.items(), key=lambda item: item[1].offset))
 
 
-def _is_big_endian(file: BinaryIO, record: Storage | None, path: Path, base: int) -> bool:
-    order = b"little" if record is None else _bytes(file, record, path, base, _LARGEST_ORDER)
-    if order not in (b"little", b"big"):
-        raise MergeError(f"it is written in the unknown byte order {order!r}", where=path)
-    return order == b"big"
-
-
 def _root(names: list[str], path: Path) -> str:
     """Return the prefix of the records' names, up to and with its slash."""
-    folders = {name.partition("/")[0] + "/" for name in names if "/" in name}
-    roots = [root for root in folders if f"{root}data.pkl" in names]
-    if "data.pkl" in names:
-        roots.append("")
     refuse_archive(path, names)
+    folders = {"", *(name.partition("/")[0] + "/" for name in names if "/" in name)}
+    roots = [root for root in folders if f"{root}data.pkl" in names]
     if len(roots) != 1:
         hint = "pass files that torch.save wrote"
         raise MergeError("a zip archive, but not a checkpoint of torch.save", where=path, hint=hint)
@@ -171,14 +165,8 @@ def _storage(record: Record, number: int, within: Within) -> Storage:
     lies = nbytes > 1032 * packed or packed > nbytes + (nbytes >> 10) + 64
     if lies if deflated else packed != nbytes:
         raise MergeError(f"record {name!r} of the archive lies about its size")
-    where = within.offset + record.offset
-    whole = within.name + name
+    whole, where = within.name + name, within.offset + record.offset
     return Storage(whole, where, nbytes, record.crc, number, packed if deflated else None)
-
-
-def _density(pickle: Storage) -> float:
-    """Return how much each byte of a pickle counts: where it was packed, its share of the file."""
-    return 1.0 if pickle.packed is None else pickle.packed / max(pickle.nbytes, 1)
 
 
 def _bytes(file: BinaryIO, record: Storage, path: Path, base: int, largest: int) -> bytes:

@@ -9,10 +9,9 @@
     PK 6 7   zip64 locator: the offset of the zip64 end                     -' 32 bits are too few
     PK 5 6   end of central directory: the same in 16 and 32 bits, and a comment
 
-A number that does not fit 32 bits is ffffffff, and a zip64 extra field holds it. Readers start
-at different places: some at the end, some at the first header, some search. So the end, the
-directory and the local headers have to agree here, and records may not overlap: then no other
-program sees another archive in the same bytes.
+A number that does not fit 32 bits is ffffffff, and a zip64 extra field holds it. Readers start at
+the end, at the first header, or search. So all three have to agree here, and records may not
+overlap: then no other program sees another archive in the same bytes.
 
 Specification: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
 """
@@ -28,20 +27,18 @@ from typing import BinaryIO
 from merge_avg.errors import MergeError
 
 STORED, DEFLATED = 0, 8
-_END = struct.Struct("<4s4H2IH")
-_LOCATOR = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
+END = struct.Struct("<4s4H2IH")
+LOCATOR = struct.Struct("<4sIQI")
+END64 = struct.Struct("<4sQ2H2I4Q")
+CENTRAL = struct.Struct("<4s6H3I5H2I")
+LOCAL = struct.Struct("<4s5H3I2H")
 _FIELD = struct.Struct("<2H")
 _NONE = 0xFFFFFFFF  # stands for a number that the zip64 field holds
-# General purpose flags.
-_ENCRYPTED = 0x2041  # the data is encrypted, or the header is masked
-_LATER = 0x8  # sizes and CRC-32 follow the data
-_UTF8 = 0x800  # the name is in UTF-8, not in code page 437
-
+# General purpose flags: the data is encrypted or the header masked; sizes and CRC-32 follow the
+# data; the name is in UTF-8, not in code page 437.
+_ENCRYPTED, _LATER, _UTF8 = 0x2041, 0x8, 0x800
 _LARGEST_COMMENT = 0xFFFF
-_LARGEST_ENTRY = _CENTRAL.size + 3 * 0xFFFF  # with a name, extra fields and a comment
+_LARGEST_ENTRY = CENTRAL.size + 3 * 0xFFFF  # with a name, extra fields and a comment
 # A directory of a million records is read in blocks: all of it at once would take 100 MB.
 _BLOCK = 1 << 18
 
@@ -51,13 +48,10 @@ class Record:
     """A record of an archive.
 
     Attributes:
-        name: slashes divide folders.
         offset: of its data in the archive.
-        packed: bytes that the data takes in the archive.
-        nbytes: bytes that the data takes unpacked.
+        packed, nbytes: bytes that the data takes in the archive, and unpacked.
         crc: CRC-32 of the unpacked data.
         method: of compression, STORED or DEFLATED or another.
-        encrypted: whether the data needs a password.
     """
 
     name: str
@@ -107,12 +101,12 @@ def _entries(
         if at - base + _LARGEST_ENTRY > len(block) and base + len(block) < stop:
             file.seek(at)
             block, base = file.read(min(_BLOCK, stop - at)), at
-        if at - base + _CENTRAL.size > len(block):
+        if at - base + CENTRAL.size > len(block):
             raise _damaged("its directory ends too early")
-        head = _CENTRAL.unpack_from(block, at - base)
-        name = at - base + _CENTRAL.size
+        head = CENTRAL.unpack_from(block, at - base)
+        name = at - base + CENTRAL.size
         extra = name + head[10]
-        at += _CENTRAL.size + head[10] + head[11] + head[12]
+        at += CENTRAL.size + head[10] + head[11] + head[12]
         if head[0] != b"PK\1\2" or at > stop:
             raise _damaged("its directory is garbled")
         yield head, block[name:extra], block[extra : extra + head[11]]
@@ -139,22 +133,22 @@ def _bytes(file: BinaryIO, at: int, count: int) -> bytes:
 
 def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
     """Return the number of records in the central directory, its offset, and its end."""
-    room = min(nbytes, _END.size + _LARGEST_COMMENT)
+    room = min(nbytes, END.size + _LARGEST_COMMENT)
     tail = _bytes(file, nbytes - room, room)
     found = tail.rfind(b"PK\5\6")
-    if found < 0 or found + _END.size > len(tail):
+    if found < 0 or found + END.size > len(tail):
         raise _damaged("its end is missing")
     end = nbytes - room + found
-    _, disk, home, here, count, size, start, comment = _END.unpack_from(tail, found)
+    _, disk, home, here, count, size, start, comment = END.unpack_from(tail, found)
     # A comment that holds another end would hide it from readers that search backwards.
-    if end + _END.size + comment != nbytes:
+    if end + END.size + comment != nbytes:
         raise _damaged("its end is not where it should be")
     stop, narrow = end, (disk, home, here, count, size, start)
-    if end >= _LOCATOR.size + _END64.size:
-        magic, disk64, where, _ = _LOCATOR.unpack(_bytes(file, end - _LOCATOR.size, _LOCATOR.size))
+    if end >= LOCATOR.size + END64.size:
+        magic, disk64, where, _ = LOCATOR.unpack(_bytes(file, end - LOCATOR.size, LOCATOR.size))
         if magic == b"PK\6\7":
-            stop = end - _LOCATOR.size - _END64.size
-            magic, length, _, _, *wide = _END64.unpack(_bytes(file, stop, _END64.size))
+            stop = end - LOCATOR.size - END64.size
+            magic, length, _, _, *wide = END64.unpack(_bytes(file, stop, END64.size))
             # A number of the narrow end is that of the wide one, or the largest that it can hold.
             limits = (0xFFFF,) * 4 + (_NONE,) * 2
             lies = any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True))
@@ -189,10 +183,10 @@ def _wide(extra: bytes, *numbers: int) -> Iterator[int]:
 
 def _offset(file: BinaryIO, where: int, name: bytes, flags: int, method: int, packed: int) -> int:
     """Return the offset of a record's data, behind its local header, which has to agree."""
-    raw = _bytes(file, where, _LOCAL.size + len(name))
-    magic, _, own_flags, own, _, _, _, size, _, length, extra = _LOCAL.unpack_from(raw)
+    raw = _bytes(file, where, LOCAL.size + len(name))
+    magic, _, own_flags, own, _, _, _, size, _, length, extra = LOCAL.unpack_from(raw)
     # The name is compared as bytes: that two decode to the same text is not enough.
-    if (magic, own, length, raw[_LOCAL.size :]) != (b"PK\3\4", method, len(name), name):
+    if (magic, own, length, raw[LOCAL.size :]) != (b"PK\3\4", method, len(name), name):
         raise _misplaced(name.decode("utf-8", "backslashreplace"))
     if (own_flags ^ flags) & _ENCRYPTED or not (own_flags & _LATER or size in (packed, _NONE)):
         raise _damaged("its headers contradict each other")

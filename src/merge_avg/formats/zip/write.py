@@ -33,54 +33,33 @@ from merge_avg.checkpoint import (
     Storage,
 )
 from merge_avg.formats.pickle.write import pickled, with_classes
+from merge_avg.formats.zip.records import CENTRAL, END, END64, LOCAL, LOCATOR
 
 _ALIGNMENT = 64  # torch maps storages into memory, and vector instructions like it
 _FLAGS = 0x0808  # sizes and CRC-32 in a data descriptor; names in UTF-8
 _LIMIT = 0xFFFFFFFF  # stands for a number in the zip64 field, so no number of 32 bits itself
 _ORDER = b"little"
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR = struct.Struct("<4sIQI")
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A record to be written.
-
-    Attributes:
-        name: in the archive.
-        start: offset of its local header.
-        slot: of its data.
-        content: the data, where it is known before the weights.
-    """
+    """A record to be written: its local header starts at `start`, and `stop` is where it ends."""
 
     name: str
     start: int
     slot: Slot
-    content: bytes | None = None
+    content: bytes | None = None  # where it is known before the weights
 
     @property
     def stop(self) -> int:
-        """Return the offset behind its data descriptor."""
         return self.slot.offset + self.slot.nbytes + len(_descriptor(self, 0))
-
-    @property
-    def big(self) -> bool:
-        """Return whether its size or offset needs the fields of zip64."""
-        return self.slot.nbytes >= _LIMIT or self.start >= _LIMIT
 
 
 @dataclass(frozen=True)
 class ZipLayout(FileLayout):
-    """The layout of a zip archive.
+    """The layout of a zip archive: its records, and the name of one more for the provenance."""
 
-    Attributes:
-        entries: its records, but for that of the provenance.
-        record_name: the name of that one; empty where there is none.
-    """
-
+    checked: bool = True
     entries: tuple[_Entry, ...] = ()
     record_name: str = ""
 
@@ -100,7 +79,8 @@ class ZipLayout(FileLayout):
         """Yield data descriptors, the record, and the central directory."""
         directory = []
         recorded = self._recorded(record)
-        for entry in (*self.entries, *recorded):
+        entries = (*self.entries, *recorded)
+        for entry in entries:
             content = entry.content
             crc = checksums[entry.slot.number] if content is None else zlib.crc32(content)
             yield entry.slot.offset + entry.slot.nbytes, _descriptor(entry, crc)
@@ -108,27 +88,20 @@ class ZipLayout(FileLayout):
         for entry in recorded:
             yield entry.start, _local_header(entry.name, entry.start, entry.slot.nbytes)
             yield entry.slot.offset, record
-        start = max((entry.stop for entry in (*self.entries, *recorded)), default=0)
+        start = entries[-1].stop
         yield start, b"".join(directory) + _end(directory, start)
 
     def _recorded(self, record: bytes) -> tuple[_Entry, ...]:
         """Return the entry of the provenance, behind all others."""
         if not self.record_name:
             return ()
-        start = self.entries[-1].stop if self.entries else 0
-        return (_entry(self.record_name, start, len(self.entries), record),)
+        return (_entry(self.record_name, self.entries[-1].stop, len(self.entries), record),)
 
 
 def copy(
     layout: Layout, converted: Mapping[str, DType], averaged: set[str], *, recorded: bool = True
 ) -> ZipLayout:
-    """Return the layout of a copy of a zip checkpoint whose averaged records are to be filled.
-
-    Args:
-        layout: the checkpoint that is copied.
-        converted: the dtypes of storages that get another one, by name.
-        averaged: the names of the records that hold weights.
-        recorded: whether it holds the provenance, in a record of its own.
+    """Return the layout of a copy of a zip checkpoint; see `formats.copy`.
 
     Raises:
         MergeError: a converted storage's dtype is not part of its class in the pickle.
@@ -140,8 +113,7 @@ def copy(
     for info in layout.tensors:
         dtype = converted.get(info.storage.name)
         if dtype is not None:
-            count = info.storage.nbytes // info.dtype.itemsize
-            sizes[info.storage.name] = count * dtype.itemsize
+            sizes[info.storage.name] = info.storage.nbytes // info.dtype.itemsize * dtype.itemsize
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
     record_name = archive.pickle_name.removesuffix("data.pkl") + PROVENANCE_FILE
     contents: list[tuple[str, bytes | Storage, int]] = []
@@ -163,11 +135,6 @@ def create(
     """Return the layout of a checkpoint that is a bare state dict.
 
     Storages become data/0, data/1, ...; the slots have the names of the tensors' storages.
-
-    Args:
-        tensors: its entries, in order.
-        metadata: texts for which the format has no room.
-        recorded: whether it holds the provenance, in a record of its own.
     """
     del metadata
     sizes = {tensor.storage: tensor.storage_nbytes for tensor in tensors}
@@ -207,13 +174,7 @@ def _layout(
     directory = [_central(entry, 0) for entry in entries]
     size = at + sum(map(len, directory)) + len(_end(directory, at))
     return ZipLayout(
-        size,
-        (),
-        slots,
-        tuple(copies),
-        checked=True,
-        entries=tuple(entries),
-        record_name=record_name,
+        size, (), slots, tuple(copies), entries=tuple(entries), record_name=record_name
     )
 
 
@@ -225,21 +186,20 @@ def _entry(name: str, start: int, number: int, content: bytes | None, nbytes: in
 
 def _local_header(text: str, start: int, nbytes: int) -> bytes:
     name = text.encode()
-    wide = b""
-    if nbytes >= _LIMIT or start >= _LIMIT:
-        wide = struct.pack("<HHQQ", 1, 16, nbytes, nbytes)
-    fixed = start + _LOCAL.size + len(name) + len(wide) + 4
+    wide = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if max(nbytes, start) >= _LIMIT else b""
+    fixed = start + LOCAL.size + len(name) + len(wide) + 4
     padding = b"Z" * (-fixed % _ALIGNMENT)
     extra = wide + struct.pack("<2sH", b"FB", len(padding)) + padding
     sizes = (_LIMIT, _LIMIT) if wide else (0, 0)
     # Version 4.5 of the format is the first with zip64.
     head = (b"PK\x03\x04", 45 if wide else 0, _FLAGS, 0, 0, 0, 0, *sizes, len(name), len(extra))
-    return _LOCAL.pack(*head) + name + extra
+    return LOCAL.pack(*head) + name + extra
 
 
 def _descriptor(entry: _Entry, crc: int) -> bytes:
     nbytes = entry.slot.nbytes
-    return struct.pack("<4sIQQ" if entry.big else "<4sIII", b"PK\x07\x08", crc, nbytes, nbytes)
+    form = "<4sIQQ" if max(nbytes, entry.start) >= _LIMIT else "<4sIII"
+    return struct.pack(form, b"PK\x07\x08", crc, nbytes, nbytes)
 
 
 def _central(entry: _Entry, crc: int) -> bytes:
@@ -250,7 +210,7 @@ def _central(entry: _Entry, crc: int) -> bytes:
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, place = min(nbytes, _LIMIT), min(entry.start, _LIMIT)
     fields = (0, 45 if wide else 0, _FLAGS, 0, 0, 0, crc, size, size, len(name), len(extra))
-    return _CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, place) + name + extra
+    return CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, place) + name + extra
 
 
 def _end(directory: Sequence[bytes], start: int) -> bytes:
@@ -258,7 +218,7 @@ def _end(directory: Sequence[bytes], start: int) -> bytes:
     count, size = len(directory), sum(map(len, directory))
     # Torch writes the zip64 end whether it is needed or not. So does this: a chunk of a distributed
     # checkpoint has to have the size of the original to fit its place.
-    end = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
-    end += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+    end = END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
+    end += LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
     count, size, start = min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT)
-    return end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
+    return end + END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
