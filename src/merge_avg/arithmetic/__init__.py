@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from merge_avg.arithmetic._integers import is_counter, settle, unequal, values_of
 from merge_avg.arithmetic._kernel import LOOPS, TILE, int64s, takes
-from merge_avg.arithmetic._mean import Mean, MeanFactory, Peek
+from merge_avg.arithmetic._mean import Mean, MeanFactory
 from merge_avg.arithmetic._weights import Weight, Weights
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "TILE",
     "Mean",
     "MeanFactory",
-    "Peek",
     "Weight",
     "Weights",
     "int64s",

@@ -20,12 +20,7 @@ _SETTLED = 1 << 16  # how many numbers are held at a time for exact arithmetic
 
 
 class CompiledMean:
-    """A `Mean` for weights that are small, so that products with them are exact in float64.
-
-    Args:
-        loops: the library.
-        weights: of the vectors.
-    """
+    """A `Mean` for weights that are small, so that products with them are exact in float64."""
 
     def __init__(self, loops: Kernel, weights: Weights) -> None:
         self._loops = loops
@@ -45,7 +40,6 @@ class CompiledMean:
         self._whole: Matrix | None = None
 
     def extend(self, rows: Stack, *, whole: bool = False) -> None:
-        """Add the next vectors, a row each."""
         rows = _matrix(rows)
         if whole:  # `result` reads them, tile by tile
             self._whole, self._count, self.finite = rows, rows.count, True
@@ -60,7 +54,6 @@ class CompiledMean:
         self._count += rows.count
 
     def result(self, out: Stack, peek: Peek) -> None:
-        """Write the mean."""
         if self._count != len(self._weights):
             raise ValueError(f"{self._count} of {len(self._weights)} vectors have been shown")
         out = _matrix(out)

@@ -15,15 +15,10 @@ from merge_avg.arithmetic._weights import Weights
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format.
+    """A binary floating-point format."""
 
-    Attributes:
-        bits: of the significand, the leading one included.
-        emin: the exponent of the smallest normal number.
-    """
-
-    bits: int
-    emin: int
+    bits: int  # of the significand, the leading one included
+    emin: int  # the exponent of the smallest normal number
 
 
 FORMATS = {
@@ -106,19 +101,12 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Span:
-    """The exponents of some numbers.
+    """The exponents of some numbers."""
 
-    Attributes:
-        low: all numbers are multiples of 2**low.
-        high: all are below 2**high.
-        zeros: some are zero.
-        negative_zeros: some are -0.
-    """
-
-    low: int
-    high: int
-    zeros: bool
-    negative_zeros: bool = False
+    low: int  # all numbers are multiples of 2**low
+    high: int  # the size of all is below 2**high
+    zeros: bool  # some are zero
+    negative_zeros: bool = False  # some are -0
 
 
 ONLY_ZEROS = Span(_NEVER, -_NEVER, zeros=True)

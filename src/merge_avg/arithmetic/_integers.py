@@ -43,12 +43,9 @@ def unequal(pairs: Iterable[tuple[memoryview, memoryview]], itemsize: int) -> ar
 
 
 def settle(values: Sequence[int], policy: IntPolicy, weights: Weights) -> int:
-    """Return one value for an element that differs between checkpoints.
+    """Return one value for an element that differs between checkpoints; the template's is first.
 
-    Args:
-        values: of the checkpoints, the template's first.
-        policy: "mean" rounds the exact weighted mean, ties to even; bools count as 0 and 1.
-        weights: of the checkpoints.
+    The policy "mean" rounds the exact weighted mean, ties to even; bools count as 0 and 1.
     """
     if policy == "max":
         return max(values)

@@ -13,8 +13,6 @@ from merge_avg.io import Stack
 if TYPE_CHECKING:
     from merge_avg.arithmetic._formats import Buffers
 
-__all__ = ["Mean", "MeanFactory", "Peek"]
-
 
 class Mean(Protocol):
     """The weighted mean of vectors that are shown one after the other, or some at a time.
@@ -67,13 +65,7 @@ class MeanFactory:
         self._buffers: Buffers | None = None
 
     def __call__(self, weights: Weights, dtype: str, sources: Sequence[str]) -> Mean:
-        """Return a mean.
-
-        Args:
-            weights: of the vectors.
-            dtype: of the result.
-            sources: the dtypes of the vectors.
-        """
+        """Return a mean in `dtype` of vectors whose dtypes are among `sources`."""
         # The loops read host memory only, and rely on products that are exact in float64.
         host = self._device == "cpu"
         if LOOPS is not None and host and weights.small and all(map(takes, (dtype, *sources))):

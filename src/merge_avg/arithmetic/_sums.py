@@ -11,27 +11,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from merge_avg.arithmetic._formats import (
-    FORMATS,
-    Buffers,
-    Format,
-    Weighed,
-    magnitude,
-    nonzero,
-)
+from merge_avg.arithmetic._formats import FORMATS, Buffers, Format, Weighed, magnitude, nonzero
 from merge_avg.arithmetic._weights import Weights
 
 _EXPONENT = 0x7FF0000000000000  # the exponent field of a float64
 
 
 class PlainSum:
-    """A sum in float64 of numbers of at most 24 significand bits.
-
-    Args:
-        row: the memory for the sum, a row.
-        weights: of the mean.
-        buffers: scratch tensors.
-    """
+    """A sum in float64, in the memory of `row`, of numbers of at most 24 significand bits."""
 
     def __init__(self, row: Tensor, weights: Weights, buffers: Buffers) -> None:
         self._weights = weights
@@ -40,13 +27,9 @@ class PlainSum:
         self._begun = False
 
     def add(self, rows: Tensor, weights: Sequence[int], factors: Tensor, *, signs: bool) -> None:
-        """Add rows.
+        """Add rows, each times its weight; `factors` are the weights as a row of float64.
 
-        Args:
-            rows: what is added.
-            weights: one a row.
-            factors: the same as a row of float64.
-            signs: whether all terms of some elements may be -0, so that their sum is -0 too.
+        With `signs`, all terms of some elements may be -0, so that their sum has to be -0 too.
         """
         out = self._buffers("more", self._row) if self._begun else self._row
         # Converted here: adding another dtype would make a fresh tensor to convert into.
@@ -77,15 +60,10 @@ class PlainSum:
         return wide
 
     def rounded(self, target: Format, spans: Sequence[Weighed]) -> tuple[Tensor, Tensor | None]:
-        """Return the mean, which converting to the target rounds right.
+        """Return the mean, which converting to the target rounds right, and which elements may not.
 
-        Args:
-            target: the format of the result.
-            spans: of all rows that were added.
-
-        Returns:
-            The mean, and for each element whether it might be the neighbour of the right one;
-            None if none can be.
+        Those might be neighbours of the right ones; None if none can be. The spans are those of all
+        rows that were added.
         """
         quotient = self.approximate()
         if not self._exact(spans):
@@ -128,44 +106,33 @@ class PlainSum:
 class WideSum:
     """A double-double sum (Dekker, 1971) of float64 numbers, which knows where it is exact.
 
-    Args:
-        rows: the first that are added.
-        factors: their weights.
-        weights: of the mean.
-
-    Attributes:
-        loose: some product, the divisor, or a plain sum that this one continues was rounded, so
-            that nothing is known to be exact.
+    It begins with `rows` times `factors`, which are some of the `weights` of the mean.
     """
 
     def __init__(self, rows: Tensor, factors: Sequence[int], weights: Weights) -> None:
         self._weights = weights
         self._divisor = weights.factor(weights.total)
+        # Some product, the divisor, or a plain sum that this one continues was rounded: then
+        # nothing is known to be exact.
         self.loose = not weights.small
         self._high = rows[0].to(torch.float64, copy=True)
         self._low = torch.zeros_like(self._high)
         self._inexact = torch.zeros_like(self._high, dtype=torch.bool)
         if factors[0] != 1:
             self._high, self._low = _two_product(self._high, weights.factor(factors[0]))
-        for row, weight in zip(rows[1:], factors[1:], strict=True):
-            self.add_one(row, weight)
+        self.add(rows[1:], factors[1:])
 
-    def add(self, rows: Tensor, weights: Sequence[int], factors: Tensor, *, signs: bool) -> None:
-        """Add rows, as `PlainSum.add` does; the sign of zeros is always kept."""
-        del factors, signs
+    def add(self, rows: Tensor, weights: Sequence[int]) -> None:
+        """Add rows, each times its weight; the sign of zeros is kept."""
         for row, weight in zip(rows, weights, strict=True):
-            self.add_one(row, weight)
-
-    def add_one(self, row: Tensor, weight: int) -> None:
-        """Add a row."""
-        term, error = row.double(), None
-        if weight != 1:
-            term, error = _two_product(term, self._weights.factor(weight))
-        self._high, carry = _two_sum(self._high, term)
-        for part in (carry, error):
-            if part is not None:
-                self._low, lost = _two_sum(self._low, part)
-                self._inexact |= lost != 0
+            term, error = row.double(), None
+            if weight != 1:
+                term, error = _two_product(term, self._weights.factor(weight))
+            self._high, carry = _two_sum(self._high, term)
+            for part in (carry, error):
+                if part is not None:
+                    self._low, lost = _two_sum(self._low, part)
+                    self._inexact |= lost != 0
 
     def approximate(self) -> Tensor:
         """Return the mean, not rounded to any format."""
@@ -178,10 +145,8 @@ class WideSum:
         quotient = high / self._divisor
         most = magnitude(spans) / self._weights.total
         # Products of numbers as small as this lose their last bits to underflow.
-        tiny = max(map(abs, self._weights.integers)) > 1 and any(
-            span.low < -900 for span, _ in spans
-        )
-        if self.loose or tiny:
+        tiny = any(span.low < -900 for span, _ in spans)
+        if self.loose or (tiny and max(map(abs, self._weights.integers)) > 1):
             bound = most * (len(self._weights) + 8) / (1 << 50)
             if target.bits < 53:
                 return _snap_bounded(quotient, target, _capped(bound))
@@ -232,7 +197,12 @@ class WideSum:
         rest = (((high - product) - error) + low) / self._divisor
         mean, beyond = _two_sum(quotient, rest)
         mean = mean.where(mean != 0, quotient)  # keeps the sign of zero
-        edge = _near_edge(mean, beyond)
+        # The remainder is about half a unit, or below a power of two, where the units are half as
+        # wide, a quarter.
+        unit = _unit(mean, FORMATS[torch.float64])
+        power = mean.view(torch.int64).bitwise_and((1 << 52) - 1) == 0
+        half, quarter = ((beyond.abs() - unit / part).abs() <= unit * 2.0**-40 for part in (2, 4))
+        edge = half | (power & quarter)
         if self._weights.total & (self._weights.total - 1) == 0:
             edge &= self._inexact  # an exact division: the one rounding above is right
         return mean, edge
@@ -292,12 +262,3 @@ def _snap_bounded(values: Tensor, target: Format, bound: float) -> tuple[Tensor,
     aside = (values - mean).abs_().sub_(unit / 2).abs_()
     sign = values.abs() <= bound  # of a zero, which may be that of the exact mean or not
     return mean, (aside <= bound) | (unit <= 8 * bound) | sign | ~mean.isfinite()
-
-
-def _near_edge(mean: Tensor, beyond: Tensor) -> Tensor:
-    """Return where the remainder of a float64 is about half a unit: it might round either way."""
-    unit = _unit(mean, FORMATS[torch.float64])
-    half = (beyond.abs() - unit / 2).abs() <= unit * 2.0**-40
-    # Below a power of two the units are half as wide.
-    power = mean.view(torch.int64).bitwise_and((1 << 52) - 1) == 0
-    return half | (power & ((beyond.abs() - unit / 4).abs() <= unit * 2.0**-40))

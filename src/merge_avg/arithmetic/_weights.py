@@ -32,16 +32,12 @@ class Weights:
 
     @classmethod
     def of(cls, values: Sequence[Weight], *, normalize: bool = True) -> Weights:
-        """Return the exact weights of some values.
-
-        Args:
-            values: the weights.
-            normalize: divide by their sum. If not, they may be negative.
+        """Return some values as exact weights; if they are not normalized, they may be negative.
 
         Raises:
             UsageError: a weight is negative or not a finite number, or all of them are zero.
         """
-        exact = [_fraction(value) for value in values]
+        exact = list(map(_fraction, values))
         for value in exact:
             if normalize and value < 0:
                 hint = "weights are zero or above, but for linear combinations (--no-normalize)"
@@ -93,12 +89,10 @@ class Weights:
 
     def subset(self, indices: Sequence[int]) -> Weights | None:
         """Return the weights of some of the checkpoints; None if they are all zero."""
-        chosen = [self.integers[index] for index in indices]
+        chosen = tuple(self.integers[index] for index in indices)
         if not any(chosen):
             return None
-        if self.divisor is not None:
-            return Weights(tuple(chosen), self.divisor)
-        return Weights.of(chosen)
+        return Weights(chosen, self.divisor) if self.divisor else Weights.of(chosen)
 
 
 def _fraction(value: Weight) -> Fraction:

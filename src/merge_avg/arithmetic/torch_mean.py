@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from merge_avg.arithmetic._compiled_mean import Peek
 from merge_avg.arithmetic._formats import (
     FORMATS,
     ONLY_ZEROS,
@@ -29,7 +30,6 @@ from merge_avg.arithmetic._formats import (
     format_of,
     span_of,
 )
-from merge_avg.arithmetic._mean import Peek
 from merge_avg.arithmetic._sums import PlainSum, WideSum
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.io import Matrix, Stack
@@ -93,11 +93,7 @@ class RunningMean:
         self.extend(values.unsqueeze(0))
 
     def extend(self, values: Tensor) -> None:
-        """Add the next tensors, stacked along the first dimension: faster than one by one.
-
-        Raises:
-            ValueError: the tensors have another shape, are too many, or are not floating-point.
-        """
+        """Add the next tensors, stacked along the first dimension: faster than one by one."""
         shape = values.shape[1:]
         flat = self._flat(values)
         if values.is_complex() and self._dtype in FORMATS:
@@ -201,7 +197,7 @@ class RunningMean:
             if total is None:
                 total = WideSum(column[None], (weight,), self._weights)
             else:
-                total.add_one(column, weight)
+                total.add(column[None], (weight,))
         assert total is not None  # noqa: S101 - there is at least one weight
         mean, doubtful = total.rounded(target, spans)
         rest = doubtful.nonzero().flatten()
@@ -262,16 +258,10 @@ def _blocks(flat: Tensor) -> Sequence[Tensor]:
 
 
 class _Block:
-    """The mean of some elements: their sum, and what is known of what was added.
-
-    Args:
-        total: the memory for the sum, in float64.
-        weights: of the tensors.
-        buffers: scratch tensors.
-    """
+    """The mean of some elements: their sum, and what is known of what was added."""
 
     def __init__(self, total: Tensor, weights: Weights, buffers: Buffers) -> None:
-        self.total = total
+        self.total = total  # memory for the sum, in float64
         self._row = total.view(1, -1)
         self._weights = weights
         self._buffers = buffers
@@ -299,7 +289,9 @@ class _Block:
         wide = rows.dtype == torch.float64
         if wide and isinstance(self._sum, PlainSum):
             self._sum = self._sum.widened(self._spans)
-        if self._sum is None and wide:
+        if isinstance(self._sum, WideSum):
+            self._sum.add(rows, weights)
+        elif wide:
             self._sum = WideSum(rows, weights, self._weights)
         else:
             self._sum = self._sum or PlainSum(self._row, self._weights, self._buffers)
