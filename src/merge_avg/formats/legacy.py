@@ -20,17 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from merge_avg.checkpoint import (
-    BY_STORAGE,
-    Archive,
-    DType,
-    File,
-    FileLayout,
-    Layout,
-    Literal,
-    Slot,
-    Storage,
-)
+from merge_avg.checkpoint import BY_STORAGE, Archive, DType, File, FileLayout, Layout, Slot, Storage
 from merge_avg.errors import MergeError
 from merge_avg.formats import LEGACY_MAGIC
 from merge_avg.formats.pickle.load import Loaded, load
@@ -48,7 +38,7 @@ _OTHER = "it starts like a legacy checkpoint, but is not one"
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
-    """Return the layout of a legacy checkpoint; `number` is that of its file in the checkpoint.
+    """Return the layout of a legacy checkpoint.
 
     Raises:
         MergeError: it is damaged or dangerous, or not a checkpoint.
@@ -82,35 +72,16 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
         raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
     tensors = objects.placed(lambda key, _, __: found[key])
     start, stop = pickles.start, pickles.start + objects.nbytes
-    archive = Archive(
-        tuple(found.items()),
-        pickles.data[start:stop],
-        "",
-        objects.classes,
-        objects.frames,
-        around=(pickles.data[:start], pickles.data[stop:]),
-    )
-    return Layout(
-        path,
-        "torch-legacy",
-        (stamp,),
-        tensors,
-        objects.others,
-        archive=archive,
-        scalars=objects.scalars,
-    )
+    around = (pickles.data[:start], pickles.data[stop:])
+    read = (pickles.data[start:stop], "", objects.classes, objects.frames)
+    archive = Archive(tuple(found.items()), *read, around=around)
+    others, scalars = objects.others, objects.scalars
+    return Layout(path, "torch-legacy", (stamp,), tensors, others, (), archive, scalars=scalars)
 
 
 @dataclass(frozen=True)
 class _Pickles:
-    """The five pickles.
-
-    Attributes:
-        data: their bytes.
-        start: offset of the fourth, the object tree.
-        objects: its content.
-        keys: of the storages, in the order of their bytes.
-    """
+    """The bytes of the five pickles, and where the fourth starts; its content; the fifth's keys."""
 
     data: bytes
     start: int
@@ -139,7 +110,7 @@ def _parsed(data: bytes) -> _Pickles:
     # The third, the note on the machine, may say anything: torch looks at none of it.
     for expected in (LEGACY_MAGIC, _VERSION, None):
         loaded = _plain(data, start)
-        if expected is not None and loaded.value != expected:
+        if expected not in (None, loaded.value):
             raise MergeError(_OTHER)
         start += loaded.nbytes
     objects = objects_at(data, start)
@@ -166,13 +137,7 @@ def copy(
     *,
     recorded: bool = True,  # noqa: ARG001 - the format has no room for the provenance
 ) -> FileLayout:
-    """Return the layout of a copy of a legacy checkpoint whose averaged storages are to be filled.
-
-    Args:
-        layout: the checkpoint that is copied.
-        converted: the dtypes of storages that get another one, by name.
-        averaged: the names of the storages that hold weights.
-        recorded: whether other formats hold the provenance.
+    """Return the layout of a copy of a legacy checkpoint; see `formats.copy`.
 
     Raises:
         MergeError: a converted storage's dtype is not part of its class in the pickle.
@@ -185,7 +150,7 @@ def copy(
         span.storage: BY_STORAGE.get(span.cls.partition("\n")[2]) for span in archive.classes
     }
     before, after = archive.around
-    literals: list[Literal] = [(0, before + pickle + after)]
+    literals = [(0, before + pickle + after)]
     # The keys in the last pickle keep their order, so that only the pickle's classes can change.
     slots: dict[str, Slot] = {}
     copies: list[tuple[Storage, Slot]] = []

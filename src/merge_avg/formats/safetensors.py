@@ -50,7 +50,7 @@ _AGAIN = "fetch or save the file again"
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
-    """Return the layout of a safetensors file; `number` is that of the file in the checkpoint.
+    """Return the layout of a safetensors file.
 
     Raises:
         MergeError: the header is damaged, or the ranges leave holes, overlap or end elsewhere.
@@ -81,19 +81,13 @@ def _cut_short(expected: int, found: int) -> MergeError:
 
 @dataclass(frozen=True)
 class _Header:
-    """The content of a header.
-
-    Attributes:
-        tensors: in the order of their bytes.
-        metadata: texts by their keys.
-        end: the offset behind the last tensor.
-        odd: whether it has escapes, signs or keys that no usual writer needs: other readers of
-            JSON refuse half a surrogate pair, -0 as a whole number, and NaN.
-    """
+    """The content of a header: tensors in the order of their bytes, and where these end."""
 
     tensors: tuple[TensorInfo, ...]
     metadata: tuple[tuple[str, str], ...]
     end: int
+    # Whether it has escapes, signs or keys that no usual writer needs: other readers of JSON refuse
+    # half a surrogate pair, -0 as a whole number, and NaN.
     odd: bool
 
 
@@ -168,8 +162,7 @@ def check(layout: Layout) -> None:
     """Compare a scanned file with what the safetensors library reads in its header.
 
     Two readers that see different tensors in the same bytes are how a file shows one model to a
-    scanner and another to a user, so it is refused. The library maps no memory here ("pread"): a
-    mapped file that is cut short meanwhile would kill the process.
+    scanner and another to a user, so it is refused.
 
     Raises:
         MergeError: the library refuses the file, or sees other tensors or metadata in it.
@@ -177,8 +170,11 @@ def check(layout: Layout) -> None:
     from safetensors import SafetensorError, safe_open
 
     path = layout.path
+    # The framework is one that the library imports to open the file: the cheapest one.
+    torch = sys.modules.get("torch") or not importlib.util.find_spec("numpy")
     try:
-        with safe_open(path, _framework(), backend="pread") as file:
+        # Without a map ("pread"): a mapped file that is cut short meanwhile kills the process.
+        with safe_open(path, "pt" if torch else "numpy", backend="pread") as file:
             names, metadata = file.offset_keys(), file.metadata() or {}
             views = [(name, file.get_slice(name)) for name in names]
             theirs = [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views]
@@ -201,20 +197,12 @@ def _in_order(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
     return full, sorted(entry for entry in entries if 0 in entry[2])
 
 
-def _framework() -> str:
-    """Return the framework that the library shall import to open a file: the cheapest one."""
-    if sys.modules.get("torch"):
-        return "pt"
-    return "numpy" if importlib.util.find_spec("numpy") else "pt"
-
-
 @dataclass(frozen=True)
 class SafetensorsLayout(FileLayout):
     """The layout of a safetensors file, whose header holds the provenance among its metadata.
 
     Attributes:
-        metadata: the header up to the end of its metadata.
-        tensors: the rest of the header.
+        metadata, tensors: the header up to the end of its metadata, and the rest.
         recorded: whether the provenance is part of the metadata.
     """
 
@@ -247,40 +235,29 @@ class SafetensorsLayout(FileLayout):
 def create(
     tensors: Sequence[NewTensor], metadata: Mapping[str, str], *, recorded: bool = True
 ) -> SafetensorsLayout:
-    """Return the layout of a safetensors file; its slots have the names of the tensors.
+    """Return the layout of a new safetensors file; its slots have the names of the tensors.
 
-    Args:
-        tensors: its entries, in the order of their bytes; each has a storage of its own.
-        metadata: texts for `__metadata__`; "format": "pt" is added, as transformers asks for it.
-        recorded: whether the metadata holds the provenance.
+    Each tensor has a storage of its own, and their bytes lie in the order of `tensors`.
 
     Raises:
         MergeError: the format has no code for a dtype.
     """
-    return _layout(
-        [(one.name, one.dtype, one.shape) for one in tensors], metadata, recorded=recorded
-    )
+    entries = [(one.name, one.dtype, one.shape) for one in tensors]
+    return _layout(entries, metadata, recorded=recorded)
 
 
 def copy(
     layout: Layout, converted: Mapping[str, DType], averaged: set[str], *, recorded: bool = True
 ) -> SafetensorsLayout:
-    """Return the layout of a copy of a safetensors file whose averaged tensors are to be filled.
-
-    Args:
-        layout: the file that is copied.
-        converted: the dtypes of tensors that get another one.
-        averaged: the names of the tensors that are weights.
-        recorded: whether the metadata holds the provenance.
-    """
+    """Return the layout of a copy of a safetensors file; see `formats.copy`."""
     entries = [
         (info.storage.name, converted.get(info.storage.name, info.dtype), info.shape)
         for info in layout.tensors
     ]
     whole = _layout(entries, dict(layout.metadata), recorded=recorded)
-    kept = [info.storage for info in layout.tensors if info.storage.name not in averaged]
     slots = {name: slot for name, slot in whole.slots.items() if name in averaged}
-    copies = tuple((storage, whole.slots[storage.name]) for storage in kept)
+    stored = [info.storage for info in layout.tensors if info.storage.name not in averaged]
+    copies = tuple((storage, whole.slots[storage.name]) for storage in stored)
     return replace(whole, slots=slots, copies=copies)
 
 
@@ -302,8 +279,7 @@ def _layout(
             raise MergeError(f"safetensors cannot hold {name!r}: {dtype.name}", hint=hint)
         end = at + _nbytes(dtype, math.prod(shape))
         slots[name] = Slot(number, at, end - at)
-        entry = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [at, end]}
-        header[name] = entry
+        header[name] = {"dtype": dtype.safetensors, "shape": shape, "data_offsets": [at, end]}
         at = end
     try:
         before, after = _encoded({_METADATA: {"format": "pt", **texts}}), _encoded(header)
