@@ -6,7 +6,6 @@ The class is named after, and used like, the AverageModelMerger of the package z
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -75,9 +74,8 @@ class AverageModelMerger:
         done: set[object] = set()  # tied tensors are averaged once
         with torch.no_grad():
             for name, target in _state(merged).items():
-                tensors = [state[name] for state in states]
                 if _place(target) not in done:
-                    self._merge(name, tensors, target)
+                    self._merge(name, [state[name] for state in states], target)
                     done.add(_place(target))
             _refresh_derived(merged)
         return merged
@@ -88,13 +86,12 @@ class AverageModelMerger:
         # `deepcopy` alone refuses tensors that hooks have computed, and gives parameters that share
         # a storage one each. So it finds copies of all plain tensors in its memo.
         memo: dict[int, object] = {}
-        storages: dict[int, Tensor] = {}
+        storages: dict[int, torch.UntypedStorage] = {}
         for tensor in _tensors(model):
-            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_meta:
-                continue  # a subclass knows how to copy itself
-            if tensor.layout != torch.strided:
-                continue
-            memo[id(tensor)] = _copied(tensor, storages)
+            # A subclass knows how to copy itself.
+            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and not tensor.is_meta
+            if plain and tensor.layout == torch.strided:
+                memo[id(tensor)] = _copied(tensor, storages)
         return copy.deepcopy(model, memo)
 
     def _merge(self, name: str, tensors: list[Tensor], target: Tensor) -> None:
@@ -125,7 +122,11 @@ class AverageModelMerger:
                 mean.extend(part)
                 if not mean.finite and not self._allow_nonfinite:
                     raise MergeError(f"{name!r} of models[{index}] holds NaN or infinity")
-            mean.result(out[None, start : start + _CHUNK], functools.partial(_peek, parts))
+
+            def peek(index: int, begin: int, end: int, rows: Sequence[Tensor] = parts) -> Tensor:
+                return rows[index][:, begin:end]
+
+            mean.result(out[None, start : start + _CHUNK], peek)
         if not dense:
             target.copy_(out.view(target.shape))
 
@@ -156,11 +157,6 @@ def _is_plain(vector: Tensor) -> bool:
     return plain and vector.is_contiguous() and not vector.is_neg()
 
 
-def _peek(rows: Sequence[Tensor], index: int, start: int, stop: int) -> Tensor:
-    """Return some elements of a model's row once more."""
-    return rows[index][:, start:stop]
-
-
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name; those that are tied have several names."""
     transient = {
@@ -181,10 +177,10 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], index: int) -> 
             raise MergeError(f"only {whose} has {name!r}")
     for name, tensor in ours.items():
         other = theirs[name]
-        properties = ("shape", tensor.shape, other.shape), ("dtype", tensor.dtype, other.dtype)
-        for what, one, two in properties:
+        shapes, dtypes = (tuple(tensor.shape), tuple(other.shape)), (tensor.dtype, other.dtype)
+        for what, (one, two) in (("shape", shapes), ("dtype", dtypes)):
             if one != two:
-                where = f"{_plain(one)} in models[0], {_plain(two)} in models[{index}]"
+                where = f"{one} in models[0], {two} in models[{index}]"
                 raise MergeError(f"{name!r} has the {what} {where}")
         if tensor.is_meta or other.is_meta or tensor.layout != torch.strided:
             raise MergeError(f"{name!r} has no plain data (it is on {tensor.device})")
@@ -194,10 +190,6 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], index: int) -> 
             if not torch.equal(state[a], state[b]):
                 what = f"{a!r} and {b!r} are tied in models[{there}], but differ in models[{here}]"
                 raise MergeError(what)
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, torch.Size) else value
 
 
 def _ties(state: dict[str, Tensor]) -> set[tuple[str, str]]:
@@ -215,20 +207,17 @@ def _ties(state: dict[str, Tensor]) -> set[tuple[str, str]]:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield every tensor of a model; hooks of torch.nn.utils keep some as plain attributes."""
     for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)  # noqa: SLF001
-        yield from (b for b in module._buffers.values() if b is not None)  # noqa: SLF001
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        for held in (module._parameters, module._buffers, vars(module)):  # noqa: SLF001
+            yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
-def _copied(tensor: Tensor, storages: dict[int, Tensor]) -> Tensor:
+def _copied(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """Copy a tensor; those that share a storage have copies that share one too."""
     storage = tensor.untyped_storage()
     if storage.data_ptr() not in storages:
-        fresh = torch.empty(len(storage), dtype=torch.uint8, device=tensor.device)
-        fresh.untyped_storage().copy_(storage)
-        storages[storage.data_ptr()] = fresh
-    raw = storages[storage.data_ptr()].untyped_storage()
+        storages[storage.data_ptr()] = storage.clone()
     new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    raw = storages[storage.data_ptr()]
     new.set_(raw, tensor.storage_offset(), tensor.shape, tensor.stride())
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -245,18 +234,16 @@ def _refresh_derived(model: nn.Module) -> None:
                 setattr(module, hook.name, hook.compute_weight(module))
             elif isinstance(hook, SpectralNorm):
                 # A power iteration would change the averaged vectors that the norm is taken from.
-                weight = hook.compute_weight(module, do_power_iteration=False)
-                setattr(module, hook.name, weight)
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor's elements fill a run of its storage, in whatever order."""
     expected = 1
     for step, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if extent != 1:
-            if step != expected:
-                return False
-            expected *= extent
+        if extent != 1 and step != expected:
+            return False
+        expected *= extent
     return True
 
 
@@ -268,6 +255,5 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-def _place(tensor: Tensor) -> object:
-    """Return what tied tensors have in common."""
+def _place(tensor: Tensor) -> object:  # the same for tied tensors
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

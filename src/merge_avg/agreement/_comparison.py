@@ -21,7 +21,7 @@ from typing import NamedTuple
 from merge_avg.agreement._cosines import Agreement, Products, agreement
 from merge_avg.agreement._sample import Sample, samples
 from merge_avg.arithmetic import LOOPS, int64s, takes
-from merge_avg.checkpoint import BY_NAME, DType
+from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Unit, Window
 from merge_avg.tuning import COMPARED
@@ -38,23 +38,14 @@ _FIRST = int64s([0])
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """A unit that is compared.
-
-    Attributes:
-        unit: the unit.
-        line: its number among those that are compared.
-        sample: which of its elements are looked at.
-        first: how many elements of earlier ones are looked at.
-        scale: how many elements one that is looked at stands for.
-        based: whether the base has it.
-    """
+    """A unit that is compared, and which of its elements are looked at."""
 
     unit: Unit
-    line: int
+    line: int  # its number among those that are compared
     sample: Sample
-    first: int
-    scale: float
-    based: bool
+    first: int  # how many elements of earlier ones are looked at
+    scale: float  # how many elements one that is looked at stands for
+    based: bool  # whether the base has it
 
 
 class Run(NamedTuple):
@@ -69,10 +60,8 @@ class Run(NamedTuple):
 class Comparison:
     """Sums of products of checkpoints, to which workers add from any thread.
 
-    Args:
-        checkpoints: the numbers of those that are compared.
-        units: the units of a plan; of these, tensors of two or more dimensions count.
-        base: the number of a checkpoint whose differences to the others are compared as well.
+    Of the units of a plan, those of tensors of two or more dimensions count. With a `base`, the
+    number of a checkpoint, the differences of the others to it are compared as well.
     """
 
     def __init__(
@@ -115,10 +104,7 @@ class Comparison:
         return frozenset(k for k, source in sources if source.checkpoint == self._base)
 
     def rows(self, unit: Unit) -> Mapping[int, Sequence[int]]:
-        """Return the rows that each source of a unit is compared in, by the source's number.
-
-        A base that is averaged has two.
-        """
+        """Return the rows of each source of a unit, by its number; an averaged base has two."""
         rows: dict[int, list[int]] = {}
         for k, source in enumerate(unit.sources):
             if source.checkpoint in self._rows:
@@ -128,11 +114,9 @@ class Comparison:
         return rows
 
     def select(self, window: Window) -> tuple[list[int], list[Run]]:
-        """Return what is looked at of a window.
+        """Return where elements of a window are looked at and how many from there on, by turns.
 
-        Returns:
-            Where elements are looked at and how many from there on, by turns; and the same
-            elements as runs, cut where tensors end and where groups do.
+        The same elements are returned as runs, too, cut where tensors end and where groups do.
         """
         segments: list[int] = []
         runs: list[Run] = []
@@ -158,12 +142,9 @@ class Comparison:
             at = stop
 
     def multiply(self, rows: Matrix, runs: Sequence[Run], *, based: bool) -> None:
-        """Add the products of some columns, and of their differences to the base.
+        """Add the products of rows of float64 and, if the last is the base's, of the differences.
 
-        Args:
-            rows: of float64, which are changed.
-            runs: what the columns are of, one after the other.
-            based: whether the last row is the base's.
+        The rows are changed; runs tell what their columns are of, one after the other.
         """
         count = len(self._rows)
         counts, groups, lines, scales = map(list, zip(*runs, strict=True))
@@ -191,8 +172,6 @@ class Comparison:
 
     def centred(self) -> Agreement | None:
         """Return the agreement of the differences to the base, in the same way."""
-        if self._base is None:
-            return None
         return self._agreement(1, [one for one in self._compared if one.based])
 
     def _agreement(self, kind: int, compared: Sequence[_Compared]) -> Agreement | None:
@@ -202,26 +181,16 @@ class Comparison:
         grams = [cells[at : at + size].tolist() for at in range(0, _GROUPS * size, size)]
         whole = sum(len(one.unit) for one in compared)
         elements = sum(one.sample.elements for one in compared)
-        return agreement(grams, self._tensors(kind, compared), whole, elements)
-
-    def _tensors(self, kind: int, compared: Sequence[_Compared]) -> Iterator[Products]:
-        count = len(self._rows)
-        sums = _doubles(self._sums[kind])
-        for one in compared:
-            line = sums[2 * count * one.line : 2 * count * (one.line + 1)]
-            name = next(str(name) for name, info in one.unit.members if len(info.shape) > 1)
-            elements = one.sample.elements
-            yield Products(name, one.sample.size, elements, line[:count], line[count:])
+        sums, width = _doubles(self._sums[kind]), 2 * len(self._rows)
+        tensors = (_products(one, sums[width * one.line :][:width]) for one in compared)
+        return agreement(grams, tensors, whole, elements)
 
 
 class Sampler:
     """What one worker sets aside of windows, until much of it can be multiplied at a time.
 
-    For each window: `begin`, then `see` for each source; and `close` after the last.
-
-    Args:
-        comparison: where products are added.
-        load_torch: imports torch; called before its first use.
+    For each window: `begin`, then `see` for each source; and `close` after the last. The products
+    go to `comparison`, and `load_torch` is called before the first use of torch.
     """
 
     def __init__(self, comparison: Comparison, load_torch: Callable[[], None]) -> None:
@@ -261,9 +230,14 @@ class Sampler:
         rows = self._rows.get(k)
         if rows is None or self._unit is None:
             return
-        row = _row(data, self._unit.sources[k].dtype)
+        dtype = self._unit.sources[k].dtype
+        address, numel = (
+            ctypes.addressof(ctypes.c_char.from_buffer(data)),
+            len(data) // dtype.itemsize,
+        )
+        row = Matrix(address, dtype, 1, numel, numel, data)
         for target in rows:
-            if LOOPS is not None and takes(row.dtype.name):
+            if LOOPS is not None and takes(dtype.name):
                 at = self._room.address + 8 * (target * self._width + self._used)
                 LOOPS.take(row, self._segments, _FIRST, at, self._width)
                 continue
@@ -296,10 +270,10 @@ class Sampler:
         self._held, self._used = [], 0
 
 
-def _row(data: memoryview, dtype: DType) -> Matrix:
-    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
-    numel = len(data) // dtype.itemsize
-    return Matrix(address, dtype, 1, numel, numel, data)
+def _products(one: _Compared, sums: memoryview[float]) -> Products:
+    name = next(str(name) for name, info in one.unit.members if len(info.shape) > 1)
+    half = len(sums) // 2
+    return Products(name, one.sample.size, one.sample.elements, sums[:half], sums[half:])
 
 
 def _doubles(buffer: Buffer) -> memoryview[float]:

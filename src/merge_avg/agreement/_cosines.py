@@ -20,54 +20,34 @@ _FEW = 16
 
 @dataclass(frozen=True, slots=True)
 class TensorAgreement:
-    """The agreement of checkpoints about one tensor.
+    """The agreement of checkpoints about one tensor."""
 
-    Attributes:
-        name: its name in the template; of tensors that share memory, that of one.
-        size: the number of its elements.
-        elements: how many of them were looked at.
-        mean: the mean cosine, each pair weighted by the product of its norms; None where fewer than
-            two checkpoints hold anything but zeros, or too few elements were looked at.
-        error: approximately the standard error of `mean`; 0 where all elements were looked at.
-        norm: the root mean square of the checkpoints' norms.
-        distances: of each checkpoint from the mean of all, over `norm`.
-    """
-
-    name: str
+    name: str  # in the template; of tensors that share memory, that of one
     size: int
-    elements: int
+    elements: int  # how many elements were looked at
+    # The mean cosine, each pair weighted by the product of its norms; None where fewer than two
+    # checkpoints hold anything but zeros, or too few elements were looked at.
     mean: float | None
-    error: float
-    norm: float
-    distances: tuple[float, ...]
+    error: float  # about the standard error of `mean`; 0 where all elements were looked at
+    norm: float  # the root mean square of the checkpoints' norms
+    distances: tuple[float, ...]  # of each checkpoint from the mean of all, over `norm`
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of checkpoints: cosines over their matrices, from a sample of the elements.
+    """The agreement of checkpoints: cosines over their matrices, from a sample of the elements."""
 
-    Attributes:
-        mean: over all pairs of checkpoints.
-        error: the standard error of `mean`, from the sampling; 0 where all elements were looked at.
-        pairs: the cosine of each checkpoint with each, 1 on the diagonal; None for a checkpoint of
-            zeros (or one that does not differ from the base).
-        each: the mean over the pairs of each checkpoint.
-        errors: the standard error of each of these.
-        shrinkage: the norm of the plain mean over the mean of the norms.
-        size: how many elements each checkpoint's matrices have.
-        elements: how many of them were looked at.
-        tensors: the same for each matrix, in the template's order.
-    """
-
-    mean: float
-    error: float
+    mean: float  # over all pairs of checkpoints
+    error: float  # the standard error of `mean`; 0 where all elements were looked at
+    # The cosine of each checkpoint with each, 1 on the diagonal; None for a checkpoint of zeros (or
+    # one that does not differ from the base).
     pairs: tuple[tuple[float | None, ...], ...]
-    each: tuple[float | None, ...]
-    errors: tuple[float, ...]
-    shrinkage: float
-    size: int
-    elements: int
-    tensors: tuple[TensorAgreement, ...]
+    each: tuple[float | None, ...]  # the mean over the pairs of each checkpoint
+    errors: tuple[float, ...]  # the standard error of each of these
+    shrinkage: float  # the norm of the plain mean over the mean of the norms
+    size: int  # how many elements each checkpoint's matrices have
+    elements: int  # how many of them were looked at
+    tensors: tuple[TensorAgreement, ...]  # one for each matrix, in the template's order
 
     @property
     def odd(self) -> int | None:
@@ -83,19 +63,13 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Sums of products of one tensor.
-
-    Attributes:
-        name, size, elements: those of `TensorAgreement`.
-        squares: the squared norm of each checkpoint.
-        products: the product of each checkpoint with the sum of all.
-    """
+    """Sums of products of one tensor, and its name and sizes as in `TensorAgreement`."""
 
     name: str
     size: int
     elements: int
-    squares: Sequence[float]
-    products: Sequence[float]
+    squares: Sequence[float]  # the squared norm of each checkpoint
+    products: Sequence[float]  # the product of each checkpoint with the sum of all
 
 
 def agreement(
@@ -103,11 +77,8 @@ def agreement(
 ) -> Agreement | None:
     """Return the agreement of checkpoints; None where there is nothing to compare.
 
-    Args:
-        grams: for each group of elements the products of all checkpoints with all, row by row.
-        tensors: the sums of each tensor; there may be very many.
-        size: how many elements all of them have.
-        elements: how many of these were looked at.
+    Each Gram matrix has, row by row, the products of all checkpoints with all in one group of
+    elements. There may be very many tensors.
     """
     gram = [sum(cells) for cells in zip(*grams, strict=True)]
     count = math.isqrt(len(gram))

@@ -26,17 +26,11 @@ _MANY = 16  # checkpoints, from which products (of all pairs) cost more than wha
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Which elements of a tensor are looked at.
-
-    Attributes:
-        size: the number of elements of the tensor.
-        taken: how many of each block, from its start; of a shorter last block as large a part.
-        every: 1 for the blocks of every span, 2 for those of every second one from the first, ...
-    """
+    """Which elements of a tensor of `size` elements are looked at."""
 
     size: int
-    taken: int = BLOCK
-    every: int = 1
+    taken: int = BLOCK  # of each block, from its start; of a shorter last block as large a part
+    every: int = 1  # the blocks of every span, of every second one from the first, ...
 
     def before(self, place: int) -> int:
         """Return how many of the elements before a place are looked at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,17 +14,16 @@ _SHORT = 64
 
 
 def take(stack: Tensor, runs: Sequence[int], targets: Sequence[int], room: Tensor) -> None:
-    """Copy some elements of rows to rows of a room, as float64; complex ones as pairs.
+    """Copy some elements of rows to a room, as `Kernel.take` does; complex ones as pairs.
 
-    Args:
-        stack: the rows.
-        runs: for each run of columns where it begins, and how long it is.
-        targets: for each row its row in the room; below zero for none.
-        room: has as many columns as are copied.
+    The room has as many columns as are copied.
     """
     rows = [row for row, target in enumerate(targets) if target >= 0]
     places = _places(tuple(runs)).to(stack.device)
-    values = _real(stack if len(rows) == len(stack) else stack[rows]).index_select(1, places)
+    values = stack if len(rows) == len(stack) else stack[rows]
+    # Torch cannot select elements of float8.
+    values = values if values.itemsize > 1 else values.float()
+    values = values.index_select(1, places)
     values = torch.view_as_real(values).flatten(1) if values.is_complex() else values
     room[[targets[row] for row in rows]] = values.to(room.device, room.dtype)
 
@@ -34,13 +34,9 @@ def multiply(
     grams: Tensor,
     sums: Tensor,
 ) -> None:
-    """Add the products of rows with each other, over runs of columns.
+    """Add the products of rows of float64 with each other, as `Kernel.products` does.
 
-    Args:
-        rows: of shape (rows, columns), float64.
-        columns: for each run its length, its matrix in `grams`, its line in `sums`, and a factor.
-        grams: of shape (groups, rows, rows), to which products are added.
-        sums: of shape (lines, 2 * rows): squares, and the products with the sum of all rows.
+    `grams` has the shape (groups, rows, rows), and `sums` the shape (lines, 2 * rows).
     """
     lengths, groups, lines, scales = columns
     where = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -54,8 +50,10 @@ def multiply(
         # The factors go into the rows, so that all runs of a group make one product; the squares
         # and the products with the sum need no matrix, only sums by run.
         rows = rows * scale.sqrt()[where]
-        groups, lengths = _merged(groups, lengths)
-        found = torch.stack([part @ part.mT for part in rows.split(list(lengths), dim=1)])
+        neighbours = itertools.groupby(zip(groups, lengths, strict=True), key=lambda run: run[0])
+        merged = [(group, sum(length for _, length in runs)) for group, runs in neighbours]
+        groups, lengths = zip(*merged, strict=True)
+        found = torch.stack([part @ part.mT for part in rows.split(lengths, dim=1)])
         grams.index_add_(0, torch.tensor(groups), found)
         parts = [
             rows.new_zeros(len(rows), len(scale)).index_add_(1, where, rows * other)
@@ -63,24 +61,6 @@ def multiply(
         ]
         both = torch.cat(parts).mT
     sums.index_add_(0, torch.tensor(lines), both)
-
-
-def _merged(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Join neighbours of the same group."""
-    merged: list[int] = []
-    sums: list[int] = []
-    for group, length in zip(groups, lengths, strict=True):
-        if merged and merged[-1] == group:
-            sums[-1] += length
-        else:
-            merged.append(group)
-            sums.append(length)
-    return merged, sums
-
-
-def _real(values: Tensor) -> Tensor:
-    """Return values whose elements torch can select: it cannot those of float8."""
-    return values if values.is_complex() or values.itemsize > 1 else values.float()
 
 
 # The sources of a window are looked at in the same places, one after the other.
