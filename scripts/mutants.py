@@ -29,7 +29,7 @@ TESTS = {
     "io/_output": "io/test_output io/test_temporary",
     "io/_temporary": "io/test_temporary io/test_output",
     "io/_reader": "io/test_reader",
-    "io/_platform": "io/test_platform",
+    "io/_platform": "io/test_platform io/test_output io/test_reader",
     "plan/_units": "plan/test_units agreement/test_comparison",
     "plan/_windows": "plan/test_units",
     "arithmetic/_weights": "arithmetic/test_weights arithmetic/test_torch_mean",
