@@ -131,8 +131,8 @@ def _target(name: str, folder: Path) -> tuple[Callable[[bytes], object], set[str
     from merge_avg.checkpoint import File, Layout, assign, dotted  # noqa: PLC0415
     from merge_avg.errors import MergeError  # noqa: PLC0415
     from merge_avg.formats import distributed, legacy, safetensors  # noqa: PLC0415
+    from merge_avg.formats import zip as torch_zip  # noqa: PLC0415
     from merge_avg.formats.pickle.torch_objects import objects_at  # noqa: PLC0415
-    from merge_avg.formats.zip import read as torch_zip  # noqa: PLC0415
 
     def write(path: Path, raw: bytes) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,4 +1,4 @@
-"""merge_avg.formats.zip.read: zip checkpoints, byte for byte against torch.load."""
+"""merge_avg.formats.zip: zip checkpoints, byte for byte against torch.load."""
 
 import contextlib
 import io

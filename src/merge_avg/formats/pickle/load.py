@@ -18,6 +18,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.machine import SLOT, Call, Machine, Persistent
@@ -116,17 +117,9 @@ def _lined(decode: Callable[[bytes], Value]) -> _Handler:
     return handler
 
 
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")
-
-
-def _old_text(raw: bytes) -> str:
-    """Decode a string of Python 2, which may be bytes in any encoding."""
-    return raw.decode("utf-8", "surrogateescape")
-
-
-def _signed(raw: bytes) -> int:
-    return int.from_bytes(raw, "little", signed=True)
+_text = partial(str, encoding="utf-8", errors="surrogatepass")
+_old_text = partial(str, encoding="utf-8", errors="surrogateescape")  # Python 2 had any encoding
+_signed = partial(int.from_bytes, byteorder="little", signed=True)
 
 
 def _decimal(raw: bytes) -> int | bool:

@@ -31,14 +31,7 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks
-from merge_avg.formats.pickle.values import (
-    Allowance,
-    Global,
-    Instance,
-    PickleError,
-    Value,
-    shown,
-)
+from merge_avg.formats.pickle.values import Allowance, Global, Instance, PickleError, Value, shown
 
 _DEEPEST = 200
 _VISIT = 20  # bytes that one step through the tree costs
@@ -86,19 +79,15 @@ class Objects:
             key: find(key, stored.storage.nbytes, stored.dtype)
             for key, stored in self.storages.items()
         }
-        # Spelled out: dataclasses.replace takes three times as long, for each of many tensors.
         return tuple(
-            TensorInfo(
-                info.path,
-                info.dtype,
-                info.shape,
-                info.stride,
-                info.start,
-                found.get(info.storage.name, info.storage),
-                info.trouble,
-            )
+            _moved(info, info.path, found.get(info.storage.name, info.storage))
             for info in self.tensors
         )
+
+
+# dataclasses.replace takes three times as long, for each of many tensors.
+def _moved(i: TensorInfo, path: TreePath, storage: Storage) -> TensorInfo:
+    return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, i.trouble)
 
 
 # Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
@@ -119,11 +108,8 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
     loaded = load(data, start, persistent=hooks.persistent, call=hooks.call, allowance=allowance)
     infos = []
     for path, tensor in tensors_below(loaded.value, allowance):
-        info = tensor.info
         allowance.spend(150 + 8 * len(path))
-        info = TensorInfo(
-            path, info.dtype, info.shape, info.stride, info.start, info.storage, info.trouble
-        )
+        info = _moved(tensor.info, path, tensor.info.storage)
         # Torch would refuse it too, but only when it loads the file.
         reach = info.stop * info.dtype.itemsize if info.numel else 0
         if not info.trouble and reach > info.storage.nbytes:
@@ -132,20 +118,11 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
         infos.append(info)
     root = loaded.value
     with_tensors = {info.path[0] for info in infos if info.path}
-    others: tuple[str, ...] = ()
-    if isinstance(root, dict):
-        keys = (key for key in map(key_of, root) if key not in with_tensors)
-        others = tuple(paid(str(key), allowance) for key in keys)
-    return Objects(
-        tuple(infos),
-        hooks.storages,
-        others,
-        isinstance(root, Tensor),
-        tuple(hooks.classes),
-        loaded.frames,
-        loaded.nbytes,
-        tuple(scalars_near(root)),
-    )
+    keys = map(key_of, root) if isinstance(root, dict) else ()
+    others = tuple(paid(str(key), allowance) for key in keys if key not in with_tensors)
+    bare, classes, scalars = isinstance(root, Tensor), tuple(hooks.classes), scalars_near(root)
+    pickled = (classes, loaded.frames, loaded.nbytes)
+    return Objects(tuple(infos), hooks.storages, others, bare, *pickled, tuple(scalars))
 
 
 def refuse_root(objects: Objects, path: Path) -> None:
