@@ -105,7 +105,7 @@ def verify_output(
 
 
 def _there(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - for which a name too long is no error
+    return os.path.exists(path)  # noqa: PTH110 - for which a name too long is not an error
 
 
 def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) -> Path:

@@ -80,7 +80,7 @@ def write_record(
         {
             "name": names[k],
             "bytes": layouts[k].nbytes,
-            # Integers, for 0.1 is no float: whoever reads "1/3" computes with the same numbers.
+            # Integers, as 0.1 is not a float: whoever reads "1/3" computes with the same numbers.
             "weight": f"{weights.integers[k]}/{weights.total}",
             # How much is read of what has no weight depends on what else is made of it.
             "hash": digest(hashes.read[k] if hashes else 0) if weights.integers[k] else None,

@@ -210,7 +210,7 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
     """Return the plan with one more checkpoint, which the averaged matrices are compared with.
 
-    It takes no part in the average, so what it lacks, or has in another shape, is no error.
+    It takes no part in the average, so what it lacks, or has in another shape, is not an error.
 
     Args:
         plan: without it.
