@@ -142,10 +142,8 @@ def recalibrate_batch_norm(
     et al. 2018, arXiv:1803.05407, section 3.2): one pass over the data in training mode, without
     gradients, after which the model's own mode is restored.
 
-    Args:
-        model: the averaged model.
-        loader: batches of training inputs, or tuples or lists that begin with one.
-        device: where the batches are moved first, if anywhere.
+    The loader gives batches of training inputs, or tuples or lists that begin with one; these are
+    moved to `device` first, if it is given.
     """
     update_bn(loader, model, None if device is None else torch.device(device))
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from merge_avg.agreement._cosines import Agreement, Products, agreement
 from merge_avg.agreement._sample import Sample, samples
-from merge_avg.arithmetic import LOOPS, int64s, takes
+from merge_avg.arithmetic import LOOPS, int64s
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Unit, Window
@@ -198,32 +198,32 @@ class Sampler:
         self._load_torch = load_torch
         self._width = max(COMPARED // max(comparison.height, 1), 1)
         self._room = Buffer(8 * self._width * comparison.height)
-        self._used = 0
-        self._columns = 0
+        # The columns of the room that are used, and from where on by the present window.
+        self._used = self._at = 0
         self._held: list[Run] = []
         self._based = False
         self._unit: Unit | None = None
-        self._runs: list[Run] = []
         self._segments = int64s([])
         self._rows: Mapping[int, Sequence[int]] = {}
 
     def begin(self, window: Window) -> None:
         """Make room for what is looked at of a window."""
-        self._set_aside()
         self._unit = window[0].unit
-        segments, self._runs = self._comparison.select(window)
+        segments, runs = self._comparison.select(window)
         self._rows = self._comparison.rows(self._unit) if segments else {}
         if not segments:
             return
         self._segments = int64s(segments)
-        self._columns = sum(run.length for run in self._runs)
+        columns = sum(run.length for run in runs)
         based = bool(self._comparison.beside(self._unit))
-        if self._used + self._columns > self._width or based != self._based:
-            self._multiply()
+        if self._used + columns > self._width or based != self._based:
+            self.close()
             self._based = based
-        if self._columns > self._width:
-            self._width = self._columns
+        if columns > self._width:
+            self._width = columns
             self._room = Buffer(8 * self._width * self._comparison.height)
+        self._held += runs
+        self._at, self._used = self._used, self._used + columns
 
     def see(self, k: int, data: memoryview) -> None:
         """Set aside elements of the window as source number k has them."""
@@ -231,37 +231,23 @@ class Sampler:
         if rows is None or self._unit is None:
             return
         dtype = self._unit.sources[k].dtype
-        address, numel = (
-            ctypes.addressof(ctypes.c_char.from_buffer(data)),
-            len(data) // dtype.itemsize,
-        )
+        address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        numel = len(data) // dtype.itemsize
         row = Matrix(address, dtype, 1, numel, numel, data)
         for target in rows:
-            if LOOPS is not None and takes(dtype.name):
-                at = self._room.address + 8 * (target * self._width + self._used)
+            if LOOPS is not None and dtype.name in LOOPS.dtypes:
+                at = self._room.address + 8 * (target * self._width + self._at)
                 LOOPS.take(row, self._segments, _FIRST, at, self._width)
                 continue
             self._load_torch()
             from merge_avg.agreement import _torch_products as products
 
             room = self._room.rows(self._comparison.height, self._width, _WIDE)
-            place = room.part(self._used, self._used + self._columns).tensor()
+            place = room.part(self._at, self._used).tensor()
             products.take(row.tensor(), list(self._segments), [target], place)
 
     def close(self) -> None:
-        """Multiply the rest."""
-        self._set_aside()
-        self._multiply()
-
-    def _set_aside(self) -> None:
-        """End the last window."""
-        if self._rows:
-            self._held += self._runs
-            self._used += self._columns
-        self._rows = {}
-
-    def _multiply(self) -> None:
-        """Multiply what is set aside."""
+        """Multiply what is set aside: after the last window, or to make room for the next."""
         if self._held:
             if LOOPS is None:
                 self._load_torch()

@@ -8,7 +8,7 @@ the same bits. Integers and bools have no mean; `_integers` says what they becom
 from __future__ import annotations
 
 from merge_avg.arithmetic._integers import is_counter, settle, unequal, values_of
-from merge_avg.arithmetic._kernel import LOOPS, TILE, int64s, takes
+from merge_avg.arithmetic._kernel import LOOPS, TILE, int64s
 from merge_avg.arithmetic._mean import Mean, MeanFactory
 from merge_avg.arithmetic._weights import Weight, Weights
 
@@ -22,7 +22,6 @@ __all__ = [
     "int64s",
     "is_counter",
     "settle",
-    "takes",
     "unequal",
     "values_of",
 ]

@@ -44,6 +44,8 @@ class Kernel:
         AttributeError: the library is of another version.
     """
 
+    dtypes = frozenset(_NAMES)
+
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         library.merge_avg_source.restype = ctypes.c_char_p
@@ -130,11 +132,6 @@ class Kernel:
 def int64s(values: Sequence[int]) -> Int64s:
     """Return integers as the loops take them."""
     return (ctypes.c_int64 * len(values))(*values)
-
-
-def takes(name: str) -> bool:
-    """Return whether there are loops for a dtype."""
-    return name in _NAMES
 
 
 def load(path: Path) -> Kernel | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from merge_avg.arithmetic._compiled_mean import CompiledMean, Peek
-from merge_avg.arithmetic._kernel import LOOPS, takes
+from merge_avg.arithmetic._kernel import LOOPS
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.io import Stack
 
@@ -68,7 +68,7 @@ class MeanFactory:
         """Return a mean in `dtype` of vectors whose dtypes are among `sources`."""
         # The loops read host memory only, and rely on products that are exact in float64.
         host = self._device == "cpu"
-        if LOOPS is not None and host and weights.small and all(map(takes, (dtype, *sources))):
+        if LOOPS is not None and host and weights.small and LOOPS.dtypes >= {dtype, *sources}:
             return CompiledMean(LOOPS, weights)
         self._load_torch()
         import torch

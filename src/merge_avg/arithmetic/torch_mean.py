@@ -71,13 +71,9 @@ class RunningMean:
         self._total: Tensor | None = None
         self._factors = torch.empty(0)
         self._blocks: list[_Block] = []
-        self._begin()
-
-    def _begin(self) -> None:
-        """Get ready for the next mean; what was allocated for the last one is used again."""
         self._count = 0
         self._shape = torch.Size()
-        self._dtype = self._wanted
+        self._dtype = dtype
 
     @property
     def finite(self) -> bool:
@@ -96,13 +92,13 @@ class RunningMean:
         """Add the next tensors, stacked along the first dimension: faster than one by one."""
         shape = values.shape[1:]
         flat = self._flat(values)
-        if values.is_complex() and self._dtype in FORMATS:
-            raise ValueError(f"a mean of {values.dtype} cannot be {self._dtype}")
+        dtype = self._dtype if self._count else self._wanted or values.dtype
+        if values.is_complex() and dtype in FORMATS:
+            raise ValueError(f"a mean of {values.dtype} cannot be {dtype}")
         if self._count + len(values) > len(self._weights):
             raise ValueError(f"this is one tensor more than the {len(self._weights)} announced")
         if not self._count:
-            self._shape = shape
-            self._dtype = self._dtype or values.dtype
+            self._shape, self._dtype = shape, dtype
             self._make_blocks(flat)
         elif shape != self._shape:
             shapes = f"{tuple(shape)}, expected {tuple(self._shape)}"
@@ -111,8 +107,7 @@ class RunningMean:
         # A few rows are still in the processor's cache when they are summed after the conversion.
         most = max(CONVERTED // max(min(flat.shape[1], BLOCK), 1), 1)
         for start in range(0, len(flat), most):
-            rows = slice(start, start + most)
-            some = flat if len(flat) <= most else flat[rows]
+            some = flat if len(flat) <= most else flat[start : start + most]
             ours = slice(self._count, self._count + len(some))
             integers, factors = self._weights.integers[ours], self._factors[:, ours]
             for block, part in zip(self._blocks, _blocks(some), strict=True):
@@ -162,7 +157,7 @@ class RunningMean:
                 if len(places):
                     settled = self._settle(places, target, revisit).to(flat.dtype)
                     _indexable(flat)[places] = _indexable(settled)
-        self._begin()
+        self._count = 0  # for the next mean; what was allocated for this one is used again
         return out
 
     def _flat(self, values: Tensor) -> Tensor:
