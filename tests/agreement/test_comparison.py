@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_avg.agreement import Comparison, Sampler
-from merge_avg.agreement._sample import Sample
 from merge_avg.engine import merge_checkpoints, run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
@@ -141,31 +140,6 @@ def test_figures_do_not_depend_on_windows(tmp_path_factory, threads, mebibytes, 
     other = found_by(paths, folder, threads=1)
     assert one.elements == other.elements
     assert one.mean == pytest.approx(other.mean, abs=1e-12)
-
-
-def looked_at(sample, start, stop):
-    segments = sample.segments(start, stop)
-    found = [torch.arange(begin, begin + count) for begin, count in segments]
-    return torch.cat([torch.arange(0), *found]) + start
-
-
-@given(
-    st.integers(1, 1_500_000),
-    st.integers(0, 1_500_000),
-    st.integers(1, 400_000),
-    st.sampled_from([64, 200, 8191, 8192]),
-    st.integers(1, 5),
-)
-def test_pieces_are_looked_at_like_the_whole(size, start, length, taken, every):
-    """What is looked at in a part of a tensor is what of the whole lies there, and counted so."""
-    sample = Sample(size, taken, every if taken < 8192 else 1)
-    start = min(start, size - 1)
-    stop = min(start + length, size)
-    whole = looked_at(sample, 0, size)
-    part = looked_at(sample, start, stop)
-    assert torch.equal(part, whole[(whole >= start) & (whole < stop)])
-    assert sample.before(stop) - sample.before(start) == len(part)
-    assert sample.elements == len(whole) >= max(1, size // 128 // every // 2)
 
 
 def test_the_error_is_that_of_the_sample(tmp_path):

@@ -1,4 +1,4 @@
-"""merge_avg.cosines: figures of the agreement, from sums of products."""
+"""Figures of the agreement, from sums of products."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""merge_avg.cuda: a GPU gives the bytes of the CPU, and what is no GPU is refused."""
+"""A GPU gives the bytes of the CPU, and a device that is not there is refused."""
 
 import pytest
 import torch

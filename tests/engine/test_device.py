@@ -1,4 +1,4 @@
-"""merge_avg.lanes: what travels to a device arrives whole, in order, and is never overwritten."""
+"""What travels to a device arrives whole, in order, and is never overwritten."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""merge_avg.ahead: what is read first is asked for early, and failing to ask is no failure."""
+"""What is read first is asked for early, and failing to ask is not a failure."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""merge_avg.strided: tensors in a geometry other than their file's."""
+"""Tensors in a geometry other than that of their file."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""merge_avg.merge and its workers: files in, one file out, every mixture of formats."""
+"""Files in, one file out: every mixture of formats, dtypes and geometries."""
 
 import math
 import os

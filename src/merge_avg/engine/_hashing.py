@@ -49,7 +49,8 @@ def _spans(window: Window) -> Iterator[_Span]:
 class Hasher:
     """One worker's sums of hashes; an observer, and also told what outputs keep of the template.
 
-    Windows that share a chunk have to come to the same worker, in order.
+    Windows that share a chunk have to come to the same worker, in order. `batches` sees to that:
+    the sizes of windows and of chunks are powers of two, so that none lies across two batches.
     """
 
     def __init__(self, job: Job, findings: Findings) -> None:
