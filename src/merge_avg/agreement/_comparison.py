@@ -187,7 +187,7 @@ class Comparison:
 
 
 class Sampler:
-    """What one worker sets aside of windows, until much of it can be multiplied at a time.
+    """One worker's part of windows, set aside until much of it can be multiplied at a time.
 
     For each window: `begin`, then `see` for each source; and `close` after the last. The products
     go to `comparison`, and `load_torch` is called before the first use of torch.

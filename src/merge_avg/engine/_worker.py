@@ -46,7 +46,7 @@ class Worker:
         """Average windows over all checkpoints, and write the results."""
         for window in batch:
             unit = window[0].unit
-            # What is kept comes this way too: it is read, shown and written without a sum.
+            # The template's elements need no sum, unless --dtype converts their storage.
             kept = unit.kind == "keep" and unit.dtype == unit.sources[0].dtype
             for one in self._watch:
                 one.begin(window)

@@ -14,7 +14,7 @@ from merge_avg.plan import Job
 
 @dataclass
 class Findings:
-    """What the workers of a merge report, from any thread.
+    """Findings that the workers of a merge report, from any thread.
 
     Attributes:
         progress: called with the number of bytes read since the last call.
@@ -49,7 +49,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What the workers of a merge share.
+    """Everything that the workers of a merge share.
 
     Attributes:
         job: the merge.
