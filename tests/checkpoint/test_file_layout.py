@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import save as save_dcp  # type: ignore[attr-defined]
 
 from merge_avg.checkpoint import BY_NAME, FileLayout, NewTensor, RecordFile, Slot, Storage
 from merge_avg.formats import copy, format_for, scan
@@ -37,7 +37,7 @@ def layouts(folder, kind) -> Iterator[FileLayout]:
     if kind == "safetensors":
         save_file(STATE, path)
     elif kind == "torch-dcp":
-        dcp.save({"model": STATE}, checkpoint_id=path, no_dist=True)
+        save_dcp({"model": STATE}, checkpoint_id=path, no_dist=True)
     else:
         zipped = kind == "torch-zip"
         torch.save(
@@ -47,7 +47,7 @@ def layouts(folder, kind) -> Iterator[FileLayout]:
     for number, member in enumerate(layout.members or (layout,)):
         mine = [s for t in layout.tensors for s in t.storage.ranges if s.file == number]
         averaged = {storage.name for storage in mine[::2] if storage.nbytes}
-        if averaged:  # unlike the file that tells of the others in a set
+        if member and averaged:  # unlike the file that tells of the others in a set
             assert member.format == kind
             yield copy(member, {}, averaged, recorded=not layout.members)
 

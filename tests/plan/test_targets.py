@@ -1,6 +1,7 @@
 """merge_avg.plan: the layout of an output, and targets that fill every slot of it."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from merge_avg.plan._units import Plan, make_plan
 from tests.plan.helpers import info, planned
 
 # Of each kind of output, the name and the options.
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "copy": ("o.pt", {}),
     "directory": ("o", {}),
     "bare": ("o.pt", {"state_dict": True}),
