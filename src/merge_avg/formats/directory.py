@@ -94,15 +94,18 @@ def scan_directory(path: Path) -> Layout:
     if not tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
+    stamps = tuple(files.values())
+    parts = tuple(members.get(number) for number in range(len(names)))
     return Layout(
         path,
         "directory",
-        tuple(files.values()),
+        stamps,
         tuple(tensors),
         tuple(others),
         metadata,
-        members=tuple(members.get(number) for number in range(len(names))),
-        notes=tuple(notes),
+        None,
+        parts,
+        tuple(notes),
     )
 
 
@@ -165,11 +168,7 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
 
 
 def _nested(root: Path) -> set[str]:
-    """Return the folders that are left out because they are checkpoints of their own.
-
-    Raises:
-        MergeError: there is nothing but several of them.
-    """
+    """Return the folders that are checkpoints of their own, and raise where nothing else is."""
     entries = sorted(root.iterdir())
     found = [entry.name for entry in entries if entry.is_dir() and of_a_run(entry.name)]
     if any(entry.suffix in SUFFIXES or set_format(entry.name) for entry in entries):
@@ -226,12 +225,10 @@ def _path_of(name: str) -> TreePath:
 
 
 def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -> list[TreePath]:
-    """Return for each file the path that its tensors are at in the directory's tree.
-
-    `pytorch_model.bin` and `model.safetensors` are the same state dict by two names, so that a
-    checkpoint of one can be averaged with one of the other. Where it is the only one, it needs no
-    prefix: then a directory can be averaged with a single file too.
-    """
+    """Return for each file the path that its tensors are at in the directory's tree."""
+    # `pytorch_model.bin` and `model.safetensors` are the same state dict by two names, so that a
+    # checkpoint of one can be averaged with one of the other. Where it is the only one, it needs no
+    # prefix: then a directory can be averaged with a single file too.
     prefixes: list[TreePath] = [()] * len(names)
     families: dict[TreePath, str] = {}
     for number, name in enumerate(names):

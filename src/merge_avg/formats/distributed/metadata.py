@@ -47,14 +47,7 @@ _TORCH_SIZE = Global("torch", "Size")
 
 @dataclass(frozen=True)
 class Chunk:
-    """The place of a chunk of a tensor, or of an object.
-
-    Attributes:
-        fqn: the name of the tensor or object.
-        offset: of the chunk in the tensor; None for an object.
-        start: of its bytes in the file.
-        nbytes: their number.
-    """
+    """The place in a file of a chunk of a tensor, or of an object, which has no offset."""
 
     fqn: str
     offset: tuple[int, ...] | None
@@ -63,12 +56,7 @@ class Chunk:
 
 
 class Metadata:
-    """The content of a `.metadata` file, checked.
-
-    Attributes:
-        sizes: the shape of each tensor, by its name.
-        dtypes: of each tensor.
-    """
+    """The content of a `.metadata` file, checked."""
 
     def __init__(self, data: bytes) -> None:
         self._allowance = Allowance()
@@ -95,21 +83,19 @@ class Metadata:
             self._objects.append(fqn)
             return
         state = _table(entry.state)
-        properties = state.get("properties")
         dtype: Value = None
-        if isinstance(properties, Instance):
-            # A tuple, as TensorProperties.__getstate__ makes it, or the attributes themselves.
-            match properties.state:
-                case (Global() as dtype, *_):
-                    pass
-                case {"dtype": Global() as dtype}:
-                    pass
+        # A tuple, as TensorProperties.__getstate__ makes it, or the attributes themselves.
+        match state.get("properties"):
+            case Instance(state=(dtype, *_) | {"dtype": dtype}):
+                pass
         if kind != "TensorStorageMetadata" or not isinstance(dtype, Global):
             raise PickleError(f"it describes {fqn!r} in an unknown way")
         known = BY_NAME.get(dtype.name)
         if known is None:
             raise PickleError(f"tensor {fqn!r} is of the unknown dtype {shown(dtype)}")
-        chunks = _instances(state.get("chunks"))
+        chunks = state.get("chunks")
+        if not isinstance(chunks, list) or not all(isinstance(one, Instance) for one in chunks):
+            raise PickleError("it describes chunks in an unknown way")
         # A list of chunks may be shared by many tensors: its pickle is short, this is not.
         self._allowance.spend(200 * len(chunks) + 500)
         self.sizes[fqn] = _size(state.get("size"))
@@ -124,25 +110,19 @@ class Metadata:
         files: dict[str, list[Chunk]] = {}
         for key, value in self._stored.items():
             index, place = _attributes(key), _attributes(value)
-            fqn, offset = index.get("fqn"), index.get("offset")
-            match place:
-                case {
-                    "relative_path": str() as name,
-                    "offset": int() as start,
-                    "length": int() as size,
-                }:
+            entry = index.get("fqn"), *map(place.get, ("relative_path", "offset", "length"))
+            match entry:
+                case str() as fqn, str() as name, int() as at, int() as size if min(at, size) >= 0:
                     pass
                 case _:
                     raise PickleError("it describes where a chunk lies in an unknown way")
-            if not isinstance(fqn, str) or start < 0 or size < 0:
-                raise PickleError("it describes where a chunk lies in an unknown way")
             # Names of extensions such as compression, which only torch can undo.
             if place.get("transform_descriptors"):
                 hint = "convert the checkpoint: python -m torch.distributed.checkpoint"
                 hint += ".format_utils dcp_to_torch DIRECTORY OUTPUT.pt"
                 raise MergeError(f"the chunks of {fqn!r} are compressed", hint=hint)
-            where = None if offset is None else _size(offset)
-            files.setdefault(name, []).append(Chunk(fqn, where, start, size))
+            offset = None if index.get("offset") is None else _size(index["offset"])
+            files.setdefault(name, []).append(Chunk(fqn, offset, at, size))
         return files
 
     def others(self) -> tuple[str, ...]:
@@ -160,12 +140,7 @@ class Metadata:
     def tensor(
         self, fqn: str, stored: Mapping[tuple[str, tuple[int, ...]], TensorInfo]
     ) -> TensorInfo:
-        """Return a tensor over the storages of its chunks.
-
-        Args:
-            fqn: its name.
-            stored: the chunks that were found, by name and offset.
-        """
+        """Return a tensor over the storages of its chunks, found by name and offset."""
         shape, dtype = self.sizes[fqn], self.dtypes[fqn]
         chunks: list[tuple[tuple[int, ...], TensorInfo]] = []
         for offset, size in self._offsets[fqn]:
@@ -181,9 +156,9 @@ class Metadata:
         if len(chunks) == 1:
             return replace(chunks[0][1], path=path)
         chunks.sort(key=lambda chunk: chunk[0])
-        strides = row_major(shape)
-        nbytes = math.prod(shape) * dtype.itemsize
-        whole = Storage(fqn, 0, nbytes)
+        whole = Storage(fqn, 0, math.prod(shape) * dtype.itemsize)
+        # Cut along the first dimension, as FSDP does, the chunks are the bytes of the tensor one
+        # after the other, and need no copy in the order of the whole.
         rows = all(
             info.contiguous
             and info.shape[1:] == shape[1:]
@@ -191,12 +166,11 @@ class Metadata:
             and info.storage.nbytes == info.numel * dtype.itemsize
             for _, info in chunks
         )
-        # Cut along the first dimension, as FSDP does, the chunks are the bytes of the tensor one
-        # after the other, and need no copy in the order of the whole.
         if rows:
-            parts = tuple(info.storage for _, info in chunks)
-            return TensorInfo(path, dtype, shape, strides, 0, replace(whole, parts=parts))
-        return TensorInfo(path, dtype, shape, strides, 0, replace(whole, tiles=tuple(chunks)))
+            whole = replace(whole, parts=tuple(info.storage for _, info in chunks))
+        else:
+            whole = replace(whole, tiles=tuple(chunks))
+        return TensorInfo(path, dtype, shape, row_major(shape), 0, whole)
 
 
 def _nothing(_: Value) -> Value:
@@ -204,9 +178,7 @@ def _nothing(_: Value) -> Value:
 
 
 def _call(function: Global, args: tuple[Value, ...]) -> Value | None:
-    if function == _TORCH_SIZE:
-        return _size(args[0] if args else ())
-    return None
+    return _size(args[0] if args else ()) if function == _TORCH_SIZE else None
 
 
 def _size(value: Value) -> tuple[int, ...]:
@@ -220,12 +192,6 @@ def _size(value: Value) -> tuple[int, ...]:
 
 def _is_key(key: Value) -> bool:
     return isinstance(key, str) or (isinstance(key, int) and key.bit_length() <= 64)
-
-
-def _instances(value: Value) -> list[Instance]:
-    if not isinstance(value, list) or not all(isinstance(one, Instance) for one in value):
-        raise PickleError("it describes chunks in an unknown way")
-    return value
 
 
 def _table(value: Value) -> dict[Value, Value]:

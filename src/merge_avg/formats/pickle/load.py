@@ -86,9 +86,6 @@ def load(
     return Loaded(value, frames, machine.at - start)
 
 
-# Numbers and texts
-
-
 def _fixed(size: int, decode: Callable[[bytes], Value]) -> _Handler:
     return lambda m: m.push(decode(m.take(size)))
 
@@ -140,9 +137,6 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
     if octal:
         return bytes([int(octal, 8) & 0xFF])
     return bytes([int(hexadecimal, 16)]) if hexadecimal else _LETTERS.get(letter, found[0])
-
-
-# The pickle, the stack and containers
 
 
 def _proto(m: Machine) -> None:
@@ -204,9 +198,6 @@ def _additems(m: Machine) -> None:
         target.update(items)
     else:
         m.extend(items, target)
-
-
-# Names, calls and objects
 
 
 def _stack_global(m: Machine) -> None:

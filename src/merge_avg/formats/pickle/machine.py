@@ -72,9 +72,7 @@ class Machine:
     ) -> Value:
         """Run to the STOP opcode, and return the value that is left.
 
-        Args:
-            table: the handler of each opcode.
-            costs: the bytes that each opcode costs, whatever its argument.
+        The table has the handler of each opcode, and `costs` the bytes that each costs at least.
         """
         data, stack, allowance = self.data, self.stack, self.allowance
         deepest = _STEP
@@ -97,32 +95,28 @@ class Machine:
             if opcode == 0x71 and stack:
                 self.put(data[at + 1])
                 self.at = at + 2
-                continue
-            if opcode == 0x4B:
+            elif opcode == 0x4B:
                 stack.append(data[at + 1])
                 self.at = at + 2
-                continue
-            if opcode == 0x72 and stack and at + 5 <= len(data):
+            elif opcode == 0x72 and stack and at + 5 <= len(data):
                 self.put(int.from_bytes(data[at + 1 : at + 5], "little"))
                 self.at = at + 5
-                continue
-            if opcode == 0x2E:  # STOP
+            elif opcode == 0x2E:  # STOP
                 value = self.pop()
                 if self.getters:  # one is left that no call has used up
                     refuse("builtins", "getattr")
                 allowance.read = self.at - self.start
                 return value
-            handler = table[opcode]
-            if handler is None:
-                raise ValueError(f"opcode 0x{opcode:02x}")
-            handler(self)
+            else:
+                handler = table[opcode]
+                if handler is None:
+                    raise ValueError(f"opcode 0x{opcode:02x}")
+                handler(self)
 
     def spend(self, nbytes: int) -> None:
         """Pay for an object from the allowance, which has grown with what was read since."""
         self.allowance.read = max(self.allowance.read, self.at - self.start)
         self.allowance.spend(nbytes)
-
-    # Arguments of opcodes
 
     def take(self, count: int) -> bytes:
         """Read `count` bytes."""
@@ -154,8 +148,6 @@ class Machine:
     def number(self, size: int) -> int:
         """Read a number of `size` bytes, little-endian and unsigned."""
         return int.from_bytes(self.take(size), "little")
-
-    # The stack
 
     def pop(self) -> Value:
         """Take the top value off the stack."""
@@ -193,10 +185,8 @@ class Machine:
         self.push_global(module, name)
 
     def counts(self, value: Value) -> bool:
-        """Return whether a value is getattr, and count it if so.
-
-        Each call must use up one of those that were pushed: else one went somewhere else.
-        """
+        """Return whether a value is getattr, and count it if so."""
+        # Each call must use up one of those that were pushed: else one went somewhere else.
         found = type(value) is Global and value in GETTERS
         self.getters += found
         return found
@@ -206,8 +196,6 @@ class Machine:
         self.spend(_GLOBAL)
         start = self.start
         self.push(Global(module, name, self.opcode_at - start, self.at - start))
-
-    # The memo
 
     def get(self, index: int) -> None:
         """Push a value from the memo."""
@@ -230,8 +218,6 @@ class Machine:
         else:
             self.spend(2 * _ENTRY)
             self.far[index] = value
-
-    # Containers
 
     def set(self, pairs: list[tuple[Value, Value]], target: Value) -> None:
         """Set entries of a dict, or of an object that may be one."""
@@ -287,8 +273,6 @@ class Machine:
         for item in items:
             self.check_key(item)
         return items
-
-    # Calls
 
     def make(self, args: Value, function: Value) -> None:
         """Push what a call stands for: what the caller makes of it, else an Instance."""

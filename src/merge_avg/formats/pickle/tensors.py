@@ -57,18 +57,11 @@ _WRAPPED = {
 
 @dataclass(eq=False, slots=True)
 class Stored:
-    """A storage as a pickle names it, without the place of its bytes.
+    """A storage as a pickle names it, by its key and without the place of its bytes."""
 
-    Attributes:
-        dtype: None for an untyped storage.
-        storage: under the pickle's key for it.
-        start: the number of its first element: not 0 for a view of another storage, as torch wrote
-            them before version 0.4.
-    """
-
-    dtype: DType | None
+    dtype: DType | None  # None for an untyped storage
     storage: Storage
-    start: int = 0
+    start: int = 0  # its first element: not 0 for a view of another, as torch before 0.4 wrote them
 
 
 @dataclass(eq=False, slots=True)
@@ -80,13 +73,7 @@ class Tensor:
 
 @dataclass
 class TorchHooks:
-    """The hooks that make storages and tensors of what a pickle of torch would call.
-
-    Attributes:
-        allowance: pays for them.
-        storages: by their keys.
-        classes: each place where the pickle names a storage's class.
-    """
+    """The hooks that make storages, here by key, and tensors of what a pickle would call."""
 
     allowance: Allowance
     storages: dict[str, Stored] = field(default_factory=dict)
@@ -104,12 +91,11 @@ class TorchHooks:
         if not isinstance(cls, Global) or not _is_number(numel) or not isinstance(key, str | int):
             raise PickleError("the pickle describes a storage in an unknown way")
         key = shown(key)
+        dtype = BY_STORAGE.get(cls.name)
         # Files from other devices name their classes: torch.cuda.FloatStorage is the same bytes.
-        dtype = None
-        if cls.name != "UntypedStorage":
-            dtype = BY_STORAGE.get(cls.name)
-            if dtype is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
-                raise PickleError(f"storage {key!r} is of the unknown class {cls}")
+        known = dtype and cls.module in ("torch", "torch.cuda", "torch.storage")
+        if not known and cls.name != "UntypedStorage":
+            raise PickleError(f"storage {key!r} is of the unknown class {cls}")
         nbytes = numel * (dtype.itemsize if dtype else 1)
         stored = self.storages.get(key)
         self.allowance.used += 400 if stored is None else 200
@@ -175,26 +161,23 @@ def _tensor(
 ) -> Tensor:
     if not isinstance(stored, Stored):
         raise PickleError("a tensor is rebuilt from something that is not a storage")
-    element = stored.dtype
-    if dtype is not None:
-        element = BY_NAME.get(dtype.name) if isinstance(dtype, Global) else None
+    name = stored.storage.name
+    element = BY_NAME.get(dtype.name) if isinstance(dtype, Global) else None
+    element = stored.dtype if dtype is None else element
     if element is None:
-        what = f"storage {stored.storage.name!r} holds the unknown dtype {shown(dtype)}"
-        raise PickleError(what)
+        raise PickleError(f"storage {name!r} holds the unknown dtype {shown(dtype)}")
     start = start + stored.start if _is_number(start) else start
-    held = stored.storage.nbytes // element.itemsize
-    trouble = impossible(shape, stride, start, held)
+    trouble = impossible(shape, stride, start, stored.storage.nbytes // element.itemsize)
     if trouble:
-        raise PickleError(f"a tensor on storage {stored.storage.name!r} has {trouble}")
+        raise PickleError(f"a tensor on storage {name!r} has {trouble}")
     # Conjugation and negation may be pending: then the bytes are not yet those of the tensor.
     bits = metadata if isinstance(metadata, dict) else {}
     flipped = [bit for bit in ("conj", "neg") if bits.get(bit)]
     trouble = f"a lazy view (its {flipped[0]} bit is set)" if flipped else None
     if element.kind == "code":
         trouble = f"a tensor of {element.name} codes"
-    return Tensor(
-        TensorInfo((), element, tuple(shape), tuple(stride), start, stored.storage, trouble)
-    )
+    shape, stride = tuple(shape), tuple(stride)
+    return Tensor(TensorInfo((), element, shape, stride, start, stored.storage, trouble))
 
 
 def _is_number(value: Value) -> bool:

@@ -111,8 +111,7 @@ class Allowance:
 
     Attributes:
         density: how much each byte of the pickle counts; below 1 where the pickle was compressed.
-        used: bytes spent so far.
-        limit: bytes that may be spent, for the part of the pickle that was read so far.
+        used, limit: bytes spent so far, and those that may be for what was read of the pickle.
         read: bytes of the pickle read so far.
     """
 

@@ -25,21 +25,17 @@ from collections.abc import Mapping, Sequence
 from merge_avg.checkpoint import Archive, DType, Layout, NewTensor
 from merge_avg.errors import MergeError
 
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
 
 def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
-    """Return the pickle with the classes of some storages changed, and without frames.
-
-    Every class is spelled out where it was put on the stack, since a memo entry can serve storages
-    that change and storages that do not.
-
-    Args:
-        layout: the checkpoint, for messages.
-        archive: its pickle.
-        changed: the new dtypes of storages, by their names in the layout.
+    """Return a checkpoint's pickle with new dtypes for some storages, by their names.
 
     Raises:
         MergeError: a storage has no class that says its dtype.
     """
+    # Every class is spelled out where it was put on the stack, since a memo entry can serve
+    # storages that change and storages that do not.
     # A frame tells the length of what follows, which changes. Readers need no frames: without them
     # they read opcode by opcode.
     edits = [(at, at + 9, b"") for at in archive.frames]
@@ -54,8 +50,7 @@ def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType])
                 raise MergeError(what, where=layout.path, hint=hint)
             cls = f"torch\n{storage}"
         edits.append((span.start, span.stop, f"c{cls}\n".encode()))
-    parts = []
-    at = 0
+    parts, at = [], 0
     for start, stop, new in sorted(edits):
         parts += [archive.pickle[at:start], new]
         at = stop
@@ -79,16 +74,8 @@ def _ints(values: Sequence[int]) -> bytes:
     return b"(" + b"".join(map(_int, values)) + b"t"
 
 
-_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
-
-
 def pickled(tensors: Sequence[NewTensor], keys: Mapping[str, str]) -> bytes:
-    """Return a state dict as torch.save pickles it, in protocol 2.
-
-    Args:
-        tensors: its entries, in order.
-        keys: the pickle's key of each storage, by the storage's name.
-    """
+    """Return a state dict as torch.save pickles it; `keys` are those of its storages, by name."""
     parts = [b"\x80\x02", _ORDERED_DICT, b"("]
     for tensor in tensors:
         size, typed = tensor.storage_nbytes, tensor.dtype.storage is not None
