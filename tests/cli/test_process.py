@@ -32,13 +32,11 @@ def test_refusals_and_wrong_usage(folds, tmp_path):
 
 def test_running_out_of_memory_is_a_message(command, folds, monkeypatch):
     """Memory that is not to be had is a refusal, and its hint names what to lower."""
-    from merge_avg import plan
 
     def greedy(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(plan, "prepare", greedy)
-    monkeypatch.delitem(sys.modules, "merge_avg.cli._merge", raising=False)
+    monkeypatch.setattr("merge_avg.cli._merge.prepare", greedy)
     code, out, err = command(*folds, "-o", "out.pt")
     assert (code, out) == (1, "")
     assert err.splitlines() == [

@@ -360,7 +360,7 @@ def _end() -> NoReturn:
 
     code: Any = 0
     try:
-        merge_avg.cli.main()
+        merge_avg.cli.main(last=True)
     except SystemExit as end:
         code = end.code
     except BaseException:  # noqa: BLE001 - Python prints it in the same way

@@ -30,7 +30,7 @@ def entry() -> None:
     # Torch tells whoever imports it that NumPy is not installed. It is not needed.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
-        main()
+        main(last=True)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -40,10 +40,10 @@ def entry() -> None:
     os._exit(0)
 
 
-def main() -> None:
-    """Run the command, and exit with its code."""
+def main(*, last: bool = False) -> None:
+    """Run the command, and exit with its code; `last`: the process does nothing else after it."""
     try:
-        with _signals():
+        with _signals(last=last):
             _run()
     except KeyboardInterrupt:  # it came before the handler was installed
         sys.exit(130)
@@ -69,7 +69,7 @@ class _Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
+def _signals(*, last: bool) -> Iterator[None]:
     """Make signals end the command by an exception, so that it cleans up.
 
     A signal that is ignored stays so: nohup ignores SIGHUP, and a shell ignores SIGINT for jobs in
@@ -99,10 +99,6 @@ def _signals() -> Iterator[None]:
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     caught = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]
     before = {one: signal.signal(one, stop) for one in (signal.SIGALRM, *caught)}
-    # Once Python finalizes, all outputs are settled: a signal could only cause a traceback, or kill
-    # the process, and its exit code would belie what was done.
-    for one in before:
-        atexit.register(signal.signal, one, signal.SIG_IGN)
     hook, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield
@@ -110,8 +106,11 @@ def _signals() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
         for one, handler in before.items():
-            # None stands for a handler that was not installed from Python: it cannot be restored.
-            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+            # All outputs are settled. While Python finalizes, a signal could only cause a traceback
+            # or kill the process, and its exit code would belie what was done. In a process that
+            # goes on, None stands for a handler not installed from Python: it cannot be restored.
+            kept = signal.SIG_DFL if handler is None else handler
+            signal.signal(one, signal.SIG_IGN if last else kept)
 
 
 def _open_streams() -> None:
