@@ -74,8 +74,8 @@ def _run(arguments: list[str]) -> tuple[int, str, str]:
     ) as process:
         try:
             output, errors = process.communicate()
-        # Ctrl-C too must not leave an evaluation running. `subprocess.run` would kill it as well,
-        # but not wait until it is dead, and so might write to what is removed next.
+        # Ctrl-C too must not leave an evaluation running. `subprocess.run` would kill it too, but
+        # after a KeyboardInterrupt it waits only a moment for the end.
         except BaseException:
             process.kill()
             process.wait()
