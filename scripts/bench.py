@@ -6,10 +6,10 @@
     python scripts/bench.py --curve               time and memory over the number and size of files
 
 Every contender is a process of its own. Contenders take turns, so that a noisy machine is noisy for
-all of them. Each time is also printed as a ratio to the limit, which is to read what has to be read
-of every input once and to copy one input with fsync: once as it is, and once less what `python -c
-"import torch"` takes in the same run. Memory is that of the whole process; `anon` leaves out mapped
-files and code.
+all of them. Where there is a GPU, merge-avg and the loop run on it too. Each time is also printed
+as a ratio to the limit, which is to read what has to be read of every input once and to copy one
+input with fsync: once as it is, and once less what `python -c "import torch"` takes in the same
+run. Memory is that of the whole process; `anon` leaves out mapped files and code.
 """
 
 from __future__ import annotations
@@ -188,6 +188,21 @@ for path in inputs[1:]:
         total[key] += value
 for value in total.values():
     value /= len(inputs)
+save(first)
+"""
+)
+# The same, with the sum in a GPU's memory.
+_GPU_LOOP = (
+    _LOAD
+    + """
+first = load(inputs[0])
+state = weights(first)
+total = {key: value.cuda() for key, value in state.items()}
+for path in inputs[1:]:
+    for key, value in weights(load(path)).items():
+        total[key] += value.cuda()
+for key, value in total.items():
+    state[key] = (value / len(inputs)).cpu()
 save(first)
 """
 )
@@ -533,12 +548,16 @@ def main() -> None:
         parser.error(f"no such workload: {', '.join(sorted(unknown))}")
     bare = _ours("--no-agreement", "--no-hashes")
     contenders = {"merge-avg": _ours(), "less measuring": bare}
+    if torch.cuda.is_available():
+        contenders["on a GPU"] = _ours("--device", "cuda")
     if not options.ours:
         contenders |= {
             "naive loop": _python(_LOOP.replace("OPTIONS", "")),
             "mmap loop": _python(_LOOP.replace("OPTIONS", ", mmap=True")),
             "AveragedModel": _python(_AVERAGED_MODEL),
         }
+        if torch.cuda.is_available():
+            contenders["loop on a GPU"] = _python(_GPU_LOOP)
         if options.mergekit:
             contenders["mergekit"] = _mergekit(options.mergekit)
         if options.sd_mecha:

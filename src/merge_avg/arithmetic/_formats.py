@@ -19,13 +19,14 @@ class Format:
 
     bits: int  # of the significand, the leading one included
     emin: int  # the exponent of the smallest normal number
+    nan: int = 0  # the bits of the NaN that is written, where torch can compute with them
 
 
 FORMATS = {
-    torch.float64: Format(53, -1022),
-    torch.float32: Format(24, -126),
-    torch.float16: Format(11, -14),
-    torch.bfloat16: Format(8, -126),
+    torch.float64: Format(53, -1022, 0x7FF8 << 48),
+    torch.float32: Format(24, -126, 0x7FC0 << 16),
+    torch.float16: Format(11, -14, 0x7E00),
+    torch.bfloat16: Format(8, -126, 0x7FC0),
     torch.float8_e4m3fn: Format(4, -6),
     torch.float8_e5m2: Format(3, -14),
     torch.float8_e4m3fnuz: Format(4, -7),

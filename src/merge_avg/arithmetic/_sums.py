@@ -35,7 +35,9 @@ class PlainSum:
         # Converted here: adding another dtype would make a fresh tensor to convert into.
         wide = self._buffers("wide", rows)
         wide.copy_(rows)
-        if signs:  # the matrix product below would begin with +0
+        # The matrix product below would begin with +0. On a GPU it would take memory that torch
+        # never gives back, and be no faster.
+        if signs or wide.is_cuda:
             for row, weight in zip(wide, weights, strict=True):
                 row.mul_(self._weights.factor(weight))
             out.copy_(wide[:1])
@@ -203,6 +205,8 @@ class WideSum:
         power = mean.view(torch.int64).bitwise_and((1 << 52) - 1) == 0
         half, quarter = ((beyond.abs() - unit / part).abs() <= unit * 2.0**-40 for part in (2, 4))
         edge = half | (power & quarter)
+        # Around zero the parts of a unit underflow, though the mean of zeros is in no doubt.
+        edge &= (high != 0) | self._inexact
         if self._weights.total & (self._weights.total - 1) == 0:
             edge &= self._inexact  # an exact division: the one rounding above is right
         return mean, edge

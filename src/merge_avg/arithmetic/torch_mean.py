@@ -305,9 +305,10 @@ class _Block:
             if doubtful is not None:
                 doubtful &= ~self.bad
         out.copy_(mean)
-        if self.bad is not None and out.dtype == torch.bfloat16:
-            # Torch writes one NaN where it converts many at a time, and another at the end.
-            out.view(torch.int16).masked_fill_(out.isnan(), 0x7FC0)
+        if self.bad is not None and out.dtype in WORDS:
+            # Which NaN a conversion writes depends on the dtype, on the device, and for bfloat16
+            # even on how many numbers torch converts at a time.
+            out.view(WORDS[out.dtype]).masked_fill_(out.isnan(), target.nan)
         return doubtful
 
 
