@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from merge_avg.engine._merge_checkpoints import merge_checkpoints
 from merge_avg.engine._readahead import read_ahead
-from merge_avg.engine._run import Result, run
+from merge_avg.engine._run import Result, merge_checkpoints, run
 
 __all__ = ["Result", "merge_checkpoints", "read_ahead", "run"]

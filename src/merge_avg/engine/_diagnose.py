@@ -1,33 +1,30 @@
-"""Which tensor in which file is not finite, does not fit, or differs: named, or refused.
+"""What is not simply averaged: integers, and tensors that are not finite, do not fit, or differ.
 
-The fast paths only know that something in a window is wrong. What is wrong is found by reading the
-window once more, so that merges without trouble do not pay for it.
+The fast paths only know that something in a window is wrong. Which tensor in which file is found by
+reading the window once more, so that merges without trouble do not pay for it.
 """
 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from merge_avg.arithmetic import is_counter, values_of
+from merge_avg.arithmetic import Weights, is_counter, settle, unequal, values_of
 from merge_avg.checkpoint import Name, TensorInfo
-from merge_avg.engine._reading import WindowReader, length, part
+from merge_avg.engine._reading import WindowReader, counted, length, part
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
-from merge_avg.io import Matrix
+from merge_avg.io import Buffer, Matrix, same
 from merge_avg.plan import Piece, Unit, Window
 
+_SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 Places = Sequence[int] | ctypes.Array[ctypes.c_int64]  # of elements of a window, in order
 
 
 class Diagnosis:
-    """One worker's look at what is wrong with a window.
-
-    Args:
-        space: the merge.
-        reader: what windows are read by once more.
-    """
+    """One worker's look at what is wrong with a window."""
 
     def __init__(self, space: Workspace, reader: WindowReader) -> None:
         self._options = space.job.options
@@ -59,13 +56,9 @@ class Diagnosis:
             raise MergeError(what, where=self._paths[0], hint=hint)
 
     def differing(self, window: Window, piece: Piece, places: Sequence[int], shift: int) -> None:
-        """Note which tensors differ, or refuse them, as the policy says.
+        """Note which tensors differ in a piece of a window, or refuse them, as the policy says.
 
-        Args:
-            window: the window.
-            piece: one of its pieces.
-            places: the elements of the window that differ and lie in the piece.
-            shift: what turns them into places in the unit's storage.
+        `places` are elements of the window; adding `shift` gives elements of the unit's storage.
         """
         for name, info, _ in _touched(piece.unit, places, shift):
             is_bool = info.dtype.kind == "bool"
@@ -132,3 +125,66 @@ def _covers(info: TensorInfo, element: int) -> bool:
         if step:
             rest -= min(rest // step, extent - 1) * step
     return rest == 0
+
+
+class Integers:
+    """One worker's means of integers, which are made in `out`."""
+
+    def __init__(
+        self, space: Workspace, reader: WindowReader, diagnosis: Diagnosis, out: Buffer
+    ) -> None:
+        self._rows = [output.weights for output in space.job.outputs]
+        self._policy = space.job.options.int_policy
+        self._reader = reader
+        self._diagnosis = diagnosis
+        self._out = out
+
+    def results(self, window: Window) -> Iterator[int]:
+        """Yield the number of each output, while its part of the window lies in `out`."""
+        # The template's elements are the result until the policy says otherwise.
+        ours = self._reader.read(window, 0, self._out)
+        size = window[0].unit.dtype.itemsize
+        places = unequal(self._pairs(window, ours), size)
+        found: list[tuple[Piece, slice, array[int]]] = []
+        at = 0
+        for piece in window if places else ():
+            span = slice(at, at + piece.stop - piece.start)
+            at = span.stop
+            some = places[bisect_left(places, span.start) : bisect_left(places, span.stop)]
+            if some:
+                shift = piece.unit.start + piece.start - span.start
+                self._diagnosis.differing(window, piece, some, shift)
+                found.append((piece, span, some))
+        for number in range(len(self._rows)):
+            if self._policy in ("max", "mean"):
+                for piece, span, some in found:
+                    data = ours[span.start * size : span.stop * size]
+                    self._settle(number, piece, [place - span.start for place in some], data)
+            yield number
+
+    def _pairs(self, window: Window, ours: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+        """Yield a window of the template with each other source's that is not the same."""
+        for k in range(1, len(window[0].unit.sources)):
+            theirs = self._reader.read(window, k)
+            # One memcmp, as integers nearly always agree.
+            if not same(self._out, self._reader.room(), len(ours)):
+                yield ours, theirs
+
+    def _settle(self, number: int, piece: Piece, places: Sequence[int], data: memoryview) -> None:
+        """Give elements that differ the values that the policy makes of them for an output."""
+        dtype = piece.unit.members[0][1].dtype
+        ours = values_of(data, dtype)
+        row = self._rows[number]
+        sources = counted(piece.unit, row)
+        chosen = [piece.unit.sources[k].checkpoint for k in sources]
+        weights = row.subset(chosen) or Weights.uniform(len(sources))
+        most = max(_SETTLED // len(sources), 1)
+        for start in range(0, len(places), most):
+            some = places[start : start + most]
+            columns = []
+            for k in sources:
+                # Also of the template: the output before this one has settled other values here.
+                theirs = values_of(self._reader.again((piece,), k), dtype)
+                columns.append([theirs[place] for place in some])
+            for place, *values in zip(some, *columns, strict=True):
+                ours[place] = settle(values, self._policy, weights)

@@ -4,51 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any, Concatenate, ParamSpec
 
 from merge_avg.agreement import Agreement, Comparison
-from merge_avg.engine import _hashing as hashing
-from merge_avg.engine._parallel import in_parallel, single_threaded
+from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
 from merge_avg.errors import MergeError, failure
 from merge_avg.io import Output, Reader, Scratch, Sink
-from merge_avg.plan import Hashes, Job, OutputSpec, batches
+from merge_avg.options import Location, Options, Outputs, meanings
+from merge_avg.plan import Hashes, Job, OutputSpec, batches, prepare, without_collector
 
+P = ParamSpec("P")
 Opened = Callable[[OutputSpec], contextlib.AbstractContextManager[Sink]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a merge.
+    """The result of a merge."""
 
-    Attributes:
-        job: what was asked for, and what was planned.
-        nbytes: bytes read from the checkpoints.
-        seconds: wall time of reading, averaging and writing.
-        differing: integer tensors that differ between the checkpoints and were decided by the
-            policy.
-        nonfinite: tensors that hold NaN or infinity, where that was allowed.
-        warnings: what may make the mean meaningless.
-        agreement: how far the checkpoints agree; None where there is nothing to compare.
-        centred: the same for their differences to the base, if there is one.
-        compared: the numbers of the checkpoints that `agreement` is about.
-        hashes: of what was read of each checkpoint; None where they were not asked for.
-    """
-
-    job: Job
-    nbytes: int
-    seconds: float
-    differing: tuple[str, ...]
-    nonfinite: tuple[str, ...]
-    warnings: tuple[str, ...]
-    agreement: Agreement | None
-    centred: Agreement | None
-    compared: tuple[int, ...]
-    hashes: Hashes | None
+    job: Job  # what was asked for, and what was planned
+    nbytes: int  # read from the checkpoints
+    seconds: float  # wall time of reading, averaging and writing
+    differing: tuple[str, ...]  # integer tensors that differ, which the policy decided
+    nonfinite: tuple[str, ...]  # tensors that hold NaN or infinity, where that was allowed
+    warnings: tuple[str, ...]  # what may make the mean meaningless
+    agreement: Agreement | None  # None where there is nothing to compare
+    centred: Agreement | None  # that of the differences to the base, if there is one
+    compared: tuple[int, ...]  # the numbers of the checkpoints that `agreement` is about
+    hashes: Hashes | None  # of what was read of each checkpoint, if they were asked for
 
 
 def run(
@@ -56,16 +50,19 @@ def run(
 ) -> Result:
     """Run a prepared merge.
 
-    Args:
-        job: the merge.
-        progress: called with the number of bytes read since the last call, from any thread.
-        opened: opens what takes an output; by default, its file or directory.
+    `progress` is called with the number of bytes read since the last call, from any thread.
+    `opened` opens what takes an output: by default, its file or directory.
 
     Raises:
         MergeError: nothing at the output's path was created or changed.
     """
+
+    def output(spec: OutputSpec) -> Output:
+        record = job.record(spec)
+        return Output(spec.path, job.layout.files, record, overwrite=job.options.overwrite)
+
     try:
-        return _run(job, progress, opened or functools.partial(_output, job))
+        return _run(job, progress, opened or output)
     except OSError as error:  # of the scratch file, or of a file system that fails
         known = isinstance(error.filename, str)
         raise failure(error, where=None if known else job.outputs[0].path) from None
@@ -106,7 +103,7 @@ def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened) -> Re
             reader.finish()
         agreement = comparison.result()
         _refuse_strangers(job, agreement)
-        hashes = hashing.total(job, findings)
+        hashes = total(job, findings)
         cosine = None if agreement is None else agreement.mean
         for sink, output in zip(sinks, job.outputs, strict=True):
             sink.complete(job.record(output, hashes, cosine))
@@ -137,11 +134,6 @@ def _on_device(job: Job) -> tuple[Job, str]:
     return replace(job, budget=job.budget.fitting(free)) if free else job, device
 
 
-def _output(job: Job, output: OutputSpec) -> Output:
-    draft = job.record(output)
-    return Output(output.path, job.layout.files, draft, overwrite=job.options.overwrite)
-
-
 def _restrides(job: Job) -> bool:
     """Return whether a tensor, or a result, lies otherwise than in the template: seldom."""
     units = zip(job.plan.units, job.layout.targets, strict=True)
@@ -153,8 +145,8 @@ def _restrides(job: Job) -> bool:
 def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
     """Yield what there is to do: the windows of all units that go anywhere, then the copies."""
     placed = [u for u, targets in zip(job.plan.units, job.layout.targets, strict=True) if targets]
-    chunk = max(map(hashing.chunk, placed), default=1)
-    for batch in batches(placed, job.budget.window, chunk):
+    largest = max(map(chunk, placed), default=1)
+    for batch in batches(placed, job.budget.window, largest):
         yield functools.partial(Worker.fill, batch=batch)
     for index, (number, record) in enumerate(job.layout.copies):
         yield functools.partial(Worker.copy, index=index, number=number, record=record)
@@ -167,3 +159,141 @@ def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
         what = f"the checkpoints agree by {agreement.mean:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
         raise MergeError(what, where=job.outputs[0].path, hint=hint)
+
+
+def in_parallel(
+    tasks: Iterator[Callable[[Worker], None]], make_worker: Callable[[], Worker], threads: int
+) -> None:
+    """Run tasks on worker threads, each with its own worker; raise the first error, and stop."""
+    lock, stop = threading.Lock(), threading.Event()
+    # A queue in C: a signal that ends the wait for it by an exception leaves no lock behind, on
+    # which a worker would hang.
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            with contextlib.closing(make_worker()) as worker:
+                while not stop.is_set():
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        break
+                    task(worker)
+        except BaseException as error:  # noqa: BLE001 - it is raised by who waits
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="merge-avg") as pool:
+        try:
+            with _signals_held():
+                for _ in range(threads):
+                    pool.submit(run)
+            for _ in range(threads):
+                if (error := ended.get()) is not None:
+                    raise error
+        finally:
+            stop.set()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals wait while threads begin: an exception in between would leave locks behind."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[Callable[[], None]]:
+    """Keep torch to one thread meanwhile: its own cost more than they give on small windows.
+
+    Yields:
+        A function that imports torch, unless it is there, and keeps it to one thread.
+    """
+    before: list[int] = []
+    lock = threading.Lock()
+
+    def load() -> None:
+        with lock:
+            if not before:
+                with without_collector():
+                    import torch
+
+                before.append(torch.get_num_threads())
+                torch.set_num_threads(1)
+
+    if "torch" in sys.modules:
+        load()
+    try:
+        yield load
+    finally:
+        if before:
+            sys.modules["torch"].set_num_threads(before[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call(Options):
+    """The keywords of `merge_checkpoints`: the options, and where to report progress."""
+
+    progress: Callable[[int], None] | None = None
+
+
+_Plain = Callable[[Sequence[Location], Outputs, _Call], Result]
+
+
+def _with_options(
+    options: Callable[P, _Call],
+) -> Callable[[_Plain], Callable[Concatenate[Sequence[Location], Outputs, P], Result]]:
+    """Give a function the keywords of `Options`, so that each option is declared in one place."""
+
+    def decorate(function: _Plain) -> Callable[Concatenate[Sequence[Location], Outputs, P], Result]:
+        first, second, _ = inspect.signature(function).parameters.values()
+        named = inspect.signature(options).parameters.values()
+        signature = inspect.Signature([first, second, *named])
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Result:
+            given = signature.bind(*args, **kwargs).arguments
+            paths, output = given.pop("paths"), given.pop("output")
+            return function(paths, output, _Call(**given))
+
+        # Type checkers see the ParamSpec; `help()` and editors see these.
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        texts = "\n".join(f"        {name}: {one.help}" for name, one in meanings(Options))
+        called.__doc__ = str(function.__doc__).replace("        options: by name.", texts)
+        return called
+
+    return decorate
+
+
+@_with_options(_Call)
+def merge_checkpoints(
+    paths: Sequence[Location],
+    output: Outputs,
+    options: _Call,
+) -> Result:
+    """Average checkpoints into a new one, in bounded memory.
+
+    The output is the first checkpoint, the template, with its weights replaced by their mean. Float
+    and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
+    not depend on the order of the checkpoints, nor on threads, memory or device.
+
+    Args:
+        paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors) or
+            directories of them.
+        output: the file or directory to write; the ending .safetensors asks for that format. Or
+            several, with the weights of the checkpoints for each: all are made in one reading, and
+            all are copies of one template.
+        options: by name.
+        progress: called with the number of bytes read since the last call, from any thread.
+
+    Raises:
+        MergeError: nothing was written; the message names the file and the tensor.
+        UsageError: the options do not fit each other.
+    """
+    return run(prepare(paths, output, options), options.progress)

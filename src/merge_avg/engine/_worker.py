@@ -8,12 +8,9 @@ from collections.abc import Iterator, Sequence
 from merge_avg.arithmetic import TILE
 from merge_avg.checkpoint import Storage
 from merge_avg.engine._device import make_lane, travel
-from merge_avg.engine._diagnose import Diagnosis
-from merge_avg.engine._hashing import Hasher
-from merge_avg.engine._integers import Integers
-from merge_avg.engine._observers import observers
-from merge_avg.engine._reading import WindowReader, length, part
-from merge_avg.engine._recipes import Recipes
+from merge_avg.engine._diagnose import Diagnosis, Integers
+from merge_avg.engine._observers import Hasher, observers
+from merge_avg.engine._reading import Recipes, WindowReader, length, part
 from merge_avg.engine._workspace import Workspace
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Window

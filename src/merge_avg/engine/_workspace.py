@@ -14,23 +14,14 @@ from merge_avg.plan import Job
 
 @dataclass
 class Findings:
-    """Findings that the workers of a merge report, from any thread.
+    """Findings that the workers of a merge report, from any thread."""
 
-    Attributes:
-        progress: called with the number of bytes read since the last call.
-        hashes: sums of the hashes of chunks, by checkpoint; behind them, of what is kept.
-        nbytes: bytes read.
-        differing: integer tensors that differ between the checkpoints.
-        nonfinite: tensors that hold NaN or infinity.
-        factors_differ: whether factors of low-rank products differ between the checkpoints.
-    """
-
-    progress: Callable[[int], None] | None
-    hashes: list[int]
-    nbytes: int = 0
-    differing: set[str] = field(default_factory=set)
+    progress: Callable[[int], None] | None  # called with the bytes read since the last call
+    hashes: list[int]  # sums of the hashes of chunks, by checkpoint; behind them, of what is kept
+    nbytes: int = 0  # read
+    differing: set[str] = field(default_factory=set)  # integer tensors
     nonfinite: set[str] = field(default_factory=set)
-    factors_differ: bool = False
+    factors_differ: bool = False  # those of low-rank products, between the checkpoints
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_hashes(self, hashes: Sequence[int]) -> None:
@@ -49,29 +40,17 @@ class Findings:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that the workers of a merge share.
-
-    Attributes:
-        job: the merge.
-        readers: one for each checkpoint.
-        sinks: one for each output.
-        scratch: where restrided tensors lie.
-        findings: what is reported.
-        comparison: how far the checkpoints agree.
-        device: where sums are kept.
-        load_torch: imports torch; called before its first use.
-        results: by a unit's number, mapped room for the result of each output, where outputs hold
-            it in other strides.
-        masks: by a unit's number, a mapped byte for each element: 0 where no tensor reaches it.
-    """
+    """Everything that the workers of a merge share."""
 
     job: Job
-    readers: Sequence[Reader]
-    sinks: Sequence[Sink]
-    scratch: Scratch
+    readers: Sequence[Reader]  # one for each checkpoint
+    sinks: Sequence[Sink]  # one for each output
+    scratch: Scratch  # where restrided tensors lie
     findings: Findings
     comparison: Comparison
-    device: str
-    load_torch: Callable[[], None]
+    device: str  # where sums are kept
+    load_torch: Callable[[], None]  # called before its first use
+    # By a unit's number: mapped room for the result of each output, where outputs hold it in other
+    # strides; and a mapped byte for each element, 0 where no tensor reaches it.
     results: dict[int, Sequence[mmap.mmap]] = field(default_factory=dict)
     masks: dict[int, mmap.mmap] = field(default_factory=dict)

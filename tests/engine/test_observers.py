@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg.engine._hashing import Hasher, chunk, total
+from merge_avg.engine._observers import Hasher, chunk, total
 from merge_avg.engine._workspace import Findings
 from merge_avg.options import Options
 from merge_avg.plan import Piece, batches, prepare
