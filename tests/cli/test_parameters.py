@@ -11,8 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from merge_avg.cli._app import app
-from merge_avg.cli._options import Action, Display, SoupOptions
-from merge_avg.cli._parameters import expanded
+from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.errors import UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting, meanings, option, parse_size
 

@@ -1,7 +1,7 @@
 """Which option, which exit code? The command: what it takes, does, shows and returns.
 
-`_app` has the command, and `_process` what surrounds it. Each task has a module: `_merge`, `_soup`,
-`_inspect` and `_verify`.
+`_app` has the command, with its parameters from `_parameters`, and `_process` what surrounds it.
+A merge and a soup have a module each.
 """
 
 from __future__ import annotations

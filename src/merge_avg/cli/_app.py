@@ -1,10 +1,12 @@
 """The command: its parameters, and which of its tasks they ask for.
 
-Importing this module is all that --help waits for, so a task is imported when it is called.
+Importing this module is all that --help waits for, so what a task needs is imported when it is
+called.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +14,8 @@ from typing import Annotated
 import typer
 
 from merge_avg._version import __version__
-from merge_avg.cli._options import Action, Display, SoupOptions
-from merge_avg.cli._parameters import expanded
+from merge_avg.cli._console import print_result, say
+from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.errors import UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
 
@@ -66,13 +68,9 @@ def command(
 ) -> None:
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
     if action.inspect:
-        from merge_avg.cli._inspect import inspect
-
-        inspect(checkpoints, options.key, display)
+        _inspect(checkpoints, options.key, display)
     elif action.verify:
-        from merge_avg.cli._verify import verify
-
-        verify(checkpoints, action.inputs, options, display)
+        _verify(checkpoints, action.inputs, options, display)
     elif output is None:
         raise UsageError("there is no output", hint="name one, as in -o merged.pt")
     else:
@@ -88,4 +86,30 @@ def command(
         else:
             from merge_avg.cli._merge import merge
 
-            merge(choice, options, display, dry_run=action.dry_run)
+            merge(choice, options, display, action.dry_run)
+
+
+def _inspect(checkpoints: Sequence[Path], key: str | None, display: Display) -> None:
+    """List what is in checkpoints."""
+    from merge_avg.report.inspect import as_json, contents, lines
+
+    found = [contents(path, key) for path in checkpoints]
+    text = (line for one in found for line in lines(one))
+    print_result(display.as_json, lambda: [as_json(one) for one in found], text)
+
+
+def _verify(
+    outputs: Sequence[Path], inputs: Path | None, options: Options, display: Display
+) -> None:
+    """Verify outputs of earlier merges, with the threads and the memory of the options."""
+    from merge_avg.verify import verify_output
+
+    found = []
+    for output in outputs:
+        one = verify_output(output, inputs, options.threads, options.max_memory)
+        found.append({"output": one.output, "inputs": one.inputs, "bytes": one.nbytes})
+        if not display.quiet:
+            hashes = "; their hashes are as recorded" if one.hashed else ""
+            given = f"what its {len(one.inputs)} inputs give{hashes}"
+            say(f"{output}: all {one.nbytes:,} bytes are {given}")
+    print_result(display.as_json, lambda: found, map(str, outputs))

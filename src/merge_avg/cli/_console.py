@@ -1,15 +1,15 @@
-"""Text for people on stderr, and the result on stdout."""
+"""Text and progress for people on stderr, and the result on stdout."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from merge_avg.cli._options import Display
 from merge_avg.errors import MergeError, failure
-from merge_avg.report.printable import printable
+from merge_avg.report.printable import printable, shown
 
 
 def say(text: str) -> None:
@@ -33,9 +33,9 @@ def fail(error: MergeError | OSError | MemoryError) -> None:
         say(f"hint: {error.hint}")
 
 
-def print_result(display: Display, value: Callable[[], Any], lines: Iterable[str]) -> None:
+def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:
     """Print the result on stdout: its value as JSON where that is asked for, or else lines."""
-    if display.as_json:
+    if as_json:
         import json
 
         # Paths are text. GitHub's runner takes "##[" for a command to it, in JSON too.
@@ -62,3 +62,36 @@ def discard(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+
+
+@contextlib.contextmanager
+def progress(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show that a merge runs; yield what it has to call with the bytes it has read since."""
+    if quiet or not sys.stderr.isatty():
+        if not quiet:
+            say(f"{what}, {shown(nbytes)}")
+        yield None
+        return
+    # Rich takes longer to import than a small merge takes.
+    from rich import progress as bars
+    from rich.console import Console
+
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        # Told so, because rich would believe TTY_COMPATIBLE and the like rather than the terminal.
+        console=Console(file=sys.stderr, force_terminal=True),
+        transient=True,
+    )
+    # A terminal may be closed at any time: the merge goes on.
+    with contextlib.suppress(OSError):
+        bar.start()
+    try:
+        task = bar.add_task(what, total=nbytes)
+        yield lambda more: bar.advance(task, more)
+    finally:
+        with contextlib.suppress(OSError):
+            bar.stop()

@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from merge_avg.cli._console import discard, print_result, say
-from merge_avg.cli._options import Display
-from merge_avg.cli._progress import progress
+from merge_avg.cli._console import discard, print_result, progress, say
+from merge_avg.cli._parameters import Display
 from merge_avg.engine import read_ahead, run
 from merge_avg.errors import MergeError
 from merge_avg.options import Options
@@ -17,7 +16,7 @@ from merge_avg.report import Report, as_json, describe
 from merge_avg.selection import Choice
 
 
-def merge(choice: Choice, options: Options, display: Display, *, dry_run: bool) -> None:
+def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> None:
     """Average the chosen checkpoints, or plan to, and report it."""
     job = prepare(choice.paths, choice.outputs, options, layouts=choice.layouts)
     if display.page is not None:
@@ -28,22 +27,30 @@ def merge(choice: Choice, options: Options, display: Display, *, dry_run: bool) 
     result = None
     if not dry_run:
         read_ahead(job)
-        with progress(job, quiet=display.quiet) as advance:
+        what = f"averaging {len(job.averaged)} checkpoints"
+        with progress(what, job.nbytes, display.quiet) as advance:
             result = run(job, advance)
     report = describe(job, result, choice)
     if display.page is not None:
         html.write(display.page, report, overwrite=options.overwrite)
     if not display.quiet:
-        _show(report, dry_run=dry_run)
+        _show(report)
     paths = [str(output.path) for output in job.outputs]
-    print_result(display, lambda: as_json(report), [] if dry_run else paths)
-    if not dry_run:
-        _summarise(report)
+    print_result(display.as_json, lambda: as_json(report), [] if dry_run else paths)
+    # The page of a GitHub Actions job, which this variable names, gets a summary.
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if page and not dry_run:
+        from merge_avg.report.text import append, markdown
+
+        try:
+            append(Path(page), markdown(report))
+        except MergeError as error:  # the merge itself is done
+            say(f"note: {error}")
 
 
-def _show(report: Report, *, dry_run: bool) -> None:
+def _show(report: Report) -> None:
     """Show the report on stderr: in colour on a terminal, but for the long lines of a plan."""
-    if sys.stderr.isatty() and not dry_run:
+    if sys.stderr.isatty() and not report.dry_run:
         from merge_avg.report.terminal import show
 
         try:
@@ -55,15 +62,3 @@ def _show(report: Report, *, dry_run: bool) -> None:
 
         for line in lines(report):
             say(line)
-
-
-def _summarise(report: Report) -> None:
-    """Add a summary to the page of a GitHub Actions job, which this variable names."""
-    page = os.environ.get("GITHUB_STEP_SUMMARY")
-    if page:
-        from merge_avg.report.text import append, markdown
-
-        try:
-            append(Path(page), markdown(report))
-        except MergeError as error:  # the merge itself is done
-            say(f"note: {error}")

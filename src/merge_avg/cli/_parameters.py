@@ -2,7 +2,8 @@
 
 Typer builds a command from the signature of a function. That signature is made here of options
 classes: each of their fields becomes a parameter. When the command is called, the values it is
-given become instances of these classes again.
+given become instances of these classes again. Three classes have the options that only the command
+has; those of a merge are in `merge_avg.options`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,64 @@ import functools
 import inspect
 from collections import abc
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from merge_avg.options import Meaning, meanings
+from merge_avg.options import Meaning, Recipe, meanings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What to do instead of a merge."""
+
+    inspect: bool = option(False, "List what is in the checkpoints, and average nothing.")
+    verify: bool = option(
+        False, "Derive earlier outputs from their inputs again, and compare every byte."
+    )
+    inputs: Path | None = option(
+        None, "Where the inputs are that --verify looks for.", metavar="DIR"
+    )
+    dry_run: bool = option(False, "Say what would be done, and write nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoupOptions:
+    """Whether to make a soup of the checkpoints rather than their mean, and how."""
+
+    recipe: Recipe | None = option(
+        None,
+        "Add checkpoints one at a time, and keep what does not hurt --eval.",
+        names=("--soup",),
+    )
+    evaluation: str | None = option(
+        None,
+        "Prints the score of the checkpoint {}, as its last number.",
+        metavar="COMMAND",
+        names=("--eval",),
+    )
+    eval_json: str | None = option(
+        None, "The score is this key of the JSON that --eval prints.", metavar="KEY"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """What is shown, and where."""
+
+    page: Path | None = option(
+        None,
+        "Write a page of what was done, with the agreement as pictures.",
+        metavar="FILE.html",
+        names=("--report",),
+    )
+    as_json: bool = option(False, "Print the report as one JSON object.", names=("--json",))
+    quiet: bool = option(
+        False, "Print errors only, and the output's path.", names=("--quiet", "-q")
+    )
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,12 +113,9 @@ def _parameters(cls: Any) -> Iterator[inspect.Parameter]:
             absent = None
         kind: Any = str if meaning.parse else _kind(hints[name])
         given = typer.Option(*meaning.names or [spelled], help=text, metavar=meaning.metavar)
-        yield inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=absent,
-            annotation=Annotated[kind | None, given],
-        )
+        annotation = Annotated[kind | None, given]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        yield inspect.Parameter(name, keyword, default=absent, annotation=annotation)
 
 
 def _kind(hint: Any) -> Any:
@@ -78,11 +127,7 @@ def _kind(hint: Any) -> Any:
 
 
 def _instance(cls: Any, values: dict[str, Any]) -> Any:
-    """Return the options of a class, whose values are taken out of those of all.
-
-    Raises:
-        UsageError: the text of an option cannot be parsed.
-    """
+    """Return the options of a class, whose values are taken out of those of all."""
     given: dict[str, Any] = {}
     for name, meaning, default in _options(cls):
         value = values.pop(name)

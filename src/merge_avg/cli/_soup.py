@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_avg.cli._console import print_result, say
-from merge_avg.cli._options import Display, SoupOptions
+from merge_avg.cli._parameters import Display, SoupOptions
 from merge_avg.engine import run
 from merge_avg.errors import UsageError
 from merge_avg.options import Mode, Options, Weighting
@@ -28,11 +28,7 @@ def make_soup(
     mode: Mode | None,
     display: Display,
 ) -> None:
-    """Make a soup of the chosen checkpoints, and show how.
-
-    Raises:
-        UsageError: the options do not fit each other.
-    """
+    """Make a soup of the chosen checkpoints, and show how."""
     if display.page is not None or options.base is not None:
         raise UsageError("a soup has no report", hint="leave out --report and --base")
     if weighting != Weighting() or not options.normalize or options.template or options.dtype:
@@ -52,7 +48,7 @@ def make_soup(
         # Scanned anew each time: an evaluation may have written beside the weights meanwhile.
         run(prepare(paths, output, alone))
 
-    with _shown(quiet=display.quiet) as show:
+    with _shown(display.quiet) as show:
         soup = greedy(
             choice.paths,
             output,
@@ -66,16 +62,16 @@ def make_soup(
         )
     if not display.quiet:
         say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
-    print_result(display, lambda: _as_json(soup), [str(soup.output)])
+    print_result(display.as_json, lambda: _as_json(soup), [str(soup.output)])
 
 
 @contextlib.contextmanager
-def _shown(*, quiet: bool) -> Iterator[Callable[[Trial], None]]:
+def _shown(quiet: bool) -> Iterator[Callable[[Trial], None]]:
     """Yield a function that shows an evaluation on stderr."""
     if quiet:
         yield lambda _: None
     elif not sys.stderr.isatty():
-        yield lambda trial: say(_line(trial))
+        yield _say
     else:
         from rich.console import Console
         from rich.live import Live
@@ -89,10 +85,10 @@ def _shown(*, quiet: bool) -> Iterator[Callable[[Trial], None]]:
             yield lambda trial: table.add_row(*map(Text, _cells(trial)))
 
 
-def _line(trial: Trial) -> str:
+def _say(trial: Trial) -> None:
     number, name, members, score, verdict = _cells(trial)
     what = name if len(trial.members) == 1 else f"+ {name} ({members} members)"
-    return f"[{number}] {what}: {score}{', ' + verdict if verdict else ''}"
+    say(f"[{number}] {what}: {score}{', ' + verdict if verdict else ''}")
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:
