@@ -1,6 +1,7 @@
 """merge_avg.formats.zip.records: archives, and archives that contradict themselves."""
 
 import io
+import struct
 import zipfile
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_avg.errors import MergeError
-from merge_avg.formats.zip.records import DEFLATED, STORED, records
+from merge_avg.formats.zip.records import Part, records
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\\\0"), min_size=1, max_size=9)
 
@@ -25,7 +26,9 @@ def archive(contents, method=zipfile.ZIP_STORED, comment=b"", *, zip64=False):
 
 
 def found(raw):
-    return list(records(io.BytesIO(raw)))
+    """Return the records of an archive that lies behind other bytes."""
+    part = Part(io.BytesIO(b"before" + raw + b"behind"), 0, 6, len(raw))
+    return list(records(part))
 
 
 @given(
@@ -41,13 +44,13 @@ def test_records_are_those_that_zipfile_wrote(contents, deflated, comment, zip64
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
         infos = file.infolist()
     ours = found(raw)
-    assert [(one.name, one.nbytes, one.packed, one.crc) for one in ours] == [
-        (info.filename, info.file_size, info.compress_size, info.CRC) for info in infos
+    assert [(name, one.nbytes, one.packed, one.crc) for name, one in ours] == [
+        (info.filename, info.file_size, info.compress_size if deflated else None, info.CRC)
+        for info in infos
     ]
-    assert {one.method for one in ours} <= {DEFLATED if deflated else STORED}
     if not deflated:
-        for one in ours:
-            assert raw[one.offset : one.offset + one.nbytes] == contents[one.name]
+        for name, one in ours:
+            assert raw[one.offset - 6 : one.offset - 6 + one.nbytes] == contents[name]
 
 
 @given(
@@ -62,7 +65,20 @@ def test_a_changed_archive_is_read_or_refused(place, change):
         read = found(bytes(raw))
     except MergeError:
         return
-    assert all(one.offset + one.packed <= len(raw) for one in read)
+    assert all(one.offset - 6 + (one.packed or one.nbytes) <= len(raw) for _, one in read)
+
+
+@pytest.mark.parametrize("where", [1 << 20, (1 << 63) - 1, (1 << 64) - 1])
+def test_a_record_beyond_the_end_is_refused(where):
+    """An offset of 64 bits may be more than a file can be asked for."""
+    raw = archive({"a": b"1"})
+    entry, end = raw.rindex(b"PK\1\2"), raw.rindex(b"PK\5\6")
+    wide = struct.pack("<HHQ", 1, 8, where)
+    head = raw[entry : entry + 30] + struct.pack("<H", len(wide)) + raw[entry + 32 : entry + 42]
+    directory = head + b"\xff" * 4 + raw[entry + 46 : end] + wide
+    size = struct.pack("<I", len(directory))
+    with pytest.raises(MergeError, match="it ends too early"):
+        found(raw[:entry] + directory + raw[end : end + 12] + size + raw[end + 16 :])
 
 
 @pytest.mark.parametrize("comment", [b"PK\5\6" + bytes(18), b"PK\5\6"])

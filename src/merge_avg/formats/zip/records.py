@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from merge_avg.checkpoint import Storage
 from merge_avg.errors import MergeError
 
-STORED, DEFLATED = 0, 8
+_STORED, _DEFLATED = 0, 8  # methods of compression
 END = struct.Struct("<4s4H2IH")
 LOCATOR = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQ2H2I4Q")
@@ -43,64 +44,72 @@ _LARGEST_ENTRY = CENTRAL.size + 3 * 0xFFFF  # with a name, extra fields and a co
 _BLOCK = 1 << 18
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A record of an archive.
+@dataclass(frozen=True)
+class Part:
+    """The part of a file that is an archive, perhaps all of it: the reader sees nothing else."""
 
-    Attributes:
-        offset: of its data in the archive.
-        packed, nbytes: bytes that the data takes in the archive, and unpacked.
-        crc: CRC-32 of the unpacked data.
-        method: of compression, STORED or DEFLATED or another.
-    """
-
-    name: str
-    offset: int
-    packed: int
+    file: BinaryIO
+    number: int  # of the file in its checkpoint
+    start: int
     nbytes: int
-    crc: int
-    method: int
-    encrypted: bool
+    name: str = ""  # a prefix for those of its records, where a file has several archives
+
+    def read(self, at: int, count: int) -> bytes:
+        """Return bytes from an offset in the archive."""
+        raw = b""
+        if at + count <= self.nbytes:
+            self.file.seek(self.start + at)
+            raw = self.file.read(count)
+        if len(raw) != count:
+            raise _damaged("it ends too early")
+        return raw
 
 
-def records(file: BinaryIO) -> Iterator[Record]:
-    """Yield the records of an archive, in the order of its central directory.
+def records(part: Part) -> Iterator[tuple[str, Storage]]:
+    """Yield the names and places of an archive's records, in the order of its central directory.
 
     Raises:
-        MergeError: the archive is damaged or contradicts itself.
+        MergeError: the archive is damaged or contradicts itself, or a record cannot be read.
     """
-    nbytes = file.seek(0, 2)
-    count, start, stop = _directory(file, nbytes)
+    count, start, stop = _directory(part)
     ranges: list[tuple[int, int]] = []
     names: set[str] = set()
-    for head, raw, extra in _entries(file, count, start, stop):
-        flags, method, crc, packed, size, disk, where = (head[i] for i in (3, 4, 7, 8, 9, 13, 16))
-        size, packed, where = _wide(extra, size, packed, where)
+    for head, raw, extra in _entries(part, count, start, stop):
+        flags, method, crc, packed, nbytes, disk, where = (head[i] for i in (3, 4, 7, 8, 9, 13, 16))
+        nbytes, packed, where = _wide(extra, nbytes, packed, where)
         name = raw.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
         # Of two records with one name, one program reads the first and another the last.
         if name in names:
             raise MergeError(f"two records of the zip archive have the same name, {name!r}")
         names.add(name)
-        offset = _offset(file, where, raw, flags, method, packed)
+        offset = _offset(part, where, raw, flags, method, packed)
         # The data lies before the directory, on this disk: archives of several exist, torch's not.
         if offset + packed > start or disk:
             raise _misplaced(name)
         ranges.append((where, offset + packed))
-        yield Record(name, offset, packed, size, crc, method, bool(flags & _ENCRYPTED))
+        if flags & _ENCRYPTED or method not in (_STORED, _DEFLATED):
+            kind = "encrypted" if flags & _ENCRYPTED else "compressed in an unusual way"
+            hint = "unpack it, and pack it again without compression: zip -0 -r OUTPUT DIRECTORY"
+            raise MergeError(f"record {name!r} of the archive is {kind}", hint=hint)
+        # Deflate packs at most 1,032 bytes into one, and adds few bytes to what it cannot pack.
+        lies = nbytes > 1032 * packed or packed > nbytes + (nbytes >> 10) + 64
+        if lies if method == _DEFLATED else packed != nbytes:
+            raise MergeError(f"record {name!r} of the archive lies about its size")
+        kept, at = packed if method == _DEFLATED else None, part.start + offset
+        yield name, Storage(part.name + name, at, nbytes, crc, part.number, kept)
     ranges.sort()
     if any(begin < end for (_, end), (begin, _) in itertools.pairwise(ranges)):
         raise _damaged("its records overlap")
 
 
 def _entries(
-    file: BinaryIO, count: int, start: int, stop: int
+    part: Part, count: int, start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], bytes, bytes]]:
     """Yield the entries of the central directory: numbers, name and extra fields of each."""
     block, base, at = b"", start, start
     for _ in range(count):
         if at - base + _LARGEST_ENTRY > len(block) and base + len(block) < stop:
-            file.seek(at)
-            block, base = file.read(min(_BLOCK, stop - at)), at
+            block, base = part.read(at, min(_BLOCK, stop - at)), at
         if at - base + CENTRAL.size > len(block):
             raise _damaged("its directory ends too early")
         head = CENTRAL.unpack_from(block, at - base)
@@ -123,18 +132,11 @@ def _misplaced(name: str) -> MergeError:
     return MergeError(f"record {name!r} of the archive is not where it should be")
 
 
-def _bytes(file: BinaryIO, at: int, count: int) -> bytes:
-    file.seek(at)
-    raw = file.read(count)
-    if len(raw) != count:
-        raise _damaged("it ends too early")
-    return raw
-
-
-def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
+def _directory(part: Part) -> tuple[int, int, int]:
     """Return the number of records in the central directory, its offset, and its end."""
+    nbytes = part.nbytes
     room = min(nbytes, END.size + _LARGEST_COMMENT)
-    tail = _bytes(file, nbytes - room, room)
+    tail = part.read(nbytes - room, room)
     found = tail.rfind(b"PK\5\6")
     if found < 0 or found + END.size > len(tail):
         raise _damaged("its end is missing")
@@ -145,10 +147,10 @@ def _directory(file: BinaryIO, nbytes: int) -> tuple[int, int, int]:
         raise _damaged("its end is not where it should be")
     stop, narrow = end, (disk, home, here, count, size, start)
     if end >= LOCATOR.size + END64.size:
-        magic, disk64, where, _ = LOCATOR.unpack(_bytes(file, end - LOCATOR.size, LOCATOR.size))
+        magic, disk64, where, _ = LOCATOR.unpack(part.read(end - LOCATOR.size, LOCATOR.size))
         if magic == b"PK\6\7":
             stop = end - LOCATOR.size - END64.size
-            magic, length, _, _, *wide = END64.unpack(_bytes(file, stop, END64.size))
+            magic, length, _, _, *wide = END64.unpack(part.read(stop, END64.size))
             # A number of the narrow end is that of the wide one, or the largest that it can hold.
             limits = (0xFFFF,) * 4 + (_NONE,) * 2
             lies = any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True))
@@ -181,9 +183,9 @@ def _wide(extra: bytes, *numbers: int) -> Iterator[int]:
         yield number
 
 
-def _offset(file: BinaryIO, where: int, name: bytes, flags: int, method: int, packed: int) -> int:
+def _offset(part: Part, where: int, name: bytes, flags: int, method: int, packed: int) -> int:
     """Return the offset of a record's data, behind its local header, which has to agree."""
-    raw = _bytes(file, where, LOCAL.size + len(name))
+    raw = part.read(where, LOCAL.size + len(name))
     magic, _, own_flags, own, _, _, _, size, _, length, extra = LOCAL.unpack_from(raw)
     # The name is compared as bytes: that two decode to the same text is not enough.
     if (magic, own, length, raw[LOCAL.size :]) != (b"PK\3\4", method, len(name), name):

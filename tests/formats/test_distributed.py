@@ -1,5 +1,6 @@
 """merge_avg.formats.distributed: directories of torch.distributed.checkpoint are read, not run."""
 
+import itertools
 import os
 import pickle
 import shutil
@@ -7,15 +8,19 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
 from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
+from merge_avg.formats.distributed import _tile
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore::UserWarning"
@@ -277,3 +282,61 @@ def test_names_that_the_writer_flattened(tmp_path):
     merged = loaded(tmp_path / "out")
     assert merged["w"].tolist() == [0.5] * 3
     assert merged["optimizer.state.exp_avg.w"].tolist() == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("boxes", "fits"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (1, 3))], True),
+        ([((0, 0), (2, 3)), ((1, 0), (1, 3))], False),  # overlap, and a hole
+        ([((0, 0), (2, 2)), ((0, 2), (2, 1)), ((2, 0), (1, 3))], True),
+        ([((0, 0), (2, 2)), ((1, 1), (2, 2)), ((0, 2), (1, 1))], False),
+        ([((0, 0), (3, 3))], True),
+        ([((0, 0), (3, 3)), ((0, 0), (1, 1))], False),
+        ([((0, 0), (3, 4))], False),  # reaches outside
+        ([], False),
+    ],
+)
+def test_boxes_that__tile(boxes, fits):
+    """Boxes that overlap, leave a hole or reach outside are told from those that tile."""
+    assert _tile(boxes, (3, 3)) == fits
+
+
+def test_any_way_of_cutting_is_a_tiling():
+    """A thousand boxes of a grid tile it, and do not if one lacks or is there twice."""
+    edges = [range(10)] * 3
+    boxes = [((a, 2 * b, 3 * c), (1, 2, 3)) for a, b, c in itertools.product(*edges)]
+    assert _tile(boxes, (10, 20, 30))
+    assert not _tile(boxes[1:], (10, 20, 30))
+    assert not _tile([*boxes, boxes[0]], (10, 20, 30))
+    assert not _tile([*boxes[1:], boxes[1]], (10, 20, 30))
+
+
+EXTENTS = st.tuples(st.integers(0, 3), st.integers(0, 3))
+
+
+@given(
+    boxes=st.lists(st.tuples(EXTENTS, st.tuples(st.integers(1, 3), st.integers(1, 3))), max_size=5),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_a_tiling_counts_each_element_once(boxes, shape):
+    """The corners say what painting every box into a grid says."""
+    grid = np.zeros((7, 7), int)
+    for (row, column), (height, width) in boxes:
+        grid[row : row + height, column : column + width] += 1
+    inside = np.zeros((7, 7), int)
+    inside[: shape[0], : shape[1]] = 1
+    assert _tile(boxes, shape) == bool((grid == inside).all())
+
+
+def test_a_tensor_without_elements_has_no_boxes():
+    """Nothing covers nothing; a box there is one too many, as is one of other dimensions."""
+    assert _tile([], (0, 3))
+    assert not _tile([((0, 0), (1, 1))], (0, 3))
+    assert not _tile([((0,), (3,))], (3, 1))
+
+
+def test_a_tensor_that_is_cut_along_too_many_dimensions_is_refused():
+    """A box of seven dimensions has 128 corners: nobody cuts like that."""
+    halves = itertools.product((0, 1), repeat=7)
+    assert not _tile([(corner, (1,) * 7) for corner in halves], (2,) * 7)
