@@ -24,9 +24,9 @@ from merge_avg.checkpoint import BY_STORAGE, Archive, DType, File, FileLayout, L
 from merge_avg.errors import MergeError
 from merge_avg.formats import LEGACY_MAGIC
 from merge_avg.formats.pickle.load import Loaded, load
+from merge_avg.formats.pickle.tensors import with_classes
 from merge_avg.formats.pickle.torch_objects import Objects, objects_at, refuse_root
 from merge_avg.formats.pickle.values import CutShortError, Global, Value
-from merge_avg.formats.pickle.write import with_classes
 
 _VERSION = 1001
 # The pickles of most checkpoints take less than a megabyte. Where one goes on behind what was read,

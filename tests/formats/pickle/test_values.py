@@ -1,16 +1,20 @@
-"""merge_avg.formats.pickle.values: what a value looks like in a message, and what it costs."""
+"""merge_avg.formats.pickle.values: words of values, their cost, and callables that run code."""
 
 import pytest
 
 from merge_avg.formats.pickle.values import (
     Allowance,
+    DangerousPickleError,
     Global,
     InertDict,
     Instance,
     Omitted,
     PickleError,
+    names_a_member,
+    refuse_if_dangerous,
     shown,
 )
+from tests.formats.pickle.helpers import read
 
 CLASS = Global("m", "C", 3, 9)
 
@@ -83,3 +87,120 @@ def test_a_limit_never_shrinks():
     allowance.spend(4_000_000)
     with pytest.raises(PickleError):
         allowance.spend(1)
+
+
+NAMES = [
+    ("os", "system"),
+    ("posix", "system"),
+    ("nt", "system"),
+    ("builtins", "eval"),
+    ("__builtin__", "exec"),
+    ("builtins", "getattr"),
+    ("builtins", "print.__globals__"),
+    ("subprocess", "Popen"),
+    ("os.path", "join"),
+    ("importlib", "import_module"),
+    ("runpy", "run_path"),
+    ("torch.hub", "load"),
+    ("ctypes", "CDLL"),
+    ("torch", "os"),
+    ("torch", "os.system"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_dangerous_callables_are_refused_by_name(module, name):
+    """Every way to name a callable that runs code ends in an error with that name."""
+    line, text = f"{module}\n{name}\n".encode(), (module.encode(), name.encode())
+    short = b"".join(b"\x8c" + bytes([len(t)]) + t for t in text)
+    for data in (
+        b"c" + line + b"(tR.",
+        b"(S'true'\ni" + line + b".",
+        b"(c" + line + b"o.",
+        b"\x80\x04" + short + b"\x93)R.",
+        b"\x80\x02c" + line + b")\x81.",
+        b"c" + line + b".",
+    ):
+        with pytest.raises(PickleError, match=f"{module}.{name}"):
+            read(data)
+
+
+GETTER, KIND = b"cbuiltins\ngetattr\n", b"cmodule\nKind\n"
+
+
+def test_members_of_enums_are_inert():
+    """Python 3.11.0 to 3.11.3 pickle them by getattr, again and again from the memo."""
+    value = read(b"(" + GETTER + b"p0\n(" + KIND + b"S'A'\ntRg0\n(" + KIND + b"S'b'\ntRt.")
+    assert [(one.function.name, one.args[1]) for one in value] == [
+        ("getattr", "A"),
+        ("getattr", "b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GETTER + b".",  # the function itself
+        GETTER + b"(cmodule\nkind\nS'A'\ntR.",  # of what may be a module
+        GETTER + b"(" + KIND + b"S'__init__'\ntR.",
+        GETTER + b"(" + KIND + b"S'A'\nNtR.",  # with a default
+        GETTER + b"(S'Kind'\nS'A'\ntR.",
+        GETTER + b"(" + KIND + b"S'A'\ntR(tR.",  # what it returned is called
+        GETTER + b"(" + KIND + b"S'A'\ntR)\x81.",
+        b"cmodule\nmap\n(" + GETTER + b"]tR.",  # given to another function
+        # The same, and two calls for what was put on the stack once.
+        b"cmodule\nmap\n("
+        + GETTER
+        + b"p0\n]tR0g0\n2("
+        + KIND
+        + b"S'A'\ntR0("
+        + KIND
+        + b"S'A'\ntR.",
+    ],
+)
+def test_any_other_use_of_getattr_is_refused(data):
+    """Only the form that enums take is let through."""
+    with pytest.raises(PickleError, match=r"builtins\.getattr"):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("os.path", "join"),  # a module below a dangerous one
+        ("numpy", "os.system"),  # reached through a module that imports it
+        ("torch.nn", "Linear.__init__.__globals__"),
+        ("builtins", "eval"),
+        ("__builtin__", "eval"),
+        ("torch", "load"),
+    ],
+)
+def test_each_part_of_a_name_counts(module, name):
+    """Modules above, attributes on the way and the name itself are looked at; the hint helps."""
+    with pytest.raises(DangerousPickleError, match=f"{module}.{name}") as caught:
+        refuse_if_dangerous(module, name)
+    assert "safetensors" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("collections", "OrderedDict"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("mycode", "Model"),  # a module whose name begins with that of a dangerous one
+        ("oscar", "system"),
+        ("builtins", "set"),
+    ],
+)
+def test_other_names_are_not(module, name):
+    """Names of checkpoints are let through, as are those that only look alike."""
+    refuse_if_dangerous(module, name)
+
+
+def test_members_are_told_by_the_name_of_their_class():
+    """A class begins with a capital letter; a member is an identifier without two underscores."""
+    assert names_a_member((Global("m", "_Kind"), "A"))
+    assert names_a_member((Global("m", "Outer.Kind"), "a"))
+    for args in ((Global("m", "kind"), "A"), (Global("m", "Kind"), "a.b"), ("Kind", "A"), 3, ()):
+        assert not names_a_member(args)

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from merge_avg.errors import MergeError
-from merge_avg.formats.pickle.machine import SLOT, Call, Machine, Persistent
+from merge_avg.formats.pickle.machine import SLOT, Call, Handler, Machine, Persistent
 from merge_avg.formats.pickle.values import (
     Allowance,
     CutShortError,
     InertDict,
     Instance,
+    Omitted,
     PickleError,
     Value,
     shown,
@@ -36,14 +37,8 @@ _LONGEST_VALUE = 1 << 20  # of a text or of bytes: longer ones are passed over
 _MOST_MARKS = 100_000
 # What a handler raises on an argument or a stack that no pickler would have written.
 _DAMAGE = (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError, RecursionError)
-_ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
-_LETTERS = {
-    b"\n": b"",
-    **dict(zip(map(bytes, zip(b"abfnrtv")), map(bytes, zip(b"\a\b\f\n\r\t\v")), strict=True)),
-    **{quoted: quoted for quoted in (b"\\", b"'", b'"')},
-}
-
-_Handler = Callable[[Machine], object]
+_ESCAPE = re.compile(rb"""\\(?:([0-7]{1,3})|x([0-9a-fA-F]{2})|([abfnrtv\\'"])|\n)""")
+_LETTERS = bytes.maketrans(b"abfnrtv", b"\a\b\f\n\r\t\v")
 
 
 @dataclass(frozen=True)
@@ -86,17 +81,17 @@ def load(
     return Loaded(value, frames, machine.at - start)
 
 
-def _fixed(size: int, decode: Callable[[bytes], Value]) -> _Handler:
+def _fixed(size: int, decode: Callable[[bytes], Value]) -> Handler:
     return lambda m: m.push(decode(m.take(size)))
 
 
-def _sized(size: int, decode: Callable[[bytes], Value]) -> _Handler:
-    """Return the handler of an opcode that has a length of `size` bytes and then as many bytes."""
-
+def _sized(size: int, decode: Callable[[bytes], Value]) -> Handler:
+    # A length of `size` bytes, and then as many bytes.
     def handler(m: Machine) -> None:
         count = m.number(size)
         if count > _LONGEST_VALUE:
-            m.push(m.skip(count))
+            m.skip(count)
+            m.push(Omitted(count))
             return
         value = decode(m.take(count))
         m.spend(value.__sizeof__() + 16)
@@ -105,7 +100,7 @@ def _sized(size: int, decode: Callable[[bytes], Value]) -> _Handler:
     return handler
 
 
-def _lined(decode: Callable[[bytes], Value]) -> _Handler:
+def _lined(decode: Callable[[bytes], Value]) -> Handler:
     def handler(m: Machine) -> None:
         value = decode(m.line(_LONGEST_VALUE))
         m.spend(value.__sizeof__() + 16)
@@ -133,10 +128,10 @@ def _quoted(raw: bytes) -> str:
 
 
 def _unescaped(found: re.Match[bytes]) -> bytes:
-    octal, hexadecimal, letter = found.groups()
-    if octal:
-        return bytes([int(octal, 8) & 0xFF])
-    return bytes([int(hexadecimal, 16)]) if hexadecimal else _LETTERS.get(letter, found[0])
+    octal, hexadecimal, letter = found.groups(b"")
+    if octal or hexadecimal:
+        return bytes([(int(octal, 8) if octal else int(hexadecimal, 16)) & 0xFF])
+    return letter.translate(_LETTERS)
 
 
 def _proto(m: Machine) -> None:
@@ -169,7 +164,7 @@ def _dup(m: Machine) -> None:
     m.push(m.top())
 
 
-def _tuple_of(count: int) -> _Handler:
+def _tuple_of(count: int) -> Handler:
     return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
 
 
@@ -186,11 +181,6 @@ def _pairs(m: Machine) -> list[tuple[Value, Value]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _setitem(m: Machine) -> None:
-    value, key = m.pop(), m.pop()
-    m.set([(key, value)], m.top())
-
-
 def _additems(m: Machine) -> None:
     items = m.members()
     target = m.top()
@@ -200,20 +190,8 @@ def _additems(m: Machine) -> None:
         m.extend(items, target)
 
 
-def _stack_global(m: Machine) -> None:
-    name, module = m.pop(), m.pop()
-    m.name(module, name)
-
-
-def _newobj_ex(m: Machine) -> None:
-    kwargs, args, function = m.pop(), m.pop(), m.pop()
-    m.instance((args, kwargs), function)
-
-
-def _inst(m: Machine) -> None:
-    args = tuple(m.items())
-    m.name(_text(m.line()), _text(m.line()))
-    m.make(args, m.pop())
+def _named(m: Machine) -> Value:
+    return m.name(_text(m.line()), _text(m.line()))
 
 
 def _obj(m: Machine) -> None:
@@ -236,7 +214,7 @@ def _buffer(_: Machine) -> None:
 
 
 # Arguments are evaluated from left to right: what is on top of the stack comes first.
-_HANDLERS: dict[str, _Handler] = {
+_HANDLERS: dict[str, Handler] = {
     "\x80": _proto,
     "\x95": _frame,
     # Constants, and numbers of 1, 2 and 4 bytes, of any size, and floats.
@@ -283,7 +261,7 @@ _HANDLERS: dict[str, _Handler] = {
     "\x87": _tuple_of(3),
     "a": lambda m: m.extend([m.pop()], m.top()),
     "e": lambda m: m.extend(m.items(), m.top()),
-    "s": _setitem,
+    "s": lambda m: m.set([(m.pop(), m.pop())[::-1]], m.top()),
     "u": lambda m: m.set(_pairs(m), m.top()),
     "\x90": _additems,
     "\x91": lambda m: m.push(frozenset(m.members())),
@@ -296,12 +274,12 @@ _HANDLERS: dict[str, _Handler] = {
     "h": lambda m: m.get(m.number(1)),
     "j": lambda m: m.get(m.number(4)),
     # GLOBAL and STACK_GLOBAL.
-    "c": lambda m: m.name(_text(m.line()), _text(m.line())),
-    "\x93": _stack_global,
+    "c": lambda m: m.push(_named(m)),
+    "\x93": lambda m: m.push(m.name(name=m.pop(), module=m.pop())),
     # REDUCE and NEWOBJ, NEWOBJ_EX, INST, OBJ and BUILD; persistent ids.
     **dict.fromkeys("R\x81", lambda m: m.make(m.pop(), m.pop())),
-    "\x92": _newobj_ex,
-    "i": _inst,
+    "\x92": lambda m: m.instance((m.pop(), m.pop())[::-1], m.pop()),
+    "i": lambda m: m.make(tuple(m.items()), _named(m)),
     "o": _obj,
     "b": _build,
     "P": lambda m: m.push(m.persistent(_text(m.line()))),

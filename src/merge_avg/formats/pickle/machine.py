@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from merge_avg.formats.pickle.dangerous import GETTERS, names_a_member, refuse, refuse_if_dangerous
 from merge_avg.formats.pickle.values import (
+    GETTERS,
     Allowance,
     CutShortError,
     Global,
     InertDict,
     Instance,
-    Omitted,
     Value,
+    names_a_member,
+    refuse,
+    refuse_if_dangerous,
 )
 
+Handler = Callable[["Machine"], object]  # does what an opcode says
 Persistent = Callable[[Value], Value]  # resolves a persistent id
 # Returns the value that a call of a known function stands for, or None for any other function.
 Call = Callable[[Global, tuple[Value, ...]], Value | None]
@@ -67,9 +70,7 @@ class Machine:
         self.crafted = 0
         self.getters = 0  # times that getattr was pushed, less the calls that name a member
 
-    def run(
-        self, table: Sequence[Callable[[Machine], object] | None], costs: Sequence[int]
-    ) -> Value:
+    def run(self, table: Sequence[Handler | None], costs: Sequence[int]) -> Value:
         """Run to the STOP opcode, and return the value that is left.
 
         The table has the handler of each opcode, and `costs` the bytes that each costs at least.
@@ -118,21 +119,17 @@ class Machine:
         self.allowance.read = max(self.allowance.read, self.at - self.start)
         self.allowance.spend(nbytes)
 
-    def take(self, count: int) -> bytes:
-        """Read `count` bytes."""
-        end = self.at + count
-        if end > len(self.data):
-            raise CutShortError("the pickle is damaged: it ends too early")
-        taken = self.data[self.at : end]
-        self.at = end
-        return taken
-
-    def skip(self, count: int) -> Omitted:
+    def skip(self, count: int) -> None:
         """Pass over `count` bytes."""
         if self.at + count > len(self.data):
             raise CutShortError("the pickle is damaged: it ends too early")
         self.at += count
-        return Omitted(count)
+
+    def take(self, count: int) -> bytes:
+        """Read `count` bytes."""
+        at = self.at
+        self.skip(count)
+        return self.data[at : self.at]
 
     def line(self, longest: int = _LONGEST_NAME) -> bytes:
         """Read up to a newline, which is left out."""
@@ -174,15 +171,15 @@ class Machine:
         self.spend(SLOT * len(items))
         return items
 
-    def name(self, module: Value, name: Value) -> None:
-        """Push a class or function by its name, unless it is known to run code."""
+    def name(self, module: Value, name: Value) -> Global:
+        """Return a class or function by its name, unless it is known to run code."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a global's name is not a text")
         if len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("a name of absurd length")
         if not self.counts(Global(module, name)):
             refuse_if_dangerous(module, name)
-        self.push_global(module, name)
+        return self.named_here(module, name)
 
     def counts(self, value: Value) -> bool:
         """Return whether a value is getattr, and count it if so."""
@@ -191,11 +188,10 @@ class Machine:
         self.getters += found
         return found
 
-    def push_global(self, module: str, name: str) -> None:
-        """Push a class or function, with the bytes of the current opcode as its place."""
+    def named_here(self, module: str, name: str) -> Global:
+        """Return a class or function, with the bytes of the current opcode as its place."""
         self.spend(_GLOBAL)
-        start = self.start
-        self.push(Global(module, name, self.opcode_at - start, self.at - start))
+        return Global(module, name, self.opcode_at - self.start, self.at - self.start)
 
     def get(self, index: int) -> None:
         """Push a value from the memo."""
@@ -203,10 +199,9 @@ class Machine:
         # A copy with another dtype spells the class of a storage out at each place that uses it,
         # so a class that comes from the memo has its place here, not where it was first named.
         if type(value) is Global and value.name.endswith("Storage"):
-            self.push_global(value.module, value.name)
-        else:
-            self.counts(value)
-            self.push(value)
+            value = self.named_here(value.module, value.name)
+        self.counts(value)
+        self.push(value)
 
     def put(self, index: int) -> None:
         """Store the top of the stack in the memo."""
@@ -257,10 +252,8 @@ class Machine:
                     raise ValueError("a key of absurd size")
                 pending += value
                 crafted |= not value
-            elif isinstance(value, int):
-                crafted |= seen > 0 or value.bit_length() > 60
             elif not isinstance(value, str | bytes):
-                crafted |= seen > 0
+                crafted |= seen > 0 or (isinstance(value, int) and value.bit_length() > 60)
         self.spend(10 * seen)
         self.crafted += crafted
         if self.crafted > _MOST_CRAFTED:
@@ -304,9 +297,9 @@ def inert_dict(pairs: Value, allowance: Allowance) -> InertDict:
         pairs = list(pairs.items())
     if not isinstance(pairs, list | tuple):
         raise TypeError("a dict of something other than pairs")
+    allowance.spend(_ENTRY * len(pairs))
+    made = InertDict()
     # A machine of its own checks and pays for them as the entries of any other dict.
     machine = Machine(b"", 0, lambda _: None, lambda *_: None, allowance)
-    machine.spend(_ENTRY * len(pairs))
-    made = InertDict()
     machine.set([(key, value) for key, value in pairs], made)
     return made

@@ -33,6 +33,7 @@ from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks
 from merge_avg.formats.pickle.values import Allowance, Global, Instance, PickleError, Value, shown
 
+_INNER = (dict, list, tuple, Instance)  # values that have others inside
 _DEEPEST = 200
 _VISIT = 20  # bytes that one step through the tree costs
 _OPENED = 300  # bytes that a look into an object costs
@@ -46,29 +47,21 @@ _MOST_VISITS = 200_000
 _LONGEST_TEXT = 200
 _NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of the dtypes of its scalars
 
+_Children = Iterator[tuple[str | int, Value]]
+
 
 @dataclass(frozen=True)
 class Objects:
-    """The content of a pickle.
+    """The content of a pickle of `nbytes`; `classes` and `frames` are for a copy, see `Archive`."""
 
-    Attributes:
-        tensors: with their paths, on storages that have the pickle's keys as names.
-        storages: by key, without a place in a file.
-        others: top-level keys without tensors.
-        bare: whether it is a single tensor.
-        classes, frames: for a copy, see `Archive`.
-        nbytes: its size.
-        scalars: numbers and short texts that lie beside the tensors, by their paths.
-    """
-
-    tensors: tuple[TensorInfo, ...]
-    storages: Mapping[str, Stored]
-    others: tuple[str, ...]
-    bare: bool
+    tensors: tuple[TensorInfo, ...]  # on storages that have the pickle's keys as names
+    storages: Mapping[str, Stored]  # by key, without a place in a file
+    others: tuple[str, ...]  # top-level keys without tensors
+    bare: bool  # whether it is a single tensor
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
     nbytes: int
-    scalars: tuple[tuple[TreePath, Scalar], ...] = ()
+    scalars: tuple[tuple[TreePath, Scalar], ...]  # that lie beside the tensors
 
     def placed(self, find: Callable[[str, int, DType | None], Storage]) -> tuple[TensorInfo, ...]:
         """Return the tensors over the storages of a file.
@@ -106,8 +99,8 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
     allowance = Allowance(density)
     hooks = TorchHooks(allowance)
     loaded = load(data, start, persistent=hooks.persistent, call=hooks.call, allowance=allowance)
-    infos = []
-    for path, tensor in tensors_below(loaded.value, allowance):
+    root, infos = loaded.value, []
+    for path, tensor in tensors_below(root, allowance):
         allowance.spend(150 + 8 * len(path))
         info = _moved(tensor.info, path, tensor.info.storage)
         # Torch would refuse it too, but only when it loads the file.
@@ -116,10 +109,9 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
             name = dotted(path)
             raise MergeError(f"tensor {name!r} reaches outside its storage {info.storage.name!r}")
         infos.append(info)
-    root = loaded.value
     with_tensors = {info.path[0] for info in infos if info.path}
     keys = map(key_of, root) if isinstance(root, dict) else ()
-    others = tuple(paid(str(key), allowance) for key in keys if key not in with_tensors)
+    others = tuple(_paid(str(key), allowance) for key in keys if key not in with_tensors)
     bare, classes, scalars = isinstance(root, Tensor), tuple(hooks.classes), scalars_near(root)
     pickled = (classes, loaded.frames, loaded.nbytes)
     return Objects(tuple(infos), hooks.storages, others, bare, *pickled, tuple(scalars))
@@ -141,8 +133,7 @@ def refuse_root(objects: Objects, path: Path) -> None:
     if any(info.trouble and "distributed" in info.trouble for info in objects.tensors):
         hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
         hint += " of torch.distributed.checkpoint"
-        what = "it holds one rank's parts of distributed tensors"
-        raise MergeError(what, where=path, hint=hint)
+        raise MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
 
 
 def tensors_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Tensor]]:
@@ -152,16 +143,15 @@ def tensors_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath,
         return
     # A stack of iterators instead of recursion: Python's own stack is too small for a tree that
     # is deep on purpose, and a loop is found by the objects above.
-    above: set[int] = {id(root)}
-    levels: list[tuple[TreePath, int, Iterator[tuple[str | int, Value]]]]
-    levels = [((), id(root), _children(root, allowance))]
+    above = {id(root)}
+    levels: list[tuple[TreePath, int, _Children]] = [((), id(root), _children(root, allowance))]
     while levels:
         path, owner, children = levels[-1]
         for key, child in children:
             allowance.spend(_VISIT)
             if isinstance(child, Tensor):
                 yield (*path, key), child
-            elif isinstance(child, dict | list | tuple | Instance) and id(child) not in above:
+            elif isinstance(child, _INNER) and id(child) not in above:
                 if len(levels) == _DEEPEST:
                     raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
                 above.add(id(child))
@@ -178,19 +168,12 @@ def key_of(key: Value) -> str | int:
     return key if small or isinstance(key, str) else shown(key)
 
 
-def paid(text: str, allowance: Allowance) -> str:
-    """Pay for a text that is about to be kept, and return it."""
+def _paid(text: str, allowance: Allowance) -> str:
     allowance.spend(100 + 4 * len(text))
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    # The entries that a pickle sets on an object that may be a kind of dict.
-    pairs: list[tuple[Value, Value]]
-
-
-def _children(value: Value, allowance: Allowance) -> Iterator[tuple[str | int, Value]]:
+def _children(value: Value, allowance: Allowance) -> _Children:
     opened: set[int] = set()
     pending = [value]
     while pending:
@@ -206,11 +189,11 @@ def _children(value: Value, allowance: Allowance) -> Iterator[tuple[str | int, V
                 continue
             allowance.spend(_OPENED)
             opened.add(id(one))
-            pending += (_Pairs(one.pairs), one.items, one.args, one.state)
+            pending += (iter(one.pairs), one.items, one.args, one.state)
         elif isinstance(one, list | tuple):
             yield from enumerate(one)
-        elif isinstance(one, _Pairs):
-            yield from ((key_of(key), child) for key, child in one.pairs)
+        elif isinstance(one, Iterator):  # the entries of an object that may be a kind of dict
+            yield from ((key_of(key), child) for key, child in one)
 
 
 def _is_module(value: Value) -> bool:
@@ -244,20 +227,20 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
         allowance.spend((_OPENED + len(prefix)) * entries + 100 * len(inside))
         for kind in ("_parameters", "_buffers"):
             for key, child in state[kind].items():
-                name = f"{prefix}{paid(str(key_of(key)), allowance)}"
+                name = f"{prefix}{_paid(str(key_of(key)), allowance)}"
                 if kind == "_buffers" and key in unsaved:
                     rest[name] = child
                 else:
                     yield name, child
         for key, child in state.items():
-            if key not in _MODULE and isinstance(child, Tensor | dict | list | tuple | Instance):
-                rest[f"{prefix}{paid(str(key_of(key)), allowance)}"] = child
-        children = [
-            (f"{prefix}{paid(str(key_of(key)), allowance)}.", child)
+            if key not in _MODULE and isinstance(child, (Tensor, *_INNER)):
+                rest[f"{prefix}{_paid(str(key_of(key)), allowance)}"] = child
+        modules = [
+            (f"{prefix}{_paid(str(key_of(key)), allowance)}.", child, inside)
             for key, child in state["_modules"].items()
             if _is_module(child)
         ]
-        stack += reversed([(name, child, inside) for name, child in children])
+        stack += reversed(modules)
     yield ATTRIBUTES, rest
 
 
@@ -276,9 +259,7 @@ def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
                 if plain is not None:
                     yield (*path, key), plain
                     left -= 1
-                elif len(below) < _MOST_SCALARS and isinstance(
-                    child, dict | list | tuple | Instance
-                ):
+                elif len(below) < _MOST_SCALARS and isinstance(child, _INNER):
                     below.append(((*path, key), child))
                 if not left or not visits:
                     return
@@ -291,13 +272,11 @@ def _plain(value: Value) -> Scalar | None:
     NumPy's scalars are numbers too: numpy.core.multiarray.scalar(dtype('f8'), bytes).
     """
     match value:
-        case bool():
+        case int() if isinstance(value, bool) or value.bit_length() > 64:
             return None
-        case int() if value.bit_length() <= 64:
-            return value
-        case float():
-            return value
-        case str() if len(value) <= _LONGEST_TEXT:
+        case str() if len(value) > _LONGEST_TEXT:
+            return None
+        case int() | float() | str():
             return value
         case Instance(
             function=Global(name="scalar"), args=(Instance(args=(str() as code, *_)), raw)

@@ -1,4 +1,4 @@
-"""The values that a pickle describes, held inert; what they cost, and the errors of a bad one.
+"""The values that a pickle describes, held inert; what they cost, and names that are refused.
 
 in the pickle                       here
 ----------------------------------  ------------------------------------------------------
@@ -12,12 +12,17 @@ a call, an object                   Instance: the callable, its arguments, and i
 
 A pickle of a few kilobytes can ask for gigabytes of objects, or for hours of work. So each object
 is paid for before it is made, from an `Allowance` that grows with the bytes read so far.
+
+Reading a pickle here runs nothing. But an output carries its template's pickle on, and whoever
+loads that output may run it, so a file that names a callable known to run code, start processes, or
+reach files or the network is refused. The names come from the lists that the scanners fickling and
+picklescan publish.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from merge_avg.errors import MergeError
 
@@ -28,6 +33,52 @@ _LONGEST_SHOWN = 200
 # from there on. A state dict of torch.save takes about 16 (measured with 20,000 tensors), so no
 # honest checkpoint comes near.
 _FIRST, _STEEP, _SMALL, _FLAT = 300_000, 200, 180_000_000, 24
+
+# Every name in these modules, and in modules below them, is dangerous...
+_MODULES = frozenset(
+    """
+    _aix_support _osx_support _posixsubprocess _pyrepl _thread _winapi aiohttp asyncio bdb cProfile
+    code codeop commands concurrent ctypes _ctypes dill distutils doctest ensurepip ftplib http
+    httplib idlelib imaplib imp importlib _frozen_importlib _frozen_importlib_external
+    linecache logging.config mailcap marshal multiprocessing nntplib nt ntpath os pdb
+    pickle _pickle cloudpickle joblib pip pkgutil poplib posix posixpath profile pty pydoc
+    requests requests_oauthlib runpy shelve shutil site smtplib socket _socket socketserver
+    ssl subprocess sys tarfile telnetlib tempfile threading timeit trace urllib urllib2 venv
+    webbrowser winreg xmlrpc zipfile zipimport
+    """.split()
+)
+# ... and these, in modules that are harmless otherwise.
+_BUILTINS = frozenset(
+    """
+    __build_class__ __import__ apply breakpoint compile delattr dir eval exec execfile exit file
+    getattr globals help input locals open quit raw_input reload setattr vars
+    """.split()
+)
+_NAMES = {
+    "builtins": _BUILTINS,
+    "__builtin__": _BUILTINS,  # Python 2's name for it, which protocols 0 to 2 write
+    "functools": frozenset({"reduce", "partialmethod"}),
+    "operator": frozenset({"attrgetter", "itemgetter", "methodcaller"}),
+    "_operator": frozenset({"attrgetter", "itemgetter", "methodcaller"}),
+    "types": frozenset({"CodeType", "FunctionType"}),
+    **dict.fromkeys(("io", "_io"), frozenset({"FileIO", "open", "open_code"})),
+    "codecs": frozenset({"open"}),
+    "torch": frozenset({"load", "compile"}),
+    "torch.serialization": frozenset({"load"}),
+    "torch.hub": frozenset({"load", "load_state_dict_from_url", "download_url_to_file"}),
+    "torch.jit": frozenset({"load"}),
+    "torch.utils.cpp_extension": frozenset({"load", "load_inline"}),
+    "numpy": frozenset({"load", "fromfile"}),
+    "numpy.testing._private.utils": frozenset({"runstring"}),
+}
+# Parts of a dotted name that are dangerous below any module: a dangerous module that an innocent
+# one has imported (torch.os, numpy.os.system), and attributes that lead from any object to all.
+_PARTS = frozenset(
+    """
+    builtins ctypes importlib os posix runpy shutil subprocess sys
+    __globals__ __builtins__ __subclasses__ __reduce__
+    """.split()
+)
 
 
 class PickleError(MergeError):
@@ -84,13 +135,9 @@ class Omitted:
 def shown(value: Value) -> str:
     """Describe a value in a few words, however large or deep it is."""
     match value:
-        case str():
-            text = value
-        case Global():
-            text = str(value)
-        case bool() | float() | None:
-            text = repr(value)
-        case int() if value.bit_length() <= 64:
+        case int() if value.bit_length() > 64:  # its digits could be millions
+            text = "a int"
+        case str() | int() | float() | None | Global():
             text = str(value)
         case bytes():
             text = repr(value[:_LONGEST_SHOWN])
@@ -108,17 +155,12 @@ class Allowance:
     """The bytes that the objects of a pickle take, by an estimate on the high side.
 
     Work that takes only time is paid in bytes too, at about one for each 10 ns.
-
-    Attributes:
-        density: how much each byte of the pickle counts; below 1 where the pickle was compressed.
-        used, limit: bytes spent so far, and those that may be for what was read of the pickle.
-        read: bytes of the pickle read so far.
     """
 
-    density: float = 1.0
+    density: float = 1.0  # for how much a byte of the pickle counts: less where it was compressed
     used: int = 0
-    limit: int = _FIRST
-    read: int = 0
+    limit: int = _FIRST  # of `used`, for what was read of the pickle
+    read: int = 0  # bytes of the pickle
 
     def spend(self, nbytes: int) -> None:
         """Pay for an object, or raise PickleError if it is too large."""
@@ -128,3 +170,38 @@ class Allowance:
             self.limit = max(self.limit, min(_FIRST + _STEEP * read, _SMALL), _FLAT * read)
         if self.used > self.limit:
             raise PickleError("the objects of its pickle would take more memory than they should")
+
+
+# Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(class, name), and torch's metadata
+# of distributed checkpoints holds one. That exact form is allowed; every other use is refused.
+GETTERS = Global("builtins", "getattr"), Global("__builtin__", "getattr")
+
+
+def names_a_member(args: Value) -> bool:
+    """Return whether arguments of getattr are a class, going by its name, and a member's name."""
+    if not isinstance(args, tuple) or len(args) != 2:
+        return False
+    cls, name = args
+    if not isinstance(cls, Global) or not isinstance(name, str) or not name.isidentifier():
+        return False
+    return cls.name.rpartition(".")[2].lstrip("_")[:1].isupper() and not name.startswith("__")
+
+
+def refuse_if_dangerous(module: str, name: str) -> None:
+    """Raise DangerousPickleError for a callable that is known to run code.
+
+    A dotted name reaches through attributes, so each part of it counts.
+    """
+    packages = module.split(".")
+    prefixes = {".".join(packages[: depth + 1]) for depth in range(len(packages))}
+    parts = set(name.split("."))
+    if prefixes & _MODULES or parts & (_NAMES.get(module, frozenset()) | _PARTS):
+        refuse(module, name)
+
+
+def refuse(module: str, name: str) -> NoReturn:
+    """Raise DangerousPickleError for a callable."""
+    raise DangerousPickleError(
+        f"its pickle names {module}.{name}, which would run code when loaded",
+        hint="do not load this file; get the weights as safetensors from a source you trust",
+    )

@@ -32,7 +32,7 @@ from merge_avg.checkpoint import (
     Slot,
     Storage,
 )
-from merge_avg.formats.pickle.write import pickled, with_classes
+from merge_avg.formats.pickle.tensors import pickled, with_classes
 from merge_avg.formats.zip.records import CENTRAL, END, END64, LOCAL, LOCATOR
 
 _ALIGNMENT = 64  # torch maps storages into memory, and vector instructions like it
