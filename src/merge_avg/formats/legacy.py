@@ -17,7 +17,6 @@ Specification: _legacy_save and _legacy_load in torch/serialization.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from merge_avg.checkpoint import BY_STORAGE, Archive, DType, File, FileLayout, Layout, Slot, Storage
@@ -45,14 +44,13 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     """
     path = stamp.path
     try:
-        pickles = _pickles(file, stamp.nbytes)
+        data, start, objects, keys = _pickles(file, stamp.nbytes)
     except MergeError as error:
         raise error.at(path) from None
-    objects = pickles.objects
     refuse_root(objects, path)
     found: dict[str, Storage] = {}
-    at = len(pickles.data)
-    for key in pickles.keys:
+    at = len(data)
+    for key in keys:
         if key not in objects.storages or key in found:
             what = "twice" if key in found else "which nothing uses"
             raise MergeError(f"it lists the storage {key!r}, {what}", where=path)
@@ -71,22 +69,15 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     if lacking:
         raise MergeError(f"it has no storage {lacking[0]!r}", where=path)
     tensors = objects.placed(lambda key, _, __: found[key])
-    start, stop = pickles.start, pickles.start + objects.nbytes
-    around = (pickles.data[:start], pickles.data[stop:])
-    read = (pickles.data[start:stop], "", objects.classes, objects.frames)
-    archive = Archive(tuple(found.items()), *read, around=around)
+    stop = start + objects.nbytes
+    read = (data[start:stop], "", objects.classes, objects.frames)
+    archive = Archive(tuple(found.items()), *read, around=(data[:start], data[stop:]))
     others, scalars = objects.others, objects.scalars
     return Layout(path, "torch-legacy", (stamp,), tensors, others, (), archive, scalars=scalars)
 
 
-@dataclass(frozen=True)
-class _Pickles:
-    """The bytes of the five pickles, and where the fourth starts; its content; the fifth's keys."""
-
-    data: bytes
-    start: int
-    objects: Objects
-    keys: list[str]
+# The bytes of the five pickles, and where the fourth starts; its content; the keys of the fifth.
+_Pickles = tuple[bytes, int, Objects, list[str]]
 
 
 def _pickles(file: BinaryIO, nbytes: int) -> _Pickles:
@@ -118,16 +109,15 @@ def _parsed(data: bytes) -> _Pickles:
     keys = _plain(data, stop)
     if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):
         raise MergeError("the list of its storages is damaged")
-    return _Pickles(data[: stop + keys.nbytes], start, objects, keys.value)
+    return data[: stop + keys.nbytes], start, objects, keys.value
 
 
 def _plain(data: bytes, start: int) -> Loaded:
-    """Read a pickle that holds plain values and no objects."""
+    return load(data, start, persistent=lambda _: None, call=_no_call)
 
-    def call(_: Global, __: tuple[Value, ...]) -> None:
-        raise MergeError(_OTHER)
 
-    return load(data, start, persistent=lambda _: None, call=call)
+def _no_call(_: Global, __: tuple[Value, ...]) -> None:
+    raise MergeError(_OTHER)
 
 
 def copy(

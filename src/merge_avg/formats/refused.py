@@ -1,17 +1,7 @@
 """Files that are not checkpoints, told by their bytes, each with the way out.
 
-    first bytes                            what the file is
-    -------------------------------------  ------------------------------------------------------
-    nothing                                empty
-    version https://git-lfs                a Git LFS pointer: the checkpoint was never fetched
-    <!doctype, <html, <?xml                a web page: the download failed
-    GGUF, 89 HDF, 93 NUMPY                 weights of other programs
-    1f 8b, BZh, fd 7zXZ, PK 5 6            compressed, or an empty zip
-    ustar at byte 257                      a tar, perhaps one of torch before 0.1.10
-    80 02 .. 80 05                         a pickle that torch.save did not write
-    anything, named .onnx                  an exported model
-
-Zip archives of other programs are told by the names of their records.
+They are weights of other programs, archives, pickles that torch.save did not write, and what a
+download leaves that failed. Zip archives are told by the names of their records.
 """
 
 from __future__ import annotations
@@ -23,21 +13,19 @@ from typing import NoReturn
 from merge_avg.errors import MergeError
 
 _LFS = b"version https://git-lfs"
-# First bytes, what the file is, and what to do about it.
-_BY_MAGIC = (
-    (
-        _LFS,
-        "a Git LFS pointer, not the checkpoint itself",
-        "fetch the file's content with: git lfs pull",
-    ),
-    (b"GGUF", "a GGUF file", "average the checkpoints before you convert them to GGUF"),
-    (b"\x89HDF", "an HDF5 file (.h5, Keras)", "save the weights as safetensors"),
-    (b"PK\x05\x06", "an empty zip archive", "save the checkpoint again"),
-    (b"\x93NUMPY", "a NumPy array", "save the arrays as safetensors"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it and pass the checkpoint inside"),
-    (b"BZh", "a bzip2 archive", "unpack it and pass the checkpoint inside"),
-    (b"\xfd7zXZ", "an xz archive", "unpack it and pass the checkpoint inside"),
-)
+_PULL = "fetch the file's content with: git lfs pull"
+_UNPACK = "unpack it and pass the checkpoint inside"
+# By first bytes: what the file is, and what to do about it.
+_BY_MAGIC = {
+    _LFS: ("a Git LFS pointer, not the checkpoint itself", _PULL),
+    b"GGUF": ("a GGUF file", "average the checkpoints before you convert them to GGUF"),
+    b"\x89HDF": ("an HDF5 file (.h5, Keras)", "save the weights as safetensors"),
+    b"PK\x05\x06": ("an empty zip archive", "save the checkpoint again"),
+    b"\x93NUMPY": ("a NumPy array", "save the arrays as safetensors"),
+    b"\x1f\x8b": ("a gzip archive", _UNPACK),
+    b"BZh": ("a bzip2 archive", _UNPACK),
+    b"\xfd7zXZ": ("an xz archive", _UNPACK),
+}
 # Zip archives, by the ending of a record's name.
 _BY_RECORD = {
     "constants.pkl": (
@@ -77,9 +65,9 @@ def refuse(path: Path, head: bytes, nbytes: int) -> NoReturn:
 def _described(head: bytes, nbytes: int, suffix: str) -> tuple[str, str]:
     if not nbytes:
         return "the file is empty", "fetch or save the file again"
-    for magic, what, hint in _BY_MAGIC:
+    for magic, described in _BY_MAGIC.items():
         if head.startswith(magic):
-            return what, hint
+            return described
     if _is_web_page(head):
         hint = "the download failed or needs a login; fetch the file again"
         return "a web page, not a checkpoint", hint
@@ -87,7 +75,7 @@ def _described(head: bytes, nbytes: int, suffix: str) -> tuple[str, str]:
         if head[:100].rstrip(b"\0") in _OLD_MEMBERS:
             hint = "load it with torch.load and save it again"
             return "a checkpoint of torch before 0.1.10 (a tar)", hint
-        return "a tar archive", "unpack it and pass the checkpoint inside"
+        return "a tar archive", _UNPACK
     # Protocols 2 to 5; older ones begin with any printable character.
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         hint = "load it with what wrote it, and save its tensors with torch.save"

@@ -81,8 +81,9 @@ def load(
     return Loaded(value, frames, machine.at - start)
 
 
-def _fixed(size: int, decode: Callable[[bytes], Value]) -> Handler:
-    return lambda m: m.push(decode(m.take(size)))
+def _kept(m: Machine, value: Value) -> None:
+    m.spend(value.__sizeof__() + 16)
+    m.push(value)
 
 
 def _sized(size: int, decode: Callable[[bytes], Value]) -> Handler:
@@ -92,31 +93,19 @@ def _sized(size: int, decode: Callable[[bytes], Value]) -> Handler:
         if count > _LONGEST_VALUE:
             m.skip(count)
             m.push(Omitted(count))
-            return
-        value = decode(m.take(count))
-        m.spend(value.__sizeof__() + 16)
-        m.push(value)
+        else:
+            _kept(m, decode(m.take(count)))
 
     return handler
 
 
 def _lined(decode: Callable[[bytes], Value]) -> Handler:
-    def handler(m: Machine) -> None:
-        value = decode(m.line(_LONGEST_VALUE))
-        m.spend(value.__sizeof__() + 16)
-        m.push(value)
-
-    return handler
+    return lambda m: _kept(m, decode(m.line(_LONGEST_VALUE)))
 
 
 _text = partial(str, encoding="utf-8", errors="surrogatepass")
 _old_text = partial(str, encoding="utf-8", errors="surrogateescape")  # Python 2 had any encoding
 _signed = partial(int.from_bytes, byteorder="little", signed=True)
-
-
-def _decimal(raw: bytes) -> int | bool:
-    # Protocol 0 has no opcodes for True and False: they are the numbers 01 and 00.
-    return raw == b"01" if raw in (b"00", b"01") else int(raw)
 
 
 # Not codecs.escape_decode, which is undocumented, nor ast.literal_eval, which warns of unknown
@@ -168,12 +157,6 @@ def _tuple_of(count: int) -> Handler:
     return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
 
 
-def _dict(m: Machine) -> None:
-    made = InertDict()
-    m.set(_pairs(m), made)
-    m.push(made)
-
-
 def _pairs(m: Machine) -> list[tuple[Value, Value]]:
     flat = m.since_mark()
     if len(flat) % 2:
@@ -221,12 +204,12 @@ _HANDLERS: dict[str, Handler] = {
     "N": lambda m: m.push(None),
     "\x88": lambda m: m.stack.append(True),
     "\x89": lambda m: m.stack.append(False),
-    "K": _fixed(1, lambda raw: raw[0]),
-    "M": _fixed(2, lambda raw: int.from_bytes(raw, "little")),
-    "J": _fixed(4, _signed),
+    "K": lambda m: m.push(m.number(1)),
+    "M": lambda m: m.push(m.number(2)),
+    "J": lambda m: m.push(_signed(m.take(4))),
     "\x8a": _sized(1, _signed),
     "\x8b": _sized(4, _signed),
-    "G": _fixed(8, lambda raw: struct.unpack(">d", raw)[0]),
+    "G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
     # Texts, bytes, and strings of Python 2, with lengths of 4, 1 or 8 bytes.
     "X": _sized(4, _text),
     "\x8c": _sized(1, _text),
@@ -237,8 +220,8 @@ _HANDLERS: dict[str, Handler] = {
     "\x96": _sized(8, bytearray),
     "U": _sized(1, _old_text),
     "T": _sized(4, _old_text),
-    # Protocol 0 writes each value on a line.
-    "I": _lined(_decimal),
+    # Protocol 0 writes each value on a line, and True and False as the numbers 01 and 00.
+    "I": _lined(lambda raw: raw == b"01" if raw in (b"00", b"01") else int(raw)),
     "L": _lined(lambda raw: int(raw.rstrip(b"L"))),
     "F": _lined(float),
     "S": _lined(_quoted),
@@ -255,7 +238,7 @@ _HANDLERS: dict[str, Handler] = {
     "\x8f": lambda m: m.push(set()),
     "l": lambda m: m.push(m.items()),
     "t": lambda m: m.push(tuple(m.items())),
-    "d": _dict,
+    "d": lambda m: m.push(m.set(_pairs(m), InertDict())),
     "\x85": _tuple_of(1),
     "\x86": _tuple_of(2),
     "\x87": _tuple_of(3),
@@ -289,17 +272,8 @@ _HANDLERS: dict[str, Handler] = {
 }
 # Lists, since a lookup by number is the quickest.
 TABLE = [_HANDLERS.get(chr(code)) for code in range(256)]
-# Bytes that an opcode's objects take on 64-bit CPython; a handler pays for the rest itself.
-COSTS = [0] * 256
-for _codes, _nbytes in {
-    "]l": 100,
-    "}d": 160,
-    "\x8f\x91": 250,
-    "t\x85\x86\x87": 80,
-    "JMG": 32,
-    "\x95": 40,
-    "pqr\x94a": SLOT,
-    "R": 10,  # time, not memory
-}.items():
-    for _code in _codes:
-        COSTS[ord(_code)] = _nbytes
+# Bytes that an opcode's objects take on 64-bit CPython; a handler pays for the rest itself. A call
+# (R) takes time, not memory.
+_COSTS = {"]l": 100, "}d": 160, "\x8f\x91": 250, "t\x85\x86\x87": 80, "JMG": 32, "\x95": 40}
+_COSTS |= {"pqr\x94a": SLOT, "R": 10}
+COSTS = [sum(n for codes, n in _COSTS.items() if chr(code) in codes) for code in range(256)]

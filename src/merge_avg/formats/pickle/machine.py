@@ -214,8 +214,8 @@ class Machine:
             self.spend(2 * _ENTRY)
             self.far[index] = value
 
-    def set(self, pairs: list[tuple[Value, Value]], target: Value) -> None:
-        """Set entries of a dict, or of an object that may be one."""
+    def set(self, pairs: list[tuple[Value, Value]], target: Value) -> Value:
+        """Set entries of a dict, or of an object that may be one, and return it."""
         self.spend(_ENTRY * len(pairs))
         for key, _ in pairs:
             if type(key) is not str:
@@ -226,6 +226,7 @@ class Machine:
             target.pairs.extend(pairs)
         else:
             raise TypeError(f"entries for a {type(target).__name__}")
+        return target
 
     def extend(self, items: list[Value], target: Value) -> None:
         """Append items to a list, or to an object that may be one."""
@@ -291,15 +292,13 @@ class Machine:
         self.push(Instance(function, args))
 
 
-def inert_dict(pairs: Value, allowance: Allowance) -> InertDict:
+def inert_dict(pairs: Value, allowance: Allowance) -> Value:
     """Return the dict that a pickle makes by passing pairs, or a dict, to a dict's class."""
     if isinstance(pairs, dict):
         pairs = list(pairs.items())
     if not isinstance(pairs, list | tuple):
         raise TypeError("a dict of something other than pairs")
     allowance.spend(_ENTRY * len(pairs))
-    made = InertDict()
     # A machine of its own checks and pays for them as the entries of any other dict.
     machine = Machine(b"", 0, lambda _: None, lambda *_: None, allowance)
-    machine.set([(key, value) for key, value in pairs], made)
-    return made
+    return machine.set([(key, value) for key, value in pairs], InertDict())

@@ -179,12 +179,11 @@ GETTERS = Global("builtins", "getattr"), Global("__builtin__", "getattr")
 
 def names_a_member(args: Value) -> bool:
     """Return whether arguments of getattr are a class, going by its name, and a member's name."""
-    if not isinstance(args, tuple) or len(args) != 2:
-        return False
-    cls, name = args
-    if not isinstance(cls, Global) or not isinstance(name, str) or not name.isidentifier():
-        return False
-    return cls.name.rpartition(".")[2].lstrip("_")[:1].isupper() and not name.startswith("__")
+    match args:
+        case tuple((Global() as cls, str() as name)) if name.isidentifier():
+            capital = cls.name.rpartition(".")[2].lstrip("_")[:1].isupper()
+            return capital and not name.startswith("__")
+    return False
 
 
 def refuse_if_dangerous(module: str, name: str) -> None:
