@@ -1,12 +1,10 @@
 """The command: its parameters, and which of its tasks they ask for.
 
-Importing this module is all that --help waits for, so what a task needs is imported when it is
-called.
+This module is all that --help waits for, so what a task needs is imported when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +12,8 @@ from typing import Annotated
 import typer
 
 from merge_avg._version import __version__
-from merge_avg.cli._console import print_result, say
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
+from merge_avg.cli._process import print_result, say
 from merge_avg.errors import UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
 
@@ -89,8 +87,7 @@ def command(
             merge(choice, options, display, action.dry_run)
 
 
-def _inspect(checkpoints: Sequence[Path], key: str | None, display: Display) -> None:
-    """List what is in checkpoints."""
+def _inspect(checkpoints: list[Path], key: str | None, display: Display) -> None:
     from merge_avg.report.inspect import as_json, contents, lines
 
     found = [contents(path, key) for path in checkpoints]
@@ -98,10 +95,7 @@ def _inspect(checkpoints: Sequence[Path], key: str | None, display: Display) -> 
     print_result(display.as_json, lambda: [as_json(one) for one in found], text)
 
 
-def _verify(
-    outputs: Sequence[Path], inputs: Path | None, options: Options, display: Display
-) -> None:
-    """Verify outputs of earlier merges, with the threads and the memory of the options."""
+def _verify(outputs: list[Path], inputs: Path | None, options: Options, display: Display) -> None:
     from merge_avg.verify import verify_output
 
     found = []

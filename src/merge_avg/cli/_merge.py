@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from merge_avg.cli._console import discard, print_result, progress, say
 from merge_avg.cli._parameters import Display
+from merge_avg.cli._process import discard, print_result, progress, say
 from merge_avg.engine import read_ahead, run
 from merge_avg.errors import MergeError
 from merge_avg.options import Options

@@ -1,9 +1,8 @@
 """The command's parameters, derived from the fields of options classes, and back.
 
-Typer builds a command from the signature of a function. That signature is made here of options
-classes: each of their fields becomes a parameter. When the command is called, the values it is
-given become instances of these classes again. Three classes have the options that only the command
-has; those of a merge are in `merge_avg.options`.
+Typer builds a command from the signature of a function, which is made here of options classes:
+each field becomes a parameter, and the values given become instances of the classes again. Three
+classes have what only the command takes; the options of a merge are in `merge_avg.options`.
 """
 
 from __future__ import annotations
@@ -73,11 +72,7 @@ class Display:
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that has one parameter for each option in place of an options class.
-
-    A parameter annotated with a dataclass stands for those of its fields that have a `Meaning`. All
-    other parameters stay as they are.
-    """
+    """Return a function that has a parameter for each option in place of one for their class."""
     declared = inspect.signature(function, eval_str=True).parameters.values()
     classes = {one.name: one.annotation for one in declared if is_dataclass(one.annotation)}
     flat: list[inspect.Parameter] = []
@@ -107,8 +102,11 @@ def _parameters(cls: Any) -> Iterator[inspect.Parameter]:
     for name, meaning, default in _options(cls):
         spelled, text, absent = f"--{name.replace('_', '-')}", meaning.help, default
         if default is True:  # then all that a flag can do is turn it off
-            spelled, text = f"--no{spelled[1:]}", f"Do not {text[0].lower()}{text[1:]}"
-            absent = False
+            spelled, text, absent = (
+                f"--no{spelled[1:]}",
+                f"Do not {text[0].lower()}{text[1:]}",
+                False,
+            )
         elif default == ():  # which the help would list as a default
             absent = None
         kind: Any = str if meaning.parse else _kind(hints[name])

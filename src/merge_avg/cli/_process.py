@@ -15,11 +15,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Any, TextIO
 
-from merge_avg.cli._console import fail, say
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, UsageError, failure
+from merge_avg.report.printable import printable, shown
 
 
 def entry() -> None:
@@ -43,25 +44,20 @@ def entry() -> None:
 def main(*, last: bool = False) -> None:
     """Run the command, and exit with its code; `last`: the process does nothing else after it."""
     try:
-        with _signals(last=last):
-            _run()
+        with _signals(last):
+            try:
+                _open_streams()
+                from merge_avg.cli._app import app  # whose imports take longest: a signal may come
+
+                app(prog_name="merge-avg")
+            except (MergeError, OSError, MemoryError) as error:
+                _fail(error)
+                sys.exit(2 if isinstance(error, UsageError) else 1)
+            except _Stopped as stop:
+                say("stopped; each output is as it was, or complete")
+                sys.exit(stop.code)
     except KeyboardInterrupt:  # it came before the handler was installed
         sys.exit(130)
-
-
-def _run() -> None:
-    """Run the command; an error is a message and an exit code."""
-    try:
-        _open_streams()
-        from merge_avg.cli._app import app  # whose imports take longest: a signal may come
-
-        app(prog_name="merge-avg")
-    except (MergeError, OSError, MemoryError) as error:
-        fail(error)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except _Stopped as stop:
-        say("stopped; each output is as it was, or complete")
-        sys.exit(stop.code)
 
 
 class _Stopped(SystemExit):
@@ -69,12 +65,8 @@ class _Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def _signals(*, last: bool) -> Iterator[None]:
-    """Make signals end the command by an exception, so that it cleans up.
-
-    A signal that is ignored stays so: nohup ignores SIGHUP, and a shell ignores SIGINT for jobs in
-    the background.
-    """
+def _signals(last: bool) -> Iterator[None]:
+    """Make signals end the command by an exception, so that it cleans up."""
     code = 0
 
     def stop(signum: int, _: FrameType | None) -> None:
@@ -96,6 +88,7 @@ def _signals(*, last: bool) -> Iterator[None]:
         if not isinstance(what.exc_value, _Stopped):
             hook(what)
 
+    # One that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT for jobs in the background.
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     caught = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]
     before = {one: signal.signal(one, stop) for one in (signal.SIGALRM, *caught)}
@@ -114,11 +107,7 @@ def _signals(*, last: bool) -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Open the standard streams that are closed.
-
-    A file that the merge opens would get the number of one: then a message written to stderr would
-    land in the output.
-    """
+    """Open the standard streams that are closed, or messages land in a file that has a number."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
@@ -129,3 +118,83 @@ def _open_streams() -> None:
     # A name need not be valid in the locale's encoding; to print it must not fail a merge.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; names keep their letters, but control characters are escaped."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody listens, which is no reason to stop
+        discard(sys.stderr)
+
+
+def _fail(error: MergeError | OSError | MemoryError) -> None:
+    """Say what is wrong with which file, and what to do about it."""
+    if isinstance(error, OSError):
+        error = failure(error)
+    elif isinstance(error, MemoryError):
+        error = MergeError("there is not enough memory", hint="lower --max-memory or --threads")
+    say(f"error: {error}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:
+    """Print the result on stdout: its value as JSON where that is asked for, or else lines."""
+    if as_json:
+        import json
+
+        # Paths are text. GitHub's runner takes "##[" for a command to it, in JSON too.
+        text = json.dumps(value(), ensure_ascii=True, indent=2, default=os.fspath)
+        text = text.replace("##[", "#\\u0023[")
+    else:
+        text = "\n".join(map(printable, lines))
+    try:
+        if text:
+            print(text, flush=True)
+    except OSError as error:
+        discard(sys.stdout)
+        # A reader that left, such as `head`, has what it wanted. A full disk loses the result.
+        if not isinstance(error, BrokenPipeError):
+            what = f"all is done, but stdout cannot be written ({error.strerror})"
+            raise MergeError(what) from None
+
+
+def discard(stream: TextIO) -> None:
+    """Send to nowhere what a broken stream still holds: Python would flush it at exit, and fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+@contextlib.contextmanager
+def progress(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show that a merge runs; yield what it has to call with the bytes it has read since."""
+    if quiet or not sys.stderr.isatty():
+        if not quiet:
+            say(f"{what}, {shown(nbytes)}")
+        yield None
+        return
+    # Rich takes longer to import than a small merge takes.
+    from rich import progress as bars
+    from rich.console import Console
+
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        # Told so, because rich would believe TTY_COMPATIBLE and the like rather than the terminal.
+        console=Console(file=sys.stderr, force_terminal=True),
+        transient=True,
+    )
+    # A terminal may be closed at any time: the merge goes on.
+    with contextlib.suppress(OSError):
+        bar.start()
+    try:
+        task = bar.add_task(what, total=nbytes)
+        yield lambda more: bar.advance(task, more)
+    finally:
+        with contextlib.suppress(OSError):
+            bar.stop()

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from merge_avg.cli._console import print_result, say
 from merge_avg.cli._parameters import Display, SoupOptions
+from merge_avg.cli._process import print_result, say
 from merge_avg.engine import run
 from merge_avg.errors import UsageError
 from merge_avg.options import Mode, Options, Weighting
@@ -101,7 +100,7 @@ def _cells(trial: Trial) -> tuple[str, ...]:
     return number, name, members, f"{trial.score:.10g}", verdict.strip()
 
 
-def _as_json(soup: Soup) -> dict[str, Any]:
+def _as_json(soup: Soup) -> dict[str, object]:
     shown = ("members", "score", "kept", "remembered")
     return {
         "output": soup.output,
