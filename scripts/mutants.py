@@ -31,7 +31,7 @@ TESTS = {
     "io/_reader": "io/test_reader",
     "io/_platform": "io/test_platform io/test_output io/test_reader",
     "plan/_units": "plan/test_units agreement/test_comparison",
-    "plan/_windows": "plan/test_units",
+    "plan/_budget": "plan/test_budget",
     "arithmetic/_weights": "arithmetic/test_weights arithmetic/test_torch_mean",
     "arithmetic/_sums": "arithmetic/test_torch_mean",
     "arithmetic/torch_mean": "arithmetic/test_torch_mean",

@@ -14,7 +14,7 @@ from merge_avg.engine import merge_checkpoints, run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.plan._windows import windows
+from merge_avg.plan._budget import windows
 from merge_avg.report import as_json, describe
 from merge_avg.report.text import lines
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from merge_avg.checkpoint import BY_NAME, File, Layout, Name, TensorInfo, row_major
-from merge_avg.plan._names import Aligned
+from merge_avg.plan._alignment import Aligned
 from merge_avg.plan._units import Plan, make_plan
 
 F32, BF16 = BY_NAME["float32"], BY_NAME["bfloat16"]

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from merge_avg.checkpoint import PROVENANCE_FILE, Storage, assign
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
-from merge_avg.plan import FILE, OutputLayout
-from merge_avg.plan._names import NameFilter, align
-from merge_avg.plan._targets import _in_place, lay_out
+from merge_avg.options import Options
+from merge_avg.plan import FILE
+from merge_avg.plan._alignment import align
+from merge_avg.plan._targets import OutputLayout, _in_place, lay_out
 from merge_avg.plan._units import Plan, make_plan
 from tests.plan.helpers import info, planned
 
@@ -25,7 +26,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "directory": ("o", {}),
     "bare": ("o.pt", {"state_dict": True}),
     "safetensors": ("o.safetensors", {}),
-    "shards": ("o", {"shard_size": 60}),
+    "shards": ("o", {"max_shard_size": 60}),
 }
 
 
@@ -33,11 +34,10 @@ def laid_out(path, kind, dtype=None, exclude=()) -> tuple[Plan, OutputLayout]:
     """The plan of one checkpoint twice, and the layout of an output of a kind."""
     layout = scan(path)
     weights = assign(layout).weights
-    chosen = NameFilter((), tuple(exclude))
-    plan = make_plan([layout] * 2, align([path] * 2, [weights] * 2, "error", chosen), dtype)
+    aligned = align([path] * 2, [weights] * 2, exclude=exclude)
+    plan = make_plan([layout] * 2, aligned, dtype)
     name, options = KINDS[kind]
-    options = {"state_dict": False, "shard_size": None} | options
-    return plan, lay_out(path.parent / name, plan, weights, **options)
+    return plan, lay_out(path.parent / name, plan, weights, Options(**options))
 
 
 def filled(plan: Plan, layout: OutputLayout) -> dict[tuple[int, str], list[tuple[int, int]]]:

@@ -7,25 +7,20 @@ headers tell of an error shows here, before hours of reading.
 
 from __future__ import annotations
 
-from merge_avg.plan._budget import Budget
+from merge_avg.plan._budget import Piece, Window, batches
 from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
-from merge_avg.plan._provenance import Hashes, Record, RecordedInput, read_record
-from merge_avg.plan._targets import FILE, OutputLayout, Target
+from merge_avg.plan._provenance import Hashes, Record, read_record
+from merge_avg.plan._targets import FILE
 from merge_avg.plan._units import Restride, Unit, aligned_to_page
-from merge_avg.plan._windows import Piece, Window, batches
 
 __all__ = [
     "FILE",
-    "Budget",
     "Hashes",
     "Job",
-    "OutputLayout",
     "OutputSpec",
     "Piece",
     "Record",
-    "RecordedInput",
     "Restride",
-    "Target",
     "Unit",
     "Window",
     "aligned_to_page",

@@ -1,4 +1,7 @@
-"""The memory budget: how many threads there are, how large windows are, and how much is read.
+"""The memory budget: how many threads there are, and the windows that they work on, one at a time.
+
+    units        | a ................................. | b ... | c .. |
+    windows      |   a    |   a    |   a    |   a    | |  a, b, c    |
 
 Everything that grows with the work is held in buffers of a few sizes, so the peak is known before
 anything is read. tests/plan/test_budget.py compares it with that of real processes.
@@ -11,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import cores
+from merge_avg.plan._units import Unit
 from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 
 MIB = 1 << 20
@@ -46,27 +50,16 @@ _MOST_READ = 1 << 22  # bytes that a worker reads at a time: more rows are no fa
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory that workers may take, and what it is taken for.
+    """The memory that workers may take, and what it is taken for."""
 
-    Attributes:
-        threads: the number of workers.
-        window: the largest window, in elements.
-        rows: the number of checkpoints whose elements of a window a worker holds at a time.
-        itemsize: the bytes of the widest element.
-        entries: the number of tensors of all checkpoints together.
-        outputs: the number of outputs.
-        checkpoints: their number; they are compared by a part of each window.
-        long: the number of tensors of the result that may be longer than a window.
-    """
-
-    threads: int
-    window: int
-    rows: int
-    itemsize: int
-    entries: int = 0
+    threads: int  # the number of workers
+    window: int  # the largest window, in elements
+    rows: int  # the number of checkpoints whose elements of a window a worker holds at a time
+    itemsize: int  # the bytes of the widest element
+    entries: int = 0  # the number of tensors of all checkpoints together
     outputs: int = 1
-    checkpoints: int = 1
-    long: int = 0
+    checkpoints: int = 1  # their number; they are compared by a part of each window
+    long: int = 0  # the number of tensors of the result that may be longer than a window
 
     @property
     def nbytes(self) -> int:
@@ -93,11 +86,7 @@ class Budget:
         return _FIXED + known + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
-        """Return the same with windows that fit `free` bytes of a device's memory.
-
-        Raises:
-            MergeError: none does.
-        """
+        """Return the same with windows that fit `free` bytes of a device, or raise MergeError."""
         fit = self
         # Twice: a device holds what was read in two slots, and allocates in larger blocks.
         while 2 * fit.nbytes > free:
@@ -109,8 +98,7 @@ class Budget:
 
 
 def _tensors(entries: int, checkpoints: int) -> int:
-    """Return how many tensors each checkpoint has, when all have as many."""
-    return -(-entries // max(checkpoints, 1))
+    return -(-entries // max(checkpoints, 1))  # of each checkpoint, when all have as many
 
 
 def _known(entries: int, checkpoints: int) -> int:
@@ -127,17 +115,10 @@ def plan_budget(
     outputs: int = 1,
     lengths: Iterable[int] = (),
 ) -> Budget:
-    """Divide a budget of memory into threads and windows.
+    """Divide a budget of memory, in bytes, into threads and windows; for the rest see `Budget`.
 
-    Args:
-        checkpoints: their number.
-        itemsize: the bytes of their widest element.
-        entries: the number of all their tensors.
-        max_memory: the budget in bytes; by default 64 MiB, or 32 MiB a thread where that is more,
-            and what is known of very many tensors.
-        threads: their number; by default that of the cores.
-        outputs: their number.
-        lengths: of the tensors of the result, in elements.
+    The default is 64 MiB, or 32 MiB a thread where that is more, and what is known of very many
+    tensors; and a thread for each core. `lengths` are those of the result's tensors, in elements.
 
     Raises:
         UsageError: `threads` is below one.
@@ -148,23 +129,94 @@ def plan_budget(
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     total = max_memory or buffers + max(_known(entries, checkpoints) - MIB, 0)
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints)
-    least = replace(least, long=sum(length > least.window for length in lengths))
-    for count, window, rows in _tried(workers, checkpoints, itemsize):
-        budget = replace(least, threads=count, window=window, rows=rows)
+    long = sum(length > _LEAST_WINDOW for length in lengths)
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints, long)
+    for budget in _tried(least, workers):
         if budget.nbytes <= total:
             return budget
     hint = f"give at least --max-memory {-(-least.nbytes // 1024)}KiB"
     raise MergeError("the memory budget is too small", hint=hint)
 
 
-def _tried(workers: int, checkpoints: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """Yield threads, window and rows, the fastest first."""
+def _tried(least: Budget, workers: int) -> Iterator[Budget]:
+    """Yield the same with more threads, windows and rows, the fastest first."""
     for threads in range(workers, 0, -1):
-        window = _LARGEST_WINDOW // max(itemsize, 2)
+        window = _LARGEST_WINDOW // max(least.itemsize, 2)
         while window >= _LEAST_WINDOW:
-            rows = min(checkpoints, max(_MOST_READ // (window * itemsize), 1))
+            rows = min(least.checkpoints, max(_MOST_READ // (window * least.itemsize), 1))
             # Rather smaller windows than fewer rows, unless the window would be tiny.
             fewest = 1 if window <= _USUAL_WINDOW else rows
-            yield from ((threads, window, count) for count in range(rows, fewest - 1, -1))
+            for count in range(rows, fewest - 1, -1):
+                yield replace(least, threads=threads, window=window, rows=count)
             window //= 2
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a unit, counted from the unit's start."""
+
+    unit: Unit
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Window = tuple[Piece, ...]
+
+
+def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
+    """Yield the units cut and packed into windows of at most `limit` elements.
+
+    The pieces of a window are alike: same kind, same checkpoints, same dtypes. Each piece starts at
+    a multiple of `limit` in its unit, and is as long or reaches to the unit's end.
+    """
+    # Whole windows of one unit are the fast case: one read per checkpoint, into one row of one
+    # matrix, and its hash is that of one chunk. What is left of each unit would cost as much as a
+    # whole window for a few elements: a model has many biases and norms. So rests share windows.
+    open_: dict[object, list[Piece]] = {}
+    sizes: dict[object, int] = {}
+    for unit in units:
+        start = len(unit) // limit * limit
+        yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
+        if start == len(unit):
+            continue
+        alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
+        if sizes.get(alike, 0) + len(unit) - start > limit:
+            yield tuple(open_.pop(alike))
+            del sizes[alike]
+        open_.setdefault(alike, []).append(Piece(unit, start, len(unit)))
+        sizes[alike] = sizes.get(alike, 0) + len(unit) - start
+    yield from (tuple(pieces) for pieces in open_.values())
+
+
+def batches(units: Iterable[Unit], limit: int, chunk: int) -> Iterator[tuple[Window, ...]]:
+    """Yield windows of at most `limit` elements; those that share a chunk of a unit come together.
+
+    A chunk is so many elements of a unit, from a multiple of that on, or to the unit's end.
+    """
+    # The hash of a chunk takes its bytes in order, and a chunk is of one size whatever the memory
+    # budget is: else the same file would have another hash. Where windows are smaller than chunks,
+    # one worker gets all windows of a chunk in order, and no second reading is needed.
+    for window in windows(units, max(limit, chunk)):
+        yield (window,) if limit >= chunk else tuple(_cut(window, limit))
+
+
+def _cut(window: Window, limit: int) -> Iterator[Window]:
+    """Yield a window as smaller ones, in order; pieces that fit stay whole."""
+    packed: list[Piece] = []
+    size = 0
+    for piece in window:
+        if len(piece) > limit:
+            # What is packed need not come first: its pieces are whole chunks.
+            for at in range(piece.start, piece.stop, limit):
+                yield (Piece(piece.unit, at, min(at + limit, piece.stop)),)
+            continue
+        if size + len(piece) > limit:
+            yield tuple(packed)
+            packed, size = [], 0
+        packed.append(piece)
+        size += len(piece)
+    if packed:
+        yield tuple(packed)

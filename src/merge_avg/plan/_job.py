@@ -16,8 +16,8 @@ from merge_avg.formats import scan
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import refuse_output
 from merge_avg.options import Location, Options, Outputs, Weight
+from merge_avg.plan._alignment import align, match
 from merge_avg.plan._budget import Budget, plan_budget
-from merge_avg.plan._names import NameFilter, align, match
 from merge_avg.plan._provenance import Hashes, write_record
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._units import Plan, make_plan, with_base
@@ -33,29 +33,17 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that is ready to run.
-
-    Attributes:
-        outputs: one or more.
-        layout: of every output.
-        options: how the checkpoints are merged.
-        roles: of the template's tensors.
-        plan: the units to average.
-        budget: threads and windows.
-        notes: for the user, one sentence each.
-        base: the number of the checkpoint that the others were fine-tuned from, if one is given.
-        version: the version of merge-avg in the provenance records.
-    """
+    """A merge that is ready to run."""
 
     outputs: tuple[OutputSpec, ...]
-    layout: OutputLayout
+    layout: OutputLayout  # of every output
     options: Options
-    roles: Roles
+    roles: Roles  # of the template's tensors
     plan: Plan
     budget: Budget
-    notes: tuple[str, ...]
-    base: int | None = None
-    version: str = __version__
+    notes: tuple[str, ...]  # for the user, one sentence each
+    base: int | None  # the number of the checkpoint that the others were fine-tuned from
+    version: str  # of merge-avg, in the provenance records
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -93,9 +81,8 @@ class Job:
     ) -> bytes:
         """Return the provenance record of an output; without hashes a draft of the same length."""
         merged = self.layouts[: self.plan.aligned.checkpoints]  # without a base
-        found = self.version, hashes, agreement
-        single = len(self.outputs) == 1
-        return write_record(merged, output.weights, self.options, *found, compared=single)
+        made = merged, output.weights, self.options, self.version
+        return write_record(*made, hashes, agreement, compared=len(self.outputs) == 1)
 
 
 def prepare(
@@ -108,12 +95,9 @@ def prepare(
 ) -> Job:
     """Scan the checkpoints and plan the merge.
 
-    Args:
-        paths: the checkpoints.
-        outputs: the output; or several, with the weights of the checkpoints for each.
-        options: how to merge; its weights are those of a single output.
-        made_by: where the output exists and is to be compared, the version that made it.
-        layouts: of checkpoints that have been scanned already.
+    The options' weights are those of a single output; several come with weights of their own. Where
+    the output exists and is to be compared, `made_by` is the version that made it. Checkpoints that
+    have been scanned already are not scanned again: `layouts` has them.
 
     Raises:
         UsageError: the options do not fit each other or the number of checkpoints.
@@ -134,20 +118,19 @@ def prepare(
         if options.base is not None and _number_of(inputs, Path(options.base)) is None:
             order.append(None)
         # A template or a base that is not one of the inputs has the weight zero.
-        specs = tuple(
-            OutputSpec(
-                path,
-                Weights.of(
-                    [0 if k is None else row[k] for k in order], normalize=options.normalize
-                ),
-            )
-            for path, row in asked.items()
-        )
+        specs = []
+        for path, row in asked.items():
+            numbers = [0 if k is None else row[k] for k in order]
+            specs.append(OutputSpec(path, Weights.of(numbers, normalize=options.normalize)))
         with without_collector():
-            job = _prepared(inputs, specs, options, made_by or __version__, layouts or {})
+            job = _prepared(inputs, tuple(specs), options, made_by or __version__, layouts or {})
             # An output to compare with exists, and is not written.
-            if made_by is None:
-                _refuse_outputs(job)
+            for output in job.outputs if made_by is None else ():
+                refuse_inputs(output.path, job.layouts)
+                directory = job.layout.directory
+                refuse_output(output.path, directory=directory, overwrite=options.overwrite)
+                if directory and output.path.is_dir():
+                    _refuse_loss(output.path, job.layout)
             return job
     except OSError as error:  # a name too long, a directory that may not be looked into
         raise failure(error) from None
@@ -207,51 +190,28 @@ def _prepared(
     # Only a copy of the template needs its pickle and list of records.
     layouts = [layout.source if number else layout for number, layout in enumerate(found)]
     roles = [assign(layout, options.key) for layout in layouts]
-    chosen = NameFilter(tuple(options.include), tuple(options.exclude))
-    aligned = align(inputs, [role.weights for role in roles], options.missing, chosen)
+    weights = [role.weights for role in roles]
+    aligned = align(inputs, weights, options.missing, options.include, options.exclude)
     plan = make_plan(layouts, aligned, options.dtype)
     base = None if options.base is None else _number_of(inputs, Path(options.base))
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if options.base is not None and base is None:
         base = len(inputs)
         plan, notes = _based(plan, Path(options.base), roles[0], options.key)
-    budget = plan_budget(
-        len(plan.layouts),
-        plan.itemsize,
-        sum(len(layout.tensors) for layout in plan.layouts),
-        options.max_memory,
-        options.threads,
-        len(outputs),
-        map(len, plan.units),
-    )
-    layout = lay_out(
-        outputs[0].path,
-        plan,
-        roles[0].weights,
-        state_dict=options.state_dict,
-        shard_size=options.max_shard_size,
-    )
-    notes = (*_notes(layouts, options, layout), *notes)
-    return Job(outputs, layout, options, roles[0], plan, budget, notes, base, version)
+    entries = sum(len(layout.tensors) for layout in plan.layouts)
+    counts = len(plan.layouts), plan.itemsize, entries
+    limits = options.max_memory, options.threads
+    budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units))
+    layout = lay_out(outputs[0].path, plan, weights[0], options)
+    said = (*_notes(layouts, options, layout), *notes)
+    return Job(outputs, layout, options, roles[0], plan, budget, said, base, version)
 
 
-def _refuse_outputs(job: Job) -> None:
-    """Raise MergeError where an output cannot or must not be written."""
-    directory = job.layout.directory
-    for output in job.outputs:
-        refuse_inputs(output.path, job.layouts)
-        refuse_output(output.path, directory=directory, overwrite=job.options.overwrite)
-        if directory and output.path.is_dir():
-            _refuse_loss(output.path, job.layout)
-
-
-def _based(
-    plan: Plan, path: Path, template: Roles, key: str | None
-) -> tuple[Plan, tuple[str, ...]]:
+def _based(plan: Plan, path: Path, template: Roles, key: str | None) -> tuple[Plan, list[str]]:
     """Return the plan with a base, and notes for the user."""
     layout = scan(path).source
-    ours = template.weights
-    weights, note = match(plan.layouts[0].path, ours, path, assign(layout, key).weights)
+    theirs = assign(layout, key).weights
+    weights, note = match(plan.layouts[0].path, template.weights, path, theirs)
     based = with_base(plan, layout, weights)
     # The base's source is the last of each unit that it could be compared with.
     matrices = [unit for unit in based.units if unit.is_matrix]
@@ -264,7 +224,7 @@ def _based(
     if lacking:
         what = f"{lacking:,} of {len(matrices):,} matrices are not in it, or of another shape"
         notes.append(f"{path}: {what}; they are compared without it")
-    return based, tuple(notes)
+    return based, notes
 
 
 def _template_first(
@@ -327,7 +287,7 @@ def _refuse_loss(target: Path, layout: OutputLayout) -> None:
         raise MergeError("it is the current directory", where=target, hint="choose another output")
 
 
-def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> tuple[str, ...]:
+def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> list[str]:
     """Return notes for the user, beside those on names."""
     notes = [note for layout in layouts for note in layout.notes]
     shards = [layout for layout in layouts if not layout.members and shard_of(layout.path)]
@@ -344,4 +304,4 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
                 notes.append(f"{name} differs between the checkpoints; the template's is kept")
             if texts and options.dtype not in (None, TEMPLATE):
                 notes.append(f"{name} is the template's, and may still name another dtype")
-    return tuple(notes)
+    return notes

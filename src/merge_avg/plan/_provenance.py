@@ -29,15 +29,10 @@ _MOST_INPUTS = 10_000
 
 @dataclass(frozen=True)
 class Hashes:
-    """Hashes of what was read, as sums of the XXH3 of its chunks modulo 2^128.
+    """Hashes of what was read, as sums of the XXH3 of its chunks modulo 2^128."""
 
-    Attributes:
-        read: of each checkpoint's weights, in the order of the job's layouts.
-        kept: of all that the outputs have from the template beside the averaged weights.
-    """
-
-    read: tuple[int, ...]
-    kept: int
+    read: tuple[int, ...]  # of each checkpoint's weights, in the order of the job's layouts
+    kept: int  # of all that the outputs have from the template beside the averaged weights
 
 
 def write_record(
@@ -50,20 +45,13 @@ def write_record(
     *,
     compared: bool = True,
 ) -> bytes:
-    """Return the provenance record of an output, or a draft of the same length.
+    """Return the provenance record of an output; without hashes a draft of the same length.
 
-    Inputs are named from the deepest directory that holds all of them: moving it changes nothing.
-
-    Args:
-        layouts: the checkpoints, the template first.
-        weights: of the checkpoints. One with the weight zero is named only where it had a say: as
-            the template, or in which tensors every checkpoint has.
-        options: the choices that are recorded.
-        version: of merge-avg.
-        hashes: of what was read; None for a draft.
-        agreement: the mean cosine, if it was measured.
-        compared: whether the agreement is recorded; with several outputs it is not that of each.
+    The template is the first of the layouts. The agreement is the mean cosine, if it was measured.
+    It is recorded where it was `compared`: with several outputs it is not that of each. Inputs are
+    named from the deepest directory that holds all of them: moving it changes nothing.
     """
+    # A weight of zero is named only where it had a say: in which tensors every checkpoint has.
     all_named = options.missing != "error"
     numbers = [k for k in range(len(layouts)) if all_named or weights.integers[k]]
     places = {k: Path(os.path.abspath(layouts[k].path)) for k in {0, *numbers}}  # noqa: PTH100 - links stay
@@ -87,18 +75,14 @@ def write_record(
         }
         for k in numbers
     ]
-    template = {
-        "name": names[0],
-        "bytes": layouts[0].nbytes,
-        "hash": digest(hashes.kept if hashes else 0),
-    }
+    kept = digest(hashes.kept if hashes else 0)
     # "n/a" is as long as a number.
     cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
     record = {
         "merge_avg": version,
         # By name: in whichever order checkpoints are given, their mean is the same.
         "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
-        "template": template,
+        "template": {"name": names[0], "bytes": layouts[0].nbytes, "hash": kept},
         "agreement": cosine if options.agreement and compared else None,
         **{name: getattr(options, name) for name in RECORDED},
     }
@@ -107,19 +91,12 @@ def write_record(
 
 @dataclass(frozen=True)
 class RecordedInput:
-    """An input as a record names it.
+    """An input as a record names it."""
 
-    Attributes:
-        name: a path from the directory that holds all inputs.
-        nbytes: its size.
-        hash: of its weights; for the template, of everything else that the output has of it.
-        weight: a fraction, as text.
-    """
-
-    name: str
+    name: str  # a path from the directory that holds all inputs
     nbytes: int
-    hash: int | None
-    weight: str = "0"
+    hash: int | None  # of its weights; for the template, of all else that the output has of it
+    weight: str  # a fraction
 
 
 @dataclass(frozen=True)
@@ -158,24 +135,24 @@ def read_record(layout: Layout) -> Record:
 def _record(value: Any) -> Record:
     # The text is not trusted: it decides which files are opened. KeyError and the like, from
     # whatever else it holds, are reported as one error by the caller.
-    inputs = tuple(
-        RecordedInput(
-            _inside(one["name"]), int(one["bytes"]), _hash(one["hash"]), _text(one["weight"])
-        )
-        for one in value["inputs"]
-    )
+    inputs = tuple(_input(one, _text(one["weight"])) for one in value["inputs"])
     if not 0 < len(inputs) <= _MOST_INPUTS:
         raise ValueError("it has no inputs, or too many")
-    described = value["template"]
-    template = RecordedInput(
-        _inside(described["name"]), int(described["bytes"]), _hash(described["hash"])
-    )
+    template = _input(value["template"], "0")
     options = Options(
         **{name: _checked(name, value[name]) for name in RECORDED},
         agreement=value["agreement"] is not None,
         hashes=template.hash is not None,
     )
     return Record(inputs, template, options, _text(value["merge_avg"]))
+
+
+def _input(value: Any, weight: str) -> RecordedInput:
+    path = PurePosixPath(_text(value["name"]))
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("a path that leads elsewhere")
+    digest = None if value["hash"] is None else int(_text(value["hash"]), 16)
+    return RecordedInput(str(path), int(value["bytes"]), digest, weight)
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -188,24 +165,12 @@ def _checked(name: str, value: Any) -> Any:
         return bool(value)
     if isinstance(default, tuple):
         return tuple(map(_text, value))
-    if name == "max_shard_size":
-        return None if value is None else int(value)
-    return None if value is None else _text(value)
-
-
-def _hash(value: Any) -> int | None:
-    return None if value is None else int(_text(value), 16)
+    if value is None:
+        return None
+    return int(value) if name == "max_shard_size" else _text(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("not a text")
     return value
-
-
-def _inside(value: Any) -> str:
-    """Return a path that stays within a directory."""
-    path = PurePosixPath(_text(value))
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError("a path that leads elsewhere")
-    return str(path)

@@ -29,6 +29,7 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats import FORMATS, Format, copy, format_for
 from merge_avg.formats.directory import INDEX, is_index, leads_out, read_index, relative, unsharded
+from merge_avg.options import Options
 from merge_avg.plan._units import Plan, Unit, tiled
 
 # The formats of new files: with views, and without.
@@ -39,38 +40,25 @@ FILE = "."  # the relative path of the one file of an output that is not a direc
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The place of elements of a unit in an output.
+    """The place of elements of a unit in an output."""
 
-    Attributes:
-        start, stop: the elements, counted from the unit's start.
-        file: the number of the output's file.
-        slot: the name of a slot in that file.
-        at: offset in the slot, in bytes.
-        view: the tensor as a view of the unit, if it is not contiguous there but in its slot. Then
-            the elements get there by way of the scratch file.
-    """
-
-    start: int
+    start: int  # the elements, counted from the unit's start
     stop: int
-    file: int
-    slot: str
-    at: int
+    file: int  # the number of the output's file
+    slot: str  # the name of a slot in that file
+    at: int  # offset in the slot, in bytes
+    # The tensor as a view of the unit, if it is not contiguous there but in its slot. Then the
+    # elements get there by way of the scratch file.
     view: TensorInfo | None = None
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """The layout that all outputs of a merge share.
+    """The layout that all outputs of a merge share."""
 
-    Attributes:
-        files: layouts by relative path; "." for an output that is a single file.
-        targets: of each unit, by its number.
-        whole: whether an output has everything of the template, not its weights only.
-    """
-
-    files: Mapping[str, FileLayout]
-    targets: tuple[tuple[Target, ...], ...]
-    whole: bool = False
+    files: Mapping[str, FileLayout]  # by relative path
+    targets: tuple[tuple[Target, ...], ...]  # of each unit, by its number
+    whole: bool = False  # whether an output has everything of the template, not its weights only
 
     @property
     def directory(self) -> bool:
@@ -90,21 +78,9 @@ class OutputLayout:
 
 
 def lay_out(
-    path: Path,
-    plan: Plan,
-    weights: Mapping[Name, TensorInfo],
-    *,
-    state_dict: bool,
-    shard_size: int | None,
+    path: Path, plan: Plan, weights: Mapping[Name, TensorInfo], options: Options
 ) -> OutputLayout:
-    """Return the layout of the outputs.
-
-    Args:
-        path: of an output; its ending tells the format where the template does not.
-        plan: the work.
-        weights: the template's, by name, in its order.
-        state_dict: whether a bare state dict is asked for.
-        shard_size: the largest size of a shard in bytes, if shards are asked for.
+    """Return the layout of the outputs, of which one goes to the path; the weights are in order.
 
     Raises:
         UsageError: the name or the options do not say which format to write.
@@ -113,35 +89,29 @@ def lay_out(
     # The ending decides between safetensors and pickles; between the two kinds of pickles, and for
     # names without an ending, the template does. A copy keeps what else the template holds.
     template, asked = plan.layouts[0], format_for(path.suffix)
-    targets: list[list[Target]] = [[] for _ in plan.units]
     try:
-        if shard_size is not None:
-            return _sharded(plan, weights, shard_size, targets)
+        if options.max_shard_size is not None:
+            return _sharded(plan, weights, options.max_shard_size)
         if template.members and asked is None:
-            if state_dict:
+            if options.state_dict:
                 hint = "give the output a file's name, such as merged.safetensors"
                 raise UsageError("--state-dict writes a file, not a directory", hint=hint)
             return _copied(plan)
         if asked is None or asked.views:
-            if template.archive is not None and not state_dict:
+            if template.archive is not None and not options.state_dict:
                 return _copied(plan)
             if template.archive is None and asked is None:
-                raise _unclear(path)
+                hint = f"end its name in {_PLAIN.suffixes[0]}, or in {', '.join(_PICKLED.suffixes)}"
+                what = f"the name {path.name!r} does not say which format to write"
+                raise UsageError(what, hint=hint)
         elif template.format == asked.name:
             return _copied(plan)  # it is a bare state dict already
         _refuse_several(weights)
+        targets: list[list[Target]] = [[] for _ in plan.units]
         file = _created(asked or _PICKLED, plan, weights, targets)
         return OutputLayout({FILE: file}, tuple(map(tuple, targets)))
     except MergeError as error:
         raise error.at(path) from None
-
-
-def _unclear(path: Path) -> UsageError:
-    hint = f"end its name in {_PLAIN.suffixes[0]}, or in {', '.join(_PICKLED.suffixes)}"
-    return UsageError(f"the name {path.name!r} does not say which format to write", hint=hint)
-
-
-# Copies of the template
 
 
 def _copied(plan: Plan) -> OutputLayout:
@@ -150,8 +120,9 @@ def _copied(plan: Plan) -> OutputLayout:
     _refuse_shared(plan, changed)
     averaged: dict[int, set[str]] = defaultdict(set)
     converted: dict[int, dict[str, DType]] = defaultdict(dict)
-    for part in (part for unit in plan.units for part in unit.storage.ranges):
-        averaged[part.file].add(part.name)
+    for unit in plan.units:
+        for part in unit.storage.ranges:
+            averaged[part.file].add(part.name)
     for storage, dtype in changed.items():
         for part in storage.ranges:
             converted[part.file][part.name] = dtype
@@ -160,8 +131,8 @@ def _copied(plan: Plan) -> OutputLayout:
         name = relative(template, number) if template.members else FILE
         # A file of a directory without weights, or with none that are averaged, is copied as it is.
         if member is not None and (number in averaged | converted or not template.members):
-            parts = converted[number], averaged[number]
-            files[name] = copy(member, *parts, recorded=not template.members)
+            recorded = not template.members
+            files[name] = copy(member, converted[number], averaged[number], recorded=recorded)
         elif changed and is_index(name):
             files[name] = _resized_index(template, number, plan)
         else:
@@ -211,13 +182,9 @@ def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
 
 
 def _verbatim(template: Layout, number: int) -> FileLayout:
-    """Return the layout of a copy of one of the template's files, byte for byte.
-
-    Raises:
-        MergeError: the file is not a checkpoint, and is a link out of the directory: whoever made
-            that link could have any file of this machine copied.
-    """
+    """Return the layout of a copy of one of the template's files, byte for byte."""
     nbytes, path = template.files[number].nbytes, template.files[number].path
+    # Whoever made such a link could have any file of this machine copied.
     if template.members and template.members[number] is None and leads_out(template.path, path):
         what = f"it is a link to {path.resolve()}, outside of the checkpoint, and would be copied"
         hint = "put the file itself there if it belongs to the checkpoint, or remove the link"
@@ -239,9 +206,6 @@ def _resized_index(template: Layout, number: int, plan: Plan) -> FileLayout:
 def _as_json(value: object) -> FileLayout:
     data = json.dumps(value, indent=2).encode() + b"\n"
     return FileLayout(len(data), ((0, data),))
-
-
-# New files
 
 
 def _refuse_several(weights: Mapping[Name, TensorInfo]) -> None:
@@ -271,9 +235,8 @@ def _created(
         dtype, key = plan.result(name), name.key
         unit = homes.get(name)
         if unit is None:  # it has no elements, and any storage will do
-            stride = row_major(info.shape)
             storage = f"empty {dtype.name}" if form.views else key
-            tensors.append(NewTensor(key, dtype, info.shape, stride, 0, storage, 0))
+            tensors.append(NewTensor(key, dtype, info.shape, row_major(info.shape), 0, storage, 0))
             continue
         start, stop = info.start - unit.start, info.stop - unit.start
         ours = targets[unit.number]
@@ -293,14 +256,10 @@ def _homes(plan: Plan) -> dict[Name, Unit]:
     return {name: unit for unit in plan.units for name, _ in unit.members}
 
 
-def _sharded(
-    plan: Plan,
-    weights: Mapping[Name, TensorInfo],
-    shard_size: int,
-    targets: Sequence[list[Target]],
-) -> OutputLayout:
+def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) -> OutputLayout:
     """Return shards with an index, named like the template's file, beside its other files."""
     template = plan.layouts[0]
+    targets: list[list[Target]] = [[] for _ in plan.units]
     _refuse_several(weights)
     replaced = {part.file for info in weights.values() for part in info.storage.ranges}
     base, form, suffix = _shard_name(template, replaced)
@@ -308,8 +267,8 @@ def _sharded(
     files: dict[str, FileLayout] = {}
     table: dict[str, str] = {}
     for number, names in enumerate(shards):
-        name = f"{base}-{number + 1:05}-of-{len(shards):05}{suffix}"
-        name = f"{base}{suffix}" if len(shards) == 1 else name
+        count = f"-{number + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        name = f"{base}{count}{suffix}"
         part = {one: weights[one] for one in names}
         files[name] = _created(form, plan, part, targets, number)
         table |= dict.fromkeys((one.key for one in names), PurePosixPath(name).name)
@@ -327,9 +286,8 @@ def _sharded(
             raise MergeError(what, where=template.path, hint="remove it, or write one file")
         files[name] = _verbatim(template, number)
     files[PROVENANCE_FILE] = RecordFile()
-    dropped = any(member and member.set_member for member in template.members)
-    whole = bool(template.members) and not dropped
-    return OutputLayout(files, tuple(map(tuple, targets)), whole=whole)
+    whole = bool(template.members) and not any(m and m.set_member for m in template.members)
+    return OutputLayout(files, tuple(map(tuple, targets)), whole)
 
 
 def _shard_name(template: Layout, replaced: set[int]) -> tuple[str, Format, str]:

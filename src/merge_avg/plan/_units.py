@@ -11,7 +11,8 @@ memory, and whatever views them sees the mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,63 +26,46 @@ from merge_avg.checkpoint import (
     TensorInfo,
     row_major,
 )
-from merge_avg.plan._checks import (
-    LORA_A,
-    LORA_WARNING,
-    check_copied,
-    check_shared,
-    check_tensors,
-)
-from merge_avg.plan._names import Aligned
+from merge_avg.errors import MergeError
+from merge_avg.plan._alignment import Aligned, check_shared, check_tensors, place
 
+# Floats and complex numbers have a mean; integers and bools should be equal; what is kept stays the
+# template's, because other checkpoints lack it or because no weight covers it.
 Kind = Literal["mean", "equal", "keep"]
 Member = tuple[Name, TensorInfo]
 # A mapping has to start at a multiple of the system's pages, or of what the system hands out: up to
 # 64 KiB, on Windows and on some kernels for ARM and POWER.
 _PAGE = 1 << 16
+# The A of low-rank products, as PEFT and kohya name it.
+_LORA_A = re.compile(r"(^|[._])lora_(A|embedding_A|down)([._]|$)")
+_LORA_WARNING = (
+    "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, merge "
+    "each adapter into its base model first"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The place of a unit's elements in one checkpoint.
+    """The place of a unit's elements in one checkpoint."""
 
-    Attributes:
-        checkpoint: its number.
-        dtype: of the elements.
-        storage: the one that they are part of; None where they lie in the scratch file.
-        offset: of the first element, in bytes, in the storage or the scratch file.
-    """
-
-    checkpoint: int
+    checkpoint: int  # its number
     dtype: DType
-    storage: Storage | None
-    offset: int
+    storage: Storage | None  # None where they lie in the scratch file
+    offset: int  # of the first element, in bytes, in the storage or the scratch file
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A run of elements of a template's storage, averaged as one.
-
-    Attributes:
-        kind: "mean" for float and complex; "equal" for integers and bools, which should agree;
-            "keep" for what stays the template's, because other checkpoints lack it or because no
-            weight covers it.
-        storage: of the template.
-        start, stop: the elements in the storage.
-        dtype: of the result.
-        members: the template's tensors in it, by name.
-        sources: one for each checkpoint that takes part; first the template's.
-        number: its place among the units of the plan.
-    """
+    """A run of elements of a template's storage, averaged as one."""
 
     kind: Kind
     storage: Storage
-    start: int
+    start: int  # the elements in the storage
     stop: int
-    dtype: DType
-    members: tuple[Member, ...]
-    sources: tuple[Source, ...]
-    number: int = 0
+    dtype: DType  # of the result
+    members: tuple[Member, ...]  # the template's tensors in it
+    sources: tuple[Source, ...]  # one for each checkpoint that takes part; first the template's
+    number: int = 0  # its place among the units of the plan
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -107,47 +91,29 @@ class Restride:
     those are tied) is copied into the template's geometry first. So the loop over windows finds a
     unit's elements in one run, in the same order in every checkpoint. Where two tensors go to the
     same elements they have to agree: `tied_in` ties them.
-
-    Attributes:
-        checkpoint: its number.
-        pairs: name, the tensor as the checkpoint has it, and where it goes: a view of the elements
-            at `offset` (its `start` counts from there).
-        offset, nbytes: the place in the scratch file.
-        tied_in: the number of a checkpoint that has all of `pairs` in one storage.
     """
 
-    checkpoint: int
+    checkpoint: int  # its number
+    # Name, the tensor as the checkpoint has it, and where it goes: a view of the elements at
+    # `offset`, from which its `start` counts.
     pairs: tuple[tuple[Name, TensorInfo, TensorInfo], ...]
-    offset: int
+    offset: int  # in the scratch file, in bytes
     nbytes: int
-    tied_in: int = 0
-
-    @property
-    def end(self) -> int:
-        """Return where the next place in the scratch file begins."""
-        return aligned_to_page(self.offset + self.nbytes)
+    tied_in: int = 0  # the number of a checkpoint that has all of `pairs` in one storage
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of one merge.
+    """The work of one merge."""
 
-    Attributes:
-        layouts: the checkpoints; the first is the template.
-        aligned: the weights by the template's names.
-        units: in the template's order.
-        restrides: copies to make first, each with a place of its own in the scratch file.
-        factors: tensors A of low-rank products B @ A. Where they are the same everywhere, the mean
-            of the products is the product of the means, and elsewhere it is not.
-        dtype: the float dtype that is asked for.
-    """
-
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Layout, ...]  # the checkpoints; the first is the template
     aligned: Aligned
-    units: tuple[Unit, ...]
-    restrides: tuple[Restride, ...]
+    units: tuple[Unit, ...]  # in the template's order
+    restrides: tuple[Restride, ...]  # copies to make first
+    # Tensors A of low-rank products B @ A. Where they are the same everywhere, the mean of the
+    # products is the product of the means, and elsewhere it is not.
     factors: frozenset[Name]
-    dtype: str | None = None
+    dtype: str | None = None  # the float dtype that is asked for
 
     def result(self, name: Name) -> DType:
         """Return the dtype that a tensor of the template gets."""
@@ -162,7 +128,7 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Return what may make the mean meaningless."""
-        return (LORA_WARNING,) if self.factors else ()
+        return (_LORA_WARNING,) if self.factors else ()
 
     @property
     def itemsize(self) -> int:
@@ -178,12 +144,9 @@ class Plan:
 
 
 def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:
-    """Plan a merge.
+    """Plan a merge of checkpoints, the template first.
 
-    Args:
-        layouts: the checkpoints, the template first.
-        aligned: their weights.
-        dtype: the float dtype of all averaged float tensors; by default the template's.
+    All averaged float tensors get the dtype; by default each keeps that of the template.
 
     Raises:
         MergeError: tensors of the same name differ in shape or dtype, or cannot be averaged.
@@ -197,25 +160,19 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
     restrides: list[Restride] = []
     units: list[Unit] = []
     for members in storages.values():
-        for unit in _with_gaps(
-            _unit(layouts, aligned, together, dtype, restrides)
-            for together in _overlapping(members)
-        ):
+        runs = (_unit(layouts, aligned, run, dtype, restrides) for run in _overlapping(members))
+        for unit in _with_gaps(runs):
             units.append(replace(unit, number=len(units)))
     _tie(aligned, restrides)
-    factors = frozenset(name for name in aligned.rows if LORA_A.search(name.key))
+    factors = frozenset(name for name in aligned.rows if _LORA_A.search(name.key))
     return Plan(tuple(layouts), aligned, tuple(units), tuple(restrides), factors, dtype)
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
     """Return the plan with one more checkpoint, which the averaged matrices are compared with.
 
-    It takes no part in the average, so what it lacks, or has in another shape, is not an error.
-
-    Args:
-        plan: without it.
-        layout: of the checkpoint.
-        weights: its tensors by the template's names.
+    It takes no part in the average, so what it lacks, or has in another shape, is not an error. Its
+    weights have the template's names.
     """
     number = len(plan.layouts)
     restrides = list(plan.restrides)
@@ -250,44 +207,42 @@ def aligned_to_page(offset: int) -> int:
 
 
 def _end(restrides: Sequence[Restride]) -> int:
-    return restrides[-1].end if restrides else 0
+    return aligned_to_page(restrides[-1].offset + restrides[-1].nbytes) if restrides else 0
 
 
 def _overlapping(members: Sequence[Member]) -> Iterator[list[Member]]:
     """Yield tensors of a storage in the order of memory, those whose elements overlap together."""
     # Only by their places: names hold texts and numbers, which have no order.
     ordered = sorted(members, key=lambda member: (member[1].start, member[1].stop))
-    together, end = ordered[:1], ordered[0][1].stop
-    for member in ordered[1:]:
-        if member[1].start < end:
-            together.append(member)
-            end = max(end, member[1].stop)
-        else:
+    together: list[Member] = []
+    end = 0
+    for member in ordered:
+        if together and member[1].start >= end:
             yield together
-            together, end = [member], member[1].stop
+            together = []
+        together.append(member)
+        end = max(end, member[1].stop)
     yield together
 
 
-def _with_gaps(units: Iterator[Unit]) -> Iterator[Unit]:
+def _with_gaps(units: Iterable[Unit]) -> Iterator[Unit]:
     """Yield the units of a storage, and between them what no weight covers, to be kept."""
-
     # A storage is written whole, from units alone. So padding, slices that are not averaged and
     # unused capacity are units too, with the template as their only source.
-    def gap(start: int, stop: int) -> Unit:
-        # Of the result's dtype, as its neighbour: all of a storage is converted, or nothing.
-        source = Source(0, theirs, unit.storage, start * theirs.itemsize)
-        return Unit("keep", unit.storage, start, stop, unit.dtype, (), (source,))
-
     end = 0
     for unit in units:
-        theirs = unit.sources[0].dtype
-        if unit.start > end:
-            yield gap(end, unit.start)
+        yield from _gap(unit, end, unit.start)
         yield unit
         end = unit.stop
-    total = unit.storage.nbytes // theirs.itemsize
-    if total > end:
-        yield gap(end, total)
+    yield from _gap(unit, end, unit.storage.nbytes // unit.sources[0].dtype.itemsize)
+
+
+def _gap(unit: Unit, start: int, stop: int) -> Iterator[Unit]:
+    if start < stop:
+        # Of the result's dtype, as its neighbour: all of a storage is converted, or nothing.
+        theirs = unit.sources[0].dtype
+        source = Source(0, theirs, unit.storage, start * theirs.itemsize)
+        yield Unit("keep", unit.storage, start, stop, unit.dtype, (), (source,))
 
 
 def _unit(
@@ -298,9 +253,8 @@ def _unit(
     restrides: list[Restride],
 ) -> Unit:
     """Return the unit of tensors whose elements overlap, and add the copies that it needs."""
-    names = [name for name, _ in members]
     check_shared(layouts, aligned, members)
-    first = members[0][1]
+    names, first = [name for name, _ in members], members[0][1]
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
     if names[0] in aligned.skipped:
         kind, dtype = "keep", None
@@ -310,9 +264,16 @@ def _unit(
     for number in range(len(layouts)):
         infos = [info for name in names if (info := aligned.rows[name][number]) is not None]
         if infos:
-            sources.append(_source(number, unit, infos, restrides))
-            if sources[-1].storage is None:
-                check_copied(layouts, number, members)
+            source = _source(number, unit, infos, restrides)
+            sources.append(source)
+            for name, info in members:
+                # It has one place for several of the elements to copy.
+                if source.storage is None and info.overlaps_itself:
+                    what = (
+                        f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
+                    )
+                    hint = "save it as .contiguous()"
+                    raise MergeError(what, where=layouts[number].path, hint=hint)
     return replace(unit, sources=tuple(sources))
 
 
@@ -377,7 +338,7 @@ def _tie(aligned: Aligned, restrides: list[Restride]) -> None:
             info = row[number]
             if info is None or not info.numel:
                 continue
-            first = places.setdefault((info.storage, info.start, info.geometry), name)
+            first = places.setdefault(place(info), name)
             if first is name or (first, name) in seen:
                 continue
             seen.add((first, name))
@@ -385,9 +346,9 @@ def _tie(aligned: Aligned, restrides: list[Restride]) -> None:
                 a, b = rows[first][other], row[other]
                 if a and b and (a.storage, a.start) != (b.storage, b.start):
                     pairs = tuple(
-                        (called, part, place)
+                        (called, part, view)
                         for called, one in ((first, a), (name, b))
-                        for part, place in tiled(
+                        for part, view in tiled(
                             one, replace(one, start=0, stride=row_major(one.shape))
                         )
                     )

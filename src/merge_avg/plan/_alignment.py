@@ -1,0 +1,299 @@
+"""Alignment: which tensor of one checkpoint is which of another, and whether they have a mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from merge_avg.checkpoint import Layout, Name, TensorInfo, dotted
+from merge_avg.errors import MergeError, named
+from merge_avg.options import Missing
+
+# Segments that wrappers of a model add to its names: "module" is that of DataParallel,
+# DistributedDataParallel and AveragedModel, "_orig_mod" that of torch.compile.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Siblings that hold the scales of quantised codes (bitsandbytes, GPTQ, AWQ, DeepSeek, torchao),
+# after the name of the codes or in place of its last segment.
+_SCALE = re.compile(
+    r"[._](scales?|scale_inv|input_scale|absmax|quant_map|nested_absmax|quant_state.*|SCB|CB"
+    r"|zeros?|zero_points?|qzeros|g_idx)$"
+)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The template's weights, and for each the tensors of all checkpoints."""
+
+    # By the template's name, one tensor a checkpoint; None where a checkpoint lacks it.
+    rows: dict[Name, tuple[TensorInfo | None, ...]]
+    notes: tuple[str, ...]  # for the user, what was done to make names meet; one sentence each
+    skipped: frozenset[Name]  # what is not averaged, and kept from the template
+
+    @property
+    def checkpoints(self) -> int:
+        """Return how many checkpoints there are."""
+        return len(next(iter(self.rows.values()), ()))
+
+    def template(self, name: Name) -> TensorInfo:
+        """Return the template's tensor of a name."""
+        info = self.rows[name][0]
+        assert info is not None  # noqa: S101 - rows are those of the template
+        return info
+
+
+def align(
+    paths: Sequence[Path],
+    weights: Sequence[Mapping[Name, TensorInfo]],
+    missing: Missing = "error",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Aligned:
+    """Match the weights of the checkpoints to those of the first, the template.
+
+    What the shell patterns do not choose is kept from the template, whatever the others have.
+
+    Raises:
+        MergeError: state dicts or names do not match, and `missing` is "error"; or no tensor is
+            chosen.
+    """
+
+    def chosen(one: Mapping[Name, TensorInfo]) -> dict[Name, TensorInfo]:
+        return {name: info for name, info in one.items() if is_chosen(name, include, exclude)}
+
+    notes: list[str] = []
+    template = chosen(weights[0])
+    if not template:
+        hint = f"patterns are compared with names such as {named(weights[0], 4)}"
+        raise MergeError("no tensor fits --include and --exclude", where=paths[0], hint=hint)
+    columns = []
+    for path, other in zip(paths[1:], weights[1:], strict=True):
+        column, note = match(paths[0], weights[0], path, other)
+        notes += [note] if note else []
+        columns.append(chosen(column))
+    kept = [name for name in weights[0] if name not in template]
+    if kept:
+        notes.append(f"{named(kept)} is not to be averaged and is kept from the template")
+    left_out: set[str] = set()
+    for path, column in zip(paths[1:], columns, strict=True):
+        lacking = [name for name in template if name not in column]
+        extra = [name for name in column if name not in template]
+        if missing == "error" and (lacking or extra):
+            what = f"it has {named(extra)}, which {paths[0]} lacks"
+            if lacking:
+                what = f"it lacks {named(lacking)}, which {paths[0]} has"
+            hint = "--missing skip keeps such tensors from the template, --missing available "
+            hint += "averages them where they are present"
+            raise MergeError(what, where=path, hint=hint)
+        left_out.update(map(str, extra))
+    if left_out:
+        notes.append(f"{named(sorted(left_out))} is not in the template and is left out")
+    incomplete = [name for name in template if any(name not in column for column in columns)]
+    if incomplete:
+        skip = missing == "skip"
+        lot = "kept from the template" if skip else "averaged where it is present"
+        notes.append(f"{named(incomplete)} is not in every checkpoint and is {lot}")
+        kept += incomplete if skip else []
+    skipped = frozenset(kept)
+    # What is kept has the template as its only source: whether others have it does not matter.
+    rows = {
+        name: (info, *(None if name in skipped else column.get(name) for column in columns))
+        for name, info in weights[0].items()
+    }
+    return Aligned(rows, tuple(notes), skipped)
+
+
+def is_chosen(name: Name, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Return whether a tensor is included, and not excluded, by its key or by its whole name."""
+    texts = (name.key, str(name))
+
+    def fits(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
+
+    return (not include or fits(include)) and not fits(exclude)
+
+
+def match(
+    template_path: Path,
+    template: Mapping[Name, TensorInfo],
+    path: Path,
+    other: Mapping[Name, TensorInfo],
+) -> tuple[dict[Name, TensorInfo], str | None]:
+    """Return the other checkpoint's tensors under the template's names, and a note if they differ.
+
+    Raises:
+        MergeError: it has other state dicts.
+    """
+    if template.keys() == other.keys():
+        return dict(other), None
+    if {name.state_dict for name in _short(template)} != {n.state_dict for n in _short(other)}:
+        found = [
+            " and ".join(sorted({repr(dotted(name.state_dict)) for name in names}))
+            for names in (other, template)
+        ]
+        what = f"its state dicts are {found[0]}, those of {template_path} are {found[1]}"
+        hint = "name the one to average with --key, for example --key state_dict"
+        raise MergeError(what, where=path, hint=hint)
+    # The change after which the fewest names are left alone; of equals the first, which changes
+    # least. So names that meet as they are stay as they are.
+    best, best_note = dict(other), None
+    least = len(template) + len(other) + 1
+    for change, note in _CHANGES:
+        ours, theirs = _renamed(template, change), _renamed(other, change)
+        if ours is None or theirs is None:
+            continue
+        dropped = _dropped_ties(ours, template, theirs, other)
+        column = {ours.get(short, name): other[name] for short, name in theirs.items()} | dropped
+        # Of tensors that are tied here, the template may have one name only.
+        extra = [name for name in column if name not in template]
+        places = {place(column[name]) for name in column if name in template} if extra else ()
+        spare = [name for name in extra if place(column[name]) in places]
+        for name in spare:
+            del column[name]
+        said = [note] if note else []
+        if dropped or spare:
+            names = named((*dropped, *spare))
+            said.append(f"{names} was matched with the tensor that it is tied to")
+        unmatched = len(column.keys() ^ template.keys())
+        if unmatched < least:
+            least, best = unmatched, column
+            best_note = f"{path}: {'; '.join(said)}" if said else None
+    return best, best_note
+
+
+def _dropped_ties(
+    ours: Mapping[Name, Name],
+    template: Mapping[Name, TensorInfo],
+    theirs: Mapping[Name, Name],
+    other: Mapping[Name, TensorInfo],
+) -> dict[Name, TensorInfo]:
+    """Return tensors that the other checkpoint has only under the name of one they are tied to."""
+    # safetensors holds no ties: of tied weights, such as an embedding and the head, save_model and
+    # transformers write one. Which one is theirs to choose, and it need not be the template's.
+    places = {place(template[name]): short for short, name in ours.items() if short in theirs}
+    absent = [short for short in ours if short not in theirs]
+    found = {ours[short]: places.get(place(template[ours[short]])) for short in absent}
+    return {name: other[theirs[short]] for name, short in found.items() if short is not None}
+
+
+def place(info: TensorInfo) -> tuple[object, ...]:
+    """Return where a tensor lies; tensors at the same place are tied."""
+    return info.storage, info.start, info.geometry
+
+
+def _short(names: Iterable[Name]) -> dict[Name, Name]:
+    """Return names by short names, which leave out what all paths of state dicts begin with."""
+    # A bare state dict thus meets the same one below "state_dict", or below "model".
+    names = list(names)
+    paths = {name.state_dict for name in names}
+    depth = 0
+    while all(len(path) > depth for path in paths) and len({path[depth] for path in paths}) == 1:
+        depth += 1
+    return {Name(name.state_dict[depth:], name.key): name for name in names}
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(segment for segment in key.split(".") if segment not in _WRAPPERS)
+
+
+# Each changes more than the one before. Wrappers add their segments anywhere; "model." is what
+# Lightning modules call the model inside, and only its front is surely not the model's own.
+_CHANGES: tuple[tuple[Callable[[str], str], str | None], ...] = (
+    (lambda key: key, None),
+    (_unwrapped, "names were matched without the prefixes of wrappers (module., _orig_mod.)"),
+    (
+        lambda key: _unwrapped(key).removeprefix("model."),
+        "names were matched without the prefix model.",
+    ),
+)
+
+
+def _renamed(names: Iterable[Name], change: Callable[[str], str]) -> dict[Name, Name] | None:
+    """Return names by their short names after a change; None where two become one."""
+    short = _short(names)
+    changed = {Name(s.state_dict, change(s.key)): name for s, name in short.items()}
+    return changed if len(changed) == len(short) else None
+
+
+def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None) -> None:
+    """Raise MergeError for tensors that cannot be averaged, or not with each other."""
+    template = layouts[0].path
+    for name, row in aligned.rows.items():
+        first = aligned.template(name)
+        for layout, info in zip(layouts, row, strict=True):
+            if info is None or name in aligned.skipped:
+                continue
+            if info.trouble:
+                what = f"tensor {str(name)!r} is {info.trouble}, which cannot be averaged"
+                hint = "convert it to a plain tensor before saving"
+                raise MergeError(what, where=layout.where(info), hint=hint)
+            if info.shape != first.shape:
+                shapes = f"{list(info.shape)}, expected {list(first.shape)} as in {template}"
+                what = f"tensor {str(name)!r} has the shape {shapes}"
+                raise MergeError(what, where=layout.where(info))
+            if info.dtype == first.dtype:
+                continue
+            if {info.dtype.kind, first.dtype.kind} != {"float"}:
+                hint = "save both with the same dtype"
+            # The template's dtype may be the narrow one by accident: whoever mixes has to say.
+            elif dtype is None:
+                wide = "float64" if "float64" in (info.dtype.name, first.dtype.name) else "float32"
+                hint = f"choose the dtype of the result, for example --dtype {wide}"
+            else:
+                continue
+            names = f"{info.dtype.name}, in {template} it is {first.dtype.name}"
+            raise MergeError(f"tensor {str(name)!r} is {names}", where=layout.path, hint=hint)
+    refuse_quantised(layouts[0], aligned.rows)
+
+
+def refuse_quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ...]]) -> None:
+    """Raise MergeError for tensors that hold the codes of quantised ones."""
+    # Codes are plain int8 or uint8 (GPTQ packs them into int32), as other tensors are too. What
+    # gives them away is a scale beside them; their mean would be of codes with different scales.
+    keys = {name.key: name for name in rows}
+    scaled = {_SCALE.sub("", key) for key in keys if _SCALE.search(key)}
+    for key, name in keys.items():
+        info = rows[name][0]
+        if info is None or info.dtype.itemsize > (4 if key.endswith("qweight") else 1):
+            continue
+        stem = key.rpartition(".")[0]
+        coded = key in scaled or (stem in scaled and key.endswith("weight"))
+        if coded and info.shape and info.dtype.kind != "bool":
+            what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
+            hint = "average the checkpoints before you quantise them"
+            raise MergeError(what, where=template.path, hint=hint)
+
+
+def check_shared(
+    layouts: Sequence[Layout], aligned: Aligned, members: Sequence[tuple[Name, TensorInfo]]
+) -> None:
+    """Raise MergeError for tensors that share memory in the template, but cannot share a mean.
+
+    All that share memory are averaged together or kept together, and every checkpoint has all of
+    them with one dtype, or none.
+    """
+    if len(members) == 1:
+        return
+    template = layouts[0].path
+    names = [name for name, _ in members]
+    pair = named([str(name) for name in names], 2)
+    if len({info.dtype for _, info in members}) > 1:
+        raise MergeError(f"{pair} view the same bytes as different dtypes", where=template)
+    kept = aligned.skipped.intersection(names)
+    if kept and len(kept) < len(names):
+        shared = named([str(name) for name in names if name not in kept])
+        what = f"{named(sorted(map(str, kept)))} is to be kept, but shares memory with {shared}"
+        hint = "keep all tensors that share memory, or none"
+        raise MergeError(what, where=template, hint=hint)
+    for number, layout in enumerate(layouts):
+        infos = [aligned.rows[name][number] for name in names]
+        absent = [str(name) for name, info in zip(names, infos, strict=True) if info is None]
+        if 0 < len(absent) < len(names):
+            what = f"{named(absent)}, which shares memory with other tensors in the template"
+            raise MergeError(f"it lacks {what}", where=layout.path, hint="use --missing skip")
+        if len({info.dtype for info in infos if info is not None}) > 1:
+            what = f"{pair} have different dtypes, but share memory in {template}"
+            hint = "save them with one dtype, or choose a template where they are apart: --template"
+            raise MergeError(what, where=layout.path, hint=hint)
