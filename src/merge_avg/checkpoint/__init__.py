@@ -22,12 +22,9 @@ from merge_avg.checkpoint._layout import (
     PROVENANCE_FILE,
     Archive,
     ClassSpan,
+    File,
     Layout,
     Scalar,
-)
-from merge_avg.checkpoint._roles import ATTRIBUTES, Kept, Name, Roles, assign, is_kept
-from merge_avg.checkpoint._storage import (
-    File,
     Storage,
     TensorInfo,
     TreePath,
@@ -35,6 +32,7 @@ from merge_avg.checkpoint._storage import (
     impossible,
     row_major,
 )
+from merge_avg.checkpoint._roles import ATTRIBUTES, Kept, Name, Roles, assign, is_kept
 
 __all__ = [
     "ATTRIBUTES",

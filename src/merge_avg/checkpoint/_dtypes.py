@@ -15,21 +15,13 @@ Kind = Literal["float", "complex", "int", "bool", "code"]
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type.
+    """An element type."""
 
-    Attributes:
-        name: torch's name for it.
-        itemsize: the bytes of an element.
-        kind: which arithmetic it has, if any.
-        safetensors: its code in safetensors files.
-        storage: the class in `torch` that torch.save writes for its storages.
-    """
-
-    name: str
+    name: str  # torch's name for it
     itemsize: int
     kind: Kind
-    safetensors: str | None = None
-    storage: str | None = None
+    safetensors: str | None = None  # its code in safetensors files
+    storage: str | None = None  # the class in `torch` that torch.save writes for its storages
 
     @property
     def word(self) -> int:

@@ -13,46 +13,30 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from merge_avg.checkpoint._dtypes import DType
-from merge_avg.checkpoint._storage import Storage
+from merge_avg.checkpoint._layout import Storage
 
 Literal = tuple[int, bytes]  # an offset in the file, and the bytes that belong there
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Room for payload in an output file.
+    """Room for payload in an output file."""
 
-    Attributes:
-        number: its place among the slots of its file, from 0.
-        offset: of its first byte, from the file's `start`.
-        nbytes: its size.
-    """
-
-    number: int
-    offset: int
+    number: int  # among the slots of its file, from 0
+    offset: int  # of its first byte, from the file's `start`
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor of a new file: a view of one of the file's storages.
+    """A tensor of a new file: a view of one of the file's storages, counted in elements."""
 
-    Attributes:
-        name: its key in the state dict.
-        dtype: of its elements.
-        shape: extents in elements.
-        stride: steps in elements, one for each dimension.
-        start: of its first element in the storage, in elements.
-        storage: the storage's name; a format without views gives each tensor its own.
-        storage_nbytes: the storage's size.
-    """
-
-    name: str
+    name: str  # its key in the state dict
     dtype: DType
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     start: int
-    storage: str
+    storage: str  # a format without views gives each tensor its own
     storage_nbytes: int
 
 
@@ -63,20 +47,13 @@ class FileLayout:
     All outputs of a merge share their layouts, and differ only in their provenance records. A
     record is known in full when everything has been read; until then a draft of the same length
     stands for it. A format whose files depend on the record or on checksums overrides the methods.
-
-    Attributes:
-        size: the file's size without a record.
-        literals: headers and the like, known before the weights.
-        slots: room for weights, by the name of a storage or of a tensor.
-        copies: bytes of the template, and the slots that they go to.
-        checked: whether `closing` needs the CRC-32 of every slot.
     """
 
-    size: int
-    literals: tuple[Literal, ...] = ()
-    slots: Mapping[str, Slot] = field(default_factory=dict)
-    copies: tuple[tuple[Storage, Slot], ...] = ()
-    checked: bool = False
+    size: int  # without a record
+    literals: tuple[Literal, ...] = ()  # headers and the like, known before the weights
+    slots: Mapping[str, Slot] = field(default_factory=dict)  # by the name of a storage or a tensor
+    copies: tuple[tuple[Storage, Slot], ...] = ()  # bytes of the template, and where they go
+    checked: bool = False  # whether `closing` needs the CRC-32 of every slot
 
     @cached_property
     def rooms(self) -> Mapping[str, Slot]:
@@ -103,12 +80,7 @@ class FileLayout:
         return self.literals
 
     def closing(self, record: bytes, checksums: Sequence[int]) -> Iterable[Literal]:  # noqa: ARG002
-        """Yield the bytes that are known last.
-
-        Args:
-            record: the provenance of the output, as long as its draft was.
-            checksums: the CRC-32 of each slot, by its number; zeros where nothing is `checked`.
-        """
+        """Yield the bytes that are known last, from the record and each slot's CRC-32 by number."""
         return ()
 
 

@@ -1,51 +1,165 @@
-"""The layout of a checkpoint: what a scan yields, and all that later steps know of a file."""
+"""Files, storages and tensors: where bytes lie, and which of them a strided view reaches.
+
+    Layout       path, format, tensors, ...      what a scan yields: a file, or a directory of ...
+    TensorInfo   shape, stride, start            elements of ...
+    Storage      offset, nbytes                  a range of bytes of ...
+    File         path, size, inode               a file, as it was when it was scanned
+
+Many tensors may view one storage: tied weights, slices, transposed views. A storage that is not one
+range of one file is made of others: `parts` one after the other, or `tiles` of a tensor.
+"""
 
 from __future__ import annotations
 
+import errno
+import math
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge_avg.checkpoint._storage import File, Storage, TensorInfo, TreePath
+from merge_avg.checkpoint._dtypes import DType
 
 # In the metadata of a checkpoint, the provenance record of the merge that made it.
 PROVENANCE = "merge_avg"
 PROVENANCE_FILE = "merge_avg.json"  # the same, as a file of a directory or a record of an archive
 # Bytes. No merge writes a longer record, and whoever reads one holds it in memory.
 LARGEST_PROVENANCE = 1 << 24
+
+_LARGEST = 1 << 63
+_MOST_DIMENSIONS = 64
+_MOST_REPEATED = 1 << 30  # elements of a tensor that has far more than its storage
+
+Key = str | int
+TreePath = tuple[Key, ...]  # keys from the root of a checkpoint's object tree
 Scalar = int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a checkpoint, as it was when it was scanned."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """Return the file at a path; OSError for a directory, a pipe or a device."""
+        found = path.stat()
+        # Opening a pipe would wait for a writer forever.
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes of a checkpoint that tensors view: a record of an archive, or a tensor's own range."""
+
+    name: str  # in messages; unique in its file
+    offset: int  # of its first byte in the file
+    nbytes: int
+    crc: int | None = None  # the CRC-32 that the file records for exactly these bytes
+    file: int = 0  # its number in the checkpoint
+    packed: int | None = None  # the size that it takes in the file, if it is deflated (RFC 1951)
+    swapped: int = 1  # the size of its words if they are big-endian
+    # If it is not a range itself: the storages it consists of, one after the other, or the tensors,
+    # each with the index of its first element in the tensor that they tile.
+    parts: tuple[Storage, ...] = ()
+    tiles: tuple[tuple[tuple[int, ...], TensorInfo], ...] = ()
+
+    @property
+    def coded(self) -> bool:
+        """Return whether its bytes have to be decoded before they can be read by offset."""
+        return self.packed is not None or self.swapped > 1
+
+    @property
+    def ranges(self) -> tuple[Storage, ...]:
+        """Return the ranges of files that it consists of."""
+        return self.parts or tuple(tile.storage for _, tile in self.tiles) or (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a checkpoint: a strided view of a storage, counted in elements."""
+
+    path: TreePath  # the last key is the tensor's name
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int  # its first element in the storage
+    storage: Storage
+    trouble: str | None = None  # why its bytes are not plain numbers ("a sparse tensor")
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        """Return one past the last element of the storage that it reaches; `start` if none."""
+        if not self.numel:
+            return self.start
+        # Steps are never negative, as torch has none: the last index reaches farthest.
+        steps = zip(self.shape, self.stride, strict=True)
+        return self.start + sum((extent - 1) * step for extent, step in steps) + 1
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        """Return (extent, step) of the dimensions that decide where elements lie."""
+        return _geometry(self.shape, self.stride)
+
+    @property
+    def contiguous(self) -> bool:
+        """Return whether its elements lie one after the other, in row-major order."""
+        usual = row_major(self.shape)
+        if self.stride == usual or not self.numel:
+            return True
+        return self.geometry == _geometry(self.shape, usual)
+
+    @property
+    def overlaps_itself(self) -> bool:
+        """Return whether different indices reach one element, other than by repeating it whole."""
+        # From the smallest step up, each has to lead past all that smaller ones reach together.
+        # Steps of zero repeat elements, as `expand` does: a single value is behind them.
+        reach = 0
+        for extent, step in sorted(self.geometry, key=lambda pair: pair[1]):
+            if step and step <= reach:
+                return True
+            reach += (extent - 1) * step
+        return False
+
+    @property
+    def dense(self) -> bool:
+        """Return whether it has every element from its first to its last, each once."""
+        if not self.numel:
+            return True
+        once = not self.overlaps_itself and all(step for _, step in self.geometry)
+        return once and self.numel == self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A scanned checkpoint: one file, or a directory.
-
-    Attributes:
-        path: the file or directory.
-        format: "torch-zip", "torch-legacy", "safetensors", "torch-dcp" or "directory".
-        files: all of its files; one if it is a file.
-        tensors: every tensor in it, weights or not, in the files' order.
-        others: entries at the top level that hold no tensor, such as "epoch".
-        metadata: string to string, as safetensors files carry it; and the `PROVENANCE` of an
-            earlier merge.
-        archive: all that a copy of a pickled checkpoint needs; None for other formats.
-        members: for a directory, the part of it that each file holds, in the order of `files`;
-            None for files that hold no weights.
-        notes: for the user, one sentence each.
-        scalars: numbers and short texts beside the tensors, such as the epoch, by their paths.
-        set_member: whether it is a file of a set, whose tensors have names from the root of the set
-            and can be written only together.
-    """
+    """A scanned checkpoint: one file, or a directory. All that later steps know of it."""
 
     path: Path
-    format: str
+    format: str  # "torch-zip", "torch-legacy", "safetensors", "torch-dcp" or "directory"
     files: tuple[File, ...]
-    tensors: tuple[TensorInfo, ...]
-    others: tuple[str, ...] = ()
+    tensors: tuple[TensorInfo, ...]  # weights or not, in the files' order
+    others: tuple[str, ...] = ()  # entries at the top level that hold no tensor, such as "epoch"
+    # As safetensors files carry it; and the `PROVENANCE` of an earlier merge.
     metadata: tuple[tuple[str, str], ...] = ()
-    archive: Archive | None = None
+    archive: Archive | None = None  # all that a copy of a pickled checkpoint needs
+    # For a directory, what each of its files holds; None for files that hold no weights.
     members: tuple[Layout | None, ...] = ()
-    notes: tuple[str, ...] = ()
-    scalars: tuple[tuple[TreePath, Scalar], ...] = ()
+    notes: tuple[str, ...] = ()  # for the user, one sentence each
+    scalars: tuple[tuple[TreePath, Scalar], ...] = ()  # numbers and short texts beside the tensors
+    # Whether it is a file of a set, whose tensors have names from the root of the set and can be
+    # written only together.
     set_member: bool = False
 
     @property
@@ -66,40 +180,66 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class ClassSpan:
-    """The place where a pickle names the class of a storage.
-
-    Attributes:
-        start, stop: the bytes of the opcode that does.
-        cls: module and name, with a newline between them.
-        storage: the pickle's key of the storage.
-    """
+    """The place where a pickle names the class of a storage: the bytes of the opcode that does."""
 
     # Torch tells the dtype of a tensor by the class of its storage, as in torch.FloatStorage: a
     # copy with another dtype replaces just these bytes of the pickle.
     start: int
     stop: int
-    cls: str
-    storage: str
+    cls: str  # module and name, with a newline between them
+    storage: str  # the pickle's key of it
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The records of a pickled checkpoint, in their order, and the pickle that ties them together.
+    """The records of a pickled checkpoint, in order, and the pickle that ties them together."""
 
-    Attributes:
-        records: the name of each record in the archive, and where it lies.
-        pickle: the bytes of data.pkl.
-        pickle_name: its record's name.
-        classes: each time the pickle names a storage's class.
-        frames: where the pickle's FRAME opcodes start.
-        prefix: of the names of storages, before the pickle's key.
-        around: for a legacy file, the bytes before the pickle and those after it.
-    """
-
-    records: tuple[tuple[str, Storage], ...]
-    pickle: bytes
-    pickle_name: str
+    records: tuple[tuple[str, Storage], ...]  # by their names in the archive
+    pickle: bytes  # of data.pkl
+    pickle_name: str  # its record's name
     classes: tuple[ClassSpan, ...]
-    frames: tuple[int, ...]
-    prefix: str = ""
-    around: tuple[bytes, bytes] = (b"", b"")
+    frames: tuple[int, ...]  # where the pickle's FRAME opcodes start
+    prefix: str = ""  # of the names of storages, before the pickle's key
+    around: tuple[bytes, bytes] = (b"", b"")  # for a legacy file, the bytes beside the pickle
+
+
+def _geometry(shape: Iterable[int], stride: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    # Torch leaves the step of a dimension with one element at whatever it was.
+    pairs = zip(shape, stride, strict=True)
+    return tuple((extent, step) for extent, step in pairs if extent != 1)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of this shape, in elements."""
+    strides = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def impossible(shape: object, stride: object, start: object, held: int) -> str | None:
+    """Return what is wrong with a claimed geometry over a storage of `held` elements, if anything.
+
+    Torch's numbers have 64 bits. A view may repeat elements, as `expand` does, but not without
+    end: a file of a few bytes could ask for days of work.
+    """
+    if not isinstance(shape, list | tuple) or not isinstance(stride, list | tuple):
+        return "no shape or no strides"
+    if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions with {len(stride)} strides"
+    # `type`, for True is an int too, and would be written as a number that it is not.
+    if any(type(n) is not int or not 0 <= n < _LARGEST for n in (start, *shape, *stride)):
+        return "impossible strides"
+    # Extents of zero count as one: strides of an empty tensor are products of the others.
+    if math.prod(max(extent, 1) for extent in shape) >= _LARGEST:
+        return "more elements than can be counted"
+    if math.prod(shape) > max(_MOST_REPEATED, 16 * held):
+        return f"{math.prod(shape):,} elements, but a storage of {held:,}"
+    return None
+
+
+def dotted(path: TreePath) -> str:
+    """Return a path as messages show it: state_dict.conv.weight."""
+    return ".".join(str(key) for key in path)

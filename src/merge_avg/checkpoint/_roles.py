@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from merge_avg.checkpoint._layout import Layout
-from merge_avg.checkpoint._storage import Key, TensorInfo, TreePath, dotted
+from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath, dotted
 from merge_avg.errors import MergeError, named
 
 # The key under which a scan lists what a pickled nn.Module holds beside its state dict.
@@ -74,11 +73,7 @@ class Roles:
 
 
 def assign(layout: Layout, key: str | None = None) -> Roles:
-    """Return the roles of a checkpoint's tensors.
-
-    Args:
-        layout: the scanned checkpoint.
-        key: the dotted path of the one state dict to average, or None for all of them.
+    """Return the roles of tensors, where those below the dotted path `key`, if any, are weights.
 
     Raises:
         MergeError: there are no weights, none below `key`, or two have the same name.
