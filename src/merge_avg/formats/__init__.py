@@ -29,23 +29,15 @@ _LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
 
 @dataclass(frozen=True)
 class Format:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: what reports call it.
-        module: the name of its module in `merge_avg.formats`.
-        begins: tells a file of the format by its first bytes; None for a set of files.
-        marker: the name of the file that tells of the others in a set.
-        suffixes: endings that ask for the format where a new file is written.
-        views: whether tensors of a new file may share storages and have any strides.
-    """
-
-    name: str
-    module: str
+    name: str  # what reports call it
+    module: str  # in `merge_avg.formats`
+    # Tells a file of the format by its first bytes; None for a set of files.
     begins: Callable[[bytes], bool] | None = None
-    marker: str | None = None
-    suffixes: tuple[str, ...] = ()
-    views: bool = False
+    marker: str | None = None  # the name of the file that tells of the others in a set
+    suffixes: tuple[str, ...] = ()  # endings that ask for the format where a new file is written
+    views: bool = False  # whether tensors of a new file may share storages and have any strides
 
     @property
     def code(self) -> Any:
@@ -140,13 +132,10 @@ def scan_file(stamp: File, number: int = 0, *, strict: bool = True) -> Layout | 
 def copy(
     layout: Layout, converted: Mapping[str, DType], averaged: set[str], *, recorded: bool = True
 ) -> FileLayout:
-    """Return the layout of a copy of a file whose averaged storages are to be filled.
+    """Return the layout of a copy of a file whose averaged storages, by name, are to be filled.
 
-    Args:
-        layout: the file.
-        converted: the dtypes of storages that get another one, by name.
-        averaged: the names of the storages that hold weights.
-        recorded: whether the copy holds the provenance, where the format has room for it.
+    Some are `converted` to another dtype. A copy that is `recorded` holds the provenance, where the
+    format has room for it.
 
     Raises:
         MergeError: the format cannot hold the result.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,23 +67,18 @@ def scan_directory(path: Path) -> Layout:
     metadata: tuple[tuple[str, str], ...] = ()
     if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
         metadata = ((PROVENANCE, provenance.path.read_text("utf-8", "replace")),)
-    names = list(files)
     members = _members(path, files)
-    for name in filter(is_index, names):
+    for name in filter(is_index, files):
         _check_index(files, name, members)
-    prefixes = _prefixes(path, names, members)
+    _check_shards(path, files)
+    prefixes = _prefixes(members)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
-    others: list[str] = []
-    for number, name in enumerate(names):
-        member = members.get(number)
-        if member is None:
-            others.append(name)
-            continue
+    for name, member in members.items():
+        prefix = prefixes[name]
         notes += member.notes
         # Shards share a prefix, and may not share a tensor: which of two would be the right one?
         for info in member.tensors:
-            prefix = prefixes[number]
             whole = replace(info, path=(*prefix, *info.path)) if prefix else info
             first = holders.setdefault(whole.path, name)
             if first != name:
@@ -94,18 +89,10 @@ def scan_directory(path: Path) -> Layout:
     if not tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
-    stamps = tuple(files.values())
-    parts = tuple(members.get(number) for number in range(len(names)))
+    others = tuple(name for name in files if name not in members)
+    stamps, parts = tuple(files.values()), tuple(map(members.get, files))
     return Layout(
-        path,
-        "directory",
-        stamps,
-        tuple(tensors),
-        tuple(others),
-        metadata,
-        None,
-        parts,
-        tuple(notes),
+        path, "directory", stamps, tuple(tensors), others, metadata, None, parts, tuple(notes)
     )
 
 
@@ -186,10 +173,11 @@ def _nested(root: Path) -> set[str]:
     raise MergeError(what, where=root, hint=hint)
 
 
-def _members(root: Path, files: Mapping[str, File]) -> dict[int, Layout]:
-    """Return the layouts of the files that hold tensors, by number."""
-    members: dict[int, Layout] = {}
-    for name in files:
+def _members(root: Path, files: Mapping[str, File]) -> dict[str, Layout]:
+    """Return the layouts of the files that hold tensors, in the order of the files."""
+    members: dict[str, Layout] = {}
+    names = list(files)
+    for name in names:
         found = set_format(PurePosixPath(name).name)
         if found is not None:
             folder = PurePosixPath(name).parent
@@ -198,9 +186,10 @@ def _members(root: Path, files: Mapping[str, File]) -> dict[int, Layout]:
                 for number, (other, file) in enumerate(files.items())
                 if PurePosixPath(other).parent == folder
             }
-            members |= found.code.scan_set(root / folder, inside)
+            scanned = found.code.scan_set(root / folder, inside)
+            members |= {names[number]: layout for number, layout in scanned.items()}
     for number, (name, file) in enumerate(files.items()):
-        if number in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
+        if name in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
         try:
             # A .bin or .pkl file may be anything; a file that says .safetensors may not.
@@ -214,8 +203,8 @@ def _members(root: Path, files: Mapping[str, File]) -> dict[int, Layout]:
                 continue  # an optimizer's file and the like may be whatever it likes
             raise
         if layout is not None and layout.tensors:
-            members[number] = layout
-    return members
+            members[name] = layout
+    return {name: members[name] for name in names if name in members}
 
 
 def _path_of(name: str) -> TreePath:
@@ -224,18 +213,16 @@ def _path_of(name: str) -> TreePath:
     return (*path.parts[:-1], unsharded(path.stem.removesuffix(".pth")))  # model.pth.tar
 
 
-def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -> list[TreePath]:
+def _prefixes(members: Mapping[str, Layout]) -> dict[str, TreePath]:
     """Return for each file the path that its tensors are at in the directory's tree."""
     # `pytorch_model.bin` and `model.safetensors` are the same state dict by two names, so that a
     # checkpoint of one can be averaged with one of the other. Where it is the only one, it needs no
     # prefix: then a directory can be averaged with a single file too.
-    prefixes: list[TreePath] = [()] * len(names)
+    prefixes: dict[str, TreePath] = {}
     families: dict[TreePath, str] = {}
-    for number, name in enumerate(names):
-        if number not in members:
-            continue
-        if members[number].set_member:
-            prefixes[number] = PurePosixPath(name).parts[:-1]
+    for name, member in members.items():
+        if member.set_member:
+            prefixes[name] = PurePosixPath(name).parts[:-1]
             continue
         path = _path_of(name)
         suffix = PurePosixPath(name).suffix
@@ -244,14 +231,13 @@ def _prefixes(root: Path, names: Sequence[str], members: Mapping[int, Layout]) -
         if families.setdefault(plain, suffix) != suffix:
             plain = (*path[:-1], f"{path[-1]}{suffix}")
             families[plain] = suffix
-        prefixes[number] = plain
-    _check_shards(root, names)
+        prefixes[name] = plain
     # Optimizers and the like lie aside: they do not make a directory one of several state dicts.
-    weights = {prefixes[number] for number in members if not any(map(is_kept, prefixes[number]))}
-    return [() if weights == {prefix} else prefix for prefix in prefixes]
+    weights = {prefix for prefix in prefixes.values() if not any(map(is_kept, prefix))}
+    return {name: () if weights == {prefix} else prefix for name, prefix in prefixes.items()}
 
 
-def _check_shards(root: Path, names: Sequence[str]) -> None:
+def _check_shards(root: Path, names: Iterable[str]) -> None:
     """Raise MergeError where the names of shards say that there are more."""
     found: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
@@ -305,9 +291,8 @@ def read_index(file: File) -> dict[str, Any]:
     raise MergeError("an index without a weight_map", where=file.path)
 
 
-def _check_index(files: Mapping[str, File], name: str, members: Mapping[int, Layout]) -> None:
+def _check_index(files: Mapping[str, File], name: str, members: Mapping[str, Layout]) -> None:
     """Raise MergeError where an index and the shards beside it contradict each other."""
-    numbers = {other: number for number, other in enumerate(files)}
     keys: dict[str, set[str]] = {}
     where, hint = files[name].path, "fetch the checkpoint again"
     for key, file in read_index(files[name])["weight_map"].items():
@@ -318,7 +303,7 @@ def _check_index(files: Mapping[str, File], name: str, members: Mapping[int, Lay
             what = f"it names the file {file!r}, which is {'outside' if far else 'missing'}"
             raise MergeError(what, where=where, hint=hint)
         if whole not in keys:
-            member = members.get(numbers[whole])
+            member = members.get(whole)
             keys[whole] = {dotted(info.path) for info in member.tensors} if member else set()
         if key not in keys[whole]:
             what = f"it says that {key!r} is in {file}, which does not hold it"

@@ -58,13 +58,13 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     path, nbytes = stamp.path, stamp.nbytes
     length = int.from_bytes(file.read(8), "little")
     try:
-        if 8 + length > nbytes:
-            raise _cut_short(8 + length, nbytes)
-        header = _header(file.read(length), number)
-        if header.end > nbytes:
-            raise _cut_short(header.end, nbytes)
-        if header.end < nbytes:
-            raise MergeError(f"{nbytes - header.end:,} bytes follow after the last tensor")
+        header = _header(file.read(length), number) if 8 + length <= nbytes else None
+        end = header.end if header else 8 + length
+        if header is None or end > nbytes:
+            what = f"it is cut short: {nbytes:,} bytes, expected {end:,}"
+            raise MergeError(what, hint=_AGAIN)
+        if end < nbytes:
+            raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor")
     except MergeError as error:
         raise error.at(path) from None
     layout = Layout(path, "safetensors", (stamp,), header.tensors, metadata=header.metadata)
@@ -73,10 +73,6 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     if header.odd or any(map(sys.modules.get, ("torch", "numpy"))):
         check(layout)
     return layout
-
-
-def _cut_short(expected: int, found: int) -> MergeError:
-    return MergeError(f"it is cut short: {found:,} bytes, expected {expected:,}", hint=_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -199,15 +195,10 @@ def _in_order(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
 
 @dataclass(frozen=True)
 class SafetensorsLayout(FileLayout):
-    """The layout of a safetensors file, whose header holds the provenance among its metadata.
+    """The layout of a safetensors file, whose header holds the provenance among its metadata."""
 
-    Attributes:
-        metadata, tensors: the header up to the end of its metadata, and the rest.
-        recorded: whether the provenance is part of the metadata.
-    """
-
-    metadata: bytes = b""
-    tensors: bytes = b""
+    metadata: bytes = b""  # the header up to the end of its metadata
+    tensors: bytes = b""  # the rest of the header
     recorded: bool = True
 
     def start(self, record: bytes) -> int:
