@@ -191,7 +191,7 @@ def _target(name: str, folder: Path) -> tuple[Callable[[bytes], object], set[str
         return assign(safetensors.scan(io.BytesIO(data), stamp(data, single)))
 
     readers: dict[str, Callable[[bytes], object]] = {
-        "pickle": lambda data: [dotted(info.path) for info in objects_at(data, 0).tensors],
+        "pickle": lambda data: [dotted(info.path) for info in objects_at(data).tensors],
         "zip": read_zip,
         "legacy": scanned(legacy),
         "safetensors": read_safetensors,

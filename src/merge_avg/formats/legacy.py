@@ -37,11 +37,7 @@ _OTHER = "it starts like a legacy checkpoint, but is not one"
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
-    """Return the layout of a legacy checkpoint.
-
-    Raises:
-        MergeError: it is damaged or dangerous, or not a checkpoint.
-    """
+    """Return the layout of a legacy checkpoint; see `formats.scan`."""
     path = stamp.path
     try:
         data, start, objects, keys = _pickles(file, stamp.nbytes)
@@ -104,7 +100,7 @@ def _parsed(data: bytes) -> _Pickles:
         if expected not in (None, loaded.value):
             raise MergeError(_OTHER)
         start += loaded.nbytes
-    objects = objects_at(data, start)
+    objects = objects_at(data, start=start)
     stop = start + objects.nbytes
     keys = _plain(data, stop)
     if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):
@@ -127,18 +123,12 @@ def copy(
     *,
     recorded: bool = True,  # noqa: ARG001 - the format has no room for the provenance
 ) -> FileLayout:
-    """Return the layout of a copy of a legacy checkpoint; see `formats.copy`.
-
-    Raises:
-        MergeError: a converted storage's dtype is not part of its class in the pickle.
-    """
+    """Return the layout of a copy of a legacy checkpoint; see `formats.copy`."""
     archive = layout.archive
     if archive is None:
         raise ValueError("only a pickled checkpoint can be copied as one")
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
-    classes = {
-        span.storage: BY_STORAGE.get(span.cls.partition("\n")[2]) for span in archive.classes
-    }
+    classes = {one.storage: BY_STORAGE.get(one.cls.partition("\n")[2]) for one in archive.classes}
     before, after = archive.around
     literals = [(0, before + pickle + after)]
     # The keys in the last pickle keep their order, so that only the pickle's classes can change.

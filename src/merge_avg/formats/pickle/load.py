@@ -60,8 +60,7 @@ def load(
 ) -> Loaded:
     """Read the pickle that begins at `start` of `data`, and leave the bytes around it alone.
 
-    `persistent` resolves a persistent id. `call` returns what a call of a known function stands
-    for, or None for any other. The allowance pays for every object.
+    The allowance pays for every object.
 
     Raises:
         PickleError: the pickle is damaged.

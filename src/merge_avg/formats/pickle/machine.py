@@ -53,9 +53,7 @@ class Machine:
         self, data: bytes, start: int, persistent: Persistent, call: Call, allowance: Allowance
     ) -> None:
         self.data = data
-        self.start = start
-        self.at = start
-        self.opcode_at = start
+        self.start = self.at = self.opcode_at = start
         self.stack: list[Value] = []
         self.push = self.stack.append  # without the time of a method around it
         self.marks: list[int] = []

@@ -68,14 +68,9 @@ class Objects:
 
         `find` returns the storage of a key that holds so many bytes of a dtype, or raises.
         """
-        found = {
-            key: find(key, stored.storage.nbytes, stored.dtype)
-            for key, stored in self.storages.items()
-        }
-        return tuple(
-            _moved(info, info.path, found.get(info.storage.name, info.storage))
-            for info in self.tensors
-        )
+        all_stored = self.storages.items()
+        found = {key: find(key, one.storage.nbytes, one.dtype) for key, one in all_stored}
+        return tuple(_moved(i, i.path, found.get(i.storage.name, i.storage)) for i in self.tensors)
 
 
 # dataclasses.replace takes three times as long, for each of many tensors.
@@ -83,19 +78,12 @@ def _moved(i: TensorInfo, path: TreePath, storage: Storage) -> TensorInfo:
     return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, i.trouble)
 
 
-# Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
-@lru_cache(maxsize=1)
-def read_objects(data: bytes, density: float = 1.0) -> Objects:
-    """Read a pickle of torch without running it.
+def objects_at(data: bytes, density: float = 1.0, start: int = 0) -> Objects:
+    """Read the pickle of torch that begins at byte `start`, without running it.
 
     Raises:
         MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
     """
-    return objects_at(data, 0, density)
-
-
-def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
-    """Read a pickle that begins at byte `start`, as `read_objects`, without remembering it."""
     allowance = Allowance(density)
     hooks = TorchHooks(allowance)
     loaded = load(data, start, persistent=hooks.persistent, call=hooks.call, allowance=allowance)
@@ -111,10 +99,14 @@ def objects_at(data: bytes, start: int, density: float = 1.0) -> Objects:
         infos.append(info)
     with_tensors = {info.path[0] for info in infos if info.path}
     keys = map(key_of, root) if isinstance(root, dict) else ()
-    others = tuple(_paid(str(key), allowance) for key in keys if key not in with_tensors)
+    others = tuple(_paid(key, allowance) for key in keys if key not in with_tensors)
     bare, classes, scalars = isinstance(root, Tensor), tuple(hooks.classes), scalars_near(root)
     pickled = (classes, loaded.frames, loaded.nbytes)
     return Objects(tuple(infos), hooks.storages, others, bare, *pickled, tuple(scalars))
+
+
+# Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
+read_objects = lru_cache(maxsize=1)(objects_at)
 
 
 def refuse_root(objects: Objects, path: Path) -> None:
@@ -168,9 +160,10 @@ def key_of(key: Value) -> str | int:
     return key if small or isinstance(key, str) else shown(key)
 
 
-def _paid(text: str, allowance: Allowance) -> str:
+def _paid(key: Value, allowance: Allowance, prefix: str = "") -> str:
+    text = str(key_of(key))
     allowance.spend(100 + 4 * len(text))
-    return text
+    return prefix + text
 
 
 def _children(value: Value, allowance: Allowance) -> _Children:
@@ -227,16 +220,16 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
         allowance.spend((_OPENED + len(prefix)) * entries + 100 * len(inside))
         for kind in ("_parameters", "_buffers"):
             for key, child in state[kind].items():
-                name = f"{prefix}{_paid(str(key_of(key)), allowance)}"
+                name = _paid(key, allowance, prefix)
                 if kind == "_buffers" and key in unsaved:
                     rest[name] = child
                 else:
                     yield name, child
         for key, child in state.items():
             if key not in _MODULE and isinstance(child, (Tensor, *_INNER)):
-                rest[f"{prefix}{_paid(str(key_of(key)), allowance)}"] = child
+                rest[_paid(key, allowance, prefix)] = child
         modules = [
-            (f"{prefix}{_paid(str(key_of(key)), allowance)}.", child, inside)
+            (f"{_paid(key, allowance, prefix)}.", child, inside)
             for key, child in state["_modules"].items()
             if _is_module(child)
         ]
@@ -267,10 +260,7 @@ def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
 
 
 def _plain(value: Value) -> Scalar | None:
-    """Return a number or a short text as it is, and None for anything else.
-
-    NumPy's scalars are numbers too: numpy.core.multiarray.scalar(dtype('f8'), bytes).
-    """
+    """Return a number or a short text as it is, and None for anything else."""
     match value:
         case int() if isinstance(value, bool) or value.bit_length() > 64:
             return None
@@ -278,11 +268,10 @@ def _plain(value: Value) -> Scalar | None:
             return None
         case int() | float() | str():
             return value
-        case Instance(
-            function=Global(name="scalar"), args=(Instance(args=(str() as code, *_)), raw)
-        ):
+        # Of NumPy: numpy.core.multiarray.scalar(dtype('f8'), bytes).
+        case Instance(Global(name="scalar"), (Instance(args=(str() as code, *_)), raw)):
             match raw:  # protocols 0 to 2 hold bytes as a text that a codec turns into bytes
-                case Instance(function=Global("_codecs", "encode"), args=(str() as text, "latin1")):
+                case Instance(Global("_codecs", "encode"), (str() as text, "latin1")):
                     raw = text.encode("latin1", "replace")
             form = _NUMPY.get(code)
             if form and isinstance(raw, bytes) and len(raw) == struct.calcsize(form):
