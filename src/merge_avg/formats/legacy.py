@@ -100,7 +100,7 @@ def _parsed(data: bytes) -> _Pickles:
         if expected not in (None, loaded.value):
             raise MergeError(_OTHER)
         start += loaded.nbytes
-    objects = objects_at(data, start=start)
+    objects = objects_at(data, start)
     stop = start + objects.nbytes
     keys = _plain(data, stop)
     if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):

@@ -78,7 +78,7 @@ def _moved(i: TensorInfo, path: TreePath, storage: Storage) -> TensorInfo:
     return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, i.trouble)
 
 
-def objects_at(data: bytes, density: float = 1.0, start: int = 0) -> Objects:
+def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     """Read the pickle of torch that begins at byte `start`, without running it.
 
     Raises:

@@ -92,7 +92,7 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
 
     # A byte of a pickle that was packed counts for its share of the file.
     density = 1.0 if stored.packed is None else stored.packed / max(stored.nbytes, 1)
-    objects = read_objects(pickle, density)
+    objects = read_objects(pickle, density=density)
     tensors = objects.placed(find)
     metadata: tuple[tuple[str, str], ...] = ()
     if whole:
