@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from merge_avg.arithmetic import LOOPS
-from merge_avg.arithmetic._formats import FORMATS, exact_mean
+from merge_avg.arithmetic._sums import FORMATS
+from merge_avg.arithmetic.torch_mean import exact_mean
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Matrix
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from merge_avg import merge_checkpoints
 from merge_avg.agreement import _comparison as agreement
 from merge_avg.arithmetic import _mean
-from merge_avg.arithmetic._compiled_mean import CompiledMean
 from merge_avg.arithmetic._kernel import LOOPS, TILE
+from merge_avg.arithmetic._mean import CompiledMean
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean
 from tests.arithmetic.helpers import as_matrix, needs_loops, reference, same

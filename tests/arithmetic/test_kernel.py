@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from merge_avg.agreement import _torch_products as products
 from merge_avg.arithmetic import _kernel as kernel
-from merge_avg.arithmetic._formats import FORMATS, exact_mean
 from merge_avg.arithmetic._kernel import KNOWN, LOOPS, TILE, int64s
+from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
+from merge_avg.arithmetic.torch_mean import exact_mean
 from tests.arithmetic.helpers import as_matrix, needs_loops, same
 
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

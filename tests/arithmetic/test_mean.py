@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merge_avg.arithmetic import LOOPS, TILE, MeanFactory, Weights, _mean
-from merge_avg.arithmetic._compiled_mean import CompiledMean
+from merge_avg.arithmetic._mean import CompiledMean
 from merge_avg.arithmetic.torch_mean import RunningMean, TorchMean
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Buffer

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_avg.arithmetic import torch_mean
-from merge_avg.arithmetic._formats import FORMATS, exact_mean
+from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.arithmetic.torch_mean import RunningMean
+from merge_avg.arithmetic.torch_mean import RunningMean, exact_mean
 from merge_avg.tuning import BLOCK
 from tests.arithmetic.helpers import reference, same
 

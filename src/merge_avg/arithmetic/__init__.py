@@ -1,8 +1,8 @@
 """What is the mean? Exact weights, and sums that are rounded once.
 
 A `MeanFactory` gives a `Mean`: `extend` it by vectors, and `result` writes their weighted mean. The
-compiled loops compute it (`_compiled_mean`, `_kernel`, kernel.c) or else torch (`torch_mean`), with
-the same bits. Integers and bools have no mean; `_integers` says what they become instead.
+compiled loops compute it (`_kernel`, kernel.c) or else torch (`torch_mean`, `_sums`), with the same
+bits. Integers and bools have no mean; `_integers` says what they become instead.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "settle": (*_ROWS, _SIZE, _POINTER, ctypes.c_uint32, _POINTER, _POINTER),
     "take": (*_ROWS, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE),
 }
-_PRODUCTS: tuple[Any, ...] = (*_ROWS, ctypes.c_int64, _SIZE, *6 * (_POINTER,))
 TILE = 1024  # how many columns are summed at a time, as in kernel.c
 KNOWN = 24  # bytes of `struct known`, what is known of each tile
 
@@ -37,12 +36,7 @@ Int64s: TypeAlias = ctypes.Array[ctypes.c_int64]
 
 
 class Kernel:
-    """The loops of a library, which trust their arguments: addresses, sizes, and weights.
-
-    Raises:
-        OSError: the library is missing, or made for another machine.
-        AttributeError: the library is of another version.
-    """
+    """The loops of a library, which trust their arguments: addresses, sizes, and weights."""
 
     dtypes = frozenset(_NAMES)
 
@@ -56,7 +50,7 @@ class Kernel:
                 call = self._calls[what, name] = library[f"merge_avg_{what}_{name}"]
                 call.argtypes = types
         self._products = library.merge_avg_products
-        self._products.argtypes = _PRODUCTS
+        self._products.argtypes = (*_ROWS, ctypes.c_int64, _SIZE, *6 * (_POINTER,))
 
     def add(self, rows: Matrix, factors: int, total: int, known: int, *, begun: bool) -> bool:
         """Add rows, each times its factor, to a sum; return whether all numbers are finite.
@@ -75,12 +69,8 @@ class Kernel:
         The divisor is an integer below 2**28. Writing begins with column `start`, a multiple of
         `TILE`, and stops after the first tile with elements that might round otherwise.
         """
-        # All elements of one tile may be open, but of one only: the loop stops there.
-        at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), (ctypes.c_int64 * TILE)()
-        call = self._calls["mean", out.dtype.name]
-        where = out.address, ctypes.byref(at), places, ctypes.byref(open_)
-        fits = call(total, out.numel, known, count, divisor, *where)
-        return bool(fits), at.value, places[: open_.value]
+        at = total, out.numel, known, count, divisor
+        return self._written("mean", at, out, start)[1]
 
     def whole(
         self, rows: Matrix, factors: int, divisor: float, out: Matrix, start: int
@@ -89,10 +79,16 @@ class Kernel:
 
         Return whether all rows are finite up to where writing stopped, and what `mean` returns.
         """
+        at = rows.address, rows.count, rows.stride, rows.numel, factors, divisor
+        return self._written("whole", at, out, start)
+
+    def _written(
+        self, what: str, arguments: tuple[float, ...], out: Matrix, start: int
+    ) -> tuple[bool, Written]:
+        # All elements of one tile may be open, but of one only: the loop stops there.
         at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), (ctypes.c_int64 * TILE)()
-        call = self._calls["whole", out.dtype.name]
-        where = out.address, ctypes.byref(at), places, ctypes.byref(open_)
-        found = call(rows.address, rows.count, rows.stride, rows.numel, factors, divisor, *where)
+        call = self._calls[what, out.dtype.name]
+        found = call(*arguments, out.address, ctypes.byref(at), places, ctypes.byref(open_))
         return bool(found & 2), (bool(found & 1), at.value, places[: open_.value])
 
     def settle(

@@ -1,20 +1,129 @@
 """Sums of rows by torch: in float64, and in double-double where float64 may not be exact.
 
-Both know which of their means might be rounded otherwise than the exact mean.
+Both know which of their means might be rounded otherwise than the exact mean: the exponents of what
+was added show it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from merge_avg.arithmetic._formats import FORMATS, Buffers, Format, Weighed, magnitude, nonzero
 from merge_avg.arithmetic._weights import Weights
 
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format."""
+
+    bits: int  # of the significand, the leading one included
+    emin: int  # the exponent of the smallest normal number
+    nan: int = 0  # the bits of the NaN that is written, where torch can compute with them
+
+
+FORMATS = {
+    torch.float64: Format(53, -1022, 0x7FF8 << 48),
+    torch.float32: Format(24, -126, 0x7FC0 << 16),
+    torch.float16: Format(11, -14, 0x7E00),
+    torch.bfloat16: Format(8, -126, 0x7FC0),
+    torch.float8_e4m3fn: Format(4, -6),
+    torch.float8_e5m2: Format(3, -14),
+    torch.float8_e4m3fnuz: Format(4, -7),
+    torch.float8_e5m2fnuz: Format(3, -15),
+}
+# Integers of the same size. Float8 has none: torch cannot compute with it, nor always index it, so
+# that its numbers are converted to float32 first.
+WORDS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+_VIEWS = 64  # how many shapes of scratch tensors are remembered
+_NEVER = 1 << 16  # an exponent beyond that of any number
 _EXPONENT = 0x7FF0000000000000  # the exponent field of a float64
+Pair = tuple[Tensor, Tensor]
+
+
+class Buffers:
+    """Scratch tensors by name, which are kept from one mean to the next.
+
+    Fresh ones of this size would cost more in page faults than the arithmetic does.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.Size, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return a tensor of the shape of `like`; it holds what was last written under its name."""
+        key = name, like.shape, dtype, like.device
+        view = self._views.get(key)
+        if view is None:
+            numel = like.numel()
+            held = self._held.get(name)
+            if held is None or len(held) < numel or held.device != like.device:
+                held = torch.empty(numel, dtype=torch.float64, device=like.device)
+                self._held[name] = held
+                self._views.clear()  # views would keep the memory that was just given up
+            if len(self._views) > _VIEWS:
+                self._views.clear()
+            view = self._views[key] = held.view(dtype)[:numel].view(like.shape)
+        return view
+
+
+@dataclass(frozen=True)
+class Span:
+    """The exponents of some numbers."""
+
+    low: int  # all numbers are multiples of 2**low
+    high: int  # the size of all is below 2**high
+    zeros: bool  # some are zero
+    negative_zeros: bool = False  # some are -0
+
+
+ONLY_ZEROS = Span(_NEVER, -_NEVER, zeros=True)
+Weighed = tuple[Span, int]  # the span of some rows, and the sum of the sizes of their weights
+
+
+def span_of(rows: Tensor, bits: int, buffers: Buffers) -> Span | None:
+    """Return the span of numbers of `bits` significand bits; None if any is not finite."""
+    if not rows.numel():
+        return ONLY_ZEROS
+    words = WORDS[rows.dtype]
+    # Without their sign, the bits of numbers compare as integers as the numbers do, and integers
+    # are not slowed down by subnormals. The room for float64 values is free at this time.
+    torch.abs(rows, out=buffers("wide", rows, rows.dtype))
+    sizes = buffers("wide", rows, words)
+    low, high = (int(bound) for bound in torch.aminmax(sizes))
+    zeros = low == 0
+    # -0 has the sign bit and no other: as an integer it is the least of all.
+    negative = zeros and int(rows.view(words).min()) == torch.iinfo(words).min
+    if zeros and high:  # zero is a multiple of anything: the least of the others counts
+        low = int(sizes.sub_(1).bitwise_and_(torch.iinfo(words).max).min()) + 1
+    own = FORMATS[rows.dtype]
+    fraction = own.bits - 1
+    special = ~(-1 << (rows.itemsize * 8 - 1)) >> fraction  # the exponent field of infinity and NaN
+    if high >> fraction == special:
+        return None
+    if high == 0:
+        return replace(ONLY_ZEROS, negative_zeros=negative)
+    bottom, top = (own.emin + max(size >> fraction, 1) - 1 for size in (low, high))
+    return Span(bottom - bits + 1, top + 1, zeros, negative)
+
+
+def nonzero(spans: Iterable[Weighed]) -> list[Weighed]:
+    """Return the spans that add to a sum."""
+    return [(span, weight) for span, weight in spans if weight and span.high > -_NEVER]
+
+
+def magnitude(spans: Iterable[Weighed]) -> Fraction:
+    """Return a bound above the sum of the sizes of all terms, for every element."""
+    return sum((weight * Fraction(2) ** span.high for span, weight in nonzero(spans)), Fraction(0))
 
 
 class PlainSum:
@@ -140,7 +249,7 @@ class WideSum:
         """Return the mean, not rounded to any format."""
         return self._high / self._divisor
 
-    def rounded(self, target: Format, spans: Sequence[Weighed]) -> tuple[Tensor, Tensor]:
+    def rounded(self, target: Format, spans: Sequence[Weighed]) -> Pair:
         """Return the mean, and which elements might be neighbours of the right one."""
         high, low = _two_sum(self._high, self._low)
         high = high.where(high != 0, self._high + self._low.where(self._low != 0, self._high))
@@ -150,16 +259,13 @@ class WideSum:
         tiny = any(span.low < -900 for span, _ in spans)
         if self.loose or (tiny and max(map(abs, self._weights.integers)) > 1):
             bound = most * (len(self._weights) + 8) / (1 << 50)
-            if target.bits < 53:
-                return _snap_bounded(quotient, target, _capped(bound))
-            return quotient, torch.ones_like(self._inexact)
-        # `edge`: where the quotient is so near to the middle of two numbers that the sum decides.
+            return _snap_bounded(quotient, target, _capped(bound))
+        # Doubtful so far: where the quotient is so near to the middle of two numbers that a sum
+        # which is not exact decides.
         if target.bits < 53:
-            mean, edge = self._round_to_narrow(target, high, low, quotient)
-            doubtful = edge & self._inexact
+            mean, doubtful = self._to_narrow(target, high, low, quotient)
         else:
-            mean, edge = self._round_to_float64(high, low, quotient)
-            doubtful = edge
+            mean, doubtful = self._to_float64(high, low, quotient)
         # Where the double-double sum rounded, its error may reach as far as this.
         slack = _capped(most * len(self._weights) ** 2 / (1 << 98))
         reach = slack * 2.0 ** (44 if target.bits == 53 else 60)
@@ -170,9 +276,7 @@ class WideSum:
         doubtful |= (size < 2.0**-860) & ((self._high != 0) | self._inexact)
         return mean, doubtful
 
-    def _round_to_narrow(
-        self, target: Format, high: Tensor, low: Tensor, quotient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _to_narrow(self, target: Format, high: Tensor, low: Tensor, quotient: Tensor) -> Pair:
         """Round a quotient of `high` and `low` to a format of fewer bits than float64.
 
         Rounding twice, to float64 and then to the target, goes wrong only where the quotient comes
@@ -189,11 +293,9 @@ class WideSum:
             rest = (high[places] - middle * self._divisor) + low[places]
             lower = torch.where(rest < 0, middle - half, start)
             mean[places] = torch.where(rest > 0, middle + half, lower)
-        return mean, edge
+        return mean, edge & self._inexact
 
-    def _round_to_float64(
-        self, high: Tensor, low: Tensor, quotient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _to_float64(self, high: Tensor, low: Tensor, quotient: Tensor) -> Pair:
         """Correct a quotient of `high` and `low` by the remainder of the division."""
         product, error = _two_product(quotient, self._divisor)
         rest = (((high - product) - error) + low) / self._divisor
@@ -217,14 +319,14 @@ def _capped(bound: Fraction) -> float:
     return float(bound) if bound < 1 << 900 else 2.0**900
 
 
-def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _two_sum(a: Tensor, b: Tensor) -> Pair:
     """Return a + b, rounded, and its rounding error, exactly (Knuth, TAOCP 4.2.2)."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
 
 
-def _two_product(a: Tensor, b: float) -> tuple[Tensor, Tensor]:
+def _two_product(a: Tensor, b: float) -> Pair:
     """Return a * b, rounded, and its rounding error (Dekker), exact short of over- and underflow.
 
     Each factor is split into halves of at most 26 bits, whose products float64 holds: multiplying
@@ -247,7 +349,7 @@ def _unit(values: Tensor, target: Format) -> Tensor:
     return unit.clamp_(min=2.0**target.emin).mul_(2.0 ** (1 - target.bits))
 
 
-def _snap(values: Tensor, target: Format) -> tuple[Tensor, Tensor]:
+def _snap(values: Tensor, target: Format) -> Pair:
     """Return each value rounded to a format of fewer than 53 bits, and its unit there.
 
     Adding and subtracting 1.5 * 2**52 units rounds to whole units, ties to even: between 2**52 and
@@ -258,7 +360,7 @@ def _snap(values: Tensor, target: Format) -> tuple[Tensor, Tensor]:
     return ((values + big) - big).copysign_(values), unit
 
 
-def _snap_bounded(values: Tensor, target: Format, bound: float) -> tuple[Tensor, Tensor]:
+def _snap_bounded(values: Tensor, target: Format, bound: float) -> Pair:
     """Round values known to within `bound`; return also which might have rounded otherwise."""
     if target.bits == 53:
         return values, torch.ones_like(values, dtype=torch.bool)

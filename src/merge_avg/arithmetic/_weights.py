@@ -16,15 +16,11 @@ _LEAST = Fraction(1, 10**30)  # of weights that are not normalized, which have t
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights as integers; the mean is sum(w * x) / total.
+    """Weights as integers, one for each checkpoint; the mean is sum(w * x) / total.
 
     A float or a string stands for the decimal that it prints as, so 0.1, 0.2 and 0.7 are exactly
-    1 : 2 : 7.
-
-    Attributes:
-        integers: one for each checkpoint.
-        divisor: what the sum is divided by, if not by the sum of the weights. The result is then
-            any linear combination, and weights may be negative.
+    1 : 2 : 7. With a divisor, the sum is divided by that and not by the sum of the weights. The
+    result is then any linear combination, and weights may be negative.
     """
 
     integers: tuple[int, ...]
@@ -102,8 +98,7 @@ def _fraction(value: Weight) -> Fraction:
             size = abs(float(value))
             if not 1e-300 < size < 1e300:
                 raise ValueError(value)
-        exact = Fraction(value) if isinstance(value, int | Fraction) else Fraction(str(value))
+        return Fraction(value) if isinstance(value, int | Fraction) else Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         hint = "weights are numbers such as 1, 0.25 or 1/3"
         raise UsageError(f"the weight {value!r} is not a finite number", hint=hint) from None
-    return exact

@@ -14,29 +14,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from merge_avg.arithmetic._compiled_mean import Peek
-from merge_avg.arithmetic._formats import (
+from merge_avg.arithmetic._mean import Peek
+from merge_avg.arithmetic._sums import (
     FORMATS,
     ONLY_ZEROS,
     WORDS,
     Buffers,
     Format,
+    PlainSum,
     Weighed,
-    exact_mean,
-    format_of,
+    WideSum,
     span_of,
 )
-from merge_avg.arithmetic._sums import PlainSum, WideSum
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.io import Matrix, Stack
 from merge_avg.tuning import BLOCK, CONVERTED
 
 Revisit = Callable[[int], Tensor]
 _EXACT_VALUES = 1 << 16  # how many values are held at a time for exact arithmetic
+
+
+def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> float:
+    """Return the weighted mean of finite numbers, computed exactly and rounded once."""
+    pairs = list(zip(values, weights.integers, strict=True))
+    total = sum((Fraction(value) * weight for value, weight in pairs), Fraction(0)) / weights.total
+    if not total:
+        # IEEE 754: what cancels is +0, but a sum of -0 alone is -0.
+        negative = all((math.copysign(1, value) < 0) != (weight < 0) for value, weight in pairs)
+        return -0.0 if negative else 0.0
+    size = abs(total)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if size < Fraction(2) ** exponent:
+        exponent -= 1
+    unit = max(exponent, target.emin) - target.bits + 1
+    rounded = round(size / Fraction(2) ** unit)  # ties to even
+    # Only a linear combination can be beyond float64, where `ldexp` would raise.
+    mean = math.inf if rounded.bit_length() + unit > 1024 else math.ldexp(rounded, unit)
+    return mean if total > 0 else -mean
 
 
 class RunningMean:
@@ -68,7 +87,6 @@ class RunningMean:
         self._device = device
         self._buffers = buffers or Buffers()
         self._totals = Buffers()
-        self._total: Tensor | None = None
         self._factors = torch.empty(0)
         self._blocks: list[_Block] = []
         self._count = 0
@@ -99,11 +117,11 @@ class RunningMean:
             raise ValueError(f"this is one tensor more than the {len(self._weights)} announced")
         if not self._count:
             self._shape, self._dtype = shape, dtype
-            self._make_blocks(flat)
+            self._begin(flat)
         elif shape != self._shape:
             shapes = f"{tuple(shape)}, expected {tuple(self._shape)}"
             raise ValueError(f"tensor {self._count} has the shape {shapes}")
-        bits = format_of(values.dtype).bits
+        bits = FORMATS[values.dtype.to_real()].bits
         # A few rows are still in the processor's cache when they are summed after the conversion.
         most = max(CONVERTED // max(min(flat.shape[1], BLOCK), 1), 1)
         for start in range(0, len(flat), most):
@@ -114,19 +132,12 @@ class RunningMean:
                 block.add(part, integers, factors, bits)
             self._count = ours.stop
 
-    def _make_blocks(self, flat: Tensor) -> None:
-        """Make blocks for as many elements as there are, unless the last mean had as many."""
-        # Scratch memory of the same name, shape and device is the same tensor: one that differs
-        # means another size, or another device.
+    def _begin(self, flat: Tensor) -> None:
+        if not self._blocks or self._factors.device != flat.device:
+            factors = [self._weights.factor(weight) for weight in self._weights.integers]
+            self._factors = torch.tensor([factors], dtype=torch.float64, device=flat.device)
         totals = self._totals("total", flat[0])
-        if self._total is totals:
-            for block in self._blocks:
-                block.begin()
-            return
-        self._total = totals
-        factors = [self._weights.factor(weight) for weight in self._weights.integers]
-        self._factors = torch.tensor([factors], dtype=torch.float64, device=flat.device)
-        self._blocks = [_Block(t, self._weights, self._buffers) for t in _blocks(totals)]
+        self._blocks = [_Block(part, self._weights, self._buffers) for part in _blocks(totals)]
 
     def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
         """Return the mean, in `out` or in a new tensor.
@@ -142,9 +153,9 @@ class RunningMean:
         """
         if not self._count or self._count != len(self._weights) or self._dtype is None:
             raise ValueError(f"{self._count} of {len(self._weights)} tensors have been shown")
-        target = format_of(self._dtype)
+        target = FORMATS[self._dtype.to_real()]
         if out is None:
-            out = torch.empty(self._shape, dtype=self._dtype, device=self._blocks[0].total.device)
+            out = torch.empty(self._shape, dtype=self._dtype, device=self._factors.device)
         flat = torch.view_as_real(out) if out.is_complex() else out
         flat = flat if flat.dim() == 1 else flat.view(-1)
         doubts = []
@@ -171,8 +182,6 @@ class RunningMean:
         if values.requires_grad or values.is_neg():
             # The bytes do not show a neg bit, which the imaginary part of a conjugate has.
             values = values.detach().resolve_neg()
-        if values.dim() == 2:
-            return values
         return values.reshape(len(values), math.prod(values.shape[1:]))
 
     def _column(self, values: Tensor, places: Tensor) -> Tensor:
@@ -183,18 +192,13 @@ class RunningMean:
 
     def _settle(self, places: Tensor, target: Format, revisit: Revisit) -> Tensor:
         """Return the means of a few elements, which are looked at once more in every tensor."""
+        mean = torch.empty_like(places, dtype=torch.float64)
+        block = _Block(mean, self._weights, self._buffers)
         # One tensor at a time: the few elements of all of them may be too many to hold.
-        total: WideSum | None = None
-        spans: list[Weighed] = []
         for i, weight in enumerate(self._weights.integers):
-            column = self._column(revisit(i), places)
-            spans.append((span_of(column, 53, self._buffers) or ONLY_ZEROS, abs(weight)))
-            if total is None:
-                total = WideSum(column[None], (weight,), self._weights)
-            else:
-                total.add(column[None], (weight,))
-        assert total is not None  # noqa: S101 - there is at least one weight
-        mean, doubtful = total.rounded(target, spans)
+            block.add(self._column(revisit(i), places)[None], (weight,), self._factors, 53)
+        doubtful = block.result(target, mean)
+        assert doubtful is not None  # noqa: S101 - a sum of float64 says of each
         rest = doubtful.nonzero().flatten()
         for batch in torch.split(rest, max(_EXACT_VALUES // len(self._weights), 1)):
             where = places[batch]
@@ -256,14 +260,9 @@ class _Block:
     """The mean of some elements: their sum, and what is known of what was added."""
 
     def __init__(self, total: Tensor, weights: Weights, buffers: Buffers) -> None:
-        self.total = total  # memory for the sum, in float64
-        self._row = total.view(1, -1)
+        self._row = total.view(1, -1)  # memory for the sum, in float64
         self._weights = weights
         self._buffers = buffers
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget what was added."""
         self.bad: Tensor | None = None  # where NaN or infinity was added
         self._spans: list[Weighed] = []
         self._sum: PlainSum | WideSum | None = None
