@@ -1,9 +1,13 @@
 """Checkpoints as frameworks write them, and what a selection says of them."""
 
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from merge_avg.options import Series, Weighting
+from merge_avg.selection import choose
 
 
 def lightning(folder, epoch, step, extra="", value=None):
@@ -33,11 +37,16 @@ def trainer(folder, step, loss=None):
     return folder
 
 
-def names(selection):
+def select(arguments, criteria, output=Path("no such output")):
+    """Choose checkpoints for their plain mean."""
+    return choose(arguments, output, criteria, Series(), Weighting())
+
+
+def names(choice):
     """Return the names of the chosen checkpoints."""
-    return [path.name for path in selection.chosen]
+    return [path.name for path in choice.paths]
 
 
-def why(selection):
+def why(choice):
     """Return why each candidate was chosen or left out, by its name."""
-    return {one.path.name: one.why for one in selection.candidates}
+    return {one.path.name: one.why for one in choice.candidates}

@@ -13,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import File
-from merge_avg.errors import UsageError
+from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
 from merge_avg.plan import prepare
 from merge_avg.selection import _choose, choose
-from merge_avg.selection._choose import distinct_names, members, outputs
-from tests.selection.helpers import lightning
+from merge_avg.selection._choose import distinct_names, expand, members, outputs
+from merge_avg.selection._criteria import natural
+from tests.selection.helpers import bare, lightning, names, select, trainer, why
 
 
 def of_epoch(epoch, value, extra=""):
@@ -272,6 +274,141 @@ def test_choosing_needs_no_torch(tmp_path, monkeypatch):
     code += "assert 'torch' not in sys.modules"
     arguments = [sys.executable, "-c", code, ".", "-o", "o.ckpt", "--last", "2", "--dry-run"]
     subprocess.run(arguments, check=True, capture_output=True)
+
+
+# What arguments stand for: files, directories, runs and patterns.
+
+
+def test_patterns(tmp_path):
+    """A quoted pattern stands for what it matches; one that matches nothing is an error."""
+    for fold in (2, 10):
+        bare(tmp_path / f"fold{fold}.pt", fold)
+    assert names(select([tmp_path / "fold*.pt"], Criteria())) == ["fold2.pt", "fold10.pt"]
+    with pytest.raises(MergeError, match="no file matches the pattern"):
+        select([tmp_path / "*.ckpt"], Criteria())
+
+
+def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path):
+    """What exists is not a pattern, whatever characters its name has."""
+    path = bare(tmp_path / "a[1].pt")
+    bare(tmp_path / "a1.pt")
+    assert expand(path, runs=True) == ([path], False)
+
+
+def test_numbers_in_names_sort_as_numbers():
+    """Digits compare by value, and come before letters."""
+    assert sorted(["b10", "b9", "a", "10"], key=natural) == ["10", "a", "b9", "b10"]
+
+
+@pytest.mark.parametrize(
+    "name", [".hidden.pt", "optimizer.pt", "random_states_0.pkl", "training_args.bin"]
+)
+def test_files_beside_the_checkpoints_of_a_run_are_passed_over(tmp_path, name):
+    """Hidden files and the states of a training are not even candidates."""
+    path = lightning(tmp_path, 0, 10)
+    bare(tmp_path / name)
+    assert expand(tmp_path, runs=True) == ([path], True)
+
+
+def test_names_without_numbers_of_steps_sort_naturally(tmp_path):
+    """In a run without steps, fold 10 comes after fold 9."""
+    for fold in (1, 9, 10):
+        bare(tmp_path / f"fold{fold}.pt", fold)
+    assert names(select([tmp_path], Criteria())) == ["fold1.pt", "fold9.pt", "fold10.pt"]
+
+
+def test_folders_of_a_lightning_run(tmp_path):
+    """Lightning's version_0/checkpoints/ belongs to the run above it."""
+    folder = tmp_path / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    lightning(folder, 0, 10)
+    (tmp_path / "version_0" / "hparams.yaml").write_text("a: 1")
+    assert names(select([tmp_path], Criteria())) == ["epoch=0-step=10.ckpt"]
+
+
+def test_folders_of_a_trainer(tmp_path):
+    """Folders checkpoint-N/ are the candidates of a run, also beside a final model."""
+    for step in (1000, 200, 30):
+        trainer(tmp_path, step)
+    found = ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
+    assert names(select([tmp_path], Criteria())) == found
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert names(select([tmp_path], Criteria(last=2))) == found[1:]
+    one = tmp_path / "checkpoint-30"
+    assert select([one, tmp_path / "checkpoint-200"], Criteria()).paths[0] == one
+    assert names(select([one], Criteria(last=1))) == ["checkpoint-30"]
+
+
+def test_directories_that_are_named_are_checkpoints(tmp_path):
+    """Several directories are one checkpoint each, where nothing else is asked for."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for part in ("encoder", "decoder"):
+            bare(tmp_path / name / f"{part}.pt")
+    paths = [tmp_path / "a", tmp_path / "b"]
+    assert select(paths, Criteria()).paths == tuple(paths)
+
+
+# Which checkpoints are chosen, which are not, and the words for it.
+
+
+def test_named_files_are_taken_as_they_are(tmp_path):
+    """Files that are named one by one keep their order, copies included, and are not even read."""
+    paths = [tmp_path / "b.pt", tmp_path / "a.pt", tmp_path / "b.pt"]
+    selection = select(paths, Criteria())
+    assert selection.paths == tuple(paths)
+    assert selection.notes == ()
+
+
+def test_a_run_is_sorted_by_step(tmp_path):
+    """A directory of checkpoints stands for all of them, the oldest first, by number."""
+    for epoch, step in ((2, 1000), (0, 10), (1, 100)):
+        lightning(tmp_path, epoch, step)
+    found = names(select([tmp_path], Criteria()))
+    assert found == ["epoch=0-step=10.ckpt", "epoch=1-step=100.ckpt", "epoch=2-step=1000.ckpt"]
+
+
+def test_other_files_of_a_run_are_left_out_with_the_reason(tmp_path):
+    """Files of a run that are not checkpoints are in the table, with the reason."""
+    lightning(tmp_path, 0, 10)
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and no more")
+    selection = select([tmp_path], Criteria())
+    assert names(selection) == ["epoch=0-step=10.ckpt"]
+    assert why(selection)["broken.pt"].startswith("no checkpoint:")
+    with pytest.raises(MergeError, match="damaged"):
+        select([tmp_path / "broken.pt"], Criteria(last=1))
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    """A path that does not exist is an error that names it."""
+    with pytest.raises(MergeError, match="No such file"):
+        select([tmp_path / "none.pt", Path("x.pt")], Criteria(last=1))
+
+
+def test_b9_earlier_outputs_do_not_count(tmp_path):
+    """B9: what an earlier merge wrote into the run is left out, and the table says why."""
+    paths = [lightning(tmp_path, epoch, epoch) for epoch in range(3)]
+    merge_checkpoints(paths, tmp_path / "epoch=9-step=9.ckpt")
+    selection = select([tmp_path], Criteria(last=2))
+    assert names(selection) == ["epoch=1-step=1.ckpt", "epoch=2-step=2.ckpt"]
+    assert why(selection)["epoch=9-step=9.ckpt"] == "an earlier output of merge-avg"
+
+
+def test_the_output_itself_does_not_count(tmp_path):
+    """The file that the merge is to write is not a candidate, whatever is in it."""
+    lightning(tmp_path, 0, 1)
+    out = bare(tmp_path / "out.pt")
+    assert names(select([tmp_path], Criteria(), out)) == ["epoch=0-step=1.ckpt"]
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    """A run that holds only an earlier output is an error that says what is there."""
+    bare(tmp_path / "a.pt")
+    merge_checkpoints([tmp_path / "a.pt"], tmp_path / "o.pt")
+    (tmp_path / "a.pt").unlink()
+    with pytest.raises(MergeError, match=r"no checkpoint to average.*o\.pt"):
+        select([tmp_path], Criteria())
 
 
 # Several averages: which checkpoints go into each, and what it is called.

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Criteria, parse_range
 from merge_avg.selection._criteria import direction
-from merge_avg.selection._select import select
-from tests.selection.helpers import bare, lightning, names, trainer, why
+from tests.selection.helpers import bare, lightning, names, select, trainer, why
 
 # Copies
 
@@ -37,7 +36,7 @@ def test_same_size_is_not_the_same(tmp_path):
     """Checkpoints without a step that have the same size but different weights all count."""
     for fold in range(3):
         bare(tmp_path / f"fold{fold}.pt", fold)
-    assert len(select([tmp_path], Criteria()).chosen) == 3
+    assert len(select([tmp_path], Criteria()).paths) == 3
 
 
 # The best
@@ -135,10 +134,10 @@ def test_one_best_per_fold(tmp_path):
             value = 1 - abs(epoch - 1 - fold % 2) / 2
             lightning(tmp_path / f"fold{fold}", epoch, epoch, f"-acc={value}-f={fold}")
     criteria = Criteria(one_best_per_fold=True, metric="acc")
-    whole = select([tmp_path], criteria).chosen
+    whole = select([tmp_path], criteria).paths
     assert [path.parent.name for path in whole] == ["fold1", "fold2", "fold10"]
     assert [path.name[:7] for path in whole] == ["epoch=2", "epoch=1", "epoch=1"]
-    listed = select([tmp_path / "fold2", tmp_path / "fold1"], criteria).chosen
+    listed = select([tmp_path / "fold2", tmp_path / "fold1"], criteria).paths
     assert {path.parent.name for path in listed} == {"fold1", "fold2"}
     assert len(listed) == 2
 
@@ -155,7 +154,7 @@ def test_b12_steps_are_numbers(tmp_path):
         "checkpoint-100",
         "checkpoint-1000",
     ]
-    assert len(select([tmp_path], Criteria(steps=parse_range(":1000:100"))).chosen) == 2
+    assert len(select([tmp_path], Criteria(steps=parse_range(":1000:100"))).paths) == 2
 
 
 def test_steps_that_are_not_there(tmp_path):

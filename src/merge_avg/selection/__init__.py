@@ -1,8 +1,4 @@
-"""Which checkpoints, and how much of each?
-
-`choose` answers both. It expands what the user named, reads what each checkpoint says about itself,
-picks what is asked for, and weighs it.
-"""
+"""Which checkpoints, and how much of each? `choose` answers both, for what the user named."""
 
 from __future__ import annotations
 

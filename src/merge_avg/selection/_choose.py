@@ -1,43 +1,50 @@
-"""From what the user named to a matrix of weights: which checkpoints, and how much of each."""
+"""From what the user named to a matrix of weights: which checkpoints, and how much of each.
+
+An argument stands for one checkpoint, the many of a run, or what a pattern matches. The chosen
+ones, those left out, and why, are one table: nothing is left out without a word.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout
-from merge_avg.errors import UsageError
+from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats import scan
-from merge_avg.options import Criteria, Series, Weight, Weighting
-from merge_avg.selection._criteria import Candidate
-from merge_avg.selection._metadata import read_metadata
+from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
+from merge_avg.io import TEMPORARY
+from merge_avg.options import Criteria, Mode, Series, Weight, Weighting
+from merge_avg.selection._criteria import Candidate, age, check, natural, pick, without_copies
+from merge_avg.selection._metadata import STATE, Log, Metadata, read_log, read_metadata
 from merge_avg.selection._schemes import phema, resolve
-from merge_avg.selection._select import select
 
 # A layout takes about 500 bytes for each tensor, so those kept take at most 32 MiB. That is enough
 # for 100 checkpoints of 600 tensors; a run of many large ones must not fill the memory with layouts
 # of which few are used.
 _MOST_TENSORS = 1 << 16
+# Files beside the checkpoints of a run that end as checkpoints do: states of a training, as torch,
+# Accelerate and transformers' Trainer save them.
+_BESIDE = re.compile(r"(?i)optimizer|scheduler|scaler|rng_state|random_states|training_args")
+# Folders of a run that hold checkpoints: lightning_logs/version_0/checkpoints/ of Lightning,
+# checkpoints/ and ckpt/ of many, and one for each fold of a cross-validation.
+_FOLDERS = re.compile(r"(?i)checkpoints?|ckpts?|(fold|version)[-_]?\d+|lightning_logs")
+_FOLD = re.compile(r"(?i)fold")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoints of a merge, and how much of each goes into each output.
-
-    Attributes:
-        outputs: each output, with a weight for each of the `paths`.
-        candidates: all that were looked at; empty where the user named each checkpoint.
-        notes: for the user, one sentence each.
-        layouts: of chosen checkpoints that have been scanned already, as far as they were kept.
-    """
+    """The checkpoints of a merge, and how much of each goes into each output."""
 
     paths: tuple[Path, ...]
-    outputs: dict[Path, tuple[Weight, ...]]
-    candidates: tuple[Candidate, ...]
-    notes: tuple[str, ...]
-    layouts: Mapping[Path, Layout] = field(default_factory=dict)
+    outputs: dict[Path, tuple[Weight, ...]]  # with a weight for each of the `paths`
+    candidates: tuple[Candidate, ...]  # all looked at; empty where the user named each checkpoint
+    notes: tuple[str, ...]  # for the user, one sentence each
+    layouts: Mapping[Path, Layout] = field(default_factory=dict)  # of those scanned and kept
 
 
 class _Layouts(dict[Path, Layout]):
@@ -65,7 +72,7 @@ def choose(
     """Choose checkpoints, and their weights in each average.
 
     Raises:
-        UsageError: the options do not fit each other.
+        UsageError: the options do not fit each other, or a metric has no direction.
         MergeError: there are fewer checkpoints than asked for, or one does not say what is needed.
     """
     asked = [weighting.weights, weighting.scheme, weighting.sigma]
@@ -73,8 +80,8 @@ def choose(
         what = "--weights, --weighting and --phema exclude each other"
         raise UsageError(what, hint="give one of them")
     layouts = _Layouts()
-    selection = select(arguments, criteria, output, layouts.__getitem__)
-    paths, candidates = selection.chosen, selection.candidates
+    candidates, notes, mode = _select(arguments, output, criteria, layouts)
+    paths = tuple(one.path for one in candidates if one.chosen)
     if weighting.weights is not None and len(weighting.weights) != len(paths):
         counts = f"{len(weighting.weights)} weights for {len(paths)} checkpoints"
         raise UsageError(counts, hint="give one weight a checkpoint, in the same order")
@@ -87,14 +94,13 @@ def choose(
             return phema([_snapshot(layouts[paths[index]]) for index in chosen], weighting.sigma)
         # The chosen checkpoints are the first of the candidates, in the order of `paths`.
         metrics = [candidates[index].metric for index in chosen]
-        mode = selection.mode or criteria.mode
-        return resolve(weighting.scheme or "uniform", len(chosen), metrics, mode)
+        return resolve(weighting.scheme or "uniform", len(chosen), metrics, mode or criteria.mode)
 
     table = outputs(output, members(paths, series), len(paths), weigh)
     # A table of checkpoints that were all named, and say nothing, would only repeat their names.
     plain = all(one.chosen and one.step is one.epoch is one.metric is None for one in candidates)
     kept = {path: layouts[path] for path in paths if path in layouts}
-    return Choice(paths, table, () if plain else candidates, selection.notes, kept)
+    return Choice(paths, table, () if plain else tuple(candidates), tuple(notes), kept)
 
 
 def _snapshot(layout: Layout) -> tuple[float, float]:
@@ -107,15 +113,110 @@ def _snapshot(layout: Layout) -> tuple[float, float]:
     return float(found.step), found.sigma
 
 
+def _select(
+    arguments: Sequence[str | os.PathLike[str]], output: Path, criteria: Criteria, layouts: _Layouts
+) -> tuple[list[Candidate], list[str], Mode | None]:
+    """Return all candidates, the chosen ones first; notes; and the direction of the metric.
+
+    Files and checkpoint directories that are named one by one are all taken, in their order, where
+    nothing else is asked for. What is found in a run's directory or by a pattern is sorted by step,
+    epoch and name; copies of one checkpoint count once, and neither earlier outputs nor the
+    `output` of this merge count.
+    """
+    check(criteria)
+    runs = not criteria.empty or len(arguments) == 1
+    try:
+        places = [(Path(place), *expand(Path(place), runs=runs)) for place in arguments]
+    except OSError as error:
+        raise MergeError(error.strerror or str(error), where=error.filename) from None
+    if criteria.empty and not any(many for _, _, many in places):
+        return [Candidate(path) for _, paths, _ in places for path in paths], [], None
+    log = Log() if criteria.metrics_file is None else read_log(criteria.metrics_file)
+    found: list[Candidate] = []
+    left: list[Candidate] = []
+    metrics: dict[Path, Mapping[str, float]] = {}
+    folds: dict[Path, Path] = {}
+    for place, paths, many in places:
+        for path in paths:
+            try:
+                metadata = _read(path, layouts)
+            except MergeError as error:
+                if not many:
+                    raise
+                # A run holds other files too. Only what the user named has to be a checkpoint.
+                left.append(Candidate(path, chosen=False, why=f"no checkpoint: {error.what}"))
+                continue
+            one = Candidate(path, metadata.step, metadata.epoch)
+            if metadata.ours or (output.exists() and path.samefile(output)):
+                left.append(one.left("an earlier output of merge-avg"))
+            else:
+                found.append(one)
+            metrics[path] = {**metadata.metrics, **log.of(path, metadata)}
+            folds.setdefault(path, _fold_of(path, place if many else path.parent))
+    found, notes = without_copies(sorted(found, key=age), left)
+    if not found:
+        listed = named([str(one.path) for one in left]) if left else "nothing"
+        where = Path(arguments[0]) if arguments else None
+        raise MergeError(f"no checkpoint to average; found {listed}", where=where)
+    chosen, mode, more = pick(found, metrics, folds, criteria, left)
+    return [*chosen, *sorted(left, key=age)], [*notes, *more], mode
+
+
+def _read(path: Path, layouts: _Layouts) -> Metadata:
+    try:
+        return read_metadata(layouts[path])
+    except OSError as error:
+        raise MergeError(error.strerror or str(error), where=path) from None
+
+
+def _fold_of(path: Path, run: Path) -> Path:
+    """Return the folder that tells folds apart: fold*/ below or above, or that of the argument."""
+    below = path.relative_to(run).parts if path.is_relative_to(run) else ()
+    if len(below) > 1 and _FOLD.match(below[0]):
+        return run / below[0]
+    return next((parent for parent in path.parents if _FOLD.match(parent.name)), run)
+
+
+def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
+    """Return the checkpoints that an argument stands for, and whether it may stand for many.
+
+    With `runs`, a directory may be a run. Several directories that are named one by one, with
+    nothing else asked for, are checkpoints: files of different names in them belong together.
+    """
+    # A file may be called a[1].pt: only what does not exist is a pattern.
+    if not os.path.lexists(place) and glob.has_magic(str(place)):
+        names = sorted(glob.glob(str(place), recursive=True), key=natural)  # noqa: PTH207 - any root
+        if not names:
+            raise MergeError("no file matches the pattern", where=place)
+        return [Path(name) for name in names], True
+    if runs and place.is_dir():
+        # A Trainer's folder may hold its final model beside checkpoint-N/. As a run it stands for
+        # these folders; the files of the final model are not checkpoints of their own.
+        whole = is_one(place)
+        found = [path for path in _of_run(place) if path.is_dir() or not whole]
+        if found and not (whole and of_a_run(place.name)):
+            return sorted(found, key=lambda path: natural(str(path))), True
+    return [place], False
+
+
+def _of_run(folder: Path) -> Iterator[Path]:
+    """Yield the checkpoints in a run's directory: files, folders, and those in known subfolders."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or TEMPORARY in entry.name or _BESIDE.match(entry.name):
+            continue
+        if entry.is_dir() and (of_a_run(entry.name) or (entry / STATE).is_file()):
+            yield entry
+        elif entry.is_dir() and _FOLDERS.fullmatch(entry.name):
+            yield from _of_run(entry)
+        elif entry.is_file() and entry.suffix.lower() in SUFFIXES:
+            yield entry
+
+
 # Several averages of the same checkpoints: which go into each, and what it is called.
 
 
 def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of the checkpoints, the oldest first, in each average, by its name.
-
-    Raises:
-        UsageError: more than one kind of series is asked for, or there are too few checkpoints.
-    """
+    """Return the numbers of the checkpoints, the oldest first, in each average, by its name."""
     if sum([series.leave_one_out, series.prefixes, len(series.lasts) > 1]) > 1:
         what = "--leave-one-out, --prefixes and a second --last exclude each other"
         raise UsageError(what, hint="run them one after the other")
@@ -154,13 +255,7 @@ def outputs(
     count: int,
     weigh: Callable[[Sequence[int]], Sequence[Weight]],
 ) -> dict[Path, tuple[Weight, ...]]:
-    """Return the output of each average, with a weight for each of `count` checkpoints.
-
-    `weigh` returns the weights of those in a group; the others have the weight 0.
-
-    Raises:
-        UsageError: there are several averages, and no {name} in the pattern.
-    """
+    """Return each output, with `count` weights: those that `weigh` gives to a group, and zeros."""
     if len(groups) > 1 and "{name}" not in str(pattern):
         hint = "put {name} into it, as in -o 'avg-{name}.pt'"
         raise UsageError(f"{len(groups)} averages need as many outputs, not {pattern}", hint=hint)

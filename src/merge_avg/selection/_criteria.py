@@ -15,7 +15,6 @@ from pathlib import Path
 
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Bounds, Criteria, Mode
-from merge_avg.selection._expand import natural
 from merge_avg.selection._metadata import Metadata, name_metadata
 
 # Words that tell the direction of a metric. They have to match whole, as a "glossy" metric is not a
@@ -25,7 +24,12 @@ _HIGHER = re.compile(
     r"(?i)acc|accuracy|bleu|f1|auc|auroc|map|iou|miou|dice|psnr|ssim|rouge\w*|top[-_]?\d+"
     r"|precision|recall|r2|fitness"
 )
-_FOLD = re.compile(r"(?i)fold")
+
+
+def natural(text: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts the numbers in names as numbers: fold10 comes after fold9."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,8 @@ def _within(found: list[Candidate], criteria: Criteria, left: list[Candidate]) -
         if not kept:
             what = f"no checkpoint has a {name} that is asked for: there are {_names(found)}"
             raise MergeError(what)
-        left += [
-            one.left(f"{name} {number} is not asked for")
-            for one in found
-            if not _inside(number := getattr(one, name), bounds)
-        ]
+        others = (one for one in found if not _inside(getattr(one, name), bounds))
+        left += [one.left(f"{name} {getattr(one, name)} is not asked for") for one in others]
         found = kept
     if criteria.min_interval is None:
         return found
@@ -210,10 +211,6 @@ def pick(
     """Return those asked for, the direction of the metric, and notes for the user.
 
     The candidates are sorted by age; each has its metrics by name, and the folder of its fold.
-
-    Raises:
-        UsageError: what is best is not clear.
-        MergeError: there are fewer than asked for, or they do not say what is needed.
     """
     found = _within(found, criteria, left)
     metric, mode = _deciding({name for one in found for name in metrics[one.path]}, criteria)
@@ -264,25 +261,13 @@ def _best(
     return [replace(one, why=why) for one in known if one.path in winners]
 
 
-def fold_of(path: Path, run: Path) -> Path:
-    """Return the folder that tells folds apart: fold*/ below or above, or that of the argument."""
-    below = path.relative_to(run).parts if path.is_relative_to(run) else ()
-    if len(below) > 1 and _FOLD.match(below[0]):
-        return run / below[0]
-    return next((parent for parent in path.parents if _FOLD.match(parent.name)), run)
-
-
-def _enough(
-    found: Sequence[Candidate], count: int, what: str, everything: Sequence[Candidate]
-) -> None:
-    if len(found) < count:
-        noun = "checkpoint" if len(found) == 1 else "checkpoints"
+def _enough(known: list[Candidate], count: int, what: str, found: list[Candidate]) -> None:
+    if len(known) < count:
+        noun = "checkpoint" if len(known) == 1 else "checkpoints"
         where = " with the metric" if what == "best" else ""
-        raise MergeError(
-            f"the {what} {count} are asked for, and there are {len(found)} {noun}{where}: "
-            f"{_names(everything)}",
-            hint="ask for fewer, or look at them with --dry-run",
-        )
+        there = f"there are {len(known)} {noun}{where}: {_names(found)}"
+        hint = "ask for fewer, or look at them with --dry-run"
+        raise MergeError(f"the {what} {count} are asked for, and {there}", hint=hint)
 
 
 def _names(found: Sequence[Candidate]) -> str:

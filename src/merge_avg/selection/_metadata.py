@@ -52,12 +52,8 @@ _METRIC = re.compile(
     r"(?i)(.*[_/.-])?("
     r"loss|error|score|metric|fitness"
     r"|acc|accuracy|top[-_]?[15]|precision|recall|f1|auc|auroc"
-    r"|bleu|rouge[a-z0-9]*"
-    r"|map|miou|iou|dice"
-    r"|wer|cer"
-    r"|ppl|perplexity|nll"
-    r"|mse|mae|rmse|r2"
-    r"|fid|psnr|ssim"
+    r"|bleu|rouge[a-z0-9]*|map|miou|iou|dice|wer|cer"
+    r"|ppl|perplexity|nll|mse|mae|rmse|r2|fid|psnr|ssim"
     r")([_/.@-].*)?"
 )
 
@@ -82,20 +78,13 @@ _LARGEST_LOG = 1 << 30
 
 @dataclass(frozen=True)
 class Metadata:
-    """Step, epoch and metrics of a checkpoint, as far as they are known.
+    """Step, epoch and metrics of a checkpoint, as far as they are known."""
 
-    Attributes:
-        step: the number of optimizer steps so far; EDM2 counts thousands of images instead.
-        metrics: values by the names that the framework uses.
-        sigma: the relative width of a stored power-function EMA (Karras et al. 2024).
-        ours: whether it is the output of an earlier merge.
-    """
-
-    step: int | None = None
+    step: int | None = None  # of the optimizer; EDM2 counts thousands of images instead
     epoch: int | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    sigma: float | None = None
-    ours: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)  # by the framework's names
+    sigma: float | None = None  # the relative width of a stored power-function EMA
+    ours: bool = False  # the output of an earlier merge
 
 
 def read_metadata(layout: Layout) -> Metadata:
@@ -125,7 +114,7 @@ def name_metadata(path: Path) -> Metadata:
     metrics: dict[str, float] = {}
     for pair in _PAIR.finditer(stem):
         name, value = pair["name"].lstrip("_-."), float(pair["value"])
-        whole = int(value) if math.isfinite(value) and value == int(value) else None
+        whole = int(value) if value.is_integer() else None
         if name.lower() in _STEPS:
             step = whole
         elif name.lower() in _EPOCHS:
@@ -159,16 +148,14 @@ def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
             score = scalars.get((*path[:2], "current_score"))
             if isinstance(value, str) and isinstance(score, int | float):
                 metrics.setdefault(value, float(score))
-    updates = [_whole(value) for path, value in scalars.items() if (path[0], path[-1]) == _UPDATES]
-    steps = [_whole(scalars.get((name,))) for name in _STEPS]
-    epochs = [_whole(scalars.get((name,))) for name in _EPOCHS]
-    epochs.append(_whole(scalars.get(_EPOCH_WITHIN)))
-    return Metadata(_first(*steps, *reversed(updates)), _first(*epochs), metrics)
+    updates = [value for path, value in scalars.items() if (path[0], path[-1]) == _UPDATES]
+    steps = [*(scalars.get((name,)) for name in _STEPS), *reversed(updates)]
+    epochs = [*(scalars.get((name,)) for name in _EPOCHS), scalars.get(_EPOCH_WITHIN)]
+    return Metadata(_first(*map(_whole, steps)), _first(*map(_whole, epochs)), metrics)
 
 
 def _scores(layout: Layout) -> dict[TreePath, Scalar]:
-    """Return the scores of Lightning's callbacks, which are tensors of one number."""
-    # They are the only payload that is read here: a few bytes each.
+    """Return the scores of Lightning's callbacks: tensors of one number, all that is read here."""
     found: dict[TreePath, Scalar] = {}
     for info in layout.tensors:
         path, storage = info.path, info.storage
@@ -258,16 +245,12 @@ def _rows(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
     if path.suffix.lower() != ".json" and text.lstrip()[:1] not in ("[", "{"):
         return csv.DictReader(io.StringIO(text))
     found = json.loads(text)
-    if isinstance(found, list):
-        return _objects(found)
-    if not isinstance(found, dict):
+    if isinstance(found, dict) and "log_history" not in found:
+        rows = {n: row if isinstance(row, dict) else {"metric": row} for n, row in found.items()}
+        return [{"path": name, **row} for name, row in rows.items()]
+    if not isinstance(found, list | dict):
         raise ValueError("not a list of rows")
-    if "log_history" in found:
-        return _objects(found["log_history"])
-    return [
-        {"path": name, **(row if isinstance(row, dict) else {"metric": row})}
-        for name, row in found.items()
-    ]
+    return _objects(found["log_history"] if isinstance(found, dict) else found)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -19,9 +19,6 @@ def resolve(
     The scheme "linear" is 1, 2, 3, ...; "ema:DECAY" is the exponential moving average that starts
     at the first checkpoint; "1-sqrt" merges in place of a 1 - sqrt decay of the learning rate; and
     "metric" is in proportion to a metric, or to its inverse where lower is better.
-
-    Raises:
-        UsageError: there is no such scheme, or a metric cannot be a weight.
     """
     if scheme == "uniform":
         return (Fraction(1),) * count
@@ -38,9 +35,8 @@ def resolve(
         return tuple(a - b for a, b in itertools.pairwise(curve))
     if scheme == "metric":
         return _by_metric(metrics, mode)
-    name, colon, number = scheme.partition(":")
-    if name == "ema" and colon:
-        return _moving(number, count)
+    if scheme.startswith("ema:"):
+        return _moving(scheme.removeprefix("ema:"), count)
     hint = "choose one of uniform, linear, ema:DECAY, 1-sqrt, metric"
     raise UsageError(f"there is no weighting {scheme!r}", hint=hint)
 
@@ -66,15 +62,11 @@ def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Frac
     found = []
     for value in metrics:
         if value is None or not math.isfinite(value) or value <= 0:
-            hint = "give the weights with --weights"
             what = f"a metric of {value}" if value is not None else "an unknown metric"
-            raise UsageError(f"{what} cannot be a weight", hint=hint)
+            raise UsageError(f"{what} cannot be a weight", hint="give the weights with --weights")
         # By way of its shortest decimal, 0.1 is 1/10: the weights are those that the log shows.
         found.append(Fraction(str(value)))
     return tuple(value if mode == "max" else 1 / value for value in found)
-
-
-# Post-hoc EMA
 
 
 def phema(snapshots: Sequence[tuple[float, float]], sigma: float) -> tuple[Fraction, ...]:
@@ -88,13 +80,9 @@ def phema(snapshots: Sequence[tuple[float, float]], sigma: float) -> tuple[Fract
     profile has the integral 1, so that what never changed stays as it is. Source: Karras et al.
     2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2 and
     appendix C (arXiv:2312.02696).
-
-    Raises:
-        UsageError: a width is out of range, or two snapshots have the same step and width.
     """
     if len(set(snapshots)) < len(snapshots):
-        hint = "name each once"
-        raise UsageError("two stored averages have the same step and width", hint=hint)
+        raise UsageError("two stored averages have the same step and width", hint="name each once")
     profiles = [(Fraction(step), Fraction(exponent(width))) for step, width in snapshots]
     if any(step <= 0 for step, _ in profiles):
         raise UsageError("a stored average has step 0", hint="leave it out")
