@@ -10,10 +10,8 @@ from collections.abc import Iterable
 class MergeError(ValueError):
     """Checkpoints that cannot be averaged as asked, or files that cannot be read or written.
 
-    Attributes:
-        what: a sentence that says what is wrong.
-        where: the file that it is wrong with, if there is one.
-        hint: the next step to take, if there is one.
+    `what` says what is wrong, `where` names the file, and `hint` the next step; these two may be
+    None.
     """
 
     # The parts are kept apart for whoever shows them: the command prints the hint on a line of its

@@ -19,18 +19,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from merge_avg.errors import UsageError
 
-# Tensors that not every checkpoint has.
-Missing = Literal["error", "skip", "available"]
-# Integers that differ between the checkpoints.
-IntPolicy = Literal["error", "template", "max", "mean"]
+Missing = Literal["error", "skip", "available"]  # of tensors that not every checkpoint has
+IntPolicy = Literal["error", "template", "max", "mean"]  # of integers that differ
 # Dtypes that averaged float tensors can be converted to: every format, and every torch, holds them.
 FloatName = Literal["float64", "float32", "float16", "bfloat16"]
-# The same, or the dtype that each tensor has in the template.
-ResultDtype = Literal[FloatName, "template"]
-# Whether a metric is better where it is lower, or where it is higher.
-Mode = Literal["min", "max"]
-# How a soup chooses its members.
-Recipe = Literal["greedy"]
+ResultDtype = Literal[FloatName, "template"]  # or the one that each tensor has in the template
+Mode = Literal["min", "max"]  # whether a metric is better where it is lower, or higher
+Recipe = Literal["greedy"]  # how a soup chooses its members
 
 Weight = int | float | Fraction | str
 Location = str | os.PathLike[str]
@@ -40,31 +35,25 @@ Bounds = tuple[int | None, int | None, int | None]  # first, last, and a divisor
 
 @dataclass(frozen=True)
 class Meaning:
-    """The meaning of a field of an options class.
+    """The meaning of a field of an options class."""
 
-    Attributes:
-        help: one or two sentences, for the command's help and the library's documentation.
-        metavar: what stands for the value in the command's help.
-        names: how the command spells the option, where that differs from the field's name.
-        parse: turns the command's text into the value.
-        recorded: whether it decides which bytes are written, and so is part of the provenance.
-        reported: whether the report lists it among the policies; by default if it is recorded.
-        command: whether the command has it.
-    """
-
-    help: str
-    metavar: str | None = None
-    names: tuple[str, ...] = ()
-    parse: Callable[[str], Any] | None = None
-    recorded: bool = False
-    reported: bool = False
-    command: bool = True
+    help: str  # one or two sentences, for the command's help and the library's documentation
+    metavar: str | None = None  # what stands for the value in the command's help
+    names: tuple[str, ...] = ()  # how the command spells it, where that is not the field's name
+    parse: Callable[[str], Any] | None = None  # turns the command's text into the value
+    recorded: bool = False  # it decides which bytes are written, and is part of the provenance
+    reported: bool = False  # the report lists it among the policies
+    command: bool = True  # the command has it
 
 
 def option(default: Any, help: str, **meaning: Any) -> Any:  # noqa: A002 - as in typer
     """Return a dataclass field that carries its `Meaning`."""
-    meaning.setdefault("reported", meaning.get("recorded", False))
     return field(default=default, metadata={"meaning": Meaning(help, **meaning)})
+
+
+def recorded(default: Any, help: str, **meaning: Any) -> Any:  # noqa: A002
+    """Return an option that decides which bytes are written; the report has it too."""
+    return option(default, help, recorded=True, **{"reported": True, **meaning})
 
 
 def meanings(cls: type) -> Iterator[tuple[str, Meaning]]:
@@ -87,11 +76,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes in a text such as 512MiB, 2GB or 1.5G; K, M, G and T are powers of 1024.
-
-    Raises:
-        UsageError: the text is not a size.
-    """
+    """Return the bytes in a text such as 512MiB, 2GB or 1.5G; K, M, G and T are powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:I?B)?)", text.strip().upper())
     if match is None or match[2] not in _UNITS:
         hint = "write a number and a unit, such as 512MiB or 2GB"
@@ -100,11 +85,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_range(text: str) -> Bounds:
-    """Return the bounds in "A:B" or "A:B:EVERY"; each may be left out, and one number is both.
-
-    Raises:
-        UsageError: the text is not a range, or the range is empty.
-    """
+    """Return the bounds in "A:B" or "A:B:EVERY"; each may be left out, and one number is both."""
     parts = text.split(":")
     try:
         bounds = [int(part) if part.strip() else None for part in parts]
@@ -135,45 +116,34 @@ class Options:
         "count the same.",
         command=False,  # where `Weighting` has them
     )
-    normalize: bool = option(
-        True, "Divide the weighted sum by the sum of the weights.", recorded=True
-    )
+    normalize: bool = recorded(True, "Divide the weighted sum by the sum of the weights.")
     # Any text, so that the library's callers need no cast; `prepare` refuses what is not a dtype.
-    dtype: ResultDtype | str | None = option(
-        None,
-        "Convert the averaged float tensors; template: where checkpoints differ in dtype.",
-        recorded=True,
+    dtype: ResultDtype | str | None = recorded(
+        None, "Convert the averaged float tensors; template: where checkpoints differ in dtype."
     )
-    key: str | None = option(
-        None, "Average only this state dict, as in state_dict_ema.", metavar="PATH", recorded=True
+    key: str | None = recorded(
+        None, "Average only this state dict, as in state_dict_ema.", metavar="PATH"
     )
-    missing: Missing = option(
-        "error",
-        "Tensors that some checkpoint lacks: refuse, skip, or average where present.",
-        recorded=True,
+    missing: Missing = recorded(
+        "error", "Tensors that some checkpoint lacks: refuse, skip, or average where present."
     )
-    int_policy: IntPolicy = option(
-        "error",
-        "Integers that differ; error spares counters, which are the template's.",
-        recorded=True,
+    int_policy: IntPolicy = recorded(
+        "error", "Integers that differ; error spares counters, which are the template's."
     )
-    state_dict: bool = option(
-        False, "Write the averaged state dict and nothing around it.", recorded=True
-    )
-    allow_nonfinite: bool = option(False, "Average NaN and infinity too.", recorded=True)
-    max_shard_size: int | None = option(
+    state_dict: bool = recorded(False, "Write the averaged state dict and nothing around it.")
+    allow_nonfinite: bool = recorded(False, "Average NaN and infinity too.")
+    max_shard_size: int | None = recorded(
         None,
         "Write a directory of shards of at most this size, as in 5GB.",
         metavar="SIZE",
         parse=parse_size,
-        recorded=True,
         reported=False,
     )
-    include: Sequence[str] = option(
-        (), "Average only tensors with such names, as in 'enc.*'.", metavar="PATTERN", recorded=True
+    include: Sequence[str] = recorded(
+        (), "Average only tensors with such names, as in 'enc.*'.", metavar="PATTERN"
     )
-    exclude: Sequence[str] = option(
-        (), "Keep tensors with such names from the template.", metavar="PATTERN", recorded=True
+    exclude: Sequence[str] = recorded(
+        (), "Keep tensors with such names from the template.", metavar="PATTERN"
     )
     # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
     template: Location | int | None = option(

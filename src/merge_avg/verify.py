@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from merge_avg.engine import run
 from merge_avg.errors import MergeError, failure
 from merge_avg.formats import check, scan
 from merge_avg.io import OutputFile, read_fully
-from merge_avg.plan import FILE, Hashes, Job, OutputSpec, Record, prepare, read_record
+from merge_avg.plan import FILE, Hashes, Job, Record, prepare, read_record
 
 _BLOCK = 1 << 20
 _AS_IT_WAS = "find the checkpoint as it was then"
@@ -27,19 +27,12 @@ _AS_IT_WAS = "find the checkpoint as it was then"
 
 @dataclass(frozen=True)
 class Verification:
-    """An output that is what its inputs give.
+    """An output that is what its inputs give."""
 
-    Attributes:
-        output: the file or directory.
-        inputs: its inputs, as they were found.
-        nbytes: how many bytes of the output were compared: all of them.
-        hashed: whether the inputs' hashes were recorded, and compared too.
-    """
-
-    output: Path
-    inputs: tuple[Path, ...]
-    nbytes: int
-    hashed: bool
+    output: Path  # the file or directory
+    inputs: tuple[Path, ...]  # as they were found
+    nbytes: int  # of the output; all of them were compared
+    hashed: bool  # whether the inputs' hashes were recorded, and compared too
 
 
 def verify_output(
@@ -48,14 +41,10 @@ def verify_output(
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Verification:
-    """Make sure that an output is what merging its inputs gives.
+    """Make sure that an output, the file or directory that a merge wrote, is what its inputs give.
 
-    Args:
-        output: the file or directory that a merge wrote.
-        inputs: the directory from which its inputs are named; by default where the output is, or
-            the current directory.
-        threads: as for a merge.
-        max_memory: as for a merge, in bytes.
+    The inputs are named from the directory `inputs`; by default that is where the output is, or the
+    current directory. `threads` and `max_memory`, in bytes, are as for a merge.
 
     Raises:
         MergeError: the output has no provenance record, an input is missing or has changed, or
@@ -85,27 +74,17 @@ def verify_output(
     for found in (layout, *job.layouts):
         check(found)
     _refuse_others(layout, job)
-    compared: list[_Compared] = []
-
-    @contextlib.contextmanager
-    def opened(output: OutputSpec) -> Iterator[_Compared]:
-        with contextlib.ExitStack() as stack:
-            compared.append(_Compared(job, job.record(output), stack))
-            yield compared[0]
-
-    result = run(job, opened=opened)
+    with contextlib.ExitStack() as stack:
+        compared = _Compared(job, stack)
+        result = run(job, opened=lambda _: contextlib.nullcontext(compared))
     # First the inputs: one that changed is why the output differs.
     if result.hashes is not None:
         _refuse_changed(job, result.hashes, record, folder, path)
-    differences = [one for file in compared[0].files for one in file.differences]
+    differences = [one for file in compared.files for one in file.differences]
     if differences:
         raise _different(layout, differences, record.version)
-    nbytes = sum(file.nbytes for file in compared[0].files)
+    nbytes = sum(file.nbytes for file in compared.files)
     return Verification(path, tuple(paths), nbytes, record.options.hashes)
-
-
-def _there(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - for which a name too long is not an error
 
 
 def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) -> Path:
@@ -113,7 +92,8 @@ def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) 
     # Inputs are named from the directory of all, wherever that is by now.
     folders = [Path(given)] if given is not None else [output.parent, Path()]
     wanted = {one.name: one.nbytes for one in record.all}
-    lost = {folder: [n for n in wanted if not _there(folder / n)] for folder in folders}
+    there = os.path.exists  # for which, unlike `Path.exists`, a name too long is not an error
+    lost = {folder: [n for n in wanted if not there(folder / n)] for folder in folders}
     best = min(folders, key=lambda folder: len(lost[folder]))
     if not lost[best]:
         return best
@@ -190,11 +170,13 @@ def _different(layout: Layout, differences: Sequence[_Difference], version: str)
 class _Compared:
     """An output that exists, compared with what would be written; a `Sink`."""
 
-    def __init__(self, job: Job, draft: bytes, stack: contextlib.ExitStack) -> None:
+    def __init__(self, job: Job, stack: contextlib.ExitStack) -> None:
         self.folder = Path(tempfile.gettempdir())  # the output's may be read-only
         self.files: list[_ComparedFile] = []
+        (output,) = job.outputs
+        draft = job.record(output)
         for relative, layout in job.layout.files.items():
-            place = job.outputs[0].path / ("" if relative == FILE else relative)
+            place = output.path / ("" if relative == FILE else relative)
             try:
                 file = stack.enter_context(place.open("rb"))
             except OSError as error:
@@ -202,11 +184,9 @@ class _Compared:
             self.files.append(_ComparedFile(place, file.fileno(), layout, draft))
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
-        """Compare payload."""
         self.files[number].fill(name, at, data)
 
     def complete(self, record: bytes) -> None:
-        """Compare all the rest."""
         for file in self.files:
             file.complete(record)
 
@@ -228,7 +208,6 @@ class _ComparedFile(OutputFile):
         self.differences: list[_Difference] = []
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Compare bytes."""
         there = memoryview(bytearray(max(min(len(data), self._size - offset), 0)))
         if there:
             read_fully(self.fd, there, offset, self._place)
@@ -251,20 +230,11 @@ class _ComparedFile(OutputFile):
         for offset, data in (*self.layout.opening(), *self.closing(record)):
             self.write(memoryview(data), offset)
             spans.append((offset, offset + len(data)))
-        for start, stop in _gaps(spans, self.nbytes):
-            for at in range(start, stop, _BLOCK):
-                self.write(memoryview(bytes(min(_BLOCK, stop - at))), at)
+        done = 0
+        for start, stop in (*sorted(spans), (self.nbytes, self.nbytes)):
+            for at in range(done, start, _BLOCK):
+                self.write(memoryview(bytes(min(_BLOCK, start - at))), at)
+            done = max(done, stop)
         if self._size > self.nbytes:
             extra = self._size - self.nbytes
             self.differences.append(_Difference(self._place, None, self.nbytes, extra))
-
-
-def _gaps(spans: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """Yield what lies between spans from start to stop, up to an end."""
-    at = 0
-    for start, stop in sorted(spans):
-        if start > at:
-            yield at, start
-        at = max(at, stop)
-    if at < end:
-        yield at, end

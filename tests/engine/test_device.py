@@ -12,7 +12,7 @@ from merge_avg.checkpoint._dtypes import BY_NAME
 from merge_avg.engine import _worker as work
 from merge_avg.engine._device import HostLane, travel
 from merge_avg.errors import MergeError
-from merge_avg.io._buffer import Buffer
+from merge_avg.io import Buffer
 from merge_avg.io._reader import Tap
 from merge_avg.plan._budget import Budget, plan_budget
 

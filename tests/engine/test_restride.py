@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_avg.engine._restride import mask_members, restore, slabs
-from merge_avg.io._scratch import Scratch
+from merge_avg.io import Scratch
 
 
 @given(shape=st.lists(st.integers(1, 6), max_size=4), limit=st.integers(1, 50), turn=st.booleans())

@@ -11,7 +11,6 @@ import pytest
 
 from merge_avg.checkpoint import FileLayout, Slot, Storage
 from merge_avg.errors import MergeError
-from merge_avg.io import _output as output
 from merge_avg.io import _platform as platform
 from merge_avg.io._output import Output, refuse_output
 from merge_avg.io._temporary import Temporary
@@ -111,7 +110,7 @@ def write_directory(path, *, overwrite=False, commit=True):
 def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
     """A directory comes with one rename; an old one is replaced, an empty one filled."""
     if not swaps:
-        monkeypatch.setattr(output, "exchange", lambda *_: False)
+        monkeypatch.setattr(platform, "exchange", lambda *_: False)
     whole = {"w.bin": b"abcdef", "sub/w.bin": b"abcdef"}
     write_directory(tmp_path / "out", commit=False)
     assert not list(tmp_path.iterdir())
@@ -314,7 +313,7 @@ def made(path):
 def test_two_steps_are_undone(tmp_path, monkeypatch):
     """Where directories cannot be exchanged and the second step fails, the first is undone."""
     made(tmp_path / "out")
-    monkeypatch.setattr(output, "exchange", lambda *_: False)
+    monkeypatch.setattr(platform, "exchange", lambda *_: False)
     failing(monkeypatch, "rename", 3, errno.EIO)
     with pytest.raises(MergeError, match="Input/output"):
         write_directory(tmp_path / "out", overwrite=True)
@@ -325,7 +324,7 @@ def test_two_steps_are_undone(tmp_path, monkeypatch):
 def test_an_old_directory_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
     """The result is in its place; what is left of the old one goes with the next run."""
     made(tmp_path / "out")
-    monkeypatch.setattr(output, "exchange", lambda *_: False)
+    monkeypatch.setattr(platform, "exchange", lambda *_: False)
 
     def refuse(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
@@ -415,7 +414,7 @@ def test_the_disk_begins_while_more_is_made(tmp_path, monkeypatch):
     layout = FileLayout(nbytes, (), {"w": Slot(0, 0, nbytes)})
     asked = []
     real = platform.start_writeback
-    monkeypatch.setattr(output, "start_writeback", lambda fd: asked.append((fd, real(fd))))
+    monkeypatch.setattr(platform, "start_writeback", lambda fd: asked.append((fd, real(fd))))
     block = memoryview(bytes(1 << 20))
     with Output(tmp_path / "out", {".": layout}, overwrite=False) as out:
         for at in range(0, nbytes, len(block)):

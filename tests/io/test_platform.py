@@ -76,10 +76,11 @@ def test_space_is_claimed_from_a_place_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "cores"), [("150000 100000\n", 2), ("max 100000\n", None), ("nonsense", None)]
+    ("text", "cores"), [("150000 100000\n", 2), ("max 100000\n", 9), ("nonsense", 9)]
 )
-def test_cores_of_a_control_group(tmp_path, text, cores):
-    """The quota of a control group counts, rounded up."""
+def test_cores_of_a_control_group(tmp_path, monkeypatch, text, cores):
+    """The quota of a control group counts, rounded up, where there is one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(9))
     (tmp_path / "cpu.max").write_text(text)
-    assert platform._control_group(tmp_path / "cpu.max") == cores
-    assert platform._control_group(tmp_path / "none") is None
+    assert platform.cores(tmp_path / "cpu.max") == cores
+    assert platform.cores(tmp_path / "none") == 9

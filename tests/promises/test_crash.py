@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from merge_avg import MergeError, merge_checkpoints
 from merge_avg.cli import main
-from merge_avg.io import _output as output
+from merge_avg.io import _platform as platform
 from tests.promises import crashing
 from tests.promises.crashing import KINDS, Place, judge
 
@@ -174,7 +174,7 @@ def test_short_counts_lose_nothing(runner, tmp_path, kind, monkeypatch):
 def test_directories_that_cannot_be_exchanged(runner, tmp_path, monkeypatch):
     """Where two renames are needed, the first is undone if the second fails."""
     place = placed(runner, tmp_path, "shards", overwrite=True)
-    monkeypatch.setattr(output, "exchange", lambda *_: False)
+    monkeypatch.setattr(platform, "exchange", lambda *_: False)
     renamed, failing = [], []
     real = os.rename
 

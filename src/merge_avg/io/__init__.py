@@ -5,11 +5,10 @@ Files are read by offset and checked on the way; an output appears whole, or not
 
 from __future__ import annotations
 
-from merge_avg.io._buffer import Buffer, Matrix, Stack, same
+from merge_avg.io._memory import Buffer, Matrix, Scratch, Stack, same
 from merge_avg.io._output import Output, OutputFile, Sink, refuse_output
 from merge_avg.io._platform import cores, read_fully
 from merge_avg.io._reader import Reader, Tap
-from merge_avg.io._scratch import Scratch
 from merge_avg.io._temporary import TEMPORARY, remove
 
 __all__ = [

@@ -21,15 +21,8 @@ from zlib_ng import zlib_ng
 
 from merge_avg.checkpoint import FileLayout, Literal
 from merge_avg.errors import MergeError, failure
-from merge_avg.io._checksum import Checksum
-from merge_avg.io._platform import (
-    exchange,
-    lock,
-    reserve,
-    start_writeback,
-    sync_directory,
-    write_fully,
-)
+from merge_avg.io import _platform
+from merge_avg.io._reader import Checksum
 from merge_avg.io._temporary import Temporary, remove, sweep
 
 # Bytes after which the disk is told to begin with them: then the last fsync of 1.4 GB takes 0.01 s
@@ -106,7 +99,7 @@ class Output:
             nbytes = sum(file.nbytes for file in self._files)
             with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
                 for file in self._files:
-                    reserve(file.fd, file.nbytes)
+                    _platform.reserve(file.fd, file.nbytes)
             for file in self._files:
                 for offset, data in file.layout.opening():
                     file.write(memoryview(data), offset)
@@ -132,7 +125,7 @@ class Output:
                 os.fsync(file.fd)
             if self._directory:
                 for folder, _, _ in os.walk(self._temporary.path):
-                    sync_directory(Path(folder))
+                    _platform.sync_directory(Path(folder))
 
     def publish(self) -> None:
         """Give the complete output its name, for good."""
@@ -142,7 +135,7 @@ class Output:
             else:
                 self._publish_file()
         with _explained(self.path, "it is complete, but may not outlast a power failure"):
-            sync_directory(self.folder)
+            _platform.sync_directory(self.folder)
 
     def _publish_file(self) -> None:
         temporary = self._temporary.path
@@ -167,17 +160,18 @@ class Output:
                 raise
             if not self._overwrite:
                 raise _exists(self.path, "another output appeared there in the meantime") from None
-            if not exchange(temporary, self.path):
-                self._swap(temporary, self._temporary.aside)
+            if not _platform.exchange(temporary, self.path):
+                self._swap()
 
-    def _swap(self, temporary: Path, aside: Path) -> None:
+    def _swap(self) -> None:
         """Replace a directory in two steps; the next run undoes a first step that stayed alone."""
+        aside = self._temporary.aside
         old = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            lock(old)
+            _platform.lock(old)
             try:
                 os.rename(self.path, aside)
-                os.rename(temporary, self.path)
+                os.rename(self._temporary.path, self.path)
             except BaseException:  # Ctrl-C too must leave the old one in its place
                 if not os.path.lexists(self.path):
                     os.rename(aside, self.path)
@@ -233,11 +227,11 @@ class OutputFile:
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write bytes at an offset of the file."""
-        write_fully(self.fd, data, offset, self._path)
+        _platform.write_fully(self.fd, data, offset, self._path)
         self._waiting += len(data)
         if self._waiting >= _WRITEBACK:
             self._waiting = 0
-            start_writeback(self.fd)
+            _platform.start_writeback(self.fd)
 
     def closing(self, record: bytes) -> Iterable[Literal]:
         """Return the last literals, made from the record and the checksums of what was written."""

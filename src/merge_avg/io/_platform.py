@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -98,18 +99,13 @@ def lock(fd: int) -> bool | None:
     return True
 
 
-def cores() -> int:
+def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Return how many cores this process may use, by its affinity and its control group."""
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
-    return max(1, min(count, _control_group() or count))
-
-
-def _control_group(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """Return the cores that the control group allows, rounded up (Linux, cgroup version 2)."""
-    try:
-        quota, period = path.read_text("ascii").split()
-        return None if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
+    # Linux, cgroup version 2: a quota in each period, which may be "max", rounded up to cores.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, limit.read_text("ascii").split())
+        count = min(count, -(-quota // period))
+    return max(1, count)

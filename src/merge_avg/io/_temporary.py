@@ -42,6 +42,8 @@ class Temporary:
             stem = raw[:197].decode("utf-8", "ignore") + "..."
         while True:
             self.path = output.with_name(f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}")
+            # For what it replaces, where the two cannot be exchanged.
+            self.aside = self.path.with_suffix(f".old{TEMPORARY}")
             # Before it exists, so that a signal at any moment finds somebody to remove it.
             self.remove = weakref.finalize(self, _undo, self.path, os.getpid())
             flags = os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -57,15 +59,12 @@ class Temporary:
                     raise
                 continue  # another run's sweep removed it already
             # Or removes it between opening and locking.
-            if lock(self.fd) is not False and _is(self.path, self.fd):
-                return
+            if lock(self.fd) is not False:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(self.path.lstat(), os.fstat(self.fd)):
+                        return
             self.close()
             self.remove()
-
-    @property
-    def aside(self) -> Path:
-        """Return a name for what it replaces, where the two cannot be exchanged."""
-        return self.path.with_suffix(f".old{TEMPORARY}")
 
     def close(self) -> None:
         """Drop the lock."""
@@ -120,13 +119,6 @@ def remove(path: Path) -> None:
                 path.unlink()
         if not os.path.lexists(path):
             return
-
-
-def _is(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _touched(path: Path) -> bool:

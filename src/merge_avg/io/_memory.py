@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from merge_avg.checkpoint import DType
-from merge_avg.io._platform import memcmp
+from merge_avg.errors import MergeError
+from merge_avg.io._platform import memcmp, read_fully, reserve
 
 if TYPE_CHECKING:
     import torch
@@ -17,21 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Rows of numbers in host memory: `count` rows of `numel`, one for each checkpoint.
+    """Rows of numbers in host memory: `count` rows of `numel`, one for each checkpoint."""
 
-    Attributes:
-        stride: the numbers between the beginnings of two rows.
-        held: the object that keeps the memory alive.
-    """
-
-    # An address and not a tensor: compiled loops take addresses, and torch need not be imported.
-
-    address: int
+    address: int  # not a tensor: compiled loops take addresses, and torch need not be imported
     dtype: DType
     count: int
     numel: int
-    stride: int
-    held: object
+    stride: int  # the numbers between the beginnings of two rows
+    held: object  # keeps the memory alive
 
     def run(self, rows: slice) -> Matrix:
         """Return some neighbouring rows."""
@@ -94,3 +90,37 @@ def same(ours: Buffer, theirs: Buffer, nbytes: int) -> bool:
     """Return whether the first bytes of two buffers are the same."""
     # Python compares memoryviews element by element, and slices of bytes only after copying them.
     return not memcmp(ours.address, theirs.address, nbytes)
+
+
+class Scratch:
+    """A file without a name on the disk of `directory`, gone when it is closed.
+
+    It holds tensors and results that lie in another geometry for a while. It is mapped, so that a
+    copy of any size takes no memory of its own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by close()
+        self._size = 0
+
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill `into` from `offset` on."""
+        read_fully(self._file.fileno(), into, offset, self._path)
+
+    def close(self) -> None:
+        """Give the space back."""
+        self._file.close()
+
+    def map(self, offset: int, nbytes: int) -> mmap.mmap:
+        """Return mapped bytes of the file, which grows; `offset` is a multiple of 64 KiB."""
+        if offset + nbytes > self._size:
+            # A write to a mapped hole kills the process (SIGBUS) when the disk is full.
+            try:
+                reserve(self._file.fileno(), offset + nbytes - self._size, self._size)
+            except OSError as error:
+                what = f"no room for strided copies ({error.strerror})"
+                hint = f"{offset + nbytes:,} bytes are needed there for a while"
+                raise MergeError(what, where=self._path, hint=hint) from None
+            self._size = offset + nbytes
+        return mmap.mmap(self._file.fileno(), nbytes, offset=offset)

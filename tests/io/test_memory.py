@@ -1,4 +1,4 @@
-"""merge_avg.io._scratch: a nameless file that grows and is mapped."""
+"""merge_avg.io._memory: a nameless file that grows and is mapped."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 
 from merge_avg.errors import MergeError
-from merge_avg.io._scratch import Scratch
+from merge_avg.io._memory import Scratch
 
 
 def test_the_file_has_no_name_and_grows(tmp_path):
