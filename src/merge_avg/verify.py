@@ -56,7 +56,10 @@ def verify_output(
     folder = _folder(record, path, inputs)
     for one in record.all:
         place = folder / one.name
-        size = _size(place)
+        try:  # the size of a file is known without a look into it
+            size = (scan(place) if place.is_dir() else File.of(place)).nbytes
+        except OSError as error:
+            raise failure(error, where=place) from None
         if size != one.nbytes:
             what = f"{size:,} bytes, expected {one.nbytes:,} as when {path} was made of it"
             raise MergeError(what, where=place, hint=_AS_IT_WAS)
@@ -106,16 +109,6 @@ def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) 
             hint = f"{path} has the same size: was it renamed?"
             break
     raise MergeError(f"its input {name} is not in {best}", where=output, hint=hint)
-
-
-def _size(place: Path) -> int:
-    """Return the size of a checkpoint; that of a file is known without a look into it."""
-    if place.is_dir():
-        return scan(place).nbytes
-    try:
-        return File.of(place).nbytes
-    except OSError as error:
-        raise failure(error, where=place) from None
 
 
 def _refuse_others(layout: Layout, job: Job) -> None:

@@ -135,12 +135,10 @@ def _is_stray(info: TensorInfo, groups: set[TreePath]) -> bool:
 
 
 def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:
-    counts: dict[str, int] = {}
-    storages: dict[str, set[tuple[int, int]]] = {}
+    groups: dict[str, list[TensorInfo]] = {}
     for info in tensors:
-        key = str(info.path[0])
-        counts[key] = counts.get(key, 0) + 1
+        groups.setdefault(str(info.path[0]), []).append(info)
+    for key, infos in groups.items():
         # Tensors that share a storage count its bytes once.
-        storages.setdefault(key, set()).add((info.storage.offset, info.storage.nbytes))
-    for key, count in counts.items():
-        yield Kept(key, count, sum(nbytes for _, nbytes in storages[key]))
+        storages = {(info.storage.offset, info.storage.nbytes) for info in infos}
+        yield Kept(key, len(infos), sum(nbytes for _, nbytes in storages))
