@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge_avg.checkpoint import (
@@ -153,7 +152,7 @@ def create(
 
 def _layout(
     contents: Sequence[tuple[str, bytes | Storage, int]],
-    averaged: AbstractSet[str],
+    averaged: Collection[str],
     record_name: str,
 ) -> ZipLayout:
     """Lay records out one after the other: known bytes, or storages with the sizes they get."""
