@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_avg.agreement import Comparison, Sampler
+from merge_avg.agreement._comparison import Sample, samples
 from merge_avg.engine import merge_checkpoints, run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
@@ -463,3 +464,48 @@ def test_numbers_whose_squares_are_too_large_make_no_figure(tmp_path):
     result = merge_checkpoints(paths, tmp_path / "o.pt")
     assert result.agreement is None or result.agreement.tensors[0].mean in (None, pytest.approx(1))
     assert torch.load(tmp_path / "o.pt")["w"].isfinite().all()
+
+
+def looked_at(sample, start, stop):
+    segments = sample.segments(start, stop)
+    found = [torch.arange(begin, begin + count) for begin, count in segments]
+    return torch.cat([torch.arange(0), *found]) + start
+
+
+@given(
+    st.integers(1, 1_500_000),
+    st.integers(0, 1_500_000),
+    st.integers(1, 400_000),
+    st.sampled_from([64, 200, 8191, 8192]),
+    st.integers(1, 5),
+)
+def test_pieces_are_looked_at_like_the_whole(size, start, length, taken, every):
+    """What is looked at in a part of a tensor is what of the whole lies there, and counted so."""
+    sample = Sample(size, taken, every if taken < 8192 else 1)
+    start = min(start, size - 1)
+    stop = min(start + length, size)
+    whole = looked_at(sample, 0, size)
+    part = looked_at(sample, start, stop)
+    assert torch.equal(part, whole[(whole >= start) & (whole < stop)])
+    assert sample.before(stop) - sample.before(start) == len(part)
+    assert sample.elements == len(whole) >= max(1, size // 128 // every // 2)
+
+
+@given(st.lists(st.integers(1, 1 << 22), min_size=1, max_size=30), st.integers(1, 200))
+def test_every_tensor_has_a_sample(sizes, checkpoints):
+    """Each tensor has a sample of at least one element, and never of more than it has."""
+    found = samples(sizes, checkpoints)
+    assert [one.size for one in found] == sizes
+    assert all(1 <= one.elements <= one.size for one in found)
+
+
+def test_small_tensors_are_taken_first():
+    """Beside a large tensor the smallest are looked at whole, up to a fixed number of elements."""
+    found = samples([1 << 24, 1000, 20_000, 60_000], 2)
+    assert [one.elements == one.size for one in found] == [False, True, True, False]
+
+
+def test_of_more_checkpoints_less_is_looked_at():
+    """A hundred checkpoints of a large model are compared in fewer spans than two are."""
+    few, many = (samples([1 << 27], count)[0].elements for count in (2, 100))
+    assert many < few / 4

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from merge_avg.agreement._cosines import Products, _jackknife, agreement
+from merge_avg.agreement._cosines import _jackknife, agreement, agreement_about
 
 
 def test_the_jackknife_is_that_of_its_definition():
@@ -57,10 +57,10 @@ def test_a_tensor_has_its_figures():
     rows = torch.tensor([[choose.gauss(1, 1) for _ in range(50)] for _ in range(3)]).double()
     squares = rows.square().sum(dim=1)
     products = rows @ rows.sum(dim=0)
-    one = Products("w", 50, 50, squares.tolist(), products.tolist())
-    few = Products("w", 50, 9, squares.tolist(), products.tolist())
-    gram = (rows @ rows.T).flatten().tolist()
-    found, other = agreement([gram], [one, few], 100, 59).tensors
+    found, other = (
+        agreement_about("w", 50, elements, squares.tolist(), products.tolist())
+        for elements in (50, 9)
+    )
     norms = squares.sqrt()
     off = ~torch.eye(3, dtype=torch.bool)
     between = (norms[:, None] * norms)[off].sum()

@@ -18,14 +18,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from merge_avg.agreement._cosines import Agreement, Products, agreement
-from merge_avg.agreement._sample import Sample, samples
+from merge_avg.agreement._cosines import Agreement, TensorAgreement, agreement, agreement_about
 from merge_avg.arithmetic import LOOPS, int64s
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Unit, Window
-from merge_avg.tuning import COMPARED
+from merge_avg.tuning import COMPARED, WHOLE
 
+# The rule of thumb: about one element in 128, which costs next to nothing beside the reading. The
+# first 64 of every 8192 are taken, and not every 128th: 64 neighbours lie in a few cache lines, and
+# 64 that lie apart in 64.
+_BLOCK = 8192
+_TAKEN = _BLOCK // 128
+# A model of 2^24 elements already gives 131,072 of them, by which a cosine is known to 0.003. From
+# there on whole spans of blocks are left out, so that products do not grow with the model; but not
+# more than 63 of 64, or parts of a model would have no say.
+_SPAN = 16 * _BLOCK
+_LARGE = 1 << 24
+_MOST_EVERY = 64
+_MANY = 16  # checkpoints, from which products (of all pairs) cost more than what is read
 # The error is estimated by leaving out one of these groups at a time. With 16, the estimate is
 # itself off by about a fifth (the standard deviation of a chi with 15 degrees of freedom).
 _GROUPS = 16
@@ -37,6 +48,69 @@ _FIRST = int64s([0])
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """Which elements of a tensor are looked at, whatever the windows, the threads, the memory."""
+
+    size: int
+    taken: int = _BLOCK  # of each block, from its start; of a shorter last block as large a part
+    every: int = 1  # the blocks of every span, of every second one from the first, ...
+
+    def before(self, place: int) -> int:
+        """Return how many of the elements before a place are looked at."""
+        if self.taken == _BLOCK:
+            return place
+        last = self.size // _BLOCK * _BLOCK
+        inside = min(min(place, last) % (self.every * _SPAN), _SPAN)
+        count = min(place, last) // (self.every * _SPAN) * (_SPAN // _BLOCK * self.taken)
+        count += inside // _BLOCK * self.taken + min(inside % _BLOCK, self.taken)
+        if place > last and last // _SPAN % self.every == 0:
+            count += min(place - last, self._taken_of_last)
+        return count
+
+    def segments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield where elements from `start` to `stop` are looked at, from `start`, and how many."""
+        if self.taken == _BLOCK:
+            yield 0, stop - start
+            return
+        last = self.size // _BLOCK * _BLOCK
+        first, period = start // _BLOCK * _BLOCK, self.every * _SPAN
+        for span in range(start // period * period, stop, period):
+            for block in range(max(span, first), min(span + _SPAN, stop), _BLOCK):
+                taken = self.taken if block < last else self._taken_of_last
+                begin, end = max(start, block), min(stop, block + taken)
+                if begin < end:
+                    yield begin - start, end - begin
+
+    @property
+    def _taken_of_last(self) -> int:
+        # Rounded up: of the smallest tensor one element is looked at.
+        return -(-(self.size % _BLOCK) * self.taken // _BLOCK)
+
+    @property
+    def elements(self) -> int:
+        """Return how many elements are looked at."""
+        return self.before(self.size)
+
+
+def samples(sizes: Sequence[int], checkpoints: int) -> list[Sample]:
+    """Return the sample of each tensor of a model, by their sizes."""
+    total, checkpoints = max(sum(sizes), 1), max(checkpoints, 1)
+    # Of small models more is looked at, up to all: WHOLE numbers of all checkpoints cost nothing.
+    taken = min(max(_BLOCK * WHOLE // (total * checkpoints), _TAKEN), _BLOCK)
+    every = min(max(total * max(checkpoints, _MANY) // (_MANY * _LARGE), 1), _MOST_EVERY)
+    found = [Sample(size, taken, every) for size in sizes]
+    # As many numbers again are spent on the smallest tensors, which are looked at whole: a part of
+    # a few hundred elements says nothing about the tensor that they are of.
+    left = WHOLE // checkpoints
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__):
+        left -= sizes[number]
+        if left < 0:
+            break
+        found[number] = Sample(sizes[number])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
 class _Compared:
     """A unit that is compared, and which of its elements are looked at."""
 
@@ -45,11 +119,10 @@ class _Compared:
     sample: Sample
     first: int  # how many elements of earlier ones are looked at
     scale: float  # how many elements one that is looked at stands for
-    based: bool  # whether the base has it
 
 
 class Run(NamedTuple):
-    """Neighbours among the elements of a window that are looked at, in the order of `columns`."""
+    """Neighbours of one tensor and one group among the elements of a window that are looked at."""
 
     length: int
     group: int
@@ -67,20 +140,23 @@ class Comparison:
     def __init__(
         self, checkpoints: Sequence[int], units: Sequence[Unit], base: int | None = None
     ) -> None:
-        count = len(checkpoints)
-        found = [unit for unit in units if count > 1 and _compares(unit, set(checkpoints))]
-        self._compared: list[_Compared] = []
-        self._by_unit: list[_Compared | None] = [None] * len(units)
+        self._count = count = len(checkpoints)
+        self._base = base
+        self.height = count + (base is not None)  # how many rows are compared: the base's are last
+        self._rows = {checkpoint: [row] for row, checkpoint in enumerate(checkpoints)}
+        if base is not None:
+            self._rows.setdefault(base, []).append(count)
+        everyone = set(checkpoints)
+        matrices = [unit for unit in units if count > 1 and unit.is_matrix]
+        found = [unit for unit in matrices if everyone <= {one.checkpoint for one in unit.sources}]
+        self._compared: dict[int, _Compared] = {}  # by the unit's number
         first = 0
         for unit, sample in zip(found, samples([len(unit) for unit in found], count), strict=True):
-            based = base in {source.checkpoint for source in unit.sources}
-            line, elements = len(self._compared), sample.elements
-            one = _Compared(unit, line, sample, first, len(unit) / elements, based)
-            self._compared.append(one)
-            self._by_unit[unit.number] = one
-            first += elements
-        self._rows = {checkpoint: row for row, checkpoint in enumerate(checkpoints)}
-        self._base = base
+            scale = len(unit) / sample.elements
+            line = len(self._compared)
+            self._compared[unit.number] = _Compared(unit, line, sample, first, scale)
+            first += sample.elements
+        self.empty = not found  # there is nothing to compare
         self._stretch = max(first // _STRETCHES, 1)
         # Of the checkpoints themselves, and of their differences to the base.
         kinds = 1 if base is None else 2
@@ -88,41 +164,22 @@ class Comparison:
         self._sums = [Buffer(16 * len(found) * count) for _ in range(kinds)]
         self._lock = threading.Lock()
 
-    @property
-    def empty(self) -> bool:
-        """Return whether there is nothing to compare."""
-        return not self._compared
-
-    @property
-    def height(self) -> int:
-        """Return how many rows are compared: those of the checkpoints, and the base's behind."""
-        return len(self._rows) + (self._base is not None)
-
     def beside(self, unit: Unit) -> frozenset[int]:
         """Return the sources of a unit that are compared, and perhaps not averaged."""
-        sources = enumerate(unit.sources) if self._base is not None else ()
-        return frozenset(k for k, source in sources if source.checkpoint == self._base)
+        return frozenset(k for k, one in enumerate(unit.sources) if one.checkpoint == self._base)
 
     def rows(self, unit: Unit) -> Mapping[int, Sequence[int]]:
         """Return the rows of each source of a unit, by its number; an averaged base has two."""
-        rows: dict[int, list[int]] = {}
-        for k, source in enumerate(unit.sources):
-            if source.checkpoint in self._rows:
-                rows[k] = [self._rows[source.checkpoint]]
-            if source.checkpoint == self._base:
-                rows.setdefault(k, []).append(len(self._rows))
-        return rows
+        sources = enumerate(unit.sources)
+        return {k: self._rows[one.checkpoint] for k, one in sources if one.checkpoint in self._rows}
 
     def select(self, window: Window) -> tuple[list[int], list[Run]]:
-        """Return where elements of a window are looked at and how many from there on, by turns.
-
-        The same elements are returned as runs, too, cut where tensors end and where groups do.
-        """
+        """Return where a window is looked at and how many elements, by turns; and these as runs."""
         segments: list[int] = []
         runs: list[Run] = []
         at = 0
         for piece in window:
-            one = self._by_unit[piece.unit.number]
+            one = self._compared.get(piece.unit.number)
             if one is not None:
                 for begin, count in one.sample.segments(piece.start, piece.stop):
                     segments += at + begin, count
@@ -131,10 +188,8 @@ class Comparison:
         return segments, runs
 
     def _runs(self, one: _Compared, piece: Piece) -> Iterator[Run]:
-        # A complex number is two real ones.
-        width = 2 if piece.unit.dtype.kind == "complex" else 1
-        at = one.first + one.sample.before(piece.start)
-        end = one.first + one.sample.before(piece.stop)
+        width = 2 if piece.unit.dtype.kind == "complex" else 1  # how many real numbers it is
+        at, end = (one.first + one.sample.before(place) for place in (piece.start, piece.stop))
         while at < end:
             stretch = at // self._stretch
             stop = min((stretch + 1) * self._stretch, end)
@@ -146,7 +201,7 @@ class Comparison:
 
         The rows are changed; runs tell what their columns are of, one after the other.
         """
-        count = len(self._rows)
+        count = self._count
         counts, groups, lines, scales = map(list, zip(*runs, strict=True))
         columns = counts, groups, lines, scales
         ours = rows.run(slice(0, count))
@@ -168,22 +223,31 @@ class Comparison:
 
     def result(self) -> Agreement | None:
         """Return the agreement; None where there is nothing to compare."""
-        return self._agreement(0, self._compared)
+        return self._agreement(0)
 
     def centred(self) -> Agreement | None:
         """Return the agreement of the differences to the base, in the same way."""
-        return self._agreement(1, [one for one in self._compared if one.based])
+        return self._agreement(1)
 
-    def _agreement(self, kind: int, compared: Sequence[_Compared]) -> Agreement | None:
+    def _agreement(self, kind: int) -> Agreement | None:
+        compared = [one for one in self._compared.values() if not kind or self.beside(one.unit)]
         if not compared:
             return None
-        cells, size = _doubles(self._grams[kind]), len(self._rows) ** 2
+        size = self._count**2
+        cells = self._grams[kind].bytes(8 * _GROUPS * size).cast("d")
         grams = [cells[at : at + size].tolist() for at in range(0, _GROUPS * size, size)]
         whole = sum(len(one.unit) for one in compared)
         elements = sum(one.sample.elements for one in compared)
-        sums, width = _doubles(self._sums[kind]), 2 * len(self._rows)
-        tensors = (_products(one, sums[width * one.line :][:width]) for one in compared)
-        return agreement(grams, tensors, whole, elements)
+        return agreement(grams, self._tensors(kind, compared), whole, elements)
+
+    def _tensors(self, kind: int, compared: Sequence[_Compared]) -> Iterator[TensorAgreement]:
+        count = self._count
+        sums = self._sums[kind].bytes(16 * len(self._compared) * count).cast("d")
+        for one in compared:
+            name = next(str(name) for name, info in one.unit.members if len(info.shape) > 1)
+            at = 2 * count * one.line
+            squares, products = sums[at : at + count], sums[at + count : at + 2 * count]
+            yield agreement_about(name, len(one.unit), one.sample.elements, squares, products)
 
 
 class Sampler:
@@ -208,14 +272,14 @@ class Sampler:
 
     def begin(self, window: Window) -> None:
         """Make room for what is looked at of a window."""
-        self._unit = window[0].unit
+        self._unit = unit = window[0].unit
         segments, runs = self._comparison.select(window)
-        self._rows = self._comparison.rows(self._unit) if segments else {}
+        self._rows = self._comparison.rows(unit) if segments else {}
         if not segments:
             return
         self._segments = int64s(segments)
         columns = sum(run.length for run in runs)
-        based = bool(self._comparison.beside(self._unit))
+        based = bool(self._comparison.beside(unit))
         if self._used + columns > self._width or based != self._based:
             self.close()
             self._based = based
@@ -227,24 +291,22 @@ class Sampler:
 
     def see(self, k: int, data: memoryview) -> None:
         """Set aside elements of the window as source number k has them."""
-        rows = self._rows.get(k)
-        if rows is None or self._unit is None:
+        if self._unit is None or k not in self._rows:
             return
-        dtype = self._unit.sources[k].dtype
+        rows, dtype = self._rows[k], self._unit.sources[k].dtype
         address = ctypes.addressof(ctypes.c_char.from_buffer(data))
         numel = len(data) // dtype.itemsize
         row = Matrix(address, dtype, 1, numel, numel, data)
-        for target in rows:
-            if LOOPS is not None and dtype.name in LOOPS.dtypes:
+        if LOOPS is not None and dtype.name in LOOPS.dtypes:
+            for target in rows:
                 at = self._room.address + 8 * (target * self._width + self._at)
                 LOOPS.take(row, self._segments, _FIRST, at, self._width)
-                continue
-            self._load_torch()
-            from merge_avg.agreement import _torch_products as products
+            return
+        self._load_torch()
+        from merge_avg.agreement import _torch_products as products
 
-            room = self._room.rows(self._comparison.height, self._width, _WIDE)
-            place = room.part(self._at, self._used).tensor()
-            products.take(row.tensor(), list(self._segments), [target], place)
+        room = self._room.rows(self._comparison.height, self._width, _WIDE)
+        room.part(self._at, self._used).tensor()[rows] = products.take(row.tensor(), self._segments)
 
     def close(self) -> None:
         """Multiply what is set aside: after the last window, or to make room for the next."""
@@ -254,18 +316,3 @@ class Sampler:
             rows = self._room.rows(self._comparison.height, self._width, _WIDE)
             self._comparison.multiply(rows.part(0, self._used), self._held, based=self._based)
         self._held, self._used = [], 0
-
-
-def _products(one: _Compared, sums: memoryview[float]) -> Products:
-    name = next(str(name) for name, info in one.unit.members if len(info.shape) > 1)
-    half = len(sums) // 2
-    return Products(name, one.sample.size, one.sample.elements, sums[:half], sums[half:])
-
-
-def _doubles(buffer: Buffer) -> memoryview[float]:
-    return buffer.bytes(len(buffer) // 8 * 8).cast("d")
-
-
-def _compares(unit: Unit, checkpoints: set[int]) -> bool:
-    """Return whether a unit is of a matrix that all checkpoints have."""
-    return unit.is_matrix and checkpoints <= {source.checkpoint for source in unit.sources}

@@ -61,24 +61,13 @@ class Agreement:
         return worst if least >= LEAST_AGREEMENT > known[worst] else None
 
 
-@dataclass(frozen=True, slots=True)
-class Products:
-    """Sums of products of one tensor, and its name and sizes as in `TensorAgreement`."""
-
-    name: str
-    size: int
-    elements: int
-    squares: Sequence[float]  # the squared norm of each checkpoint
-    products: Sequence[float]  # the product of each checkpoint with the sum of all
-
-
 def agreement(
-    grams: Sequence[Sequence[float]], tensors: Iterable[Products], size: int, elements: int
+    grams: Sequence[Sequence[float]], tensors: Iterable[TensorAgreement], size: int, elements: int
 ) -> Agreement | None:
     """Return the agreement of checkpoints; None where there is nothing to compare.
 
     Each Gram matrix has, row by row, the products of all checkpoints with all in one group of
-    elements. There may be very many tensors.
+    elements. There may be very many tensors: they are made last.
     """
     gram = [sum(cells) for cells in zip(*grams, strict=True)]
     count = math.isqrt(len(gram))
@@ -96,46 +85,39 @@ def agreement(
         ]
         errors = [_jackknife([one[i] for one, _ in without]) for i in range(count)]
         error = _jackknife([every for _, every in without])
-    total = math.sqrt(max(sum(gram), 0.0)) / count
+    for i in range(count):
+        cosines[i][i] = 1.0
+    pairs = tuple(tuple(map(_known, row)) for row in cosines)
+    means = tuple(map(_known, each))
+    shrinkage = math.sqrt(max(sum(gram), 0.0)) / count / (sum(norms) / count)
     return Agreement(
-        mean,
-        error,
-        tuple(
-            tuple(1.0 if i == j else _known(value) for j, value in enumerate(row))
-            for i, row in enumerate(cosines)
-        ),
-        tuple(map(_known, each)),
-        tuple(errors),
-        total / (sum(norms) / count),
-        size,
-        elements,
-        tuple(map(_of_tensor, tensors)),
+        mean, error, pairs, means, tuple(errors), shrinkage, size, elements, tuple(tensors)
     )
 
 
-def _of_tensor(one: Products) -> TensorAgreement:
-    count = len(one.squares)
-    square, total = sum(one.squares), sum(one.products)
-    norms = [math.sqrt(value) for value in one.squares]
+def agreement_about(
+    name: str, size: int, elements: int, squares: Sequence[float], products: Sequence[float]
+) -> TensorAgreement:
+    """Return a tensor's figures from checkpoints' squared norms and products with their sum."""
+    count = len(squares)
+    square, total = sum(squares), sum(products)
+    norms = [math.sqrt(value) for value in squares]
     # The sum of |x||y| over pairs. A product overflows to infinity, where ** would raise.
     between = sum(norms) * sum(norms) - square
     mean = None
-    if between > 0 and sum(norm > 0 for norm in norms) > 1 and one.elements >= min(one.size, _FEW):
+    if between > 0 and sum(norm > 0 for norm in norms) > 1 and elements >= min(size, _FEW):
         mean = _known((total - square) / between)
         mean = None if mean is None else min(max(mean, -1.0), 1.0)
-    error = 0.0
-    if one.elements < one.size:
-        error = (1 - (mean or 0.0) ** 2) / math.sqrt(one.elements)
+    error = (1 - (mean or 0.0) ** 2) / math.sqrt(elements) if elements < size else 0.0
     scale = count / (square if square > 0 else 1.0)
     # The distance to the mean of all: |x - m|^2 = |x|^2 - 2 x.m + |m|^2, which rounding can make
     # negative where x is the mean.
     middle = total / count**2
     distances = tuple(
         math.sqrt(max(own - 2 / count * product + middle, 0.0) * scale)
-        for own, product in zip(one.squares, one.products, strict=True)
+        for own, product in zip(squares, products, strict=True)
     )
-    norm = math.sqrt(square / count)
-    return TensorAgreement(one.name, one.size, one.elements, mean, error, norm, distances)
+    return TensorAgreement(name, size, elements, mean, error, math.sqrt(square / count), distances)
 
 
 def _cosines(gram: Sequence[float], count: int) -> list[list[float]]:

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from merge_avg.arithmetic import Columns
 
 # Elements of a run below which one matrix product for each run costs more than it computes.
 _SHORT = 64
 
 
-def take(stack: Tensor, runs: Sequence[int], targets: Sequence[int], room: Tensor) -> None:
-    """Copy some elements of rows to a room, as `Kernel.take` does; complex ones as pairs.
-
-    The room has as many columns as are copied.
-    """
-    rows = [row for row, target in enumerate(targets) if target >= 0]
-    places = _places(tuple(runs)).to(stack.device)
-    values = stack if len(rows) == len(stack) else stack[rows]
+def take(rows: Tensor, runs: Iterable[int]) -> Tensor:
+    """Return elements of rows as float64, as `Kernel.take` copies them; complex ones as pairs."""
     # Torch cannot select elements of float8.
-    values = values if values.itemsize > 1 else values.float()
-    values = values.index_select(1, places)
-    values = torch.view_as_real(values).flatten(1) if values.is_complex() else values
-    room[[targets[row] for row in rows]] = values.to(room.device, room.dtype)
+    rows = rows if rows.itemsize > 1 else rows.float()
+    values = rows.index_select(1, _places(tuple(runs)))
+    return (torch.view_as_real(values).flatten(1) if values.is_complex() else values).double()
 
 
-def multiply(
-    rows: Tensor,
-    columns: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[float]],
-    grams: Tensor,
-    sums: Tensor,
-) -> None:
+def multiply(rows: Tensor, columns: Columns, grams: Tensor, sums: Tensor) -> None:
     """Add the products of rows of float64 with each other, as `Kernel.products` does.
 
     `grams` has the shape (groups, rows, rows), and `sums` the shape (lines, 2 * rows).
@@ -66,7 +56,6 @@ def multiply(
 # The sources of a window are looked at in the same places, one after the other.
 @functools.lru_cache(maxsize=64)
 def _places(runs: tuple[int, ...]) -> Tensor:
-    """Return the places of runs, one after the other."""
     begins, lengths = torch.tensor(runs).view(-1, 2).unbind(1)
     shifts = begins - (lengths.cumsum(0) - lengths)
     return shifts.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))

@@ -8,13 +8,14 @@ bits. Integers and bools have no mean; `_integers` says what they become instead
 from __future__ import annotations
 
 from merge_avg.arithmetic._integers import is_counter, settle, unequal, values_of
-from merge_avg.arithmetic._kernel import LOOPS, TILE, int64s
+from merge_avg.arithmetic._kernel import LOOPS, TILE, Columns, int64s
 from merge_avg.arithmetic._mean import Mean, MeanFactory
 from merge_avg.arithmetic._weights import Weight, Weights
 
 __all__ = [
     "LOOPS",
     "TILE",
+    "Columns",
     "Mean",
     "MeanFactory",
     "Weight",
