@@ -125,9 +125,12 @@ class Machine:
 
     def take(self, count: int) -> bytes:
         """Read `count` bytes."""
-        at = self.at
-        self.skip(count)
-        return self.data[at : self.at]
+        end = self.at + count
+        if end > len(self.data):
+            raise CutShortError("the pickle is damaged: it ends too early")
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
 
     def line(self, longest: int = _LONGEST_NAME) -> bytes:
         """Read up to a newline, which is left out."""

@@ -57,7 +57,6 @@ class Objects:
     tensors: tuple[TensorInfo, ...]  # on storages that have the pickle's keys as names
     storages: Mapping[str, Stored]  # by key, without a place in a file
     others: tuple[str, ...]  # top-level keys without tensors
-    bare: bool  # whether it is a single tensor
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]
     nbytes: int
@@ -100,9 +99,8 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     with_tensors = {info.path[0] for info in infos if info.path}
     keys = map(key_of, root) if isinstance(root, dict) else ()
     others = tuple(_paid(key, allowance) for key in keys if key not in with_tensors)
-    bare, classes, scalars = isinstance(root, Tensor), tuple(hooks.classes), scalars_near(root)
-    pickled = (classes, loaded.frames, loaded.nbytes)
-    return Objects(tuple(infos), hooks.storages, others, bare, *pickled, tuple(scalars))
+    pickled = (tuple(hooks.classes), loaded.frames, loaded.nbytes)
+    return Objects(tuple(infos), hooks.storages, others, *pickled, tuple(scalars_near(root)))
 
 
 # Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
@@ -111,7 +109,7 @@ read_objects = lru_cache(maxsize=1)(objects_at)
 
 def refuse_root(objects: Objects, path: Path) -> None:
     """Raise MergeError for a pickle that is one tensor, or one rank's part of a checkpoint."""
-    if objects.bare:
+    if any(not info.path for info in objects.tensors):
         hint = "pass checkpoints that hold a state dict: a dict of names and tensors"
         raise MergeError("it holds a single tensor without a name", where=path, hint=hint)
     keys = {*objects.others, *(str(info.path[0]) for info in objects.tensors)}
