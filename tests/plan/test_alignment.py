@@ -11,8 +11,8 @@ from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.plan._alignment import is_chosen, match, refuse_quantised
 from merge_avg.plan._units import make_plan
-from merge_avg.report import describe
 from merge_avg.report.text import lines
+from merge_avg.report.values import describe
 from tests.plan.helpers import BF16, F32, info, planned, rows_of
 
 

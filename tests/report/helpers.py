@@ -5,7 +5,7 @@ import torch
 from merge_avg.engine import run
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.report import describe
+from merge_avg.report.values import describe
 from tests.helpers import noise
 
 

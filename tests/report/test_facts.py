@@ -179,9 +179,9 @@ def test_columns(tmp_path, monkeypatch):
     assert table["step"].cells == ("1234567", "", "", "", "")
     assert table["metric"].cells == ("0.333333", "", "", "", "")
     assert table["weight"].cells == ("0.2", "0.2", "0.2", "0.4", "0")
-    means = [f"{one.mean:.3f}" for one in report.agreement.each]
+    means = [f"{mean:.3f}" for mean in report.agreement.each]
     assert table["agrees"].cells == (*means, "")
-    assert [one and one.path for one in table["agrees"].agreements] == [*names, None]
+    assert [mean for mean, _ in table["agrees"].cosines] == [*report.agreement.each, None]
 
 
 def test_weights_of_few_outputs_are_columns(small):

@@ -15,8 +15,9 @@ import torch
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.report import as_json, html
+from merge_avg.report import html
 from merge_avg.report.printable import printable
+from merge_avg.report.values import as_json
 from tests.helpers import noise, run_command
 from tests.report.helpers import relatives, report_of, save
 
@@ -50,8 +51,8 @@ def test_it_tells_all(tmp_path):
         assert entry.path in text
     assert f"{base} (base)" in text
     figures = report.agreement
-    for one in (*figures.each, *figures.centred.each):
-        assert f"{one.mean:.3f}" in text
+    for mean in (*figures.each, *report.centred.each):
+        assert f"{mean:.3f}" in text
     for what in ("a warning of the test", *report.notes, "layers.2.weight", "0.4", "int_policy"):
         assert what in text
     ids = {attributes.get("id") for _, attributes in elements.found}

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from merge_avg.errors import MergeError
-from merge_avg.report._report import ReportedCandidate
 from merge_avg.report.text import append, lines, markdown
+from merge_avg.selection import Candidate
 from tests.report.helpers import relatives, report_of, save
 
 
-def candidate(name, **known):
-    """Return a candidate of which only this is known."""
-    fields = {"step": None, "epoch": None, "metric": None, "chosen": True, "why": "named"}
-    return ReportedCandidate(name, **(fields | known))
+def candidate(name, weight=None, **known):
+    """Return a candidate of which only this is known, and its weight."""
+    return Candidate(Path(name), **known), weight
 
 
 def vectors(folder, names=("0.pt", "1.pt")):
@@ -89,12 +88,10 @@ def test_bars_show_who_does_not_belong(tmp_path):
 def test_bars_that_would_look_alike_are_left_out(tmp_path):
     """Checkpoints that agree equally well have no bars, nor have very many."""
     paths = relatives(tmp_path, count=2)
-    report = report_of(paths, tmp_path / "o.pt")
-    assert not any("#" in line for line in lines(report))
-    (one, two) = report.agreement.each
-    many = replace(report.agreement, each=(replace(one, mean=0.1), *([two] * 16)))
-    report = replace(report, outcome=replace(report.outcome, agreement=many))
-    assert not any("#" in line for line in lines(report))
+    assert not any("#" in line for line in lines(report_of(paths, tmp_path / "o.pt")))
+    report = report_of(paths[:1] * 17, tmp_path / "o.pt")
+    many = replace(report.agreement, each=(0.1, *[0.9] * 16))
+    assert not any("#" in line for line in lines(replace(report, agreement=many)))
 
 
 def test_the_table_of_the_readme(tmp_path):
@@ -142,7 +139,7 @@ def test_the_agreement_is_told(tmp_path):
     text = markdown(report)
     assert text.startswith("### merge-avg: 2 checkpoints averaged\n")
     assert f"- agreement: {report.agreement.mean:.3f} (exact; mean cosine" in text
-    centred = report.agreement.centred.mean
+    centred = report.centred.mean
     assert f"- from base: {centred:.3f} (exact; by the differences to " in text
     row = next(line for line in text.splitlines() if "base.pt (base)" in line)
     assert row.endswith("| 0 |  |  |")

@@ -12,7 +12,7 @@ from merge_avg.engine import read_ahead, run
 from merge_avg.errors import MergeError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.report import Report, as_json, describe
+from merge_avg.report.values import Report, as_json, describe
 from merge_avg.selection import Choice
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from merge_avg.agreement import LEAST_AGREEMENT, TensorAgreement
+from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
 from merge_avg.errors import named
-from merge_avg.report._report import KNOWN, CheckpointAgreement, Figures, Outcome, Report
 from merge_avg.report.printable import counted, shown
+from merge_avg.report.values import KNOWN, Report
 
 Style = Literal["", "good", "doubtful"]
 # Outputs up to which each has a column of weights; of more, the facts alone have the weights.
@@ -37,15 +37,15 @@ class Column:
     kind: Literal["name", "file", "known", "weight", "agreement"]
     title: str
     cells: tuple[str, ...]
-    # Where it holds cosines, those that the cells show.
-    agreements: tuple[CheckpointAgreement | None, ...] = ()
+    # Where the cells show cosines, these and their errors.
+    cosines: tuple[tuple[float | None, float], ...] = ()
 
 
 def headline(report: Report) -> str:
     """Return the one sentence that stands above all others."""
     outputs = report.outputs
     where = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
-    return f"{_verb(report)} {counted(report.averaged, 'checkpoint')} into {where}"
+    return f"{_verb(report)} {counted(len(report.averaged), 'checkpoint')} into {where}"
 
 
 def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
@@ -53,7 +53,7 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
 
     Of the entries that are kept, at most `most` are named.
     """
-    tensors = counted(report.tensors.averaged, "tensor")
+    tensors = counted(report.tensors["averaged"], "tensor")
     what = f"{tensors}, {report.parameters:,} parameters ({', '.join(report.dtypes)})"
     yield Fact(_verb(report), what)
     # A single output is in the headline, and its weights are in the table.
@@ -64,27 +64,27 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
     yield from _integers(report)
     yield from _kept(report, most)
     yield from _agreement(report)
-    if report.outcome is None:
+    if report.result is None:
         size = shown(report.bytes_to_read)
         yield Fact("would read", f"{size} and write {shown(report.bytes_to_write)}")
         memory = f"{report.memory / (1 << 20):.0f} MiB of memory"
         threads = counted(report.threads, "thread")
         yield Fact("would take", f"at most {memory} beside torch's own, with {threads}")
     else:
-        yield Fact("read", " ".join(reading(report.outcome)))
+        yield Fact("read", " ".join(reading(report.result.nbytes, report.result.seconds)))
     yield from messages(report)
 
 
 def messages(report: Report) -> Iterator[Fact]:
     """Yield the notes, then the warnings."""
     for name, number in list(report.available.items())[:_MOST_NAMES]:
-        yield Fact("note", f"{name!r} is averaged over {number} of {report.averaged} checkpoints")
-    agreement = report.agreement
-    if agreement is not None and agreement.base is not None and agreement.centred is None:
-        yield Fact("note", f"no two checkpoints differ from {agreement.base}")
+        of = f"{number} of {len(report.averaged)} checkpoints"
+        yield Fact("note", f"{name!r} is averaged over {of}")
+    if report.agreement is not None and report.base is not None and report.centred is None:
+        yield Fact("note", f"no two checkpoints differ from {report.base}")
     yield from (Fact("note", text) for text in report.notes)
-    if report.outcome is not None and report.outcome.nonfinite:
-        names = named(report.outcome.nonfinite)
+    if report.result is not None and report.result.nonfinite:
+        names = named(report.result.nonfinite)
         yield Fact("warning", f"NaN or infinity in {names}", "doubtful")
     yield from (Fact("warning", text, "doubtful") for text in report.warnings)
 
@@ -100,8 +100,8 @@ def weights_of(report: Report, number: int) -> list[str]:
 
 
 def _integers(report: Report) -> Iterator[Fact]:
-    differing = () if report.outcome is None else report.outcome.differing
-    rest = report.tensors.integers - len(differing)
+    differing = () if report.result is None else report.result.differing
+    rest = report.tensors["integers"] - len(differing)
     if rest:
         what = "to compare" if report.dry_run else "equal everywhere, copied"
         yield Fact("integers", f"{counted(rest, 'tensor')} {what}")
@@ -132,9 +132,9 @@ def _agreement(report: Report) -> Iterator[Fact]:
     what = "mean cosine between the checkpoints' matrices"
     value = f"{agreement.mean:.3f} ({precision(agreement)}; {what})"
     yield Fact("agreement", value, style(agreement.mean))
-    if agreement.centred is not None:
-        how = f"({precision(agreement.centred)}; by the differences to {agreement.base})"
-        yield Fact("from base", f"{agreement.centred.mean:.3f} {how}")
+    if report.centred is not None:
+        how = f"({precision(report.centred)}; by the differences to {report.base})"
+        yield Fact("from base", f"{report.centred.mean:.3f} {how}")
     for tensor in least_agreeing(agreement, _LEAST):
         if tensor.mean is not None and tensor.mean < agreement.mean - _LESS:
             yield Fact("least", f"{tensor.mean:.3f} about {tensor.name!r}")
@@ -145,31 +145,29 @@ def style(cosine: float | None) -> Style:
     return "" if cosine is None else "good" if cosine >= LEAST_AGREEMENT else "doubtful"
 
 
-def precision(figures: Figures) -> str:
+def precision(figures: Agreement) -> str:
     """Return how precisely the mean cosine is known, in a few words."""
-    if figures.exact:
+    if figures.elements == figures.size:
         return "exact"
     # The error is an estimate too, so one digit of it is enough, and none below the fourth place.
     return f"sampled, +-{max(figures.error, 0.0001):.1g}"
 
 
-def least_agreeing(figures: Figures, count: int) -> list[TensorAgreement]:
+def least_agreeing(figures: Agreement, count: int) -> list[TensorAgreement]:
     """Return the tensors that the checkpoints agree least about, the least first."""
     # A large model has tens of thousands of tensors, of which few are asked for.
     known = (tensor for tensor in figures.tensors if tensor.mean is not None)
     return heapq.nsmallest(count, known, key=lambda tensor: tensor.mean or 0.0)
 
 
-def reading(outcome: Outcome) -> tuple[str, str]:
+def reading(nbytes: int, seconds: float) -> tuple[str, str]:
     """Return how much was read, and how fast."""
-    # Seconds are rounded, so those of a tiny merge may be 0.
-    rate = shown(outcome.bytes_read / max(outcome.seconds, 1e-9))
-    return shown(outcome.bytes_read), f"in {outcome.seconds:.2f} s ({rate}/s)"
+    return shown(nbytes), f"in {seconds:.2f} s ({shown(nbytes / max(seconds, 1e-9))}/s)"
 
 
 def columns(report: Report) -> Iterator[Column]:
     """Yield the table of checkpoints, whose rows are the inputs, by its columns."""
-    inputs, outputs, agreement = report.inputs, report.outputs, report.agreement
+    inputs, outputs = report.inputs, report.outputs
     paths = (e.path + " (base)" * (e.path == report.base) for e in inputs)
     yield Column("name", "checkpoint", tuple(paths))
     yield Column("file", "format", tuple(entry.format for entry in inputs))
@@ -185,11 +183,10 @@ def columns(report: Report) -> Iterator[Column]:
     for output in outputs if len(outputs) <= _MOST_WEIGHTS else ():
         title = "weight" if len(outputs) == 1 else f"in {output.path}"
         yield Column("weight", title, tuple(f"{weight:.4g}" for weight in output.weights))
-    for title, figures in (("agrees", agreement), ("from base", agreement and agreement.centred)):
+    for title, figures in (("agrees", report.agreement), ("from base", report.centred)):
         if figures is not None:
             # Figures are those of the averaged inputs, in their order. A path may come twice.
-            each = iter(figures.each)
-            ones = tuple(next(each) if entry.averaged else None for entry in inputs)
-            means = (None if one is None else one.mean for one in ones)
-            cells = ("" if mean is None else f"{mean:.3f}" for mean in means)
+            each = iter(zip(figures.each, figures.errors, strict=True))
+            ones = tuple(next(each) if entry.averaged else (None, 0.0) for entry in inputs)
+            cells = ("" if mean is None else f"{mean:.3f}" for mean, _ in ones)
             yield Column("agreement", title, tuple(cells), ones)

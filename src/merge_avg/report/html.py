@@ -12,17 +12,19 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from merge_avg.agreement import LEAST_AGREEMENT, TensorAgreement
+from merge_avg._version import __version__
+from merge_avg.agreement import LEAST_AGREEMENT, Agreement
 from merge_avg.checkpoint import FileLayout
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
 from merge_avg.report._facts import columns, facts, least_agreeing, messages, precision, reading
-from merge_avg.report._report import CheckpointAgreement, Figures, Report, as_json
 from merge_avg.report.printable import counted, printable, shown
+from merge_avg.report.values import Report, as_json
 
 _LEAST = 20  # tensors in the table of those that agree least
 _MOST_NAMES = 40  # entries that are named where they are kept
@@ -89,9 +91,9 @@ def page(report: Report) -> str:
 def _sections(report: Report) -> Iterator[str]:
     outputs = report.outputs
     title = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
-    what = f"the average of {counted(report.averaged, 'checkpoint')}"
+    what = f"the average of {counted(len(report.averaged), 'checkpoint')}"
     yield f"<header><h1>{_text(title)}</h1>"
-    yield f'<p class="sub">{what}, made by merge-avg {_text(report.version)}</p></header>'
+    yield f'<p class="sub">{what}, made by merge-avg {_text(__version__)}</p></header>'
     tiles = (f'<div class="tile"><b>{one}</b><span>{of}</span></div>' for one, of in _tiles(report))
     yield f'<div class="tiles">{"".join(tiles)}</div>'
     # Lines that scroll by end with the warnings, and a page begins with them.
@@ -126,32 +128,30 @@ def _tiles(report: Report) -> Iterator[tuple[str, str]]:
     agreement = report.agreement
     if agreement is not None:
         yield f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}"
-        if agreement.centred is not None:
-            yield f"{agreement.centred.mean:.3f}", f"from the base, {_precise(agreement.centred)}"
+        if report.centred is not None:
+            yield f"{report.centred.mean:.3f}", f"from the base, {_precise(report.centred)}"
         yield f"{agreement.shrinkage:.3f}", "norm of the mean over mean of the norms"
-    yield f"{report.tensors.averaged:,}", "tensors averaged"
+    yield f"{report.tensors['averaged']:,}", "tensors averaged"
     yield f"{report.parameters:,}", "parameters"
-    if report.outcome is not None:
-        size, how = reading(report.outcome)
+    if report.result is not None:
+        size, how = reading(report.result.nbytes, report.result.seconds)
         yield size, f"read {how}"
 
 
-def _precise(figures: Figures) -> str:
+def _precise(figures: Agreement) -> str:
     return precision(figures).replace("+-", "&plusmn; ")
 
 
 def _checkpoints(report: Report) -> str:
     table = list(columns(report))
-    cells = [map(_cosine, one.agreements) if one.agreements else one.cells for one in table]
+    cells = [starmap(_cosine, one.cosines) if one.cosines else one.cells for one in table]
     rows = zip(map(str, range(1, 1 + len(report.inputs))), *cells, strict=True)
     left = [n for n, column in enumerate(table, 1) if column.title in ("checkpoint", "format")]
     return _table(["#", *(column.title for column in table)], list(rows), left)
 
 
-def _cosine(one: CheckpointAgreement | TensorAgreement | None) -> str:
-    if one is None or one.mean is None:
-        return ""
-    return f"{one.mean:.3f}" + (f" ± {one.error:.1g}" if one.error else "")
+def _cosine(mean: float | None, error: float) -> str:
+    return "" if mean is None else f"{mean:.3f}" + (f" ± {error:.1g}" if error else "")
 
 
 def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
         yield "<p>It was not measured, or there are no two checkpoints with matrices.</p>"
         return
     looked = "all elements of the matrices were looked at, so the figures are exact"
-    if not agreement.exact:
+    if agreement.elements != agreement.size:
         share = f"{agreement.elements:,} of the {agreement.size:,} elements of each checkpoint's"
         looked = f"{share} matrices were looked at; the errors are standard errors of that sample"
     yield (
@@ -175,9 +175,9 @@ def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
     yield '<div class="charts">'
     caption = f"Cosine of each checkpoint with each ({_precise(agreement)})"
     yield _figure("heat-map", caption, charts.heat_map(agreement.pairs, numbers))
-    if agreement.centred is not None:
-        caption = f"The same by the differences to {_text(str(agreement.base))}"
-        picture = charts.heat_map(agreement.centred.pairs, numbers)
+    if report.centred is not None:
+        caption = f"The same by the differences to {_text(str(report.base))}"
+        picture = charts.heat_map(report.centred.pairs, numbers)
         yield _figure("heat-map-centred", caption, picture)
     if agreement.tensors:
         caption = "Distance of each checkpoint from the mean, over the norm, by layer"
@@ -194,13 +194,15 @@ def _figure(name: str, caption: str, picture: str, *, wide: bool = False) -> str
     return f'<figure id="{name}"{kind}>{picture}<figcaption>{caption}</figcaption></figure>'
 
 
-def _least(agreement: Figures, numbers: Sequence[int]) -> str:
+def _least(agreement: Agreement, numbers: Sequence[int]) -> str:
     rows = []
     for tensor in least_agreeing(agreement, _LEAST):
         far = max(range(len(numbers)), key=tensor.distances.__getitem__)
         looked = "all" if tensor.elements == tensor.size else f"{tensor.elements:,}"
         distance = f"{tensor.distances[far]:.3f} (#{numbers[far]})"
-        rows.append([tensor.name, _cosine(tensor), f"{tensor.size:,}", looked, distance])
+        rows.append(
+            [tensor.name, _cosine(tensor.mean, tensor.error), f"{tensor.size:,}", looked, distance]
+        )
     head = ["tensor", "agreement", "elements", "looked at", "largest distance from the mean"]
     rest = len(agreement.tensors) - len(rows)
     more = f'<p class="sub">{rest:,} more are in the output of --json.</p>' if rest else ""

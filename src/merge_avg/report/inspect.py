@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from merge_avg.checkpoint import assign, dotted
 from merge_avg.formats import scan
-from merge_avg.report._report import optional, plain
 from merge_avg.report.printable import aligned, shown
+from merge_avg.report.values import plain
 from merge_avg.selection import read_metadata
 
 as_json = plain
@@ -27,9 +27,9 @@ class Tensor:
     # "kept" for all the rest.
     role: str
     # Tensors that share memory have the same number.
-    tie: int | None = optional()
+    tie: int | None = None
     # Why it cannot be averaged, as in "a sparse tensor".
-    trouble: str | None = optional()
+    trouble: str | None = None
 
 
 @dataclass(frozen=True)

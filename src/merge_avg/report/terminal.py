@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_avg.report._facts import columns, facts, headline, style
-from merge_avg.report._report import Report
 from merge_avg.report.printable import printable
+from merge_avg.report.values import Report
 
 _BAR = 10
 # Below so many columns, bars and what is known of checkpoints are left out: names need the room.
@@ -65,7 +65,7 @@ def _checkpoints(report: Report, console: Console) -> Table:
         if column.title != "agrees":
             cells.append([Text(printable(cell)) for cell in column.cells])
             continue
-        means = [None if one is None else one.mean for one in column.agreements]
+        means = [mean for mean, _ in column.cosines]
         colours = [_COLOURS[style(mean)] for mean in means]
         cells.append(list(map(Text, column.cells, colours)))
         if not narrow:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from merge_avg.errors import MergeError
 from merge_avg.report._facts import columns, facts, headline, weights_of
-from merge_avg.report._report import KNOWN, Figures, Report, ReportedCandidate
 from merge_avg.report.printable import aligned, counted, printable
+from merge_avg.report.values import KNOWN, Report
+from merge_avg.selection import Candidate
 
 # Labels that are not the first words of a sentence, as in "kept from a.pt: epoch".
 _COLON = ("integers", "left out", "note", "warning")
@@ -22,8 +23,8 @@ def lines(report: Report) -> Iterator[str]:
     """Yield the report, a line at a time. Names in it may hold controls: see `printable`."""
     yield headline(report)
     # After a merge, candidates that were all taken would only repeat what was named.
-    if report.dry_run or len(report.candidates) > report.averaged:
-        for line in aligned([_candidate(one) for one in report.candidates]):
+    if report.dry_run or len(report.candidates) > len(report.averaged):
+        for line in aligned([_candidate(*pair) for pair in report.candidates]):
             yield f"  {line}"
     weights = weights_of(report, 0)
     if len(report.outputs) == 1 and len(set(weights)) > 1:
@@ -31,23 +32,23 @@ def lines(report: Report) -> Iterator[str]:
     for fact in facts(report):
         yield f"  {fact.label}{':' * (fact.label in _COLON)} {fact.value}"
         if fact.label == "agreement" and report.agreement is not None:
-            yield from _bars(report.agreement)
+            yield from _bars(report.averaged, report.agreement.each)
 
 
-def _candidate(one: ReportedCandidate) -> list[str]:
+def _candidate(one: Candidate, weight: float | None) -> list[str]:
     known = ((key, getattr(one, key)) for key in KNOWN)
     return [
         "+" if one.chosen else "-",
-        one.path,
+        str(one.path),
         *("" if value is None else f"{key} {value:.10g}" for key, value in known),
-        "" if one.weight is None else f"weight {one.weight:.4g}",
+        "" if weight is None else f"weight {weight:.4g}",
         one.why,
     ]
 
 
-def _bars(figures: Figures) -> Iterator[str]:
+def _bars(paths: Sequence[str], each: Sequence[float | None]) -> Iterator[str]:
     """Yield a line for each checkpoint where there are few and they differ."""
-    known = [(one.path, one.mean) for one in figures.each if one.mean is not None]
+    known = [(path, one) for path, one in zip(paths, each, strict=True) if one is not None]
     means = [mean for _, mean in known]
     if len(known) <= _MOST_BARS and max(means) - min(means) >= _SPREAD:
         rows = [(path, f"{mean:6.3f}", "#" * round(_BAR * max(mean, 0.0))) for path, mean in known]
@@ -62,7 +63,7 @@ def markdown(report: Report) -> str:
     told = written + [(fact.label, fact.value) for fact in facts(report)]
     return "\n".join(
         [
-            f"### merge-avg: {counted(report.averaged, 'checkpoint')} averaged",
+            f"### merge-avg: {counted(len(report.averaged), 'checkpoint')} averaged",
             "",
             _row([column.title for column in table]),
             _row(["---" for _ in table]),

@@ -1,0 +1,292 @@
+"""The report of a merge: its values, how they come from a job and its result, and their JSON.
+
+Scripts read that JSON: a key may be added, but none renamed or removed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from merge_avg._version import __version__
+from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
+from merge_avg.options import REPORTED
+from merge_avg.report.printable import counted
+
+if TYPE_CHECKING:
+    from merge_avg.checkpoint import Kept, Name
+    from merge_avg.engine import Result
+    from merge_avg.plan import Job
+    from merge_avg.selection import Candidate, Choice
+
+# What is known of checkpoints in a run, by the names of its fields.
+KNOWN = ("step", "epoch", "metric")
+
+
+@dataclass(frozen=True)
+class ReportedInput:
+    """A checkpoint that a merge reads."""
+
+    path: str
+    format: str
+    nbytes: int
+    averaged: bool  # a template or a base may only be copied, or compared with
+    # After division by the sum. Of several outputs each has its own: see `ReportedOutput`.
+    weight: float | None = None
+    # What was found out when it was chosen from a run.
+    step: int | None = None
+    epoch: int | None = None
+    metric: float | None = None
+    # Of what the outputs have of it, in hexadecimal: the same number as in their provenance.
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportedOutput:
+    """An output, and the weights of all inputs in it, zeros included."""
+
+    path: str
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is said of a merge. Sizes are in bytes.
+
+    Fields have the names and the order of the JSON's keys, but for the last four: of these
+    `as_json` takes what scripts may know.
+    """
+
+    inputs: tuple[ReportedInput, ...]  # the template first, a base that is not averaged last
+    outputs: tuple[ReportedOutput, ...]
+    template: str
+    base: str | None
+    tensors: Mapping[str, int]  # the template's: "averaged", "integers", and "kept" by choice
+    parameters: int  # elements of the template's weights, integers left out
+    dtypes: Mapping[str, int]  # of the outputs' weights, with the number of tensors
+    # Entries whose tensors are not averaged, such as the optimizer's state, then entries without
+    # tensors; and whether the outputs have these entries.
+    kept: tuple[Kept, ...]
+    others: tuple[str, ...]
+    whole: bool
+    # Tensors that some checkpoint lacks, with the number of checkpoints that have them.
+    available: Mapping[str, int]
+    bytes_to_read: int
+    bytes_to_write: int
+    threads: int
+    memory: int  # at most, and beside torch's own
+    policies: Mapping[str, Any]  # options that decide what is averaged, and how: `REPORTED`
+    # For the user, one sentence each; a warning says what may make the mean meaningless.
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    # All that were looked at, with the weights of those that are inputs; empty where the user named
+    # each checkpoint.
+    candidates: tuple[tuple[Candidate, float | None], ...]
+    # Of the averaged inputs, to six places. None where it was not measured, or there was nothing to
+    # compare; the latter also where fewer than two checkpoints differ from the base.
+    agreement: Agreement | None
+    centred: Agreement | None
+    result: Result | None  # None for a dry run
+
+    @property
+    def dry_run(self) -> bool:
+        """Return whether it is only the report of a plan."""
+        return self.result is None
+
+    @property
+    def averaged(self) -> list[str]:
+        """Return the paths of the averaged inputs, so without a template or base that is not."""
+        return [entry.path for entry in self.inputs if entry.averaged]
+
+
+def describe(job: Job, result: Result | None, choice: Choice | None = None) -> Report:
+    """Return the report of a merge that ran, or, without a result, of a planned one.
+
+    The choice is how its checkpoints were chosen, where the user did not name each.
+    """
+    plan, template = job.plan, job.layouts[0]
+    aligned = plan.aligned
+    infos = [(name, row[0]) for name, row in aligned.rows.items() if row[0] is not None]
+    used = [(name, info.dtype.kind) for name, info in infos if name not in aligned.skipped]
+    # Bools are among the integers: both are compared and never averaged.
+    floats = sum(kind in ("float", "complex") for _, kind in used)
+    candidates = () if choice is None else choice.candidates
+    inputs = _inputs(job, result, candidates)
+    weights = {entry.path: entry.weight for entry in inputs}
+    agreement = None if result is None else _rounded(result.agreement)
+    return Report(
+        inputs=inputs,
+        outputs=tuple(
+            ReportedOutput(str(output.path), tuple(output.weights.normalized()))
+            for output in job.outputs
+        ),
+        template=str(template.path),
+        base=None if job.base is None else str(job.layouts[job.base].path),
+        tensors={
+            "averaged": floats,
+            "integers": len(used) - floats,
+            "kept": len(infos) - len(used),
+        },
+        parameters=sum(info.numel for _, info in infos if info.dtype.kind != "int"),
+        dtypes=Counter(plan.result(name).name for name, _ in infos),
+        kept=job.roles.kept,
+        others=tuple(template.others),
+        whole=job.layout.whole,
+        available={
+            str(name): sum(row[number] is not None for number in job.averaged)
+            for name, row in aligned.rows.items()
+            if None in row and name not in aligned.skipped
+        },
+        bytes_to_read=job.nbytes,
+        bytes_to_write=sum(job.layout.nbytes(job.record(output)) for output in job.outputs),
+        threads=job.budget.threads,
+        memory=job.budget.nbytes,
+        policies={key: getattr(job.options, key) for key in REPORTED},
+        notes=(
+            *(() if choice is None else choice.notes),
+            *aligned.notes,
+            *job.notes,
+            *_notes(job, result, [name for name, _ in used]),
+        ),
+        warnings=(
+            *(plan.warnings if result is None else result.warnings),
+            *_strangers(agreement, [entry.path for entry in inputs if entry.averaged]),
+        ),
+        candidates=tuple((one, weights.get(str(one.path))) for one in candidates),
+        agreement=agreement,
+        centred=None if result is None or agreement is None else _rounded(result.centred),
+        result=result,
+    )
+
+
+def _inputs(
+    job: Job, result: Result | None, candidates: Sequence[Candidate]
+) -> tuple[ReportedInput, ...]:
+    averaged, count = job.averaged, len(job.layouts)
+    chosen = {one.path: one for one in candidates}
+    weights = job.outputs[0].weights.normalized() if len(job.outputs) == 1 else [None] * count
+    # There is a digest for each checkpoint that was merged, so none for a base beside them.
+    digests = () if result is None or result.hashes is None else result.hashes.read
+    return tuple(
+        ReportedInput(
+            path=str(layout.path),
+            format=layout.format,
+            nbytes=layout.nbytes,
+            averaged=number in averaged,
+            weight=weights[number],
+            hash=f"{digests[number]:032x}" if digests and number in averaged else None,
+            **{key: getattr(chosen.get(layout.path), key, None) for key in KNOWN},
+        )
+        for number, layout in enumerate(job.layouts)
+    )
+
+
+def _notes(job: Job, result: Result | None, used: Sequence[Name]) -> Iterator[str]:
+    statistics = sum(name.key.endswith(("running_mean", "running_var")) for name in used)
+    if statistics and len(job.averaged) > 1:
+        # The mean network has other activations, and so other statistics than the mean ones.
+        what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
+        how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
+        yield f"{what}; {how}"
+    if result is not None and job.plan.factors and not result.warnings:
+        # (B1 A + B2 A) / 2 is the mean of B times A. With two different A it is not.
+        yield "every LoRA factor A is the same, so this is the mean of what the adapters do"
+
+
+def _rounded(value: Any) -> Any:
+    """Return figures, or one of them, to six places; sizes, names and None stay."""
+    # A sample gives three places at best, and the JSON of a large model has many such numbers.
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    if isinstance(value, Agreement | TensorAgreement):
+        # A norm has a unit, so a small one must not become 0.
+        names = [one.name for one in fields(value) if one.name != "norm"]
+        return replace(value, **{name: _rounded(getattr(value, name)) for name in names})
+    return value
+
+
+def _strangers(agreement: Agreement | None, paths: Sequence[str]) -> Iterator[str]:
+    """Yield a warning where the mean is most likely not a working network."""
+    if agreement is None:
+        return
+    number = agreement.odd
+    who = None if number is None else paths[number]
+    odd = who and f"{who} agrees with none of the others; average without it"
+    if agreement.mean < LEAST_AGREEMENT:
+        what = f"the checkpoints hardly agree (cosine {agreement.mean:.2f})"
+        other = "average checkpoints of one initialisation, or average their outputs instead"
+        yield f"{what}, so their mean is most likely no working network: {odd or other}"
+    elif odd:
+        yield odd
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return the report as plain values."""
+    held = ("candidates", "agreement", "centred", "result")
+    names = [one.name for one in fields(report) if one.name not in held]
+    known = (*KNOWN, "chosen", "why")
+    found = {
+        "merge_avg": __version__,
+        "output": report.outputs[0].path,
+        "dry_run": report.dry_run,
+        "int_policy": report.policies["int_policy"],
+        **{name: plain(getattr(report, name)) for name in names},
+        "candidates": [
+            {"path": str(one.path)}
+            | {key: getattr(one, key) for key in known}
+            | ({} if weight is None else {"weight": weight})
+            for one, weight in report.candidates
+        ],
+    }
+    if report.result is not None:
+        figures = _figures(report.agreement, report.averaged)
+        if figures is not None:
+            figures["base"] = report.base
+            figures["centred"] = _figures(report.centred, report.averaged)
+        found["agreement"] = figures
+        found["bytes_read"] = report.result.nbytes
+        found["seconds"] = round(report.result.seconds, 3)
+        found["differing"] = list(report.result.differing)
+        found["nonfinite"] = list(report.result.nonfinite)
+    return found
+
+
+def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    each = zip(paths, found.each, found.errors, strict=True)
+    return {
+        "mean": found.mean,
+        "error": found.error,
+        "each": [{"path": path, "mean": mean, "error": error} for path, mean, error in each],
+        "pairs": plain(found.pairs),
+        "shrinkage": found.shrinkage,
+        "size": found.size,
+        "elements": found.elements,
+        "odd": None if found.odd is None else paths[found.odd],
+        "tensors": plain(found.tensors),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a value with its dataclasses as dicts and its tuples as lists.
+
+    A field whose default is None is left out where it is None.
+    """
+    # Most values are numbers: a large model has figures of tens of thousands of tensors.
+    if value is None or isinstance(value, float | int | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return {
+        # `bytes` is a type in Python.
+        "bytes" if one.name == "nbytes" else one.name: plain(item)
+        for one in fields(value)
+        if (item := getattr(value, one.name)) is not None or one.default is not None
+    }
