@@ -44,7 +44,6 @@ _GROUPS = 16
 # whole layers would measure that instead of the sampling.
 _STRETCHES = 16 * _GROUPS
 _WIDE = BY_NAME["float64"]
-_FIRST = int64s([0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +299,7 @@ class Sampler:
         if LOOPS is not None and dtype.name in LOOPS.dtypes:
             for target in rows:
                 at = self._room.address + 8 * (target * self._width + self._at)
-                LOOPS.take(row, self._segments, _FIRST, at, self._width)
+                LOOPS.take(row, self._segments, at)
             return
         self._load_torch()
         from merge_avg.agreement import _torch_products as products

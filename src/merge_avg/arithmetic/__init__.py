@@ -2,15 +2,14 @@
 
 A `MeanFactory` gives a `Mean`: `extend` it by vectors, and `result` writes their weighted mean. The
 compiled loops compute it (`_kernel`, kernel.c) or else torch (`torch_mean`, `_sums`), with the same
-bits. Integers and bools have no mean; `_integers` says what they become instead.
+bits. Integers and bools have no mean; `_weights` says what they become instead.
 """
 
 from __future__ import annotations
 
-from merge_avg.arithmetic._integers import is_counter, settle, unequal, values_of
 from merge_avg.arithmetic._kernel import LOOPS, TILE, Columns, int64s
 from merge_avg.arithmetic._mean import Mean, MeanFactory
-from merge_avg.arithmetic._weights import Weight, Weights
+from merge_avg.arithmetic._weights import Weight, Weights, is_counter, settle, unequal, values_of
 
 __all__ = [
     "LOOPS",

@@ -26,9 +26,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
 }
 TILE = 1024  # how many columns are summed at a time, as in kernel.c
 KNOWN = 24  # bytes of `struct known`, what is known of each tile
-
-Places = Sequence[int]
-Written = tuple[bool, int, Places]  # all is finite; where writing stopped; elements to settle
+Written = tuple[bool, int, Sequence[int]]  # all is finite; where writing stopped; what is open
 # Of each run of columns its length, its matrix at the address `grams`, its line at the address
 # `sums`, and a factor. Lines hold squares, and then products with the sum of all rows.
 Columns = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[float]]
@@ -69,8 +67,7 @@ class Kernel:
         The divisor is an integer below 2**28. Writing begins with column `start`, a multiple of
         `TILE`, and stops after the first tile with elements that might round otherwise.
         """
-        at = total, out.numel, known, count, divisor
-        return self._written("mean", at, out, start)[1]
+        return self._write("mean", out, start, total, out.numel, known, count, divisor)[1]
 
     def whole(
         self, rows: Matrix, factors: int, divisor: float, out: Matrix, start: int
@@ -79,20 +76,18 @@ class Kernel:
 
         Return whether all rows are finite up to where writing stopped, and what `mean` returns.
         """
-        at = rows.address, rows.count, rows.stride, rows.numel, factors, divisor
-        return self._written("whole", at, out, start)
+        at = rows.address, rows.count, rows.stride, rows.numel
+        return self._write("whole", out, start, *at, factors, divisor)
 
-    def _written(
-        self, what: str, arguments: tuple[float, ...], out: Matrix, start: int
-    ) -> tuple[bool, Written]:
+    def _write(self, what: str, out: Matrix, start: int, *sums: float) -> tuple[bool, Written]:
         # All elements of one tile may be open, but of one only: the loop stops there.
         at, open_, places = ctypes.c_size_t(start), ctypes.c_size_t(), (ctypes.c_int64 * TILE)()
         call = self._calls[what, out.dtype.name]
-        found = call(*arguments, out.address, ctypes.byref(at), places, ctypes.byref(open_))
+        found = call(*sums, out.address, ctypes.byref(at), places, ctypes.byref(open_))
         return bool(found & 2), (bool(found & 1), at.value, places[: open_.value])
 
     def settle(
-        self, values: Matrix, weights: Int64s, divisor: int, places: Places, out: Matrix
+        self, values: Matrix, weights: Int64s, divisor: int, places: Sequence[int], out: Matrix
     ) -> bool:
         """Write means that are computed exactly, in integers; return whether all are finite.
 
@@ -103,15 +98,10 @@ class Kernel:
         call = self._calls["settle", out.dtype.name]
         return bool(call(*at, weights, divisor, int64s(places), out.address))
 
-    def take(self, rows: Matrix, runs: Int64s, targets: Int64s, room: int, width: int) -> None:
-        """Copy some elements of rows, as float64, to the address `room`.
-
-        Runs are pairs: the column where one begins, and its length. A row goes to the row of the
-        room that its target names, or nowhere if that is below zero. Rows of the room begin `width`
-        numbers apart.
-        """
-        at = rows.address, rows.count, rows.stride
-        self._calls["take", rows.dtype.name](*at, len(runs) // 2, runs, targets, room, width)
+    def take(self, row: Matrix, runs: Int64s, room: int) -> None:
+        """Copy runs of a row, pairs of a column and a length, to an address, as float64."""
+        at = row.address, 1, row.stride
+        self._calls["take", row.dtype.name](*at, len(runs) // 2, runs, _FIRST_ROW, room, 0)
 
     def products(self, rows: Matrix, less: int, columns: Columns, grams: int, sums: int) -> None:
         """Add the products of rows of float64 with each other, over runs of columns.
@@ -120,9 +110,9 @@ class Kernel:
         them first, in place.
         """
         *whole, scales = columns
-        runs = len(scales)
-        each = (*map(int64s, whole), (ctypes.c_double * runs)(*scales))
-        self._products(rows.address, rows.count, rows.stride, less, runs, *each, grams, sums)
+        each = (*map(int64s, whole), (ctypes.c_double * len(scales))(*scales))
+        at = rows.address, rows.count, rows.stride
+        self._products(*at, less, len(scales), *each, grams, sums)
 
 
 def int64s(values: Sequence[int]) -> Int64s:
@@ -139,4 +129,5 @@ def load(path: Path) -> Kernel | None:
         return None
 
 
+_FIRST_ROW = int64s([0])
 LOOPS = load(Path(__file__).with_name("_loops.so"))

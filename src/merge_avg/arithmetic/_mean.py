@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from merge_avg.arithmetic._sums import Buffers
 
 Peek = Callable[[int, int, int], Stack]  # of vector number, start and stop
-_FIRST_ROW = int64s([0])
-_SETTLED = 1 << 16  # how many numbers are held at a time for exact arithmetic
+SETTLED = 1 << 16  # how many numbers are held at a time for exact arithmetic
 
 
 class Mean(Protocol):
@@ -50,10 +49,8 @@ class Mean(Protocol):
 
         `peek` returns elements `start` to `stop` of vector number i once more, as one row: the
         float64 sum leaves the rounding of a few elements open. The loops ask for `TILE` of them at
-        most, torch for all. Rows that were shown `whole` must not change.
-
-        Raises:
-            ValueError: fewer vectors were shown than there are weights, or more.
+        most, torch for all. Rows that were shown `whole` must not change. Fewer vectors than there
+        are weights, or more, are a ValueError.
         """
 
 
@@ -70,10 +67,9 @@ class CompiledMean:
         self._total = Buffer(1)
         self._known = Buffer(1)
         # Exact arithmetic needs elements of all vectors at once: of many vectors, few at a time.
-        self._most = max(_SETTLED // len(weights), 1)
+        self._most = max(SETTLED // len(weights), 1)
         self._room = Buffer(8 * len(weights) * min(self._most, TILE))
-        self.finite = True
-        self.fits = True
+        self.finite = self.fits = True
         self._count = 0
         self._whole: Matrix | None = None
 
@@ -117,8 +113,7 @@ class CompiledMean:
         runs = int64s([number for place in places for number in (place - start, 1)])
         for number in range(len(self._weights)):
             target = self._room.address + 8 * number * len(places)
-            rows = _matrix(peek(number, start, stop))
-            self._loops.take(rows, runs, _FIRST_ROW, target, len(places))
+            self._loops.take(_matrix(peek(number, start, stop)), runs, target)
         values = self._room.rows(len(self._weights), len(places), BY_NAME["float64"])
         self.fits &= self._loops.settle(values, self._integers, self._weights.total, places, out)
 
@@ -153,7 +148,6 @@ class MeanFactory:
 
 
 def _matrix(rows: Stack) -> Matrix:
-    """Return where rows lie in host memory."""
     if isinstance(rows, Matrix):
         return rows
     dtype = BY_NAME[str(rows.dtype).removeprefix("torch.")]

@@ -1,7 +1,6 @@
 """Sums of rows by torch: in float64, and in double-double where float64 may not be exact.
 
-Both know which of their means might be rounded otherwise than the exact mean: the exponents of what
-was added show it.
+Exponents show both which of their means might be rounded otherwise than the exact mean.
 """
 
 from __future__ import annotations
@@ -37,23 +36,17 @@ FORMATS = {
 }
 # Integers of the same size. Float8 has none: torch cannot compute with it, nor always index it, so
 # that its numbers are converted to float32 first.
-WORDS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
+_SIZES = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+WORDS = {dtype: _SIZES[dtype.itemsize] for dtype in FORMATS if dtype.itemsize > 1}
 _VIEWS = 64  # how many shapes of scratch tensors are remembered
 _NEVER = 1 << 16  # an exponent beyond that of any number
 _EXPONENT = 0x7FF0000000000000  # the exponent field of a float64
+_MOST = Fraction(1 << 900)  # which as a float leaves room for some doublings
 Pair = tuple[Tensor, Tensor]
 
 
 class Buffers:
-    """Scratch tensors by name, which are kept from one mean to the next.
-
-    Fresh ones of this size would cost more in page faults than the arithmetic does.
-    """
+    """Scratch tensors by name, which are kept: page faults would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
@@ -86,14 +79,14 @@ class Span:
     negative_zeros: bool = False  # some are -0
 
 
-ONLY_ZEROS = Span(_NEVER, -_NEVER, zeros=True)
+_ONLY_ZEROS = Span(_NEVER, -_NEVER, zeros=True)
 Weighed = tuple[Span, int]  # the span of some rows, and the sum of the sizes of their weights
 
 
-def span_of(rows: Tensor, bits: int, buffers: Buffers) -> Span | None:
-    """Return the span of numbers of `bits` significand bits; None if any is not finite."""
+def span_of(rows: Tensor, bits: int, buffers: Buffers) -> tuple[Span, Tensor | None]:
+    """Return the span of numbers of `bits` significand bits, and which columns are not finite."""
     if not rows.numel():
-        return ONLY_ZEROS
+        return _ONLY_ZEROS, None
     words = WORDS[rows.dtype]
     # Without their sign, the bits of numbers compare as integers as the numbers do, and integers
     # are not slowed down by subnormals. The room for float64 values is free at this time.
@@ -109,11 +102,13 @@ def span_of(rows: Tensor, bits: int, buffers: Buffers) -> Span | None:
     fraction = own.bits - 1
     special = ~(-1 << (rows.itemsize * 8 - 1)) >> fraction  # the exponent field of infinity and NaN
     if high >> fraction == special:
-        return None
+        # NaN and infinity would make the bounds of all other elements worthless.
+        good = rows.isfinite()
+        return span_of(rows.where(good, 0), bits, buffers)[0], ~good.all(dim=0)
     if high == 0:
-        return replace(ONLY_ZEROS, negative_zeros=negative)
+        return replace(_ONLY_ZEROS, negative_zeros=negative), None
     bottom, top = (own.emin + max(size >> fraction, 1) - 1 for size in (low, high))
-    return Span(bottom - bits + 1, top + 1, zeros, negative)
+    return Span(bottom - bits + 1, top + 1, zeros, negative), None
 
 
 def nonzero(spans: Iterable[Weighed]) -> list[Weighed]:
@@ -173,23 +168,20 @@ class PlainSum:
     def rounded(self, target: Format, spans: Sequence[Weighed]) -> tuple[Tensor, Tensor | None]:
         """Return the mean, which converting to the target rounds right, and which elements may not.
 
-        Those might be neighbours of the right ones; None if none can be. The spans are those of all
-        rows that were added.
+        Those might be neighbours of the right ones; None if none can be. The spans are of all rows.
         """
         quotient = self.approximate()
         if not self._exact(spans):
             # The rounding of products, additions, divisor and division, as parts of the mean.
-            terms = len(self._weights) + 5
-            bound = magnitude(spans) / self._weights.total * terms / (1 << 52)
+            bound = magnitude(spans) / self._weights.total * (len(self._weights) + 5) / (1 << 52)
             return _snap_bounded(quotient, target, float(bound))
-        if target.bits == 53:
-            return quotient, None  # the sum is exact, and the one division rounds right
-        # The division rounds too, but never to a midpoint of the target that the mean is beside:
-        # in units of 2**low the sum is an integer S of at most 2**53, the divisor D is below 2**28,
-        # and S / D, if it is not a midpoint, is further from one than half a unit of float64. So
-        # rounding the quotient is rounding the mean.
-        if target.bits == 24:
-            return quotient, None  # the processor rounds it right when it is converted
+        # The sum is exact. To float64 the one division rounds right. To others the quotient is
+        # rounded again, but the division never gives a midpoint of the target that the mean is
+        # beside: in units of 2**low the sum is an integer S of at most 2**53, the divisor D is
+        # below 2**28, and S / D, if it is not a midpoint, is further from one than half a unit of
+        # float64. So rounding the quotient is rounding the mean. The processor does so for float32.
+        if target.bits >= 24:
+            return quotient, None
         # The size of a mean is not below 2**least, unless it is zero.
         least = min(span.low for span, _ in spans) - self._weights.total.bit_length()
         # Rounding to zero forgets the sign: look whether any element can.
@@ -215,10 +207,7 @@ class PlainSum:
 
 
 class WideSum:
-    """A double-double sum (Dekker, 1971) of float64 numbers, which knows where it is exact.
-
-    It begins with `rows` times `factors`, which are some of the `weights` of the mean.
-    """
+    """A double-double sum (Dekker, 1971) of float64 numbers, which knows where it is exact."""
 
     def __init__(self, rows: Tensor, factors: Sequence[int], weights: Weights) -> None:
         self._weights = weights
@@ -246,7 +235,6 @@ class WideSum:
                     self._inexact |= lost != 0
 
     def approximate(self) -> Tensor:
-        """Return the mean, not rounded to any format."""
         return self._high / self._divisor
 
     def rounded(self, target: Format, spans: Sequence[Weighed]) -> Pair:
@@ -259,7 +247,7 @@ class WideSum:
         tiny = any(span.low < -900 for span, _ in spans)
         if self.loose or (tiny and max(map(abs, self._weights.integers)) > 1):
             bound = most * (len(self._weights) + 8) / (1 << 50)
-            return _snap_bounded(quotient, target, _capped(bound))
+            return _snap_bounded(quotient, target, float(min(bound, _MOST)))
         # Doubtful so far: where the quotient is so near to the middle of two numbers that a sum
         # which is not exact decides.
         if target.bits < 53:
@@ -267,7 +255,7 @@ class WideSum:
         else:
             mean, doubtful = self._to_float64(high, low, quotient)
         # Where the double-double sum rounded, its error may reach as far as this.
-        slack = _capped(most * len(self._weights) ** 2 / (1 << 98))
+        slack = float(min(most * len(self._weights) ** 2 / (1 << 98), _MOST))
         reach = slack * 2.0 ** (44 if target.bits == 53 else 60)
         doubtful |= self._inexact & (_unit(mean, target) <= reach)
         # Splitting overflows near the end of float64's range, and products underflow at its start.
@@ -312,11 +300,6 @@ class WideSum:
         if self._weights.total & (self._weights.total - 1) == 0:
             edge &= self._inexact  # an exact division: the one rounding above is right
         return mean, edge
-
-
-def _capped(bound: Fraction) -> float:
-    """Return a bound as a float with room for some doublings."""
-    return float(bound) if bound < 1 << 900 else 2.0**900
 
 
 def _two_sum(a: Tensor, b: Tensor) -> Pair:

@@ -19,10 +19,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from merge_avg.arithmetic._mean import Peek
+from merge_avg.arithmetic._mean import SETTLED, Peek
 from merge_avg.arithmetic._sums import (
     FORMATS,
-    ONLY_ZEROS,
     WORDS,
     Buffers,
     Format,
@@ -36,7 +35,6 @@ from merge_avg.io import Matrix, Stack
 from merge_avg.tuning import BLOCK, CONVERTED
 
 Revisit = Callable[[int], Tensor]
-_EXACT_VALUES = 1 << 16  # how many values are held at a time for exact arithmetic
 
 
 def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> float:
@@ -49,8 +47,7 @@ def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> flo
         return -0.0 if negative else 0.0
     size = abs(total)
     exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    if size < Fraction(2) ** exponent:
-        exponent -= 1
+    exponent -= size < Fraction(2) ** exponent
     unit = max(exponent, target.emin) - target.bits + 1
     rounded = round(size / Fraction(2) ** unit)  # ties to even
     # Only a linear combination can be beyond float64, where `ldexp` would raise.
@@ -60,12 +57,6 @@ def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> flo
 
 class RunningMean:
     """The weighted mean of tensors that are shown one at a time.
-
-    Args:
-        weights: how many tensors there will be, or their `Weights`.
-        dtype: of the result; by default that of the tensors.
-        device: where the sum is kept; by default that of the first tensor.
-        buffers: scratch tensors, which means that are used in turn may share.
 
     The tensors all have one shape, whatever it is. Their dtypes may differ: float64, float32,
     float16, bfloat16, float8 and complex. Complex numbers are averaged by component. The result is
@@ -77,13 +68,13 @@ class RunningMean:
 
     def __init__(
         self,
-        weights: int | Weights,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        buffers: Buffers | None = None,
+        weights: int | Weights,  # of the tensors, or how many there will be
+        dtype: torch.dtype | None = None,  # of the result; by default that of the first tensor
+        device: torch.device | None = None,  # where the sum is kept; by default as the first tensor
+        buffers: Buffers | None = None,  # scratch tensors; means that are used in turn may share it
     ) -> None:
         self._weights = Weights.uniform(weights) if isinstance(weights, int) else weights
-        self._wanted = dtype
+        self._wanted = self._dtype = dtype
         self._device = device
         self._buffers = buffers or Buffers()
         self._totals = Buffers()
@@ -91,7 +82,6 @@ class RunningMean:
         self._blocks: list[_Block] = []
         self._count = 0
         self._shape = torch.Size()
-        self._dtype = dtype
 
     @property
     def finite(self) -> bool:
@@ -142,11 +132,10 @@ class RunningMean:
     def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
         """Return the mean, in `out` or in a new tensor.
 
-        Args:
-            revisit: return tensor number i once more, for the few elements whose rounding the
-                float64 sum leaves open. Without it these are rounded from that sum, and may be
-                neighbours of the right values; all others are right in any case.
-            out: a contiguous tensor of the shape and dtype of the result.
+        `revisit` returns tensor number i once more, for the few elements whose rounding the float64
+        sum leaves open. Without it these are rounded from that sum, and may be neighbours of the
+        right values; all others are right in any case. `out` is contiguous, and of the shape and
+        dtype of the result.
 
         Raises:
             ValueError: fewer tensors were shown than announced.
@@ -156,8 +145,7 @@ class RunningMean:
         target = FORMATS[self._dtype.to_real()]
         if out is None:
             out = torch.empty(self._shape, dtype=self._dtype, device=self._factors.device)
-        flat = torch.view_as_real(out) if out.is_complex() else out
-        flat = flat if flat.dim() == 1 else flat.view(-1)
+        flat = (torch.view_as_real(out) if out.is_complex() else out).view(-1)
         doubts = []
         for number, (block, place) in enumerate(zip(self._blocks, _blocks(flat), strict=True)):
             doubtful = block.result(target, place)
@@ -185,7 +173,6 @@ class RunningMean:
         return values.reshape(len(values), math.prod(values.shape[1:]))
 
     def _column(self, values: Tensor, places: Tensor) -> Tensor:
-        """Return some elements of a tensor as float64."""
         flat = self._flat(values.unsqueeze(0))[0]
         column = _indexable(flat)[places].view(flat.dtype)
         return (column if column.dtype in WORDS else column.to(torch.float32)).double()
@@ -200,7 +187,7 @@ class RunningMean:
         doubtful = block.result(target, mean)
         assert doubtful is not None  # noqa: S101 - a sum of float64 says of each
         rest = doubtful.nonzero().flatten()
-        for batch in torch.split(rest, max(_EXACT_VALUES // len(self._weights), 1)):
+        for batch in torch.split(rest, max(SETTLED // len(self._weights), 1)):
             where = places[batch]
             columns = [self._column(revisit(i), where) for i in range(len(self._weights))]
             rows = torch.stack(columns, dim=1).tolist()
@@ -271,14 +258,9 @@ class _Block:
         """Add rows of numbers of `bits` significand bits, each with its weight."""
         if rows.dtype not in WORDS:
             rows = rows.to(torch.float32)
-        span = span_of(rows, bits, self._buffers)
-        # NaN and infinity would make the bounds of all other elements worthless: leave them out of
-        # the span, though not of the sum, and remember which elements they belong to.
-        if span is None:
-            good = rows.isfinite()
-            bad = ~good.all(dim=0)
+        span, bad = span_of(rows, bits, self._buffers)
+        if bad is not None:
             self.bad = bad if self.bad is None else self.bad.logical_or_(bad)
-            span = span_of(rows.where(good, 0), bits, self._buffers) or ONLY_ZEROS
         # Products of a weight and a float64 do not fit a float64, as those of narrower numbers do.
         wide = rows.dtype == torch.float64
         if wide and isinstance(self._sum, PlainSum):
@@ -298,17 +280,16 @@ class _Block:
         """Write the mean; return which elements might be neighbours of the right ones, or None."""
         assert self._sum is not None  # noqa: S101 - something was added
         mean, doubtful = self._sum.rounded(target, self._spans)
-        if self.bad is not None:
-            ieee = self._sum.approximate()
-            mean = torch.where(self.bad, ieee.where(~ieee.isnan(), math.nan), mean)
-            if doubtful is not None:
-                doubtful &= ~self.bad
-        out.copy_(mean)
-        if self.bad is not None and out.dtype in WORDS:
+        if self.bad is None:
+            out.copy_(mean)
+            return doubtful
+        ieee = self._sum.approximate()
+        out.copy_(torch.where(self.bad, ieee.where(~ieee.isnan(), math.nan), mean))
+        if out.dtype in WORDS:
             # Which NaN a conversion writes depends on the dtype, on the device, and for bfloat16
             # even on how many numbers torch converts at a time.
             out.view(WORDS[out.dtype]).masked_fill_(out.isnan(), target.nan)
-        return doubtful
+        return None if doubtful is None else doubtful & ~self.bad
 
 
 def _indexable(flat: Tensor) -> Tensor:
