@@ -4,7 +4,7 @@ import re
 from html import unescape
 
 from merge_avg.agreement import TensorAgreement
-from merge_avg.report import _charts as charts
+from merge_avg.report._charts import distances, heat_map, layers, svg
 
 
 def tensor(name, norm, *distances):
@@ -12,9 +12,9 @@ def tensor(name, norm, *distances):
     return TensorAgreement(name, 100, 100, 0.5, 0.0, norm, distances)
 
 
-def texts(svg):
+def texts(picture):
     """Return the texts in a picture."""
-    return [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    return [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture)]
 
 
 def test_layers_are_named_without_what_all_begin_with():
@@ -25,35 +25,35 @@ def test_layers_are_named_without_what_all_begin_with():
         tensor("model.layers.0.attn.weight", 1.0, 0.1),
         tensor("model.layers.10.mlp.weight", 1.0, 0.1),
     ]
-    assert charts.layers(tensors)[0] == ["embed", "layers.0", "layers.10"]
-    assert charts.layers([tensor("w", 1.0, 0.1)])[0] == ["w"]
+    assert layers(tensors)[0] == ["embed", "layers.0", "layers.10"]
+    assert layers([tensor("w", 1.0, 0.1)])[0] == ["w"]
 
 
 def test_distances_of_a_layer_are_over_its_norm():
     """Squares of distances add up, and so do those of norms: 3 and 4 make 5."""
     tensors = [tensor("a.0.v", 3.0, 1.0, 0.0), tensor("a.0.w", 4.0, 1.0, 0.5)]
-    (row,) = charts.layers(tensors)[1]
+    (row,) = layers(tensors)[1]
     assert row == [1.0, 0.4]
     # Zeros everywhere are no distance, not a division by zero.
-    assert charts.layers([tensor("a.0.v", 0.0, 0.0)])[1] == [[0.0]]
+    assert layers([tensor("a.0.v", 0.0, 0.0)])[1] == [[0.0]]
 
 
 def test_a_heat_map_has_its_numbers():
     """Of few checkpoints each cell has its cosine, and the axes their numbers."""
-    svg = charts.heat_map([[1.0, 0.25, None], [0.25, 1.0, None], [None, None, 1.0]], [1, 2, 4])
-    shown = texts(svg)
+    picture = svg(heat_map, [[1.0, 0.25, None], [0.25, 1.0, None], [None, None, 1.0]], [1, 2, 4])
+    shown = texts(picture)
     assert shown.count("0.25") == 2
     assert {"1", "2", "4"} <= set(shown)
     assert "nan" not in shown
     many = [[1.0 if i == j else 0.9 for j in range(13)] for i in range(13)]
-    assert texts(charts.heat_map(many, range(1, 14))).count("0.90") <= 1  # of the scale
+    assert texts(svg(heat_map, many, range(1, 14))).count("0.90") <= 1  # of the scale
 
 
 def test_only_the_farthest_of_many_are_named():
     """Up to eight checkpoints have a line with a name; of more, the three farthest."""
     for count, title, named in [(8, "checkpoint", 8), (9, "farthest", 3)]:
         far = [number / 10 for number in range(count)]
-        shown = texts(charts.distances([tensor("a.0.w", 1.0, *far)], range(1, count + 1)))
+        shown = texts(svg(distances, [tensor("a.0.w", 1.0, *far)], range(1, count + 1)))
         assert title in shown
         labels = [text for text in shown if text.startswith("#")]
         assert labels == [f"#{number}" for number in range(count - named + 1, count + 1)]
@@ -62,16 +62,16 @@ def test_only_the_farthest_of_many_are_named():
 def test_pictures_are_the_same_each_time():
     """The same figures give the same bytes, and nothing but the element."""
     pairs = [[1.0, 0.5], [0.5, 1.0]]
-    svg = charts.heat_map(pairs, [1, 2])
-    assert svg == charts.heat_map(pairs, [1, 2])
-    assert svg.startswith("<svg ")
-    assert svg.rstrip().endswith("</svg>")
+    picture = svg(heat_map, pairs, [1, 2])
+    assert picture == svg(heat_map, pairs, [1, 2])
+    assert picture.startswith("<svg ")
+    assert picture.rstrip().endswith("</svg>")
 
 
 def test_names_are_letters():
     """A name is not a formula, and of a long one the end is shown."""
     name = "$x^2$" + "a" * 30 + ".end"
     tensors = [tensor("$x^2$.w", 1.0, 0.5), tensor(f"{name}.w", 1.0, 0.5)]
-    shown = texts(charts.distances(tensors, [1]))
+    shown = texts(svg(distances, tensors, [1]))
     assert "$x^2$" in shown
     assert f"…{name[-23:]}" in shown

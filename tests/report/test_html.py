@@ -15,8 +15,7 @@ import torch
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from merge_avg.report import html
-from merge_avg.report.printable import printable
+from merge_avg.report import html, printable
 from merge_avg.report.values import as_json
 from tests.helpers import noise, run_command
 from tests.report.helpers import relatives, report_of, save

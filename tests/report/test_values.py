@@ -1,8 +1,6 @@
 """The report of a job and its result, and its JSON, whose keys are those that scripts read."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,17 +88,6 @@ def test_several_outputs_have_their_own_weights(tmp_path):
     found = as_json(report_of(paths, outputs))
     assert [one["weights"] for one in found["outputs"]] == [[0.25, 0.75], [0, 1]]
     assert not any("weight" in one for one in found["inputs"])
-
-
-def test_the_face_is_light():
-    """Importing `printable`, as the command does for --help, imports no report."""
-    code = (
-        "import sys, merge_avg.report.printable\n"
-        "assert not {name for name in sys.modules if name.startswith('merge_avg.')} - "
-        "{'merge_avg._version', 'merge_avg.errors', 'merge_avg.report', "
-        "'merge_avg.report.printable'}\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # What is said of a job

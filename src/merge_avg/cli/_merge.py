@@ -50,7 +50,7 @@ def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> 
 
 def _show(report: Report) -> None:
     """Show the report on stderr: in colour on a terminal, but for the long lines of a plan."""
-    if sys.stderr.isatty() and not report.dry_run:
+    if sys.stderr.isatty() and report.result is not None:
         from merge_avg.report.terminal import show
 
         try:

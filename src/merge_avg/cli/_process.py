@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from merge_avg.errors import MergeError, UsageError, failure
-from merge_avg.report.printable import printable, shown
+from merge_avg.report import printable, shown
 
 
 def entry() -> None:

@@ -14,7 +14,7 @@ from merge_avg.engine import run
 from merge_avg.errors import UsageError
 from merge_avg.options import Mode, Options, Weighting
 from merge_avg.plan import prepare
-from merge_avg.report.printable import printable
+from merge_avg.report import printable
 from merge_avg.selection import Choice
 from merge_avg.soup import Soup, Trial, greedy, score
 

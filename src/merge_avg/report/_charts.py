@@ -5,7 +5,6 @@ This imports matplotlib, which takes longer than many a merge; so `html` does it
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import re
@@ -18,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from merge_avg.agreement import TensorAgreement
-from merge_avg.report.printable import printable
+from merge_avg.report import printable
 
 _P = ParamSpec("_P")
 # Checkpoints up to which the cells of the heat map have room for their numbers.
@@ -43,27 +42,21 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _drawn(draw: Callable[_P, Figure]) -> Callable[_P, str]:
-    """Turn a function's figure into an element of a page: the same one for the same numbers."""
-    name = draw.__name__
-
-    @functools.wraps(draw)
-    def svg(*args: _P.args, **kwargs: _P.kwargs) -> str:
-        file = io.StringIO()
-        # Without a salt the ids are random, and without a date in it a page can be compared.
-        with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-            # The browser draws the letters, so it does not matter which of them this font lacks.
-            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            draw(*args, **kwargs).savefig(
-                file, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
-            )
-        text = file.getvalue()
-        return text[text.index("<svg") :]  # behind the XML declaration and the document type
-
-    return svg
+def svg(draw: Callable[_P, Figure], *args: _P.args, **kwargs: _P.kwargs) -> str:
+    """Return a function's figure as an element of a page: the same one for the same numbers."""
+    file = io.StringIO()
+    # Without a salt the ids are random, and without a date in it a page can be compared.
+    style = {**_STYLE, "svg.hashsalt": draw.__name__}
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # The browser draws the letters, so it does not matter which of them this font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        draw(*args, **kwargs).savefig(
+            file, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
+        )
+    text = file.getvalue()
+    return text[text.index("<svg") :]  # behind the XML declaration and the document type
 
 
-@_drawn
 def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) -> Figure:
     """Draw the cosines of checkpoints with checkpoints, on a scale from below the least to 1."""
     known = [value for row in pairs for value in row if value is not None]
@@ -95,7 +88,6 @@ def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) ->
     return figure
 
 
-@_drawn
 def distances(tensors: Sequence[TensorAgreement], numbers: Sequence[int]) -> Figure:
     """Draw a line for each checkpoint over the layers; of many, only the farthest have colours."""
     names, rows = layers(tensors)

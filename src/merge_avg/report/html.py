@@ -22,8 +22,8 @@ from merge_avg.checkpoint import FileLayout
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
-from merge_avg.report._facts import columns, facts, least_agreeing, messages, precision, reading
-from merge_avg.report.printable import counted, printable, shown
+from merge_avg.report import counted, printable, shown
+from merge_avg.report.text import columns, facts, least_agreeing, messages, precision, reading
 from merge_avg.report.values import Report, as_json
 
 _LEAST = 20  # tensors in the table of those that agree least
@@ -33,22 +33,15 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
-    """Refuse, before the merge, a page that cannot or must not be written.
-
-    Raises:
-        UsageError: the name is not that of a page, or lies in an output; or the merge is not run.
-        MergeError: matplotlib is not installed, the page is an input or a part of one, it exists
-            and may not be overwritten, or its directory does not exist.
-    """
+    """Refuse, before the merge, a page that cannot or must not be written."""
     if dry_run:
         raise UsageError("a dry run has no results for a page", hint="leave out --report")
     if path.suffix.lower() not in (".html", ".htm"):
         hint = "give it a name such as report.html"
         raise UsageError(f"the report {path} is a page and has another ending", hint=hint)
-    for output in job.outputs:
-        if path.resolve().is_relative_to(output.path.resolve()):
-            hint = "choose another name for one of them"
-            raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
+    if any(path.resolve().is_relative_to(output.path.resolve()) for output in job.outputs):
+        hint = "choose another name for one of them"
+        raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
     # Looked for without importing it, which takes longer than many a merge.
     if find_spec("matplotlib") is None:
         hint = "pip install 'merge-avg[report]'"
@@ -58,11 +51,7 @@ def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
 
 
 def write(path: Path, report: Report, *, overwrite: bool) -> None:
-    """Write the page at once or not at all.
-
-    Raises:
-        MergeError: it cannot be written.
-    """
+    """Write the page at once or not at all; a MergeError says that it cannot be."""
     # Like an output: written beside its place, then renamed. A path that appeared meanwhile is
     # refused.
     data = page(report).encode()
@@ -170,19 +159,17 @@ def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
         f"does not work as a network. Here {looked}.</p>"
     )
     # Late, as this imports matplotlib, which a page without an agreement does not need.
-    from merge_avg.report import _charts as charts
+    from merge_avg.report._charts import distances, heat_map, svg
 
     yield '<div class="charts">'
     caption = f"Cosine of each checkpoint with each ({_precise(agreement)})"
-    yield _figure("heat-map", caption, charts.heat_map(agreement.pairs, numbers))
+    yield _figure("heat-map", caption, svg(heat_map, agreement.pairs, numbers))
     if report.centred is not None:
         caption = f"The same by the differences to {_text(str(report.base))}"
-        picture = charts.heat_map(report.centred.pairs, numbers)
-        yield _figure("heat-map-centred", caption, picture)
+        yield _figure("heat-map-centred", caption, svg(heat_map, report.centred.pairs, numbers))
     if agreement.tensors:
         caption = "Distance of each checkpoint from the mean, over the norm, by layer"
-        picture = charts.distances(agreement.tensors, numbers)
-        yield _figure("distances", caption, picture, wide=True)
+        yield _figure("distances", caption, svg(distances, agreement.tensors, numbers), wide=True)
     yield "</div>"
 
 
@@ -200,9 +187,8 @@ def _least(agreement: Agreement, numbers: Sequence[int]) -> str:
         far = max(range(len(numbers)), key=tensor.distances.__getitem__)
         looked = "all" if tensor.elements == tensor.size else f"{tensor.elements:,}"
         distance = f"{tensor.distances[far]:.3f} (#{numbers[far]})"
-        rows.append(
-            [tensor.name, _cosine(tensor.mean, tensor.error), f"{tensor.size:,}", looked, distance]
-        )
+        cosine = _cosine(tensor.mean, tensor.error)
+        rows.append([tensor.name, cosine, f"{tensor.size:,}", looked, distance])
     head = ["tensor", "agreement", "elements", "looked at", "largest distance from the mean"]
     rest = len(agreement.tensors) - len(rows)
     more = f'<p class="sub">{rest:,} more are in the output of --json.</p>' if rest else ""
@@ -243,5 +229,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
 
 
 def _text(value: str) -> str:
-    """Return a line as HTML."""
     return escape(printable(value))

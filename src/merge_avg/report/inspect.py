@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from merge_avg.checkpoint import assign, dotted
 from merge_avg.formats import scan
-from merge_avg.report.printable import aligned, shown
+from merge_avg.report import aligned, shown
 from merge_avg.report.values import plain
 from merge_avg.selection import read_metadata
 
@@ -26,10 +26,8 @@ class Tensor:
     # "averaged" for float and complex weights, "compared" for integers and bools beside them, and
     # "kept" for all the rest.
     role: str
-    # Tensors that share memory have the same number.
-    tie: int | None = None
-    # Why it cannot be averaged, as in "a sparse tensor".
-    trouble: str | None = None
+    tie: int | None = None  # the same number for tensors that share memory
+    trouble: str | None = None  # why it cannot be averaged, as in "a sparse tensor"
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,13 @@ class Contents:
     step: int | None
     epoch: int | None
     metrics: Mapping[str, float]
-    # Whether an earlier merge wrote it.
-    merged: bool
-    # Entries without tensors.
-    others: tuple[str, ...]
-    # In the order of its files.
-    tensors: tuple[Tensor, ...]
+    merged: bool  # whether an earlier merge wrote it
+    others: tuple[str, ...]  # entries without tensors
+    tensors: tuple[Tensor, ...]  # in the order of its files
 
 
 def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
-    """Return what is in a checkpoint, whose weights are the tensors of the state dict `key`.
-
-    Raises:
-        MergeError: it cannot be read, is not a checkpoint, or holds no weights.
-    """
+    """Return what is in a checkpoint, whose weights are the tensors of the state dict `key`."""
     layout = scan(path)
     # By its path, which no two tensors share, while their storages may be the same.
     weights = {info.path for info in assign(layout, key).weights.values()}

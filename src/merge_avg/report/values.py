@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from merge_avg._version import __version__
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
 from merge_avg.options import REPORTED
-from merge_avg.report.printable import counted
+from merge_avg.report import counted
 
 if TYPE_CHECKING:
     from merge_avg.checkpoint import Kept, Name
@@ -86,14 +86,9 @@ class Report:
     candidates: tuple[tuple[Candidate, float | None], ...]
     # Of the averaged inputs, to six places. None where it was not measured, or there was nothing to
     # compare; the latter also where fewer than two checkpoints differ from the base.
-    agreement: Agreement | None
-    centred: Agreement | None
-    result: Result | None  # None for a dry run
-
-    @property
-    def dry_run(self) -> bool:
-        """Return whether it is only the report of a plan."""
-        return self.result is None
+    agreement: Agreement | None = None
+    centred: Agreement | None = None
+    result: Result | None = None  # None for a dry run
 
     @property
     def averaged(self) -> list[str]:
@@ -112,8 +107,9 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     used = [(name, info.dtype.kind) for name, info in infos if name not in aligned.skipped]
     # Bools are among the integers: both are compared and never averaged.
     floats = sum(kind in ("float", "complex") for _, kind in used)
-    candidates = () if choice is None else choice.candidates
-    inputs = _inputs(job, result, candidates)
+    tensors = {"averaged": floats, "integers": len(used) - floats, "kept": len(infos) - len(used)}
+    candidates, notes = ((), ()) if choice is None else (choice.candidates, choice.notes)
+    inputs = tuple(_inputs(job, result, candidates))
     weights = {entry.path: entry.weight for entry in inputs}
     agreement = None if result is None else _rounded(result.agreement)
     return Report(
@@ -124,11 +120,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         ),
         template=str(template.path),
         base=None if job.base is None else str(job.layouts[job.base].path),
-        tensors={
-            "averaged": floats,
-            "integers": len(used) - floats,
-            "kept": len(infos) - len(used),
-        },
+        tensors=tensors,
         parameters=sum(info.numel for _, info in infos if info.dtype.kind != "int"),
         dtypes=Counter(plan.result(name).name for name, _ in infos),
         kept=job.roles.kept,
@@ -144,12 +136,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         threads=job.budget.threads,
         memory=job.budget.nbytes,
         policies={key: getattr(job.options, key) for key in REPORTED},
-        notes=(
-            *(() if choice is None else choice.notes),
-            *aligned.notes,
-            *job.notes,
-            *_notes(job, result, [name for name, _ in used]),
-        ),
+        notes=(*notes, *aligned.notes, *job.notes, *_notes(job, result, used)),
         warnings=(
             *(plan.warnings if result is None else result.warnings),
             *_strangers(agreement, [entry.path for entry in inputs if entry.averaged]),
@@ -163,14 +150,14 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
 
 def _inputs(
     job: Job, result: Result | None, candidates: Sequence[Candidate]
-) -> tuple[ReportedInput, ...]:
+) -> Iterator[ReportedInput]:
     averaged, count = job.averaged, len(job.layouts)
     chosen = {one.path: one for one in candidates}
     weights = job.outputs[0].weights.normalized() if len(job.outputs) == 1 else [None] * count
     # There is a digest for each checkpoint that was merged, so none for a base beside them.
     digests = () if result is None or result.hashes is None else result.hashes.read
-    return tuple(
-        ReportedInput(
+    for number, layout in enumerate(job.layouts):
+        yield ReportedInput(
             path=str(layout.path),
             format=layout.format,
             nbytes=layout.nbytes,
@@ -179,12 +166,10 @@ def _inputs(
             hash=f"{digests[number]:032x}" if digests and number in averaged else None,
             **{key: getattr(chosen.get(layout.path), key, None) for key in KNOWN},
         )
-        for number, layout in enumerate(job.layouts)
-    )
 
 
-def _notes(job: Job, result: Result | None, used: Sequence[Name]) -> Iterator[str]:
-    statistics = sum(name.key.endswith(("running_mean", "running_var")) for name in used)
+def _notes(job: Job, result: Result | None, used: Sequence[tuple[Name, str]]) -> Iterator[str]:
+    statistics = sum(name.key.endswith(("running_mean", "running_var")) for name, _ in used)
     if statistics and len(job.averaged) > 1:
         # The mean network has other activations, and so other statistics than the mean ones.
         what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
@@ -226,18 +211,15 @@ def _strangers(agreement: Agreement | None, paths: Sequence[str]) -> Iterator[st
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report as plain values."""
-    held = ("candidates", "agreement", "centred", "result")
-    names = [one.name for one in fields(report) if one.name not in held]
-    known = (*KNOWN, "chosen", "why")
     found = {
         "merge_avg": __version__,
         "output": report.outputs[0].path,
-        "dry_run": report.dry_run,
+        "dry_run": report.result is None,
         "int_policy": report.policies["int_policy"],
-        **{name: plain(getattr(report, name)) for name in names},
+        **plain(replace(report, candidates=(), agreement=None, centred=None, result=None)),
         "candidates": [
             {"path": str(one.path)}
-            | {key: getattr(one, key) for key in known}
+            | {key: getattr(one, key) for key in (*KNOWN, "chosen", "why")}
             | ({} if weight is None else {"weight": weight})
             for one, weight in report.candidates
         ],
@@ -245,8 +227,7 @@ def as_json(report: Report) -> dict[str, Any]:
     if report.result is not None:
         figures = _figures(report.agreement, report.averaged)
         if figures is not None:
-            figures["base"] = report.base
-            figures["centred"] = _figures(report.centred, report.averaged)
+            figures |= {"base": report.base, "centred": _figures(report.centred, report.averaged)}
         found["agreement"] = figures
         found["bytes_read"] = report.result.nbytes
         found["seconds"] = round(report.result.seconds, 3)

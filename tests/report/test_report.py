@@ -1,8 +1,11 @@
 """Names, numbers and tables as they are shown, on a terminal and in the log of a CI job."""
 
+import subprocess
+import sys
+
 import pytest
 
-from merge_avg.report.printable import aligned, counted, printable, shown
+from merge_avg.report import aligned, counted, printable, shown
 
 
 @pytest.mark.parametrize("text", ["plain.pt", "é漢 a:b", "#1", "a::b", "[red]"])
@@ -55,3 +58,13 @@ def test_rows_are_aligned():
     assert list(aligned(rows, gap="  ")) == ["a     bcd  e", "fghi  j"]
     assert list(aligned([("a" * 9, "b"), ("c", "d")], widest=3)) == ["aaaaaaaaa b", "c   d"]
     assert list(aligned([])) == []
+
+
+def test_the_face_is_light():
+    """Importing it, as the command does for --help, imports no report."""
+    code = (
+        "import sys, merge_avg.report\n"
+        "assert not {name for name in sys.modules if name.startswith('merge_avg.')} - "
+        "{'merge_avg._version', 'merge_avg.errors', 'merge_avg.report'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
