@@ -172,11 +172,12 @@ def test_averaged_statistics_are_a_note(tmp_path, excluded):
     """Where running statistics are averaged a note says what to do; not where they are kept."""
     state = {"bn.running_mean": torch.ones(3), "bn.running_var": torch.ones(3), "w": torch.ones(3)}
     options = {"exclude": ["bn.*"]} if excluded else {}
-    notes = report_of(save(tmp_path, state, state), tmp_path / "o.pt", **options).notes
+    paths, out = save(tmp_path, state, state), tmp_path / "o.pt"
+    notes = report_of(paths, out, **options).notes
     found = [note for note in notes if "2 BatchNorm statistics averaged" in note]
     assert len(found) == (not excluded)
     assert all("recalibrate_batch_norm" in note for note in found)
-    assert not any("BatchNorm" in note for note in report_of([tmp_path / "0.pt"], "o.pt").notes)
+    assert not any("BatchNorm" in note for note in report_of(paths[:1], out).notes)
 
 
 @pytest.mark.parametrize("same", [True, False])

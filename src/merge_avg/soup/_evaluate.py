@@ -6,8 +6,8 @@ import json
 import math
 import re
 import shlex
-import subprocess
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 from merge_avg.errors import MergeError, UsageError
 
@@ -28,10 +28,7 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
     The command is split as a shell does, but run without one. In it, {} stands for the checkpoint's
     path, which is added at the end where there is no {}. The score is the last number on stdout;
     with a key, it is that entry of the last JSON object there, with dots for entries in entries.
-
-    Raises:
-        UsageError: the command cannot be split.
-        MergeError: the command fails, or prints no score, or NaN.
+    A command that fails, or prints no score or NaN, is a MergeError.
     """
     try:
         words = shlex.split(command)
@@ -41,10 +38,9 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
         raise UsageError("the evaluation command is empty", hint="give --eval 'python eval.py {}'")
     if not any("{}" in word for word in words):
         words.append("{}")
-    arguments = [word.replace("{}", str(checkpoint)) for word in words]
     name = command if len(command) <= _COMMAND else command[:_COMMAND] + "..."
     try:
-        code, output, errors = _run(arguments)
+        code, output, errors = _run([word.replace("{}", str(checkpoint)) for word in words])
     except OSError as error:
         what = f"the evaluation {words[0][:_COMMAND]!r} cannot be run ({error.strerror})"
         raise MergeError(what, where=checkpoint, hint="check --eval") from None
@@ -67,11 +63,8 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
 
 def _run(arguments: list[str]) -> tuple[int, str, str]:
     """Return the exit status of a command, and its stdout and stderr."""
-    pipe = subprocess.PIPE
     # Without a shell, a path with spaces or a semicolon is one argument and nothing else.
-    with subprocess.Popen(  # noqa: S603
-        arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
-    ) as process:
+    with Popen(arguments, stdin=DEVNULL, stdout=PIPE, stderr=PIPE) as process:  # noqa: S603
         try:
             output, errors = process.communicate()
         # Ctrl-C too must not leave an evaluation running. `subprocess.run` would kill it too, but

@@ -19,21 +19,14 @@ from merge_avg.soup._log import Log, Members, identities
 
 @dataclass(frozen=True)
 class Trial:
-    """An evaluation of one checkpoint, or of the soup with one more.
+    """An evaluation of one checkpoint, or of the soup with one more."""
 
-    Attributes:
-        members: what was evaluated; for a soup, the last is the new one.
-        kept: whether the new one stays; for a single checkpoint, whether it is the best so far.
-        number: of this evaluation, from 1 to `total`.
-        remembered: whether it was taken from the log of an earlier run.
-    """
-
-    members: tuple[Path, ...]
+    members: tuple[Path, ...]  # of a soup, the last is the new one
     score: float
-    kept: bool
-    number: int
+    kept: bool  # whether the new one stays; for a single checkpoint, whether it is the best so far
+    number: int  # from 1 to `total`
     total: int
-    remembered: bool = False
+    remembered: bool  # from the log of an earlier run
 
 
 @dataclass(frozen=True)
@@ -68,12 +61,8 @@ def greedy(
 
     Evaluations are logged at once, and a run with the same log does not repeat them. The log stays
     beside the output as its record: by default its path is the output's with ".soup.jsonl" added.
-    It knows an evaluation by its `command`. `show` is called with every one.
-
-    Raises:
-        UsageError: there are fewer than two checkpoints.
-        MergeError: an evaluation fails or is NaN, a file cannot be read or written, or the log is
-            that of another soup.
+    It knows an evaluation by its `command`. `show` is called with every one. A MergeError
+    says that an evaluation fails or is NaN, or that the log is that of another soup.
     """
     if len(checkpoints) < 2:
         raise UsageError("a soup needs at least two checkpoints", hint="name more of them")
@@ -84,7 +73,6 @@ def greedy(
         raise MergeError("the output is one of the checkpoints", where=output, hint=hint)
     header = {"soup": "greedy", "command": command, "mode": mode, "inputs": identities(checkpoints)}
     known = Log(log or output.with_name(f"{output.name}.soup.jsonl"), header)
-    known.open()
     # A trial is hidden, and has the suffix that evaluations look for. Names may have 255 bytes on
     # most file systems, and the merge adds a temporary name of its own.
     stem = os.fsencode(output.stem)[:100].decode("utf-8", "ignore")

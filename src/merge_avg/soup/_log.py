@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,26 @@ from merge_avg.formats import scan
 Members = tuple[int, ...]
 
 
-@dataclass
 class Log:
-    """Scores by the members that were evaluated, in memory and in a file."""
+    """Scores by the members that were evaluated, in memory and in a file, which a run adds to.
 
-    path: Path
-    header: dict[str, Any]
-    scores: dict[Members, float] = field(default_factory=dict)
+    A file that cannot be read or written, or is the log of another soup, is a MergeError.
+    """
 
-    def open(self) -> None:
-        """Read what an earlier run left, or begin the file.
-
-        Raises:
-            MergeError: the file cannot be read or written, or is the log of another soup.
-        """
-        with _explained(self.path):
-            data = self.path.read_bytes() if self.path.exists() else b""
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.scores: dict[Members, float] = {}
+        with _explained(path):
+            data = path.read_bytes() if path.exists() else b""
         # A kill may cut the last line. Whole lines are never written again, so that another kill
         # at this point loses nothing.
         whole = data[: data.rfind(b"\n") + 1]
-        if not whole:
-            if not _line(self.header).startswith(data):
-                raise self._of_another()
-            self._write(self.header, "wb")
+        if not whole and _line(header).startswith(data):
+            self._write(header, "wb")
             return
         try:
-            header, *entries = map(json.loads, whole.splitlines())
-            if header != self.header:
+            first, *entries = map(json.loads, whole.splitlines())
+            if first != header:
                 raise ValueError
             for entry in entries:
                 # Earlier versions tried a mean that was rounded twice, by way of a sum in float64.
@@ -57,10 +49,11 @@ class Log:
                 # scores stand: only last bits of the weights can differ.
                 self.scores[tuple(map(int, entry["members"]))] = float(entry["score"])
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            raise self._of_another() from None
+            what = "this is the log of another soup: of other checkpoints, another command or mode"
+            raise MergeError(what, where=path, hint="remove it to begin anew") from None
         if len(whole) < len(data):
-            with _explained(self.path):
-                os.truncate(self.path, len(whole))
+            with _explained(path):
+                os.truncate(path, len(whole))
 
     def add(self, members: Members, score: float) -> None:
         """Remember an evaluation for good."""
@@ -72,10 +65,6 @@ class Log:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())  # an evaluation may take an hour
-
-    def _of_another(self) -> MergeError:
-        what = "this is the log of another soup: of other checkpoints, another command or mode"
-        return MergeError(what, where=self.path, hint="remove it to begin anew")
 
 
 def identities(paths: Sequence[Path]) -> list[list[str | int]]:
