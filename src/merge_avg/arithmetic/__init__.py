@@ -1,8 +1,8 @@
 """What is the mean? Exact weights, and sums that are rounded once.
 
 A `MeanFactory` gives a `Mean`: `extend` it by vectors, and `result` writes their weighted mean. The
-compiled loops compute it (`_kernel`, kernel.c) or else torch (`torch_mean`, `_sums`), with the same
-bits. Integers and bools have no mean; `_weights` says what they become instead.
+loops of kernel.c compute it (`_kernel`), or torch with the same bits (`torch_mean`, `_sums`).
+Integers and bools have no mean: `_weights` says what they become.
 """
 
 from __future__ import annotations

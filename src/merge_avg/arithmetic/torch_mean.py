@@ -56,7 +56,7 @@ def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> flo
 
 
 class RunningMean:
-    """The weighted mean of tensors that are shown one at a time.
+    """The weighted mean of tensors, shown one at a time; `weights` may be how many there will be.
 
     The tensors all have one shape, whatever it is. Their dtypes may differ: float64, float32,
     float16, bfloat16, float8 and complex. Complex numbers are averaged by component. The result is
@@ -145,17 +145,17 @@ class RunningMean:
         target = FORMATS[self._dtype.to_real()]
         if out is None:
             out = torch.empty(self._shape, dtype=self._dtype, device=self._factors.device)
-        flat = (torch.view_as_real(out) if out.is_complex() else out).view(-1)
+        flat = torch.view_as_real(out) if out.is_complex() else out
+        flat = flat if flat.dim() == 1 else flat.view(-1)
         doubts = []
         for number, (block, place) in enumerate(zip(self._blocks, _blocks(flat), strict=True)):
             doubtful = block.result(target, place)
             if doubtful is not None and revisit is not None:
                 doubts.append(doubtful.nonzero().flatten() + number * BLOCK)
         if revisit is not None and doubts:
-            for places in torch.cat(doubts).split(BLOCK):
-                if len(places):
-                    settled = self._settle(places, target, revisit).to(flat.dtype)
-                    _indexable(flat)[places] = _indexable(settled)
+            for places in filter(len, torch.cat(doubts).split(BLOCK)):
+                settled = self._settle(places, target, revisit).to(flat.dtype)
+                _indexable(flat)[places] = _indexable(settled)
         self._count = 0  # for the next mean; what was allocated for this one is used again
         return out
 
@@ -170,6 +170,8 @@ class RunningMean:
         if values.requires_grad or values.is_neg():
             # The bytes do not show a neg bit, which the imaginary part of a conjugate has.
             values = values.detach().resolve_neg()
+        if values.dim() == 2:
+            return values
         return values.reshape(len(values), math.prod(values.shape[1:]))
 
     def _column(self, values: Tensor, places: Tensor) -> Tensor:
@@ -214,8 +216,7 @@ class TorchMean:
     @property
     def fits(self) -> bool:
         """True if all of the last result is finite; found out when asked, as it takes a pass."""
-        out = self._written
-        real = torch.view_as_real(out) if out.is_complex() else out
+        real = torch.view_as_real(self._written) if self._written.is_complex() else self._written
         real = real.float() if real.itemsize < 2 else real  # torch has no `isfinite` of float8
         return bool(real.isfinite().all())
 
