@@ -438,3 +438,31 @@ def test_what_is_rounded_to_zero_keeps_its_sign(target):
     found = averaged(tensors, dtype=target)
     assert found.double().copysign(torch.ones(2)).tolist() == [0, 0]
     assert found.double().signbit().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("source", [torch.float64, torch.float32])
+@pytest.mark.parametrize("target", [*FORMATS][1:6], ids=str)
+def test_a_mean_beside_half_of_the_smallest_number_keeps_its_sign(source, target):
+    """Where only the exact sum shows that a mean rounds to zero, it is -0 if it is negative."""
+    info = torch.finfo(target)
+    tiny = info.smallest_normal * info.eps
+    for less in (2.0**-60, 2.0**-16, 0.0):
+        first = torch.tensor([-tiny, tiny], dtype=torch.float64)
+        rows = torch.stack([first, first * -less]).to(source)
+        mean = RunningMean(2, target)
+        mean.extend(rows)
+        found = mean.result(lambda i, rows=rows: rows[i])
+        assert same(found, reference(list(rows), Weights.uniform(2), target))
+
+
+@pytest.mark.parametrize("texts", [["1", "1e299"], ["1e-200", "1e99"], ["1e-150", "1e150"]])
+@pytest.mark.parametrize("target", [torch.float64, torch.float32])
+def test_weights_beyond_the_range_of_float64_are_scaled_alike(texts, target):
+    """Beside a weight of 300 digits, the weight 1 counts for as little as it is."""
+    rows = torch.tensor([[1e300, 1e290], [1.0, 1.0]], dtype=torch.float64)
+    weights = Weights.of(texts)
+    mean = RunningMean(weights, target)
+    mean.extend(rows)
+    assert same(mean.result(lambda i: rows[i]), reference(list(rows), weights, target))
+    mean.extend(rows)
+    torch.testing.assert_close(mean.result(), reference(list(rows), weights, target))

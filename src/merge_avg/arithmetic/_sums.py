@@ -161,7 +161,7 @@ class PlainSum:
 
     def widened(self, spans: Sequence[Weighed]) -> WideSum:
         """Return the same sum for float64 numbers to come."""
-        wide = WideSum(self._row, (1,), self._weights)
+        wide = WideSum(self._row[0], self._weights)
         wide.loose = not self._exact(spans)
         return wide
 
@@ -209,25 +209,26 @@ class PlainSum:
 class WideSum:
     """A double-double sum (Dekker, 1971) of float64 numbers, which knows where it is exact."""
 
-    def __init__(self, rows: Tensor, factors: Sequence[int], weights: Weights) -> None:
+    def __init__(self, first: Tensor, weights: Weights, weight: int | None = None) -> None:
+        """Begin with a row times its weight, or with one that has been multiplied already."""
         self._weights = weights
         self._divisor = weights.factor(weights.total)
         # Some product, the divisor, or a plain sum that this one continues was rounded: then
         # nothing is known to be exact.
         self.loose = not weights.small
-        self._high = rows[0].to(torch.float64, copy=True)
+        self._high = first.to(torch.float64, copy=True)
         self._low = torch.zeros_like(self._high)
         self._inexact = torch.zeros_like(self._high, dtype=torch.bool)
-        if factors[0] != 1:
-            self._high, self._low = _two_product(self._high, weights.factor(factors[0]))
-        self.add(rows[1:], factors[1:])
+        # Not where the weight is 1: huge weights are scaled, and 1 among them is not.
+        if weight is not None and (factor := weights.factor(weight)) != 1:
+            self._high, self._low = _two_product(self._high, factor)
 
     def add(self, rows: Tensor, weights: Sequence[int]) -> None:
         """Add rows, each times its weight; the sign of zeros is kept."""
         for row, weight in zip(rows, weights, strict=True):
-            term, error = row.double(), None
-            if weight != 1:
-                term, error = _two_product(term, self._weights.factor(weight))
+            term, error, factor = row.double(), None, self._weights.factor(weight)
+            if factor != 1:
+                term, error = _two_product(term, factor)
             self._high, carry = _two_sum(self._high, term)
             for part in (carry, error):
                 if part is not None:
@@ -280,7 +281,9 @@ class WideSum:
             middle = start + torch.where(quotient[places] >= start, half, -half)
             rest = (high[places] - middle * self._divisor) + low[places]
             lower = torch.where(rest < 0, middle - half, start)
-            mean[places] = torch.where(rest > 0, middle + half, lower)
+            settled = torch.where(rest > 0, middle + half, lower)
+            # A sum of a middle and its half is +0, also where the mean is below zero.
+            mean[places] = settled.copysign_(quotient[places])
         return mean, edge & self._inexact
 
     def _to_float64(self, high: Tensor, low: Tensor, quotient: Tensor) -> Pair:

@@ -269,7 +269,8 @@ class _Block:
         if isinstance(self._sum, WideSum):
             self._sum.add(rows, weights)
         elif wide:
-            self._sum = WideSum(rows, weights, self._weights)
+            self._sum = WideSum(rows[0], self._weights, weights[0])
+            self._sum.add(rows[1:], weights[1:])
         else:
             self._sum = self._sum or PlainSum(self._row, self._weights, self._buffers)
             least = min(weights)
