@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -299,3 +300,17 @@ def test_names_are_cut_only_where_they_are_too_long(tmp_path, name):
 def test_a_folder_that_cannot_be_listed_is_left(tmp_path):
     """Sweeping a directory that does not exist or cannot be listed does nothing."""
     sweep(tmp_path / "none")
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_folder_in_which_nothing_can_be_made_is_an_error(tmp_path, monkeypatch, directory):
+    """A folder that was removed, or one such as /proc, is reported, and not tried for ever."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    places = [Path("out.pt"), Path("/proc/out.pt")] if Path("/proc/self").exists() else [Path("o")]
+    for place in places:
+        with pytest.raises(FileNotFoundError):
+            Temporary(place, directory=directory)
+    monkeypatch.chdir(tmp_path)

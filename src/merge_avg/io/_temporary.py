@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import secrets
@@ -27,6 +28,7 @@ _NAME = re.compile(
     rf"\.(?P<stem>.*)\.(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}(?P<old>\.old)?{re.escape(TEMPORARY)}",
     re.DOTALL,
 )
+_ATTEMPTS = 100  # to make one, while other runs sweep the directory
 
 
 class Temporary:
@@ -40,7 +42,7 @@ class Temporary:
         stem = output.name
         if len(raw := os.fsencode(stem)) > 200:
             stem = raw[:197].decode("utf-8", "ignore") + "..."
-        while True:
+        for attempt in itertools.count(1):
             self.path = output.with_name(f".{stem}.{_boot()}-{secrets.token_hex(4)}{TEMPORARY}")
             # For what it replaces, where the two cannot be exchanged.
             self.aside = self.path.with_suffix(f".old{TEMPORARY}")
@@ -55,9 +57,11 @@ class Temporary:
                 self.remove.detach()
                 continue
             except FileNotFoundError:
-                if not output.parent.is_dir():
+                # Another run's sweep removed it already; but no sweep is as quick each time. In
+                # /proc, or in a directory that was removed, nothing can be made at all.
+                if attempt == _ATTEMPTS or not output.parent.is_dir():
                     raise
-                continue  # another run's sweep removed it already
+                continue
             # Or removes it between opening and locking.
             if lock(self.fd) is not False:
                 with contextlib.suppress(FileNotFoundError):

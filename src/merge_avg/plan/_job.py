@@ -112,6 +112,10 @@ def prepare(
     if not options.agreement and (options.base is not None or options.min_agreement is not None):
         hint = "leave out --no-agreement, or --base and --min-agreement"
         raise UsageError("the agreement is asked for, and not to be measured", hint=hint)
+    least = options.min_agreement
+    if least is not None and not -1 <= least <= 1:  # nor NaN, below which nothing is
+        hint = "give a cosine between -1 and 1"
+        raise UsageError(f"{least:g} is not an agreement to ask for", hint=hint)
     try:
         places = _template_first(inputs, options.template)
         inputs, order = [path for path, _ in places], [number for _, number in places]
