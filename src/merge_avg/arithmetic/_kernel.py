@@ -22,7 +22,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "mean": (_POINTER, _SIZE, _POINTER, _SIZE, _DOUBLE, *4 * (_POINTER,)),
     "whole": (*_ROWS, _SIZE, _POINTER, _DOUBLE, *4 * (_POINTER,)),
     "settle": (*_ROWS, _SIZE, _POINTER, ctypes.c_uint32, _POINTER, _POINTER),
-    "take": (*_ROWS, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE),
+    "take": (_POINTER, _SIZE, _POINTER, _POINTER),
 }
 TILE = 1024  # how many columns are summed at a time, as in kernel.c
 KNOWN = 24  # bytes of `struct known`, what is known of each tile
@@ -100,8 +100,7 @@ class Kernel:
 
     def take(self, row: Matrix, runs: Int64s, room: int) -> None:
         """Copy runs of a row, pairs of a column and a length, to an address, as float64."""
-        at = row.address, 1, row.stride
-        self._calls["take", row.dtype.name](*at, len(runs) // 2, runs, _FIRST_ROW, room, 0)
+        self._calls["take", row.dtype.name](row.address, len(runs) // 2, runs, room)
 
     def products(self, rows: Matrix, less: int, columns: Columns, grams: int, sums: int) -> None:
         """Add the products of rows of float64 with each other, over runs of columns.
@@ -129,5 +128,4 @@ def load(path: Path) -> Kernel | None:
         return None
 
 
-_FIRST_ROW = int64s([0])
 LOOPS = load(Path(__file__).with_name("_loops.so"))

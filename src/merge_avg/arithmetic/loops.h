@@ -258,24 +258,17 @@ int LOOP(merge_avg_settle)(const double *values, size_t count, size_t width, siz
     return fits;
 }
 
-/* Copy some elements of rows, as double. Of each of `segments` runs, runs[2 * s] is where it begins
-   and runs[2 * s + 1] how long it is; those of row r go, one after the other, to row targets[r] of
-   `room`, if that is not negative. */
-VARIANTS void LOOP(merge_avg_take)(const WORD *rows, size_t count, size_t stride, size_t segments,
-                                   const int64_t *runs, const int64_t *targets, double *room,
-                                   size_t width)
+/* Copy some elements of a row, as double. Of each of `segments` runs, runs[2 * s] is where it begins
+   and runs[2 * s + 1] how long it is; they go to `to`, one after the other. */
+VARIANTS void LOOP(merge_avg_take)(const WORD *restrict row, size_t segments, const int64_t *runs,
+                                   double *restrict to)
 {
-    for (size_t row = 0; row < count; row++) {
-        if (targets[row] < 0)
-            continue;
-        double *restrict to = room + (size_t)targets[row] * width;
-        for (size_t s = 0; s < segments; s++) {
-            const WORD *restrict x = rows + row * stride + runs[2 * s];
-            size_t n = (size_t)runs[2 * s + 1];
-            for (size_t j = 0; j < n; j++)
-                to[j] = FROM(x[j]);
-            to += n;
-        }
+    for (size_t s = 0; s < segments; s++) {
+        const WORD *x = row + runs[2 * s];
+        size_t n = (size_t)runs[2 * s + 1];
+        for (size_t j = 0; j < n; j++)
+            to[j] = FROM(x[j]);
+        to += n;
     }
 }
 
