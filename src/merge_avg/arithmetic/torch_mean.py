@@ -56,7 +56,13 @@ def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> flo
 
 
 class RunningMean:
-    """The weighted mean of tensors, shown one at a time; `weights` may be how many there will be.
+    """The weighted mean of tensors that are shown one at a time.
+
+    Args:
+        weights: how many tensors there will be, or their `Weights`.
+        dtype: of the result; by default that of the first tensor.
+        device: where the sum is kept; by default that of the first tensor.
+        buffers: scratch tensors, which means that are used in turn may share.
 
     The tensors all have one shape, whatever it is. Their dtypes may differ: float64, float32,
     float16, bfloat16, float8 and complex. Complex numbers are averaged by component. The result is
@@ -68,10 +74,10 @@ class RunningMean:
 
     def __init__(
         self,
-        weights: int | Weights,  # of the tensors, or how many there will be
-        dtype: torch.dtype | None = None,  # of the result; by default that of the first tensor
-        device: torch.device | None = None,  # where the sum is kept; by default as the first tensor
-        buffers: Buffers | None = None,  # scratch tensors; means that are used in turn may share it
+        weights: int | Weights,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self._weights = Weights.uniform(weights) if isinstance(weights, int) else weights
         self._wanted = self._dtype = dtype

@@ -31,18 +31,31 @@ Opened = Callable[[OutputSpec], contextlib.AbstractContextManager[Sink]]
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a merge."""
+    """The result of a merge.
 
-    job: Job  # what was asked for, and what was planned
-    nbytes: int  # read from the checkpoints
-    seconds: float  # wall time of reading, averaging and writing
-    differing: tuple[str, ...]  # integer tensors that differ, which the policy decided
-    nonfinite: tuple[str, ...]  # tensors that hold NaN or infinity, where that was allowed
-    warnings: tuple[str, ...]  # what may make the mean meaningless
-    agreement: Agreement | None  # None where there is nothing to compare
-    centred: Agreement | None  # that of the differences to the base, if there is one
-    compared: tuple[int, ...]  # the numbers of the checkpoints that `agreement` is about
-    hashes: Hashes | None  # of what was read of each checkpoint, if they were asked for
+    Attributes:
+        job: what was asked for, and what was planned.
+        nbytes: bytes read from the checkpoints.
+        seconds: wall time of reading, averaging and writing.
+        differing: integer tensors that differ between the checkpoints, which the policy decided.
+        nonfinite: tensors that hold NaN or infinity, where that was allowed.
+        warnings: what may make the mean meaningless.
+        agreement: how far the checkpoints agree; None where there is nothing to compare.
+        centred: the same for their differences to the base, if there is one.
+        compared: the numbers of the checkpoints that `agreement` is about.
+        hashes: of what was read of each checkpoint; None where they were not asked for.
+    """
+
+    job: Job
+    nbytes: int
+    seconds: float
+    differing: tuple[str, ...]
+    nonfinite: tuple[str, ...]
+    warnings: tuple[str, ...]
+    agreement: Agreement | None
+    centred: Agreement | None
+    compared: tuple[int, ...]
+    hashes: Hashes | None
 
 
 def run(
