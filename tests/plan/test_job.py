@@ -75,8 +75,8 @@ def test_layouts_that_are_known_are_not_scanned_again(paths, tmp_path, monkeypat
         ({"dtype": "int8"}, "the dtype 'int8' cannot be written"),
         ({"agreement": False, "base": "b.pt"}, "the agreement is asked for"),
         ({"agreement": False, "min_agreement": 0.5}, "the agreement is asked for"),
-        ({"min_agreement": float("nan")}, "nan is not an agreement"),
-        ({"min_agreement": 1.5}, "1.5 is not an agreement"),
+        ({"min_agreement": float("nan")}, "agreement nan is out of range"),
+        ({"min_agreement": 1.5}, "agreement 1.5 is out of range"),
         ({"template": 4}, "there is no checkpoint number 4"),
     ],
 )

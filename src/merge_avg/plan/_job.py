@@ -115,7 +115,7 @@ def prepare(
     least = options.min_agreement
     if least is not None and not -1 <= least <= 1:  # nor NaN, below which nothing is
         hint = "give a cosine between -1 and 1"
-        raise UsageError(f"{least:g} is not an agreement to ask for", hint=hint)
+        raise UsageError(f"the minimum agreement {least:g} is out of range", hint=hint)
     try:
         places = _template_first(inputs, options.template)
         inputs, order = [path for path, _ in places], [number for _, number in places]

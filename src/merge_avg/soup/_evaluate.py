@@ -67,9 +67,9 @@ def _run(arguments: list[str]) -> tuple[int, str, str]:
     with Popen(arguments, stdin=DEVNULL, stdout=PIPE, stderr=PIPE) as process:  # noqa: S603
         try:
             output, errors = process.communicate()
-        # Ctrl-C too must not leave an evaluation running. `subprocess.run` would kill it too, but
-        # after a KeyboardInterrupt it waits only a moment for the end.
-        except BaseException:
+        except BaseException:  # Ctrl-C too must not leave an evaluation running
+            # `subprocess.run` would kill it as well, but after a KeyboardInterrupt it waits only a
+            # moment for the end.
             process.kill()
             process.wait()
             raise
