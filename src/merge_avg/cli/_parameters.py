@@ -23,7 +23,7 @@ from merge_avg.options import Meaning, Recipe, meanings, option
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """What to do instead of a merge."""
+    """Tasks other than a merge."""
 
     inspect: bool = option(False, "List what is in the checkpoints, and average nothing.")
     verify: bool = option(
@@ -37,7 +37,7 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True)
 class SoupOptions:
-    """Whether to make a soup of the checkpoints rather than their mean, and how."""
+    """A soup of the checkpoints rather than their mean."""
 
     recipe: Recipe | None = option(
         None,
@@ -57,7 +57,7 @@ class SoupOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Display:
-    """What is shown, and where."""
+    """The forms in which results are shown, and where they go."""
 
     page: Path | None = option(
         None,

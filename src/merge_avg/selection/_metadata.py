@@ -1,4 +1,4 @@
-"""What is known about a checkpoint: step, epoch and metrics, as frameworks write them.
+"""The metadata of a checkpoint: step, epoch and metrics, as frameworks write them.
 
 What is inside counts first, then a Trainer's state beside it, then the name. Numbers are read as
 numbers: step 10 is not step 100. Metrics may also come from a log beside a run:
