@@ -1,4 +1,4 @@
-"""All that is not simply averaged: integers, and tensors that are not finite, do not fit, or differ.
+"""Integers, which are not simply averaged, and tensors that are not finite, do not fit, or differ.
 
 The fast paths only know that something in a window is wrong. Which tensor in which file is found by
 reading the window once more, so that merges without trouble do not pay for it.
