@@ -165,6 +165,9 @@ class Options:
     device: str = option(
         "cpu", "Where sums are kept: cpu, cuda or cuda:N.", metavar="DEVICE", reported=True
     )
+    strict_pickle: bool = option(
+        False, "Refuse a template whose copy calls what is not known to be harmless, when loaded."
+    )
     threads: int | None = option(
         None, "Number of threads; by default one per core, up to 8.", metavar="N"
     )

@@ -71,7 +71,7 @@ def test_empty_tensors_share_nothing(tmp_path):
 def test_the_json_has_its_keys(tmp_path):
     """A step that is not known is null; a tie or trouble that there is not has no key."""
     found = as_json(contents(saved(tmp_path / "a.ckpt", s=torch.eye(3).to_sparse())))
-    keys = "path format bytes step epoch metrics merged others tensors".split()
+    keys = "path format bytes step epoch metrics merged others callables tensors".split()
     assert list(found) == keys
     assert (found["step"], found["epoch"], found["metrics"]) == (None, 3, {})
     assert found["others"] == ["epoch"]

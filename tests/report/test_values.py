@@ -17,7 +17,7 @@ from tests.report.helpers import relatives, report_of, save
 # Frozen: a key may be added, but scripts read these.
 PLANNED = """
     merge_avg output dry_run inputs outputs template base tensors parameters dtypes kept others
-    whole available bytes_to_read bytes_to_write threads memory int_policy policies notes warnings
+    whole callables available bytes_to_read bytes_to_write threads memory int_policy policies notes warnings
     candidates
 """.split()
 RUN = "agreement bytes_read seconds differing nonfinite".split()

@@ -158,6 +158,9 @@ class Layout:
     members: tuple[Layout | None, ...] = ()
     notes: tuple[str, ...] = ()  # for the user, one sentence each
     scalars: tuple[tuple[TreePath, Scalar], ...] = ()  # numbers and short texts beside the tensors
+    # What a loader of a copy would call, as its pickles name it, and what is not known to be inert;
+    # with the number of the file.
+    callables: tuple[tuple[int, str], ...] = ()
     # Whether it is a file of a set, whose tensors have names from the root of the set and can be
     # written only together.
     set_member: bool = False

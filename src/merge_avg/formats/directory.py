@@ -66,8 +66,9 @@ def scan_directory(path: Path) -> Layout:
     provenance = files.pop(PROVENANCE_FILE, None)
     metadata: tuple[tuple[str, str], ...] = ()
     if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
-        metadata = ((PROVENANCE, provenance.path.read_text("utf-8", "replace")),)
-    members = _members(path, files)
+        raw = bounded.read(provenance.path, LARGEST_PROVENANCE)
+        metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
+    members, callables = _members(path, files)
     for name in filter(is_index, files):
         _check_index(files, name, members)
     _check_shards(path, files)
@@ -91,9 +92,8 @@ def scan_directory(path: Path) -> Layout:
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
     others = tuple(name for name in files if name not in members)
     stamps, parts = tuple(files.values()), tuple(map(members.get, files))
-    return Layout(
-        path, "directory", stamps, tuple(tensors), others, metadata, None, parts, tuple(notes)
-    )
+    made = (path, "directory", stamps, tuple(tensors), others, metadata, None, parts, tuple(notes))
+    return Layout(*made, callables=callables)
 
 
 def of_a_run(name: str) -> bool:
@@ -114,10 +114,12 @@ def leads_out(root: Path, path: Path) -> bool:
     """
     if not path.is_symlink():
         return False
-    # ROOT/snapshots/REVISION/model.safetensors -> ../../blobs/HASH
+    # REPOSITORY/snapshots/REVISION/unet/model.safetensors -> ../../../blobs/HASH. The folder itself
+    # is not resolved, as it may be a link to anywhere.
     home = root.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    return not path.resolve().is_relative_to(home)
+    snapshots = (one for one in home.parents if one.name == "snapshots")
+    blobs = (one.parent / "blobs" for one in snapshots)
+    return not any(path.resolve().is_relative_to(one) for one in (home, *blobs))
 
 
 def relative(layout: Layout, number: int) -> str:
@@ -173,9 +175,12 @@ def _nested(root: Path) -> set[str]:
     raise MergeError(what, where=root, hint=hint)
 
 
-def _members(root: Path, files: Mapping[str, File]) -> dict[str, Layout]:
-    """Return the layouts of the files that hold tensors, in the order of the files."""
+def _members(
+    root: Path, files: Mapping[str, File]
+) -> tuple[dict[str, Layout], tuple[tuple[int, str], ...]]:
+    """Return the layouts of the files that hold tensors, in their order, and `Layout.callables`."""
     members: dict[str, Layout] = {}
+    callables: list[tuple[int, str]] = []
     names = list(files)
     for name in names:
         found = set_format(PurePosixPath(name).name)
@@ -188,23 +193,28 @@ def _members(root: Path, files: Mapping[str, File]) -> dict[str, Layout]:
             }
             scanned = found.code.scan_set(root / folder, inside)
             members |= {names[number]: layout for number, layout in scanned.items()}
+            callables += (one for layout in scanned.values() for one in layout.callables)
     for number, (name, file) in enumerate(files.items()):
-        if name in members or PurePosixPath(name).suffix.lower() not in SUFFIXES:
+        if name in members:
             continue
-        try:
-            # A .bin or .pkl file may be anything; a file that says .safetensors may not.
-            layout = scan_file(file, number, strict=name.endswith(".safetensors"))
-        except MergeError as error:
-            from merge_avg.formats.pickle.values import DangerousPickleError
-
-            if isinstance(error, DangerousPickleError):
-                raise  # the output would carry it on
-            if any(map(is_kept, _path_of(name))):
-                continue  # an optimizer's file and the like may be whatever it likes
-            raise
+        layout = None
+        if PurePosixPath(name).suffix.lower() in SUFFIXES:
+            try:
+                # A .bin or .pkl file may be anything; a file that says .safetensors may not.
+                layout = scan_file(file, number, strict=name.endswith(".safetensors"))
+            except MergeError:
+                # An optimizer's file and the like may be whatever it likes.
+                if not any(map(is_kept, _path_of(name))):
+                    raise
         if layout is not None and layout.tensors:
             members[name] = layout
-    return {name: members[name] for name in names if name in members}
+        if layout is not None:
+            callables += layout.callables
+        elif not leads_out(root, file.path):
+            from merge_avg.formats.carried import callables_of  # most directories need none of it
+
+            callables += ((number, one) for one in callables_of(file))
+    return {name: members[name] for name in names if name in members}, tuple(sorted(callables))
 
 
 def _path_of(name: str) -> TreePath:

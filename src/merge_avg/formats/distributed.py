@@ -53,6 +53,8 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError
+from merge_avg.formats import bounded
+from merge_avg.formats.carried import callables_in
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.values import Allowance, Global, Instance, PickleError, Value, shown
 from merge_avg.formats.zip import Part, ZipLayout
@@ -96,12 +98,15 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
         tensors, others = tuple(map(metadata.tensor, metadata.shapes)), tuple(metadata.others)
     except MergeError as error:
         raise error.at(stamp.path) from None
-    found[number] = Layout(stamp.path, _NAME, (stamp,), tensors, others, set_member=True)
+    callables = tuple((number, name) for name in metadata.callables)
+    made = (stamp.path, _NAME, (stamp,), tensors, others)
+    found[number] = Layout(*made, callables=callables, set_member=True)
     return found
 
 
 def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Metadata) -> Layout:
     """Return the layout of a file of chunks, and add them to what the metadata knows."""
+    callables: list[str] = []
     records: list[tuple[str, Storage]] = []
     members: list[Layout | None] = []
     end = 0
@@ -112,20 +117,23 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
                 what = f"the chunk of {fqn!r} is not where it should be"
                 raise MergeError(what, where=stamp.path, hint="fetch or save it again")
             end = start + nbytes
+            # The archive reader sees nothing but the chunk, so that no record reaches outside.
+            part = Part(file, number, start, nbytes, f"{name}: ")
             name = f"{fqn} at {list(corner or ())}"
             records.append((name, Storage(name, start, nbytes, file=number)))
             if corner is None or fqn not in metadata.shapes:
                 members.append(None)
+                callables += callables_in(part, stamp)
                 continue
-            # The archive reader sees nothing but the chunk, so that no record reaches outside.
-            part = Part(file, number, start, nbytes, f"{name}: ")
             layout = zip_scan(file, stamp, number, part)
             if len(layout.tensors) != 1 or layout.tensors[0].path:
                 raise MergeError(f"the chunk of {fqn!r} is not a tensor", where=stamp.path)
             metadata.stored[fqn, corner] = layout.tensors[0]
             members.append(layout)
     archive = Archive(tuple(records), b"", "", (), ())
-    return Layout(stamp.path, _NAME, (stamp,), (), (), (), archive, tuple(members), set_member=True)
+    named = tuple((number, one) for one in dict.fromkeys(callables))
+    made = (stamp.path, _NAME, (stamp,), (), (), (), archive, tuple(members))
+    return Layout(*made, callables=named, set_member=True)
 
 
 class _Metadata:
@@ -133,7 +141,8 @@ class _Metadata:
 
     def __init__(self, data: bytes) -> None:
         self._allowance = Allowance()
-        root = load(data, persistent=_nothing, call=_call, allowance=self._allowance).value
+        loaded = load(data, persistent=_nothing, call=_call, allowance=self._allowance)
+        root, self.callables = loaded.value, loaded.callables
         if not isinstance(root, Instance) or root.function != _METADATA:
             raise PickleError("it is not metadata of torch.distributed.checkpoint")
         state = _table(root.state)

@@ -40,7 +40,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     """Return the layout of a legacy checkpoint; see `formats.scan`."""
     path = stamp.path
     try:
-        data, start, objects, keys = _pickles(file, stamp.nbytes)
+        data, start, objects, keys, names = _pickles(file, stamp.nbytes)
     except MergeError as error:
         raise error.at(path) from None
     refuse_root(objects, path)
@@ -68,12 +68,14 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     stop = start + objects.nbytes
     read = (data[start:stop], "", objects.classes, objects.frames)
     archive = Archive(tuple(found.items()), *read, around=(data[:start], data[stop:]))
-    others, scalars = objects.others, objects.scalars
-    return Layout(path, "torch-legacy", (stamp,), tensors, others, (), archive, scalars=scalars)
+    made = (path, "torch-legacy", (stamp,), tensors, objects.others, (), archive)
+    callables = tuple((number, name) for name in names)
+    return Layout(*made, scalars=objects.scalars, callables=callables)
 
 
-# The bytes of the five pickles, and where the fourth starts; its content; the keys of the fifth.
-_Pickles = tuple[bytes, int, Objects, list[str]]
+# The bytes of the five pickles, and where the fourth starts; its content; the keys of the fifth;
+# and the callables of all five that are not known to be inert.
+_Pickles = tuple[bytes, int, Objects, list[str], tuple[str, ...]]
 
 
 def _pickles(file: BinaryIO, nbytes: int) -> _Pickles:
@@ -94,18 +96,21 @@ def _pickles(file: BinaryIO, nbytes: int) -> _Pickles:
 
 def _parsed(data: bytes) -> _Pickles:
     start = 0
+    callables: tuple[str, ...] = ()
     # The third, the note on the machine, may say anything: torch looks at none of it.
     for expected in (LEGACY_MAGIC, _VERSION, None):
         loaded = _plain(data, start)
         if expected not in (None, loaded.value):
             raise MergeError(_OTHER)
         start += loaded.nbytes
+        callables += loaded.callables
     objects = objects_at(data, start)
     stop = start + objects.nbytes
     keys = _plain(data, stop)
     if not isinstance(keys.value, list) or not all(isinstance(k, str) for k in keys.value):
         raise MergeError("the list of its storages is damaged")
-    return data[: stop + keys.nbytes], start, objects, keys.value
+    callables += objects.callables + keys.callables
+    return data[: stop + keys.nbytes], start, objects, keys.value, callables
 
 
 def _plain(data: bytes, start: int) -> Loaded:

@@ -229,6 +229,11 @@ def _based(plan: Plan, path: Path, template: Roles, key: str | None) -> tuple[Pl
         what = f"{lacking:,} of {len(matrices):,} matrices are not in it, or of another shape"
         notes.append(f"{path}: {what}; they are compared without it")
     return based, notes
+    if options.strict_pickle and layout.callables:
+        what = f"loading it calls {named(layout.callables, 3)}, not known to be harmless"
+        hint = "write a .safetensors file, or the weights alone with --state-dict"
+        raise MergeError(what, where=inputs[0], hint=hint)
+    _refuse_unweighted(outputs, plan, len(inputs))
 
 
 def _template_first(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -59,6 +59,8 @@ class OutputLayout:
     files: Mapping[str, FileLayout]  # by relative path
     targets: tuple[tuple[Target, ...], ...]  # of each unit, by its number
     whole: bool = False  # whether an output has everything of the template, not its weights only
+    # What loading an output calls, as loading the template does, that is not known to be inert.
+    callables: tuple[str, ...] = ()
 
     @property
     def directory(self) -> bool:
@@ -141,7 +143,13 @@ def _copied(plan: Plan) -> OutputLayout:
         files[PROVENANCE_FILE] = RecordFile()
     # In a copy every slot has the name of its storage: units go where their storages are.
     targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
-    return OutputLayout(files, targets, whole=True)
+    callables = _callables(template, range(len(template.files)))
+    return OutputLayout(files, targets, whole=True, callables=callables)
+
+
+def _callables(template: Layout, numbers: Collection[int]) -> tuple[str, ...]:
+    """Return the callables in files that an output carries on, by their numbers."""
+    return tuple(dict.fromkeys(name for number, name in template.callables if number in numbers))
 
 
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
@@ -277,6 +285,7 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
         files[f"{base}{suffix}{INDEX}"] = _as_json(index)
     # Configurations, tokenizers and weights that are not averaged come along as they are.
+    carried: set[int] = set()
     for number, member in enumerate(template.members):
         name = relative(template, number)
         if number in replaced or is_index(name) or (member and member.set_member):
@@ -285,9 +294,11 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
             what = f"the new file {name} would replace one that the template has"
             raise MergeError(what, where=template.path, hint="remove it, or write one file")
         files[name] = _verbatim(template, number)
+        carried.add(number)
     files[PROVENANCE_FILE] = RecordFile()
     whole = bool(template.members) and not any(m and m.set_member for m in template.members)
-    return OutputLayout(files, tuple(map(tuple, targets)), whole)
+    callables = _callables(template, carried)
+    return OutputLayout(files, tuple(map(tuple, targets)), whole, callables)
 
 
 def _shard_name(template: Layout, replaced: set[int]) -> tuple[str, Format, str]:

@@ -42,6 +42,7 @@ class Contents:
     metrics: Mapping[str, float]
     merged: bool  # whether an earlier merge wrote it
     others: tuple[str, ...]  # entries without tensors
+    callables: tuple[str, ...]  # that loading it calls, and that are not known to be harmless
     tensors: tuple[Tensor, ...]  # in the order of its files
 
 
@@ -65,6 +66,7 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
         metrics=dict(known.metrics),
         merged=known.ours,
         others=tuple(layout.others),
+        callables=tuple(dict.fromkeys(name for _, name in layout.callables)),
         tensors=tuple(
             Tensor(
                 name=dotted(info.path),
@@ -101,3 +103,5 @@ def lines(found: Contents) -> Iterator[str]:
         yield f"  {line}"
     if found.others:
         yield f"  without tensors: {', '.join(found.others)}"
+    if found.callables:
+        yield f"  loading it calls: {', '.join(found.callables)}"

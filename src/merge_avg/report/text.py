@@ -78,6 +78,9 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
         what = ", ".join(names[:most]) + more
         label = "kept" if report.whole else "left out"
         yield Fact(label, f"from {report.template}: {what}" if report.whole else what)
+    if report.callables:
+        calls = named(report.callables, most)
+        yield Fact("loading", f"it, like {report.template}, calls {calls}", "doubtful")
     yield from _agreement(report)
     if report.result is None:
         size = shown(report.bytes_to_read)

@@ -74,6 +74,8 @@ class Report:
     # Tensors that some checkpoint lacks, with the number of checkpoints that have them.
     available: Mapping[str, int]
     bytes_to_read: int
+    # What loading an output calls, as loading the template does, that is not known to be harmless.
+    callables: tuple[str, ...]
     bytes_to_write: int
     threads: int
     memory: int  # at most, and beside torch's own
@@ -129,6 +131,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         available={
             str(name): sum(row[number] is not None for number in job.averaged)
             for name, row in aligned.rows.items()
+        callables=job.layout.callables,
             if None in row and name not in aligned.skipped
         },
         bytes_to_read=job.nbytes,

@@ -25,6 +25,8 @@ from merge_avg.formats.pickle.machine import SLOT, Call, Handler, Machine, Persi
 from merge_avg.formats.pickle.values import (
     Allowance,
     CutShortError,
+    DangerousPickleError,
+    Global,
     InertDict,
     Instance,
     Omitted,
@@ -48,6 +50,7 @@ class Loaded:
     value: Value
     frames: tuple[int, ...]
     nbytes: int
+    callables: tuple[str, ...]  # that it names and that are not known to be inert
 
 
 def load(
@@ -77,7 +80,7 @@ def load(
         what = f"{where} ({type(error).__name__}: {shown(str(error))})"
         raise (CutShortError if machine.at >= len(data) else PickleError)(what) from None
     frames = tuple(frame - start for frame in machine.frames)
-    return Loaded(value, frames, machine.at - start)
+    return Loaded(value, frames, machine.at - start, tuple(machine.callables))
 
 
 def _kept(m: Machine, value: Value) -> None:
@@ -185,6 +188,8 @@ def _build(m: Machine) -> None:
     state, target = m.pop(), m.top()
     if isinstance(target, Instance | InertDict):
         target.state = state
+    elif isinstance(target, Global):  # the class itself would change, for all of the process
+        raise DangerousPickleError(f"its pickle changes {target} itself")
 
 
 def _ext(_: Machine) -> None:

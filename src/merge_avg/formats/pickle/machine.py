@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from merge_avg.formats.pickle.callables import ENUMS, verdict
 from merge_avg.formats.pickle.values import (
     GETTERS,
     Allowance,
@@ -24,7 +25,7 @@ from merge_avg.formats.pickle.values import (
     Value,
     names_a_member,
     refuse,
-    refuse_if_dangerous,
+    shown,
 )
 
 Handler = Callable[["Machine"], object]  # does what an opcode says
@@ -67,6 +68,7 @@ class Machine:
         self.allowance = allowance
         self.crafted = 0
         self.getters = 0  # times that getattr was pushed, less the calls that name a member
+        self.callables: dict[str, None] = {}  # that are not known to be inert, in order
 
     def run(self, table: Sequence[Handler | None], costs: Sequence[int]) -> Value:
         """Run to the STOP opcode, and return the value that is left.
@@ -179,8 +181,17 @@ class Machine:
         if len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("a name of absurd length")
         if not self.counts(Global(module, name)):
-            refuse_if_dangerous(module, name)
+            known = verdict(module, name)
+            if known == "dangerous":
+                refuse(module, name)
+            if known == "unknown":
+                self.notice(f"{module}.{name}")
         return self.named_here(module, name)
+
+    def notice(self, callable_: str) -> None:
+        """Note that a loader calls what is not known to be inert."""
+        self.spend(_GLOBAL)
+        self.callables[callable_] = None
 
     def counts(self, value: Value) -> bool:
         """Return whether a value is getattr, and count it if so."""
@@ -275,6 +286,8 @@ class Machine:
             if not isinstance(args, tuple):
                 raise TypeError("arguments are not a tuple")
             self.allowance.read = self.at - self.start
+            if function.name == "_rebuild_from_type_v2" and not isinstance(args[0], Global):
+                self.notice(shown(args[0]))  # it is called
             known = self.call(function, args)
             if known is not None:
                 self.push(known)
@@ -288,8 +301,12 @@ class Machine:
             if not names_a_member(args):
                 refuse("builtins", "getattr")
             self.getters -= 1
+            if str(args[0]) not in ENUMS:
+                self.notice(f"{args[0]}.{args[1]}")
         elif type(function) is Instance and function.function in GETTERS:
             refuse("builtins", "getattr")  # the pickle calls what getattr returned
+        elif type(function) is not Global:
+            self.notice(shown(function))
         self.push(Instance(function, args))
 
 

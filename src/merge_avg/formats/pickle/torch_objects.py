@@ -61,6 +61,7 @@ class Objects:
     frames: tuple[int, ...]
     nbytes: int
     scalars: tuple[tuple[TreePath, Scalar], ...]  # that lie beside the tensors
+    callables: tuple[str, ...]  # that a loader calls, and that are not known to be inert
 
     def placed(self, find: Callable[[str, int, DType | None], Storage]) -> tuple[TensorInfo, ...]:
         """Return the tensors over the storages of a file.
@@ -100,7 +101,8 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     keys = map(key_of, root) if isinstance(root, dict) else ()
     others = tuple(_paid(key, allowance) for key in keys if key not in with_tensors)
     pickled = (tuple(hooks.classes), loaded.frames, loaded.nbytes)
-    return Objects(tuple(infos), hooks.storages, others, *pickled, tuple(scalars_near(root)))
+    found = (tuple(scalars_near(root)), loaded.callables)
+    return Objects(tuple(infos), hooks.storages, others, *pickled, *found)
 
 
 # Checkpoints of one run often have the same pickle to the byte: the last one is remembered.

@@ -1,4 +1,4 @@
-"""The values that a pickle describes, held inert; what they cost, and names that are refused.
+"""The values that a pickle describes, held inert, and what they cost.
 
 in the pickle                       here
 ----------------------------------  ------------------------------------------------------
@@ -12,11 +12,6 @@ a call, an object                   Instance: the callable, its arguments, and i
 
 A pickle of a few kilobytes can ask for gigabytes of objects, or for hours of work. So each object
 is paid for before it is made, from an `Allowance` that grows with the bytes read so far.
-
-Reading a pickle here runs nothing. But an output carries its template's pickle on, and whoever
-loads that output may run it, so a file that names a callable known to run code, start processes, or
-reach files or the network is refused. The names come from the lists that the scanners fickling and
-picklescan publish.
 """
 
 from __future__ import annotations
@@ -33,52 +28,6 @@ _LONGEST_SHOWN = 200
 # from there on. A state dict of torch.save takes about 16 (measured with 20,000 tensors), so no
 # honest checkpoint comes near.
 _FIRST, _STEEP, _SMALL, _FLAT = 300_000, 200, 180_000_000, 24
-
-# Every name in these modules, and in modules below them, is dangerous...
-_MODULES = frozenset(
-    """
-    _aix_support _osx_support _posixsubprocess _pyrepl _thread _winapi aiohttp asyncio bdb cProfile
-    code codeop commands concurrent ctypes _ctypes dill distutils doctest ensurepip ftplib http
-    httplib idlelib imaplib imp importlib _frozen_importlib _frozen_importlib_external
-    linecache logging.config mailcap marshal multiprocessing nntplib nt ntpath os pdb
-    pickle _pickle cloudpickle joblib pip pkgutil poplib posix posixpath profile pty pydoc
-    requests requests_oauthlib runpy shelve shutil site smtplib socket _socket socketserver
-    ssl subprocess sys tarfile telnetlib tempfile threading timeit trace urllib urllib2 venv
-    webbrowser winreg xmlrpc zipfile zipimport
-    """.split()
-)
-# ... and these, in modules that are harmless otherwise.
-_BUILTINS = frozenset(
-    """
-    __build_class__ __import__ apply breakpoint compile delattr dir eval exec execfile exit file
-    getattr globals help input locals open quit raw_input reload setattr vars
-    """.split()
-)
-_NAMES = {
-    "builtins": _BUILTINS,
-    "__builtin__": _BUILTINS,  # Python 2's name for it, which protocols 0 to 2 write
-    "functools": frozenset({"reduce", "partialmethod"}),
-    "operator": frozenset({"attrgetter", "itemgetter", "methodcaller"}),
-    "_operator": frozenset({"attrgetter", "itemgetter", "methodcaller"}),
-    "types": frozenset({"CodeType", "FunctionType"}),
-    **dict.fromkeys(("io", "_io"), frozenset({"FileIO", "open", "open_code"})),
-    "codecs": frozenset({"open"}),
-    "torch": frozenset({"load", "compile"}),
-    "torch.serialization": frozenset({"load"}),
-    "torch.hub": frozenset({"load", "load_state_dict_from_url", "download_url_to_file"}),
-    "torch.jit": frozenset({"load"}),
-    "torch.utils.cpp_extension": frozenset({"load", "load_inline"}),
-    "numpy": frozenset({"load", "fromfile"}),
-    "numpy.testing._private.utils": frozenset({"runstring"}),
-}
-# Parts of a dotted name that are dangerous below any module: a dangerous module that an innocent
-# one has imported (torch.os, numpy.os.system), and attributes that lead from any object to all.
-_PARTS = frozenset(
-    """
-    builtins ctypes importlib os posix runpy shutil subprocess sys
-    __globals__ __builtins__ __subclasses__ __reduce__
-    """.split()
-)
 
 
 class PickleError(MergeError):
@@ -184,18 +133,6 @@ def names_a_member(args: Value) -> bool:
             capital = cls.name.rpartition(".")[2].lstrip("_")[:1].isupper()
             return capital and not name.startswith("__")
     return False
-
-
-def refuse_if_dangerous(module: str, name: str) -> None:
-    """Raise DangerousPickleError for a callable that is known to run code.
-
-    A dotted name reaches through attributes, so each part of it counts.
-    """
-    packages = module.split(".")
-    prefixes = {".".join(packages[: depth + 1]) for depth in range(len(packages))}
-    parts = set(name.split("."))
-    if prefixes & _MODULES or parts & (_NAMES.get(module, frozenset()) | _PARTS):
-        refuse(module, name)
 
 
 def refuse(module: str, name: str) -> NoReturn:

@@ -104,10 +104,10 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
     read = (pickle, pickle_name, objects.classes, objects.frames)
     archive = Archive(tuple(found.items()), *read, prefix=f"{part.name}{root}data/")
     path, others, scalars = stamp.path, objects.others, objects.scalars
+    callables = tuple((part.number, name) for name in objects.callables)
     notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
-    return Layout(
-        path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars
-    )
+    made = (path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars)
+    return Layout(*made, callables)
 
 
 def _records(part: Part) -> dict[str, Storage]:

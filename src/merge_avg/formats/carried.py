@@ -1,0 +1,71 @@
+"""Files that a copy carries on as they are: what would a loader of them call?
+
+A merge needs nothing of these, so they may be anything. They are looked into as far as they are
+archives of torch.save, or pickles one after the other (as legacy checkpoints are). What cannot be
+read of them is named as well: a loader runs a damaged pickle up to the damage.
+"""
+
+from __future__ import annotations
+
+from merge_avg.checkpoint import File
+from merge_avg.errors import MergeError
+from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.values import CutShortError, DangerousPickleError
+from merge_avg.formats.zip import Part, scan
+
+_CODE = frozenset((".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"))
+_FIRST_READ, _LARGEST = 1 << 16, 1 << 27
+_ZIP = b"PK\x03\x04"
+
+
+def callables_of(stamp: File, number: int = 0) -> tuple[str, ...]:
+    """Return what a loader of a file would call that is not known to be inert.
+
+    Raises:
+        DangerousPickleError: the file names a callable that is known to run code.
+        OSError: it cannot be read.
+    """
+    if stamp.path.suffix.lower() in _CODE:
+        return (f"the code in {stamp.path.name}",)
+    with stamp.path.open("rb") as file:
+        return callables_in(Part(file, number, 0, stamp.nbytes), stamp)
+
+
+def callables_in(part: Part, stamp: File) -> tuple[str, ...]:
+    """Return the same of a part of a file."""
+    try:
+        head = part.read(0, min(part.nbytes, _FIRST_READ))
+        if head.startswith(_ZIP):
+            found = scan(part.file, stamp, part.number, part).callables
+            return tuple(name for _, name in found)
+        try:
+            return _pickles(head)
+        except CutShortError:
+            # Text that happens to begin like a pickle comes here too: most goes no further.
+            return _pickles(part.read(0, min(part.nbytes, _LARGEST)))
+    except DangerousPickleError as error:
+        raise error.at(stamp.path) from None
+    except MergeError:
+        # Protocols 0 and 1 have no mark: most files that do not read as one are something else.
+        begun = head.startswith(_ZIP) or (head[:1] == b"\x80" and head[1:2] <= b"\x05")
+        return (f"whatever {stamp.path.name} names",) if begun else ()
+
+
+def _pickles(data: bytes) -> tuple[str, ...]:
+    """Return the callables of the pickles that data begins with; an error where the first fails."""
+    first = load(data, persistent=lambda _: None, call=lambda *_: None)
+    callables, at = dict.fromkeys(first.callables), first.nbytes
+    while at < len(data):
+        try:
+            more = load(data, at, persistent=lambda _: None, call=lambda *_: None)
+        except CutShortError:
+            if len(data) == _FIRST_READ:
+                raise
+            break
+        except DangerousPickleError:
+            raise
+        except MergeError:
+            break
+        callables |= dict.fromkeys(more.callables)
+        at += more.nbytes
+    return tuple(callables)

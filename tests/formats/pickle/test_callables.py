@@ -1,0 +1,194 @@
+"""merge_avg.formats.pickle.callables: what is inert, what runs code, and in which spellings."""
+
+import functools
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from merge_avg.formats.pickle import callables
+from merge_avg.formats.pickle.callables import is_inert, verdict
+from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.values import DangerousPickleError
+
+INERT = [(module, name) for module, names in callables._INERT.items() for name in sorted(names)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("os.path", "join"),  # a module below a dangerous one
+        ("numpy", "os.system"),  # reached through a module that imports it
+        ("random", "_os.system"),
+        ("torch.hub", "tempfile._os.system"),
+        ("torch", "serialization.pickle.loads"),
+        ("torch.serialization", "pickle.loads"),
+        ("torch", "serialization.load"),
+        ("torch", "hub.load"),
+        ("logging", "config._resolve"),
+        ("torch.nn", "Linear.__init__.__globals__"),
+        ("mycode", "Model.__class__"),
+        ("builtins", "eval"),
+        ("__builtin__", "eval"),
+        ("__builtin__", "reduce"),  # functools.reduce since Python 3
+        ("cPickle", "loads"),
+        ("commands", "getoutput"),
+        ("six.moves", "cPickle.loads"),
+        ("six.moves.builtins", "eval"),
+        ("urllib3.packages.six.moves.urllib.request", "urlopen"),
+        ("_io", "FileIO"),
+        ("_operator", "attrgetter"),
+        ("numpy", "f2py.crackfortran.myeval"),
+        ("sympy", "sympify"),
+        ("torch", "load"),
+        ("torch.jit", "unsupported_tensor_ops.execWrapper"),
+    ],
+)
+def test_each_part_of_a_name_counts(module, name):
+    """Whatever leads to what runs code is refused: modules above, attributes, older names."""
+    assert verdict(module, name) == "dangerous"
+    with pytest.raises(DangerousPickleError, match=re.escape(f"{module}.{name}")) as caught:
+        load(f"c{module}\n{name}\n.".encode(), persistent=None, call=lambda *_: None)
+    assert "safetensors" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "expected"),
+    [
+        ("collections", "OrderedDict", "inert"),
+        ("torch._utils", "_rebuild_tensor_v2", "inert"),
+        ("builtins", "set", "inert"),
+        ("__builtin__", "set", "inert"),
+        ("copy_reg", "_reconstructor", "inert"),
+        ("torch.nn.modules.linear", "Linear", "inert"),
+        ("torch.optim.adamw", "AdamW", "inert"),
+        ("torch.nn.modules.linear", "F.torch", "unknown"),
+        ("torch.nn.modules.linear", "F", "unknown"),
+        ("torch.nn.modules_of_mine.linear", "Linear", "unknown"),
+        ("torch", "_utils._rebuild_tensor_v2", "unknown"),
+        ("mycode", "Model", "unknown"),
+        ("__main__", "Config", "unknown"),
+        ("oscar", "system", "unknown"),  # a module whose name begins with that of a dangerous one
+        ("mycode.code", "Model", "unknown"),
+        ("project.test", "Model", "unknown"),
+    ],
+)
+def test_other_names_are_inert_or_unknown(module, name, expected):
+    """Names of checkpoints are inert by their full name alone; one that looks alike is unknown."""
+    assert verdict(module, name) == expected
+
+
+def test_no_inert_name_is_dangerous_as_well():
+    """The tables do not contradict each other."""
+    assert {verdict(module, name) for module, name in INERT} == {"inert"}
+
+
+def _found(module, name):
+    """Return what a name stands for here, or None where this torch or Python lacks it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old places
+        try:
+            return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError):
+            return None
+
+
+def test_inert_names_exist():
+    """Nearly all of the table is there in this torch and Python: it has no slips of the pen."""
+    missing = {f"{module}.{name}" for module, name in INERT if _found(module, name) is None}
+    elsewhere = r"(pytorch_)?lightning.*|pathlib\._local\..*|numpy\.(core|_core)\..*"
+    versions = r"torch\._utils\._rebuild_(xla|sparse_csr)_tensor|torch\.float4_e2m1fn_x2"
+    storages = r"torch(\.cuda|\.storage)?\.\w+Storage"
+    odd = [one for one in missing if not re.fullmatch(f"{elsewhere}|{versions}|{storages}", one)]
+    assert odd == []
+
+
+def test_inert_packages_hold_classes():
+    """A capitalised name in a package of layers or optimizers is a class, or a type to annotate."""
+    import torch.optim.swa_utils
+
+    for module in [one for name, one in sys.modules.items() if is_inert(name, "Name")]:
+        for name, value in vars(module).items():
+            if is_inert(module.__name__, name) and not inspect.isclass(value):
+                kind = type(value)
+                assert kind.__module__ in ("typing", "types", "builtins", "collections.abc"), name
+                assert not inspect.ismodule(value), name
+                assert not inspect.isroutine(value), name
+    assert inspect.isclass(torch.optim.swa_utils.AveragedModel)
+
+
+# Runs each name of the table, and each class of the packages, with arguments that would show.
+_SWEEP = r"""
+import contextlib, functools, importlib, io, json, os, pickle, pkgutil, signal, sys, warnings
+from merge_avg.formats.pickle import callables
+warnings.simplefilter("ignore")
+import torch, numpy
+seen, armed = [], False
+BAD = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
+       "os.rename", "pickle.find_class", "shutil.", "urllib.")
+def hook(event, args):
+    if armed and (event.startswith(BAD) or (event == "open" and "evil" in str(args[0]))
+                  or (event in ("exec", "compile") and "evil" in str(args))):
+        seen.append((current, event))
+sys.addaudithook(hook)
+class Runs:
+    def __reduce__(self):
+        return (os.system, ("echo evil",))
+code = "__import__('os').system('echo evil')"
+path = sys.argv[1]
+open(path, "w").write(code)
+raw = pickle.dumps(Runs())
+open(path + ".pkl", "wb").write(raw)
+payloads = [(), (code,), (code, {}), (code, {}, {}), (path,), (path, "r"), (path + ".pkl",), (raw,),
+            (io.BytesIO(raw),), ("echo", "evil"), (["echo", "evil"],), ("os", "system"),
+            (code, "<evil>", "exec"), (numpy.dtype("O"), raw), (raw.decode("latin1"), "latin1")]
+names = [(m, n) for m, all_ in callables._INERT.items() for n in all_]
+for base in callables._INERT_CLASSES:
+    with contextlib.suppress(ImportError):
+        root = importlib.import_module(base)
+        found = pkgutil.walk_packages(getattr(root, "__path__", []), base + ".")
+        for one in [base, *(m.name for m in found)]:
+            module = importlib.import_module(one)
+            names += [(one, n) for n in vars(module) if callables.is_inert(one, n)]
+calls = 0
+for module, name in names:
+    try:
+        value = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        continue
+    current = f"{module}.{name}"
+    for payload in payloads:
+        armed = True
+        signal.alarm(20)
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+            calls += 1
+            value(*payload)
+        armed = False
+        signal.alarm(0)
+for m, n in (("os", "system"), ("builtins", "exec")):  # the sweep sees what runs code
+    current, armed = "control", True
+    getattr(importlib.import_module(m), n)(code if n == "exec" else "true")
+    armed = False
+print(json.dumps({"names": len(names), "calls": calls, "seen": seen}))
+"""
+
+
+def test_what_is_inert_runs_nothing(tmp_path):
+    """Each inert callable is called with code, paths, commands and pickles, and runs none."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SWEEP, str(tmp_path / "evil.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["calls"] > 3000
+    assert {name for name, _ in found["seen"]} == {"control"}
