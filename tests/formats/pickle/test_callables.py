@@ -16,7 +16,7 @@ from merge_avg.formats.pickle.callables import is_inert, verdict
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.values import DangerousPickleError
 
-INERT = [(module, name) for module, names in callables._INERT.items() for name in sorted(names)]
+INERT = [(module, name) for module, names in callables.INERT.items() for name in sorted(names)]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ open(path + ".pkl", "wb").write(raw)
 payloads = [(), (code,), (code, {}), (code, {}, {}), (path,), (path, "r"), (path + ".pkl",), (raw,),
             (io.BytesIO(raw),), ("echo", "evil"), (["echo", "evil"],), ("os", "system"),
             (code, "<evil>", "exec"), (numpy.dtype("O"), raw), (raw.decode("latin1"), "latin1")]
-names = [(m, n) for m, all_ in callables._INERT.items() for n in all_]
-for base in callables._INERT_CLASSES:
+names = [(m, n) for m, all_ in callables.INERT.items() for n in all_]
+for base in callables.INERT_CLASSES:
     with contextlib.suppress(ImportError):
         root = importlib.import_module(base)
         found = pkgutil.walk_packages(getattr(root, "__path__", []), base + ".")

@@ -43,7 +43,7 @@ _DTYPES = (
     "float4_e2m1fn_x2"
 )
 # Reviewed one by one. A class that other packages name by an older module is listed there too.
-_INERT = _table(
+INERT = _table(
     f"""
     builtins bool bytearray bytes complex dict float frozenset int list object range set slice str \
 tuple
@@ -92,7 +92,7 @@ longlong ndarray str_ uint16 uint32 uint64 uint8 ulonglong
 )
 # Packages whose capitalised names are classes of layers, of optimizers and of dtypes, beside types
 # that annotate them.
-_INERT_CLASSES = ("torch.nn.modules", "torch.optim", "numpy.dtypes")
+INERT_CLASSES = ("torch.nn.modules", "torch.optim", "numpy.dtypes")
 # Enums, whose members Python 3.11.0 to 3.11.3 pickle as getattr(class, name).
 ENUMS = frozenset({"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"})
 
@@ -166,9 +166,9 @@ def verdict(module: str, name: str) -> Verdict:
 
 def is_inert(module: str, name: str) -> bool:
     """Return whether a callable makes a plain value and does nothing else."""
-    inside = any(module == one or module.startswith(f"{one}.") for one in _INERT_CLASSES)
+    inside = any(module == one or module.startswith(f"{one}.") for one in INERT_CLASSES)
     is_class = inside and _CLASS.fullmatch(name) is not None and name not in typing.__all__
-    return is_class or name in _INERT.get(module, ())
+    return is_class or name in INERT.get(module, ())
 
 
 def _is_dangerous(module: list[str], attributes: list[str]) -> bool:
