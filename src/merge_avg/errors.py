@@ -34,6 +34,10 @@ class UsageError(MergeError):
     """Options that contradict themselves or the number of inputs, whatever the files hold."""
 
 
+class WrittenError(MergeError):
+    """What fails after the outputs are complete, such as a report of them."""
+
+
 _SPACE = "free some space, or choose another place for the output"
 _HINTS = {
     errno.ENOSPC: _SPACE,

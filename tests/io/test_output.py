@@ -6,13 +6,14 @@ import errno
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from merge_avg.checkpoint import FileLayout, Slot, Storage
 from merge_avg.errors import MergeError
 from merge_avg.io import _platform as platform
-from merge_avg.io._output import Output, refuse_output
+from merge_avg.io._output import Output, refuse_loss, refuse_output, workplace
 from merge_avg.io._temporary import Temporary
 
 LAYOUT = FileLayout(6, ((0, b"ab"),), {"w": Slot(0, 2, 4)})
@@ -117,9 +118,10 @@ def test_a_directory_appears_whole(tmp_path, monkeypatch, swaps):
     (tmp_path / "out").mkdir()
     write_directory(tmp_path / "out")
     assert contents(tmp_path / "out") == whole
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "w.bin").write_bytes(b"old")
+    (tmp_path / "out" / "empty").mkdir()
     write_directory(tmp_path / "out", overwrite=True, commit=False)
-    assert contents(tmp_path / "out") == {**whole, "old": b""}
+    assert contents(tmp_path / "out") == {**whole, "w.bin": b"old"}
     write_directory(tmp_path / "out", overwrite=True)
     assert contents(tmp_path) == {f"out/{name}": data for name, data in whole.items()}
 
@@ -168,7 +170,7 @@ FAILURES = [
     (False, "pwrite", 1, errno.ENOSPC, "cannot be written (No space left on device)"),
     (False, "fsync", 1, errno.EIO, "cannot be written (Input/output error)"),
     (True, "fsync", 3, errno.EIO, "cannot be written (Input/output error)"),
-    (False, "replace", 1, errno.EACCES, "cannot be written (Permission denied)"),
+    (False, "open", 2, errno.EIO, "cannot be written (Input/output error)"),
     (True, "rename", 1, errno.EACCES, "cannot be written (Permission denied)"),
 ]
 
@@ -191,8 +193,7 @@ def test_failures_name_the_output(tmp_path, monkeypatch, directory, name, number
     """Whatever fails, the message is about the output, and only what was there stays."""
     path = tmp_path / "out"
     if directory:
-        path.mkdir()
-        (path / "old").touch()
+        made(path)
     else:
         path.write_bytes(b"old")
     before = contents(tmp_path)
@@ -265,7 +266,7 @@ def test_without_hard_links(tmp_path, monkeypatch, comes):
         out.write(0, "w", 0, memoryview(b"cdef"))
         if comes:
             path.write_bytes(b"theirs")
-            with pytest.raises(MergeError, match="exists already"):
+            with pytest.raises(MergeError, match="appeared there in the meantime"):
                 out.commit()
         else:
             out.commit()
@@ -298,7 +299,7 @@ def test_directories_are_exchanged_where_that_is_possible(tmp_path, monkeypatch)
     assert not able or (other / "more").exists()
     assert not platform.exchange(one, tmp_path / "none")
     if able:
-        monkeypatch.setattr(Output, "_swap", lambda *_: pytest.fail("in two steps"))
+        failing(monkeypatch, "rename", 2, errno.EIO)  # the first finds a directory in its place
     made(tmp_path / "out")
     write_directory(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "w.bin").exists()
@@ -306,7 +307,7 @@ def test_directories_are_exchanged_where_that_is_possible(tmp_path, monkeypatch)
 
 def made(path):
     path.mkdir()
-    (path / "file").touch()
+    (path / "w.bin").touch()
     return path
 
 
@@ -317,7 +318,7 @@ def test_two_steps_are_undone(tmp_path, monkeypatch):
     failing(monkeypatch, "rename", 3, errno.EIO)
     with pytest.raises(MergeError, match="Input/output"):
         write_directory(tmp_path / "out", overwrite=True)
-    assert contents(tmp_path) == {"out/file": b""}
+    assert contents(tmp_path) == {"out/w.bin": b""}
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -424,3 +425,249 @@ def test_the_disk_begins_while_more_is_made(tmp_path, monkeypatch):
     assert len(asked) == 2
     monkeypatch.setattr(platform, "_SYNC_FILE_RANGE", None)
     platform.start_writeback(-1)
+
+
+# What comes or changes while an output is made.
+
+
+def edit(path):
+    """Write to a file, in place."""
+    with path.open("ab") as file:
+        file.write(b"!")
+
+
+def replace(path):
+    """Give a file other bytes by way of a rename, with the size and the time of the old ones."""
+    before = path.stat()
+    (path.parent / "new").write_bytes(bytes(before.st_size))
+    os.utime(path.parent / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (path.parent / "new").rename(path)
+
+
+DISTURBED = {
+    "a file came": lambda out: (out / "eval.json").write_text("{}"),
+    "a link came": lambda out: (out / "best").symlink_to("sub"),
+    "a folder came": lambda out: ((out / "logs").mkdir(), (out / "logs" / "a").touch()),
+    "a file was edited": lambda out: edit(out / "w.bin"),
+    "a file was replaced": lambda out: replace(out / "sub" / "w.bin"),
+    "all was replaced": lambda out: (out.rename(out.parent / "away"), made(out)),
+    "it became a file": lambda out: (out.rename(out.parent / "away"), out.touch()),
+}
+
+
+def late(monkeypatch, disturb, *, swaps):
+    """Disturb at the last moment, when two names are about to be exchanged, or cannot be."""
+    real, waiting = platform.exchange, [disturb]
+
+    def exchange(*names):
+        while waiting:
+            waiting.pop()()
+        return swaps and real(*names)
+
+    monkeypatch.setattr(platform, "exchange", exchange)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("moment", ["while it is made", "before it is published", "last"])
+@pytest.mark.parametrize("what", DISTURBED)
+def test_what_came_into_a_directory_is_never_lost(tmp_path, monkeypatch, what, moment, swaps):
+    """Whatever came or changed since the output was begun: an error, and all stays as it is."""
+    path = tmp_path / "out"
+    write_directory(path)
+    found = {}
+
+    def disturb():
+        DISTURBED[what](path)
+        found.update(contents(tmp_path))
+
+    if moment == "last":
+        late(monkeypatch, disturb, swaps=swaps)
+    elif not swaps:
+        monkeypatch.setattr(platform, "exchange", lambda *_: False)
+    files = {"w.bin": LAYOUT, "sub/w.bin": LAYOUT}
+    with Output(path, files, overwrite=True) as out:
+        if moment == "while it is made":
+            disturb()
+        if moment == "before it is published":
+            out.complete(b"")
+            disturb()
+        finish = out.publish if moment == "before it is published" else out.commit
+        with pytest.raises(MergeError, match="came or changed while") as caught:
+            finish()
+        assert caught.value.where == str(path)
+    kept = {name: data for name, data in found.items() if "merge-avg-tmp" not in name}
+    assert kept
+    assert contents(tmp_path) == kept
+
+
+FILES = {
+    "it was edited": (b"old", edit),
+    "it was replaced": (b"old", replace),
+    "it came": (None, lambda path: path.write_bytes(b"theirs")),
+    "it became a folder": (b"old", lambda path: (path.unlink(), made(path))),
+    "it became a link": (
+        b"old",
+        lambda path: (path.rename(path.parent / "a"), path.symlink_to("a")),
+    ),
+}
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("moment", ["while it is made", "last"])
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_that_another_program_wrote_is_never_lost(
+    tmp_path, monkeypatch, what, moment, swaps
+):
+    """With overwrite, only the file that was there at first is replaced."""
+    before, disturb = FILES[what]
+    path = tmp_path / "out"
+    if before is not None:
+        path.write_bytes(before)
+    if moment == "last" and before is not None:
+        late(monkeypatch, lambda: disturb(path), swaps=swaps)
+    elif not swaps:
+        monkeypatch.setattr(platform, "exchange", lambda *_: False)
+    with Output(path, {".": LAYOUT}, overwrite=True) as out:
+        if moment != "last":
+            disturb(path)
+        elif before is None:
+            out.complete(b"")
+            disturb(path)
+        with pytest.raises(MergeError, match="came or changed while"):
+            out.commit()
+    found = {name: data for name, data in contents(tmp_path).items() if name != "out"}
+    assert not path.is_file() or path.read_bytes() != b"abcdef"
+    assert set(found) <= {"a", "out/w.bin"}
+    assert path.is_symlink() == (what == "it became a link")
+    assert not [one for one in tmp_path.iterdir() if "tmp" in one.name]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_what_is_gone_or_empty_is_no_loss(tmp_path, monkeypatch, swaps):
+    """Files that were removed meanwhile, and folders without files, do not stop an output."""
+    if not swaps:
+        monkeypatch.setattr(platform, "exchange", lambda *_: False)
+    for directory in (False, True):
+        path = tmp_path / f"out{directory}"
+        files = {"w.bin": LAYOUT} if directory else {".": LAYOUT}
+        made(path) if directory else path.touch()
+        with Output(path, files, overwrite=True) as out:
+            out.write(0, "w", 0, memoryview(b"cdef"))
+            if directory:
+                (path / "w.bin").unlink()
+                (path / "empty" / "deep").mkdir(parents=True)
+            else:
+                path.unlink()
+            out.commit()
+    assert contents(tmp_path) == {"outFalse": b"abcdef", "outTrue/w.bin": b"abcdef"}
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_an_output_that_another_run_replaces(tmp_path, directory):
+    """While another program has the old output locked, it is not replaced."""
+    path = tmp_path / "out"
+    if directory:
+        made(path)
+    else:
+        path.touch()
+    files = {"w.bin": LAYOUT} if directory else {".": LAYOUT}
+    held = os.open(path, os.O_RDONLY)
+    assert platform.lock(held)
+    with Output(path, files, overwrite=True) as out:
+        with pytest.raises(MergeError, match="another program has locked it"):
+            out.commit()
+        os.close(held)
+        out.publish()
+    assert len(contents(tmp_path)) == 1
+    assert next(iter(contents(tmp_path).values())).startswith(b"ab")
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_the_old_output_is_locked_while_it_has_no_name(tmp_path, monkeypatch, directory):
+    """A sweep by another run, between the exchange and the look at it, does not remove it."""
+    path = tmp_path / "out"
+    real = platform.exchange
+
+    def exchange(*names):
+        done = real(*names)
+        other = os.open(names[0], os.O_RDONLY)
+        assert platform.lock(other) is False
+        os.close(other)
+        edit(names[0] / "w.bin" if directory else names[0])
+        monkeypatch.setattr(platform, "exchange", real)
+        return done
+
+    if directory:
+        made(path)
+    else:
+        path.touch()
+    monkeypatch.setattr(platform, "exchange", exchange)
+    files = {"w.bin": LAYOUT} if directory else {".": LAYOUT}
+    with Output(path, files, overwrite=True) as out, pytest.raises(MergeError, match="changed"):
+        out.commit()
+    assert list(contents(tmp_path).values()) == [b"!"]
+
+
+def test_an_old_output_gets_its_name_back_where_the_new_one_was_removed(tmp_path, monkeypatch):
+    """It does even if somebody removes what it was exchanged for at that very moment."""
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    real = platform.exchange
+
+    def exchange(*names):
+        monkeypatch.setattr(platform, "exchange", lambda *names: path.unlink() or real(*names))
+        done = real(*names)
+        edit(names[0])
+        return done
+
+    monkeypatch.setattr(platform, "exchange", exchange)
+    files = {".": LAYOUT}
+    with Output(path, files, overwrite=True) as out, pytest.raises(MergeError, match="changed"):
+        out.commit()
+    assert contents(tmp_path) == {"out": b"old!"}
+
+
+def test_a_directory_that_would_lose_files_is_refused_when_it_is_begun(tmp_path):
+    """A file that the output has none in place of is named, before anything is written."""
+    made(tmp_path / "out")
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(MergeError, match="it holds 'mine', which would be lost"):
+        Output(tmp_path / "out", {"w.bin": LAYOUT}, overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_directory_that_cannot_be_read_is_not_replaced(tmp_path, monkeypatch):
+    """What lies in a folder that cannot be listed would be lost: an error that names it."""
+    made(tmp_path / "out")
+    (tmp_path / "out" / "sub").mkdir()
+    real = os.listdir
+
+    def listdir(path):
+        if path.name == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(PermissionError) as caught:
+        refuse_loss(tmp_path / "out", {"w.bin"})
+    assert caught.value.filename == str(tmp_path / "out" / "sub")
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a mount point")
+def test_mount_points_are_refused():
+    """Neither a mount point nor a directory that holds one can be replaced: seen at once."""
+    for path in (Path("/proc"), Path("/")):
+        with pytest.raises(MergeError, match="mount point"):
+            refuse_output(path, directory=True, overwrite=True)
+
+
+def test_a_place_for_work_goes_with_it(tmp_path):
+    """A directory beside an output is hidden, and is gone afterwards."""
+    with workplace(tmp_path / "out.pt") as place:
+        assert place.parent == tmp_path
+        assert place.name.startswith(".out.pt.")
+        (place / "file").touch()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(MergeError, match="cannot be written") as caught:
+        workplace(tmp_path / "none" / "out").__enter__()
+    assert caught.value.where == str(tmp_path / "none" / "out")

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -84,3 +85,12 @@ def test_cores_of_a_control_group(tmp_path, monkeypatch, text, cores):
     (tmp_path / "cpu.max").write_text(text)
     assert platform.cores(tmp_path / "cpu.max") == cores
     assert platform.cores(tmp_path / "none") == 9
+
+
+def test_mount_points_by_their_table(tmp_path):
+    """A mount point, and what holds one, is told by its name in the system's table."""
+    table = tmp_path / "mountinfo"
+    table.write_bytes(b"36 35 98:0 / /a\\040b/c\\134 rw,noatime - ext3 /dev/root rw\n")
+    for name, expected in (("a b", True), ("a b/c\\", True), ("a b/c\\/d", False), ("a", False)):
+        assert platform.mounted(Path("/", name), table) == expected
+    assert not platform.mounted(tmp_path, tmp_path / "none")

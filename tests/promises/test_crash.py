@@ -157,7 +157,7 @@ def test_every_call_that_fails_is_one_message(runner, tmp_path, kind, overwrite,
             raise AssertionError(f"call {number}, {failing.failed}: {error}") from error
         place.reset()
         codes.add(code)
-    assert codes == {0, 1}
+    assert codes - {3} == {0, 1}
 
 
 @pytest.mark.parametrize("kind", ["zip", "dcp"])
@@ -225,7 +225,7 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs 
 @pytest.mark.parametrize(
     ("kinds", "what", "limit"),
     [
-        ("zip", {"rename": "signal=KILL error=EIO"}, 9),
+        ("zip", {"link": "signal=KILL error=EIO", "renameat2": "signal=KILL error=EIO"}, 9),
         pytest.param("zip shards", dict.fromkeys(crashing.CALLS, "signal=KILL"), 9, marks=large),
         pytest.param("zip shards", dict.fromkeys(crashing.CALLS, "error=EIO"), 3, marks=large),
     ],
@@ -244,13 +244,15 @@ def place(server):
 
 
 def test_two_runs_into_one_place(server):
-    """Of several runs into one output, all may replace an old one, but only one may create it."""
+    """Of several runs into one output one writes it; others may replace only what they saw."""
     for label, place in crashing.places(server, ["zip", "shards"], 300_000):
         server.run(place, place.arguments, together=4)
         assert place.complete()
         assert not place.left()
-        expected = [0, 0, 0, 0] if "--overwrite" in label else [0, 1, 1, 1]
-        assert sorted(server.codes) == expected
+        # One that begins when another has ended may replace its output.
+        assert set(server.codes) <= {0, 1}
+        assert min(server.codes) == 0
+        assert "--overwrite" in label or sorted(server.codes) == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
@@ -265,8 +267,8 @@ def test_streams_that_cannot_be_written(server, place):
     """A full stderr does no harm; a full stdout is an error, after the output is complete."""
     assert server.run(place, place.arguments, stderr="/dev/full") == 0
     assert place.complete()
-    assert server.run(place, place.again, stdout="/dev/full") == 1
-    assert judge(place, 1, server.stderr)
+    assert server.run(place, place.again, stdout="/dev/full") == 3
+    assert judge(place, 3, server.stderr)
     assert "all is done, but stdout cannot be written" in server.stderr
 
 
@@ -504,4 +506,4 @@ def test_inputs_are_only_ever_opened_for_reading(server, place, tmp_path):
     assert len(ours) >= 2
     assert {event for event, _ in ours} == {"open"}
     assert all(args[2] & os.O_ACCMODE == os.O_RDONLY for _, args in ours)
-    assert [args[1] for event, args in events if event == "os.rename"] == ["out.pt"]
+    assert [args[1] for event, args in events if event == "os.link"] == ["out.pt"]

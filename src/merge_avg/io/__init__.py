@@ -6,7 +6,7 @@ Files are read by offset and checked on the way; an output appears whole, or not
 from __future__ import annotations
 
 from merge_avg.io._memory import Buffer, Matrix, Scratch, Stack, same
-from merge_avg.io._output import Output, OutputFile, Sink, refuse_output
+from merge_avg.io._output import Output, OutputFile, Sink, refuse_loss, refuse_output, workplace
 from merge_avg.io._platform import cores, read_fully
 from merge_avg.io._reader import Reader, Tap
 from merge_avg.io._temporary import TEMPORARY, remove
@@ -24,7 +24,9 @@ __all__ = [
     "Tap",
     "cores",
     "read_fully",
+    "refuse_loss",
     "refuse_output",
     "remove",
     "same",
+    "workplace",
 ]

@@ -4,6 +4,9 @@
 
 The rename is the only step that others can see, so a path holds what was there before or the whole
 result. Space is claimed first, so that a full disk shows before hours of reading.
+
+It replaces what was there when the output was begun. Where files came or changed since then, seen
+before the rename or in what it took away, the output fails and all of them stay in their places.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ import errno
 import os
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
 from zlib_ng import zlib_ng
 
 from merge_avg.checkpoint import FileLayout, Literal
-from merge_avg.errors import MergeError, failure
+from merge_avg.errors import MergeError, WrittenError, failure, named
 from merge_avg.io import _platform
 from merge_avg.io._reader import Checksum
 from merge_avg.io._temporary import Temporary, remove, sweep
@@ -43,8 +46,37 @@ def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
         raise MergeError("it is a file", where=path, hint="choose another name for the directory")
     if path.exists() and not (path.is_file() or directory):
         raise MergeError("not a regular file", where=path, hint="choose another output")
+    if _platform.mounted(path):
+        raise MergeError("it is or holds a mount point", where=path, hint="choose a place below it")
     if not overwrite and (not directory or any(path.iterdir())):
         raise _exists(path, "the output exists already")
+
+
+def refuse_loss(path: Path, files: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Return the states of what would be replaced by `files`, or raise MergeError for others."""
+    # A file that the output does not have may be the only copy of something.
+    found = _states(path)
+    lost = [name for name in found if name not in files]
+    if lost:
+        what = f"it holds {named(lost)}, which would be lost"
+        raise MergeError(what, where=path, hint="choose another output, or remove this one")
+    if path.resolve() == Path.cwd():
+        raise MergeError("it is the current directory", where=path, hint="choose another output")
+    return found
+
+
+def _states(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return what changes with a file: for each at a path or below it, by relative name."""
+    found: dict[str, tuple[int, ...]] = {}
+    pending = [path] if os.path.lexists(path) else []
+    while pending:  # unlike `os.walk`, this fails where a directory cannot be read
+        one = pending.pop()
+        if one.is_dir() and not one.is_symlink():
+            pending += one.iterdir()
+        else:
+            s = one.lstat()
+            found[one.relative_to(path).as_posix()] = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+    return dict(sorted(found.items()))
 
 
 def _exists(path: Path, what: str) -> MergeError:
@@ -84,6 +116,7 @@ class Output:
         self._files: list[OutputFile] = []
         sweep(self.folder)
         with _explained(self.path):
+            self._seen = refuse_loss(self.path, files) if overwrite else {}
             self._temporary = Temporary(self.path, directory=self._directory)
         try:
             for relative, layout in files.items():
@@ -126,59 +159,58 @@ class Output:
             if self._directory:
                 for folder, _, _ in os.walk(self._temporary.path):
                     _platform.sync_directory(Path(folder))
+            if self._overwrite:  # here too, so that of several outputs none gets its name
+                self._refuse_changed(self.path)
 
     def publish(self) -> None:
         """Give the complete output its name, for good."""
+        temporary = self._temporary.path
         with _explained(self.path):
-            if self._directory:
-                self._publish_directory()
-            else:
-                self._publish_file()
-        with _explained(self.path, "it is complete, but may not outlast a power failure"):
-            _platform.sync_directory(self.folder)
-
-    def _publish_file(self) -> None:
-        temporary = self._temporary.path
-        if self._overwrite:
-            os.replace(temporary, self.path)
-            return
-        # Unlike a rename, a link never replaces a file that appeared there in the meantime.
-        try:
-            os.link(temporary, self.path)
-        except FileExistsError:
-            raise _exists(self.path, "another output appeared there in the meantime") from None
-        except OSError:  # a file system without hard links
-            refuse_output(self.path, directory=False, overwrite=False)
-            os.rename(temporary, self.path)
-
-    def _publish_directory(self) -> None:
-        temporary = self._temporary.path
-        try:  # replaces an empty directory, and no other
-            os.rename(temporary, self.path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            if not self._overwrite:
-                raise _exists(self.path, "another output appeared there in the meantime") from None
-            if not _platform.exchange(temporary, self.path):
-                self._swap()
-
-    def _swap(self) -> None:
-        """Replace a directory in two steps; the next run undoes a first step that stayed alone."""
-        aside = self._temporary.aside
-        old = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _platform.lock(old)
             try:
-                os.rename(self.path, aside)
-                os.rename(self._temporary.path, self.path)
+                # Neither takes the place of a file, or of a directory that holds something.
+                (os.rename if self._directory else os.link)(temporary, self.path)
+            except OSError as error:
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+                if taken or (not self._directory and os.path.lexists(self.path)):
+                    self._replace()
+                elif self._directory:
+                    raise
+                else:  # a file system without hard links
+                    os.rename(temporary, self.path)
+        try:
+            _platform.sync_directory(self.folder)
+        except OSError as error:
+            what = f"it is complete, but may not outlast a power failure ({error.strerror})"
+            raise WrittenError(what, where=self.path) from None
+
+    def _replace(self) -> None:
+        """Replace the old output in one step, or two of which the next run undoes a lone first."""
+        if not self._overwrite:
+            raise _exists(self.path, "another output appeared there in the meantime") from None
+        temporary, aside = self._temporary.path, self._temporary.aside
+        with _held(self.path):
+            exchanged = _platform.exchange(temporary, self.path)
+            old = temporary if exchanged else aside if self._directory else self.path
+            try:
+                if old == aside:
+                    os.rename(self.path, aside)
+                self._refuse_changed(old)
+                if not exchanged:
+                    os.rename(temporary, self.path)
             except BaseException:  # Ctrl-C too must leave the old one in its place
-                if not os.path.lexists(self.path):
-                    os.rename(aside, self.path)
+                back = exchanged and _platform.exchange(temporary, self.path)
+                if not back and not os.path.lexists(self.path):
+                    os.rename(old, self.path)
                 raise
             remove(aside)
-        finally:
-            os.close(old)
+
+    def _refuse_changed(self, place: Path) -> None:
+        """Raise MergeError where the old output, now at `place`, is not what it was at first."""
+        lost = [name for name, state in _states(place).items() if self._seen.get(name) != state]
+        if lost:
+            what = "it" if lost == ["."] else named(lost)
+            what += " came or changed while the average was made, and would be lost"
+            raise MergeError(what, where=self.path, hint="run again, or choose another output")
 
     def __enter__(self) -> Self:
         return self
@@ -191,8 +223,30 @@ class Output:
             with contextlib.suppress(OSError):  # all was forced to the disk before
                 os.close(file.fd)
         self._files.clear()
-        self._temporary.remove()
         self._temporary.close()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep other runs from replacing an output, and from sweeping it once it has another name."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(PermissionError):  # those of the same user cannot open it either
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            if _platform.lock(fd) is False:
+                what = "another program has locked it, perhaps to replace it"
+                raise MergeError(what, where=path, hint="run again when that has ended")
+        yield
+
+
+@contextlib.contextmanager
+def workplace(output: Path) -> Iterator[Path]:
+    """Yield a directory beside an output, which is removed in the end as all temporaries are."""
+    sweep(output.parent)
+    with _explained(output):
+        temporary = Temporary(output, directory=True)
+    with contextlib.closing(temporary):
+        yield temporary.path
 
 
 class OutputFile:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 
 from merge_avg.errors import MergeError, failure
@@ -69,10 +70,20 @@ def start_writeback(fd: int) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swap the names of two directories in one step; return False where the system cannot."""
+    """Swap two names in one step; return False where the system cannot."""
     names = _AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b)
     renameat2 = getattr(_LIBC, "renameat2", None)
     return renameat2 is not None and renameat2(*names, _EXCHANGE) == 0
+
+
+def mounted(path: Path, table: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Return whether something is mounted at a path or below it, which no rename replaces."""
+    lines = table.read_bytes().splitlines() if table.exists() else []  # it is Linux's
+    # proc(5): the fifth field is the mount point, with blanks and the like in octal.
+    fields = (line.split(b" ")[4] for line in lines)
+    points = (re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), one) for one in fields)
+    real = os.path.realpath(path)
+    return os.path.ismount(path) or any(Path(os.fsdecode(p)).is_relative_to(real) for p in points)
 
 
 def sync_directory(path: Path) -> None:

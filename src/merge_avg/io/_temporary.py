@@ -68,10 +68,10 @@ class Temporary:
                     if os.path.samestat(self.path.lstat(), os.fstat(self.fd)):
                         return
             self.close()
-            self.remove()
 
     def close(self) -> None:
-        """Drop the lock."""
+        """Remove it, where it has not been renamed, and drop the lock."""
+        self.remove()
         with contextlib.suppress(OSError):  # all was forced to the disk before
             os.close(self.fd)
 

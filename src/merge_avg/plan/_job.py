@@ -14,7 +14,7 @@ from merge_avg.checkpoint import CONVERTIBLE, PROVENANCE, TEMPLATE, Layout, Role
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.directory import shard_of
-from merge_avg.io import refuse_output
+from merge_avg.io import refuse_loss, refuse_output
 from merge_avg.options import Location, Options, Outputs, Weight
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._budget import Budget, plan_budget
@@ -134,7 +134,7 @@ def prepare(
                 directory = job.layout.directory
                 refuse_output(output.path, directory=directory, overwrite=options.overwrite)
                 if directory and output.path.is_dir():
-                    _refuse_loss(output.path, job.layout)
+                    refuse_loss(output.path, job.layout.files)
             return job
     except OSError as error:  # a name too long, a directory that may not be looked into
         raise failure(error) from None
@@ -263,10 +263,10 @@ def _number_of(inputs: Sequence[Path], path: Path) -> int | None:
     return next((i for i, one in enumerate(inputs) if one.exists() and one.samefile(path)), None)
 
 
-def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
+def refuse_inputs(target: Path, layouts: Sequence[Layout], logs: Sequence[Path] = ()) -> None:
     """Raise MergeError where the output is an input, lies within one, or holds one."""
-    for layout in layouts:
-        path, files = layout.path, [file.path for file in layout.files]
+    inputs = [(layout.path, [file.path for file in layout.files]) for layout in layouts]
+    for path, files in (*inputs, *((log, [log]) for log in logs)):
         relation = None
         if target.exists() and target.samefile(path):
             relation = "is"
@@ -281,19 +281,6 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout]) -> None:
         if relation is not None:
             hint = "choose another output; inputs are never written to"
             raise MergeError(f"the output {relation} the input {path}", where=target, hint=hint)
-
-
-def _refuse_loss(target: Path, layout: OutputLayout) -> None:
-    """Raise MergeError where replacing a directory would lose what the new one does not have."""
-    # A file that the output does not have may be the only copy of something.
-    found = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
-    names = [path.relative_to(target).as_posix() for path in found]
-    lost = [name for name in names if name not in layout.files]
-    if lost:
-        what = f"it holds {named(lost)}, which would be lost"
-        raise MergeError(what, where=target, hint="choose another output, or remove this one")
-    if target.resolve() == Path.cwd():
-        raise MergeError("it is the current directory", where=target, hint="choose another output")
 
 
 def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> list[str]:
