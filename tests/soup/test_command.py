@@ -1,12 +1,15 @@
 """Soups through the command: its report, its messages, and what it leaves."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers import COMMAND, run_command
 from tests.soup.helpers import made, weight
 
 
@@ -61,3 +64,26 @@ def test_an_evaluation_may_write_beside_the_weights(command):
     assert done == 0, err
     assert out == "soup\n"
     assert Path("soup/results.json").read_text() == "[1, 2]"
+
+
+def test_what_a_killed_soup_left_goes_with_the_next_merge(tmp_path):
+    """Its trial, as large as a checkpoint, matches no pattern, and any merge there removes it."""
+    paths = made(tmp_path)
+    code = (
+        "import os, signal, sys\n"
+        "if sys.argv[1].endswith('trial.pt'): os.kill(os.getppid(), signal.SIGKILL)\n"
+        "print(1)"
+    )
+    script = tmp_path / "evaluate.py"
+    script.write_text(code)
+    evaluate = f'"{sys.executable}" {script} {{}}'
+    command = [*COMMAND, *paths, "-o", "soup.pt", "--soup", "greedy", "--mode", "max"]
+    killed = subprocess.run([*command, "--eval", evaluate], cwd=tmp_path, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".*")
+    assert left.name.endswith(".merge-avg-tmp")
+    assert [path.name for path in left.iterdir()] == ["trial.pt"]
+    planned = run_command("*.pt", "-o", "all.pt", "--dry-run", "--json", cwd=tmp_path)
+    assert len(json.loads(planned.stdout)["inputs"]) == len(paths)
+    assert run_command(*paths[:2], "-o", "other.pt", cwd=tmp_path).returncode == 0
+    assert not list(tmp_path.glob(".*"))

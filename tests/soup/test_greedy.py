@@ -1,5 +1,6 @@
 """Greedy soups: which members, what is written, and what an interruption leaves."""
 
+import re
 import sys
 from math import inf, nan
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from merge_avg import merge_checkpoints, verify_output
 from merge_avg.errors import MergeError, UsageError
@@ -79,11 +81,10 @@ def test_each_trial_is_a_merge_of_its_members(tmp_path):
         return 1.0
 
     greedy(paths, tmp_path / "o.pt", evaluate=evaluate, merge=merge, mode="max")
-    trial = ".o.trial.merge-avg-tmp.pt"
     assert merged == [
-        (paths[:2], trial, True),
-        (paths[:3], trial, True),
-        (paths, trial, True),
+        (paths[:2], "trial.pt", False),
+        (paths[:3], "trial.pt", False),
+        (paths, "trial.pt", False),
         (paths, "o.pt", False),
     ]
     assert (tmp_path / "o.pt").read_bytes() == tried[-1]
@@ -164,7 +165,7 @@ def test_a_score_that_is_nan_is_refused(tmp_path):
 def test_the_output_may_not_be_one_of_the_checkpoints(tmp_path):
     """It is refused even with --overwrite, and before anything is evaluated."""
     paths = made(tmp_path)
-    with pytest.raises(MergeError, match="one of the checkpoints"):
+    with pytest.raises(MergeError, match="is the input"):
         soup_of(paths, paths[1], pytest.fail, overwrite=True)
 
 
@@ -183,6 +184,60 @@ def test_one_checkpoint_makes_no_soup(tmp_path):
         soup_of(paths[:1], tmp_path / "o.pt")
     with pytest.raises(MergeError, match="No such file"):
         soup_of([*paths, tmp_path / "none.pt"], tmp_path / "o.pt")
+
+
+def test_inputs_are_not_written_to(tmp_path):
+    """Neither the soup nor its log may lie in a checkpoint or be one: seen before evaluating."""
+    paths = made(tmp_path)
+    folder = tmp_path / "c"
+    folder.mkdir()
+    paths.append(paths.pop().rename(folder / "model.pt").parent)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+    for output, log in (("c/soup.pt", None), ("o.pt", "c/log"), ("o.pt", "c0.pt")):
+        with pytest.raises(MergeError, match="input"):
+            soup_of(paths, tmp_path / output, pytest.fail, log=log and tmp_path / log)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_trial_is_a_temporary(tmp_path):
+    """A trial has the output's suffix, and lies in a directory that is hidden, locked and gone."""
+    paths = made(tmp_path)
+    trials = []
+
+    def evaluate(path):
+        if path not in paths:
+            folder = path.parent
+            trials.append(path)
+            assert folder.parent == tmp_path
+            assert re.fullmatch(r"\.o\.pt\.\w{8}-\w{8}\.merge-avg-tmp", folder.name)
+            merge_checkpoints(paths[:2], tmp_path / "other.pt", overwrite=True)  # which sweeps
+            assert path.exists()
+            (folder / "notes.txt").write_text("of an evaluation")
+        return 1.0
+
+    soup_of(paths, tmp_path / "o.pt", evaluate)
+    assert {path.name for path in trials} == {"trial.pt"}
+    assert not left_over(tmp_path)
+
+
+def test_a_trial_that_was_written_to_does_not_stop_the_next(tmp_path):
+    """What an evaluation leaves in the directory of a trial goes with it."""
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"c{number}")
+        paths[-1].mkdir()
+        save_file({"w": torch.full((3,), float(number))}, paths[-1] / "model.safetensors")
+
+    def evaluate(path):
+        if path not in paths:
+            (path / "results.json").write_text("{}")
+        return 1.0
+
+    soup = soup_of(paths, tmp_path / "o", evaluate, "max")
+    assert len(soup.members) == 3
+    assert [path.name for path in (tmp_path / "o").iterdir() if path.suffix == ".json"] == [
+        "merge_avg.json"
+    ]
 
 
 def test_a_real_command(tmp_path):
