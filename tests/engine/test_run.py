@@ -367,3 +367,72 @@ def test_the_threads_of_torch_are_one_meanwhile(tmp_path, count):
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("not enough memory for the progress bar"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("mine"),
+        BrokenPipeError(32, "Broken pipe"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        KeyError("memory"),
+    ],
+)
+def test_what_the_callers_own_function_raises_comes_as_it_is(tmp_path, error):
+    """An error of `progress` is not explained as one of ours, whatever it says."""
+    torch.save({"w": torch.ones(4), "steps": torch.tensor(1)}, tmp_path / "a.pt")
+
+    def progress(_):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        merge_checkpoints([tmp_path / "a.pt"] * 2, tmp_path / "out.pt", progress=progress)
+    assert caught.value is error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("can't start new thread"), True),
+        (MemoryError(), True),
+        (RuntimeError("the memory format is not supported"), False),
+    ],
+)
+def test_memory_that_torch_lacks_is_a_message(tmp_path, monkeypatch, error, ours):
+    """An allocation that fails is one error with a hint; what else torch says is a defect."""
+    torch.save({"w": torch.ones(4)}, tmp_path / "a.pt")
+
+    def fill(*_, **__):
+        raise error
+
+    monkeypatch.setattr("merge_avg.engine._run.Worker.fill", fill)
+    with pytest.raises(MergeError if ours else RuntimeError) as caught:
+        merge_checkpoints([tmp_path / "a.pt"] * 2, tmp_path / "out.pt")
+    assert isinstance(caught.value, MergeError) == ours
+    assert not ours or "--max-memory" in caught.value.hint
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_several_outputs_none_is_written_where_one_would_be_lost(tmp_path, exists):
+    """A file that comes while they are made stays, and so does what the others would replace."""
+    torch.save({"w": torch.ones(4)}, tmp_path / "a.pt")
+    names = ["x.pt", "y.pt"]
+    for name in names if exists else ():
+        (tmp_path / name).write_bytes(b"old")
+    outputs = {tmp_path / name: [1, 1] for name in names}
+    come = tmp_path / "y.pt"
+    paths = [tmp_path / "a.pt"] * 2
+    with pytest.raises(MergeError, match="came or changed") as caught:
+        merge_checkpoints(
+            paths, outputs, overwrite=True, progress=lambda _: come.write_bytes(b"theirs")
+        )
+    assert caught.value.where == str(come)
+    assert come.read_bytes() == b"theirs"
+    assert (tmp_path / "x.pt").exists() == exists
+    assert len(list(tmp_path.iterdir())) == 2 + exists

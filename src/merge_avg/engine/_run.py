@@ -26,6 +26,8 @@ from merge_avg.options import Location, Options, Outputs, meanings
 from merge_avg.plan import Hashes, Job, OutputSpec, batches, prepare, without_collector
 
 P = ParamSpec("P")
+# In the words of torch's allocators and of Python's threads, whose errors have no type.
+_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|can't start new thread")
 Opened = Callable[[OutputSpec], contextlib.AbstractContextManager[Sink]]
 
 
@@ -63,33 +65,35 @@ def run(
 ) -> Result:
     """Run a prepared merge.
 
-    `progress` is called with the number of bytes read since the last call, from any thread.
-    `opened` opens what takes an output: by default, its file or directory.
+    `progress` is called with the number of bytes read since the last call, from any thread. What it
+    raises comes as it is. `opened` opens what takes an output: by default, a file or directory.
 
     Raises:
         MergeError: nothing at the output's path was created or changed.
+        WrittenError: the output is complete, but what follows failed.
     """
 
     def output(spec: OutputSpec) -> Output:
         record = job.record(spec)
         return Output(spec.path, job.layout.files, record, overwrite=job.options.overwrite)
 
+    findings = Findings(progress, [0] * (len(job.layouts) + 1))
     try:
-        return _run(job, progress, opened or output)
-    except OSError as error:  # of the scratch file, or of a file system that fails
-        known = isinstance(error.filename, str)
-        raise failure(error, where=None if known else job.outputs[0].path) from None
-    except (MemoryError, RuntimeError) as error:  # torch and threads say it by the latter
-        if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
+        return _run(job, findings, opened or output)
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = not isinstance(error, RuntimeError) or _NO_MEMORY.search(str(error))
+        if error is findings.theirs or not known:
             raise
+        if isinstance(error, OSError):  # of the scratch file, or of a file system that fails
+            named = isinstance(error.filename, str)
+            raise failure(error, where=None if named else job.outputs[0].path) from None
         hint = "lower --max-memory and --threads, or allow this process more"
         raise MergeError("there is not enough memory for it", hint=hint) from None
 
 
-def _run(job: Job, progress: Callable[[int], None] | None, opened: Opened) -> Result:
+def _run(job: Job, findings: Findings, opened: Opened) -> Result:
     started = time.perf_counter()
     job, device = _on_device(job)
-    findings = Findings(progress, [0] * (len(job.layouts) + 1))
     compared = job.averaged if job.options.agreement else ()
     comparison = Comparison(compared, job.plan.units, job.base)
     with contextlib.ExitStack() as stack:

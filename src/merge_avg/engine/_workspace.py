@@ -22,6 +22,7 @@ class Findings:
     differing: set[str] = field(default_factory=set)  # integer tensors
     nonfinite: set[str] = field(default_factory=set)
     factors_differ: bool = False  # those of low-rank products, between the checkpoints
+    theirs: BaseException | None = None  # what `progress` raised, which is the caller's own
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_hashes(self, hashes: Sequence[int]) -> None:
@@ -34,8 +35,12 @@ class Findings:
         # Under the lock, so that the callback need not be ready for two threads at a time.
         with self._lock:
             self.nbytes += nbytes
-            if self.progress is not None:
-                self.progress(nbytes)
+            try:
+                if self.progress is not None:
+                    self.progress(nbytes)
+            except BaseException as error:
+                self.theirs = error
+                raise
 
 
 @dataclass(frozen=True)
