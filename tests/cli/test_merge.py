@@ -105,3 +105,61 @@ def test_a_merge_and_verifying_it_import_no_torch(tmp_path):
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, "o.ckpt\n"), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_page_that_fails_hides_nothing_else(command, folds, monkeypatch, tmp_path, arguments):
+    """The average and its path are there, and so is the summary; the exit code is 3."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "page.md")
+
+    def came_meanwhile(report):
+        (tmp_path / "r.html").write_text("theirs")
+        return "page"
+
+    monkeypatch.setattr("merge_avg.report.html.page", came_meanwhile)
+    code, out, err = command(*folds, "-o", "out.pt", "--report", "r.html", *arguments)
+    assert code == 3
+    assert (json.loads(out)["output"] if arguments else out.strip()) == "out.pt"
+    assert "averaged 3 checkpoints" in err
+    error = "error: r.html: another output appeared there in the meantime"
+    assert f"{error}; the average itself was written" in err
+    assert torch.load("out.pt")["model"]["w"].tolist() == [1.0] * 4
+    assert (tmp_path / "page.md").read_text().count("out.pt")
+    assert (tmp_path / "r.html").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("summary", ["1.pt", "run/page.md", "out.pt", "log.csv"])
+def test_a_summary_goes_to_no_input(command, folds, monkeypatch, tmp_path, summary):
+    """Where GITHUB_STEP_SUMMARY names an input, or the output, nothing is done."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "0.pt").rename(tmp_path / "run" / "model.pt")
+    (tmp_path / "log.csv").write_text("epoch,loss\n0,1\n1,2\n2,3\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", summary)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    inputs = ["run", *folds[1:], "--metrics", "log.csv", "--best", "2", "--metric", "loss"]
+    inputs = inputs if summary == "log.csv" else inputs[:3]
+    code, out, err = command(*inputs, "-o", "out.pt")
+    assert (code, out) == (2 if summary == "out.pt" else 1, ""), err
+    assert "the input" in err or "GITHUB_STEP_SUMMARY names the output" in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-o", "log.html"],
+        ["-o", "out.pt", "--report", "log.html"],
+        ["-o", "log.html", "--soup", "greedy", "--eval", "false", "--mode", "min"],
+    ],
+)
+def test_a_log_that_metrics_are_read_from_is_an_input(command, folds, tmp_path, options):
+    """With --overwrite too, neither an output nor a page takes its place."""
+    pytest.importorskip("matplotlib")
+    text = '[{"epoch": 0, "loss": 1}, {"epoch": 1, "loss": 2}]'
+    (tmp_path / "log.html").write_text(text)
+    chosen = [*folds, "--metrics", "log.html", "--best", "2", "--metric", "loss", "--overwrite"]
+    code, out, err = command(*chosen, *options)
+    assert (code, out) == (1, "")
+    assert "the output is the input log.html" in err
+    assert (tmp_path / "log.html").read_text() == text

@@ -137,7 +137,7 @@ def test_a_full_disk_behind_stdout_is_an_error(folds, tmp_path):
         done = subprocess.run(
             command, cwd=tmp_path, check=False, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "error: all is done, but stdout cannot be written" in done.stderr
     assert (tmp_path / "out.pt").exists()
 

@@ -5,6 +5,7 @@ This module is all that --help waits for, so what a task needs is imported when 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +77,12 @@ def command(
 
         criteria = replace(criteria, last=max(series.lasts, default=None))
         choice = choose(checkpoints, output, criteria, series, weighting)
+        if criteria.metrics_file is not None:
+            from merge_avg.plan import refuse_inputs
+
+            pages = display.page, os.environ.get("GITHUB_STEP_SUMMARY")
+            for path in (*choice.outputs, *(Path(one) for one in pages if one)):
+                refuse_inputs(path, (), [criteria.metrics_file])
         # A dry run evaluates nothing: it shows what a soup would choose from.
         if not action.dry_run and (soup.recipe is not None or soup.evaluation is not None):
             from merge_avg.cli._soup import make_soup

@@ -9,9 +9,9 @@ from pathlib import Path
 from merge_avg.cli._parameters import Display
 from merge_avg.cli._process import discard, print_result, progress, say
 from merge_avg.engine import read_ahead, run
-from merge_avg.errors import MergeError
+from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
-from merge_avg.plan import prepare
+from merge_avg.plan import prepare, refuse_inputs
 from merge_avg.report.values import Report, as_json, describe
 from merge_avg.selection import Choice
 
@@ -19,6 +19,12 @@ from merge_avg.selection import Choice
 def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> None:
     """Average the chosen checkpoints, or plan to, and report it."""
     job = prepare(choice.paths, choice.outputs, options, layouts=choice.layouts)
+    # The page of a GitHub Actions job, which this variable names, gets a summary.
+    page = None if dry_run else os.environ.get("GITHUB_STEP_SUMMARY")
+    if page:
+        refuse_inputs(Path(page), job.layouts)
+    if page and any(Path(page).resolve().is_relative_to(one.resolve()) for one in choice.outputs):
+        raise UsageError("GITHUB_STEP_SUMMARY names the output", hint="choose another output")
     if display.page is not None:
         from merge_avg.report import html
 
@@ -31,21 +37,21 @@ def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> 
         with progress(what, job.nbytes, display.quiet) as advance:
             result = run(job, advance)
     report = describe(job, result, choice)
-    if display.page is not None:
-        html.write(display.page, report, overwrite=options.overwrite)
     if not display.quiet:
         _show(report)
-    paths = [str(output.path) for output in job.outputs]
-    print_result(display.as_json, lambda: as_json(report), [] if dry_run else paths)
-    # The page of a GitHub Actions job, which this variable names, gets a summary.
-    page = os.environ.get("GITHUB_STEP_SUMMARY")
-    if page and not dry_run:
+    if page:
         from merge_avg.report.text import append, markdown
 
         try:
             append(Path(page), markdown(report))
         except MergeError as error:  # the merge itself is done
             say(f"note: {error}")
+    paths = [] if dry_run else [str(output.path) for output in job.outputs]
+    try:
+        if display.page is not None:
+            html.write(display.page, report, overwrite=options.overwrite)
+    finally:  # the result was made in any case
+        print_result(display.as_json, lambda: as_json(report), paths)
 
 
 def _show(report: Report) -> None:

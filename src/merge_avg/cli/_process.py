@@ -1,8 +1,9 @@
 """The command as a process: its streams, its signals and its exit codes.
 
 0     done
-1     refused or failed: each output is as it was
+1     refused or failed: each output is as it was, or the message says what was written
 2     wrong usage
+3     done, but a report of it was not written, or the outputs may not outlast a power failure
 128+n stopped by signal n: 129 hung up, 130 interrupted, 143 terminated
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
-from merge_avg.errors import MergeError, UsageError, failure
+from merge_avg.errors import MergeError, UsageError, WrittenError, failure
 from merge_avg.report import printable, shown
 
 
@@ -51,8 +52,7 @@ def main(*, last: bool = False) -> None:
 
                 app(prog_name="merge-avg")
             except (MergeError, OSError, MemoryError) as error:
-                _fail(error)
-                sys.exit(2 if isinstance(error, UsageError) else 1)
+                sys.exit(_fail(error))
             except _Stopped as stop:
                 say("stopped; each output is as it was, or complete")
                 sys.exit(stop.code)
@@ -128,8 +128,8 @@ def say(text: str) -> None:
         discard(sys.stderr)
 
 
-def _fail(error: MergeError | OSError | MemoryError) -> None:
-    """Say what is wrong with which file, and what to do about it."""
+def _fail(error: MergeError | OSError | MemoryError) -> int:
+    """Say what is wrong with which file, and what to do about it; return the exit code."""
     if isinstance(error, OSError):
         error = failure(error)
     elif isinstance(error, MemoryError):
@@ -137,6 +137,7 @@ def _fail(error: MergeError | OSError | MemoryError) -> None:
     say(f"error: {error}")
     if error.hint:
         say(f"hint: {error.hint}")
+    return 2 if isinstance(error, UsageError) else 3 if isinstance(error, WrittenError) else 1
 
 
 def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:
@@ -157,7 +158,7 @@ def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) 
         # A reader that left, such as `head`, has what it wanted. A full disk loses the result.
         if not isinstance(error, BrokenPipeError):
             what = f"all is done, but stdout cannot be written ({error.strerror})"
-            raise MergeError(what) from None
+            raise WrittenError(what) from None
 
 
 def discard(stream: TextIO) -> None:

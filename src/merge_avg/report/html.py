@@ -19,7 +19,7 @@ from typing import Any
 from merge_avg._version import __version__
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement
 from merge_avg.checkpoint import FileLayout
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, UsageError, WrittenError
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
 from merge_avg.report import counted, printable, shown
@@ -61,7 +61,7 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
             output.commit()
     except MergeError as error:
         what = f"{error.what}; the average itself was written"
-        raise MergeError(what, where=error.where, hint=error.hint) from None
+        raise WrittenError(what, where=error.where, hint=error.hint) from None
 
 
 def page(report: Report) -> str:
