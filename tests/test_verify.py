@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 
@@ -513,3 +514,35 @@ def test_the_command(tmp_path):
     assert done.returncode == 1
     assert "its input c0.pt is not in" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_scratch_lies_where_there_is_room(tmp_path, monkeypatch, writable):
+    """Deflated inputs are unpacked beside the output, or where that cannot be, in TMPDIR."""
+    paths = [tmp_path / f"{fold}.pt" for fold in range(2)]
+    for fold, path in enumerate(paths):
+        torch.save({"w": torch.full((500,), float(fold))}, tmp_path / "plain")
+        with zipfile.ZipFile(tmp_path / "plain") as old:
+            records = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in records.items():
+                new.writestr(name, data)
+    (tmp_path / "plain").unlink()
+    merge_checkpoints(paths, tmp_path / "out.pt")
+    other = tmp_path / "tmp"
+    other.mkdir()
+    places = []
+    real = tempfile.TemporaryFile
+
+    def made(*args, dir=None, **options):  # noqa: A002 - as in tempfile
+        places.append(str(dir))
+        return real(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", made)
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+    monkeypatch.setattr(os, "access", lambda *_: writable)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert verify_output(tmp_path / "out.pt").hashed
+    assert set(places) == {str(tmp_path if writable else other)}
+    assert len(places) >= 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -164,9 +164,10 @@ class _Compared:
     """An output that exists, compared with what would be written; a `Sink`."""
 
     def __init__(self, job: Job, stack: contextlib.ExitStack) -> None:
-        self.folder = Path(tempfile.gettempdir())  # the output's may be read-only
         self.files: list[_ComparedFile] = []
         (output,) = job.outputs
+        beside = output.path.parent  # where is more room than in many a directory for such files
+        self.folder = beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())
         draft = job.record(output)
         for relative, layout in job.layout.files.items():
             place = output.path / ("" if relative == FILE else relative)
