@@ -1,5 +1,6 @@
 """merge_avg.formats.directory: directories as checkpoints, in and out."""
 
+import errno
 import json
 import os
 import shutil
@@ -414,3 +415,42 @@ def test_other_indexes_are_just_files(tmp_path):
     (tmp_path / "a" / "search.index.json").write_text('{"a": 1}')
     merge_checkpoints([tmp_path / "a"], tmp_path / "out")
     assert (tmp_path / "out" / "search.index.json").read_text() == '{"a": 1}'
+
+
+def test_latest_goes_with_what_it_names(tmp_path):
+    """Where the newest folder is left out as a checkpoint of its own, so is what names it."""
+    for fold in range(2):
+        folder = tmp_path / f"{fold}"
+        save_file(weights(fold), folder_of(folder) / "model.safetensors")
+        save_file(weights(fold), folder_of(folder / "global_step2") / "model.safetensors")
+        (folder / "latest").write_text("global_step2\n")
+        (folder / "notes.txt").write_text("global_step2")
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "notes.txt", "merge_avg.json"}
+    for fold in range(2):  # one that names anything else is copied
+        (tmp_path / f"{fold}" / "latest").write_text("elsewhere")
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "more")
+    assert (tmp_path / "more" / "latest").read_text() == "elsewhere"
+
+
+def folder_of(path):
+    path.mkdir()
+    return path
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """It may hold weights: it is named, and not left out in silence."""
+    save_file(weights(0), tmp_path / "model.safetensors")
+    folder = folder_of(tmp_path / "sub")
+    real = os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(MergeError, match=r"cannot be read \(Permission denied\)") as caught:
+        scan(tmp_path)
+    assert caught.value.where == str(folder)

@@ -32,7 +32,7 @@ from merge_avg.checkpoint import (
     dotted,
     is_kept,
 )
-from merge_avg.errors import MergeError, named
+from merge_avg.errors import MergeError, failure, named
 from merge_avg.formats import bounded_json, scan_file, set_format
 
 INDEX = ".index.json"
@@ -132,7 +132,11 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
     files: dict[str, File] = {}
     notes: list[str] = []
     nested = _nested(root)
-    for folder, folders, names in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise failure(error, "cannot be read") from None
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
         here = Path(folder)
         for name in sorted(folders):
             if name in _IGNORED or (here / name).is_symlink() or (here == root and name in nested):
@@ -152,6 +156,8 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
     if outside:
         notes.append(f"{root}: {named(outside)} links to a file outside of it")
     if nested:
+        if _latest(root) in nested:  # which readers would look for in vain
+            del files["latest"]
         notes.append(f"{root}: {named(sorted(nested))} is left out, a checkpoint of its own")
     return files, notes
 
@@ -164,15 +170,19 @@ def _nested(root: Path) -> set[str]:
         return set(found)
     if len(found) < 2:
         return set()
-    # DeepSpeed writes the name of the newest one into this file, and its readers take that one.
-    latest = root / "latest"
-    if latest.is_file() and latest.stat().st_size < 1000:
-        name = latest.read_text("utf-8", "replace").strip()
-        if name in found:
-            return set(found) - {name}
+    if (name := _latest(root)) in found:
+        return set(found) - {name}
     what = f"it holds {len(found)} checkpoints: {named(found, 4)}"
     hint = f"name the ones to average, for example {root / found[-1]}"
     raise MergeError(what, where=root, hint=hint)
+
+
+def _latest(root: Path) -> str:
+    """Return which folder is the newest: DeepSpeed writes its name into a file, and takes it."""
+    latest = root / "latest"
+    if latest.is_file() and latest.stat().st_size < 1000:
+        return latest.read_text("utf-8", "replace").strip()
+    return ""
 
 
 def _members(
