@@ -16,6 +16,7 @@ NumPy and the standard library.
 from __future__ import annotations
 
 import _compat_pickle
+import pkgutil
 import re
 import typing
 from functools import lru_cache
@@ -25,128 +26,31 @@ Verdict = typing.Literal["inert", "unknown", "dangerous"]
 _CLASS = re.compile(r"[A-Z]\w+")
 
 
-def _table(text: str) -> dict[str, frozenset[str]]:
-    """Return names by module, from lines of a module and its names."""
-    rows = (line.split() for line in text.strip().splitlines())
-    return {module: frozenset(names) for module, *names in rows}
-
-
-_STORAGES = " ".join(
-    f"{kind}Storage"
-    for kind in "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long "
-    "QInt32 QInt8 QUInt2x4 QUInt4x2 QUInt8 Short Typed Untyped".split()
-)
-_DTYPES = (
-    "float64 double float32 float float16 half bfloat16 complex128 complex64 complex32 int64 long "
-    "int32 int int16 short int8 uint8 uint16 uint32 uint64 bool quint8 qint8 qint32 quint4x2 "
-    "quint2x4 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu "
-    "float4_e2m1fn_x2"
-)
-# Reviewed one by one. A class that other packages name by an older module is listed there too.
-INERT = _table(
-    f"""
-    builtins bool bytearray bytes complex dict float frozenset int list object range set slice str \
-tuple
-    collections Counter OrderedDict defaultdict deque
-    copyreg _reconstructor __newobj__ __newobj_ex__
-    _codecs encode
-    argparse Namespace
-    datetime date datetime time timedelta timezone
-    decimal Decimal
-    fractions Fraction
-    pathlib Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath
-    pathlib._local Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath
-    types SimpleNamespace
-    uuid SafeUUID UUID
-    torch Size Tensor device {_STORAGES} {_DTYPES}
-    torch.cuda {_STORAGES}
-    torch.storage {_STORAGES}
-    torch.serialization _get_layout
-    torch._tensor Tensor _rebuild_from_type_v2
-    torch._utils _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter \
-_rebuild_parameter_with_state _rebuild_sparse_tensor _rebuild_sparse_csr_tensor _rebuild_qtensor \
-_rebuild_nested_tensor _rebuild_meta_tensor_no_storage _rebuild_wrapper_subclass \
-_rebuild_device_tensor_from_numpy _rebuild_device_tensor_from_cpu_tensor _rebuild_xla_tensor
-    torch.torch_version TorchVersion
-    torch.nn.parameter Parameter Buffer UninitializedBuffer UninitializedParameter
-    torch.distributed.checkpoint.metadata BytesStorageMetadata ChunkStorageMetadata Metadata \
-MetadataIndex StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING
-    torch.distributed.tensor.placement_types Partial Replicate Shard _StridedShard
-    torch.distributed.checkpoint.filesystem _StorageInfo _StoragePrefix
-    lightning_fabric.utilities.data AttributeDict
-    lightning.fabric.utilities.data AttributeDict
-    pytorch_lightning.utilities.parsing AttributeDict
-    numpy bool_ bytes_ complex128 complex64 dtype float16 float32 float64 int16 int32 int64 int8 \
-longlong ndarray str_ uint16 uint32 uint64 uint8 ulonglong
-    numpy.core.multiarray _reconstruct scalar
-    numpy._core.multiarray _reconstruct scalar
-    numpy.core.numeric _frombuffer
-    numpy._core.numeric _frombuffer
-    numpy.random._pickle __bit_generator_ctor __generator_ctor __randomstate_ctor
-    numpy.random.bit_generator SeedSequence __pyx_unpickle_SeedSequence
-    numpy.random._mt19937 MT19937
-    numpy.random._pcg64 PCG64 PCG64DXSM
-    numpy.random._philox Philox
-    numpy.random._sfc64 SFC64
-    """.replace("\\\n", " ")
-)
-# Packages whose capitalised names are classes of layers, of optimizers and of dtypes, beside types
-# that annotate them.
-INERT_CLASSES = ("torch.nn.modules", "torch.optim", "numpy.dtypes")
-# Enums, whose members Python 3.11.0 to 3.11.3 pickle as getattr(class, name).
-ENUMS = frozenset({"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"})
-
-# Every name in these modules, and in modules below them, is dangerous...
-_MODULES = frozenset(
-    """
-    aix_support osx_support posixsubprocess pyrepl thread winapi aiohttp antigravity asyncio bdb
-    cProfile cgitb code codeop commands concurrent ctypes dbm dill distutils doctest ensurepip
-    fileinput ftplib http httplib idlelib imaplib imp importlib frozen_importlib
-    frozen_importlib_external lib2to3 linecache logging.config mailcap marshal modulefinder
-    multiprocessing nntplib nt ntpath os pdb pickle cloudpickle joblib pip pkg_resources pkgutil
-    poplib posix posixpath profile pstats pty pyclbr pydoc requests requests_oauthlib rlcompleter
-    runpy setuptools shelve shutil site smtplib socket socketserver sqlite3 ssl subprocess sys
-    tarfile telnetlib tempfile test.support threading timeit tkinter trace turtle unittest urllib
-    urllib2 venv webbrowser winreg xmlrpc zipapp zipfile zipimport
-    numpy.distutils numpy.f2py numpy.testing
-    sympy.parsing
-    torch._export torch._inductor torch.distributed.elastic torch.distributed.launch
-    torch.distributed.rpc torch.distributed.run torch.export torch.fx.graph_module torch.hub
-    torch.multiprocessing torch.onnx torch.package torch.testing torch.utils.benchmark
-    torch.utils.bottleneck torch.utils.collect_env torch.utils.cpp_extension
-    torch.utils.model_dump torch.utils.model_zoo
-    """.split()
-)
-# ... and these, in modules that are harmless otherwise.
-_NAMES = _table(
-    """
-    builtins __build_class__ __import__ apply breakpoint compile delattr dir eval exec execfile \
-exit file getattr globals help input locals open quit raw_input reload setattr vars
-    codecs open
-    functools partialmethod reduce
-    io FileIO open open_code
-    operator attrgetter itemgetter methodcaller
-    types CodeType FunctionType
-    uuid _get_command_stdout
-    torch compile load
-    torch.serialization load
-    torch.storage _load_from_bytes
-    torch.jit load
-    torch.jit.unsupported_tensor_ops execWrapper
-    torch.utils.data._utils.worker _worker_loop
-    numpy fromfile load loadtxt genfromtxt save savetxt savez savez_compressed
-    numpy.lib.npyio load loadtxt genfromtxt save savetxt
-    numpy.lib.utils safe_eval
-    pandas eval read_pickle
-    pandas.io.pickle read_pickle
-    sympy sympify
-    sympy.core.sympify sympify
-    """.replace("\\\n", " ")
-)
-# Attributes that are never harmless: modules that an innocent one has imported are found by
-# `_MODULES`, and these lead from any object to all.
-_PARTS = frozenset({"builtins", "gi_frame", "tb_frame", "f_globals", "f_builtins", "func_globals"})
 _DUNDER = re.compile(r"__\w+__")
+
+
+def _tables() -> dict[str, dict[str, set[str]]]:
+    """Return the tables of callables.txt: names by module, by the title of the table."""
+    text = (pkgutil.get_data(__package__, "callables.txt") or b"").decode()
+    tables: dict[str, dict[str, set[str]]] = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            table = tables[line.strip("[]")] = {}
+        elif line and not line.startswith("#"):
+            module, *names = line.split()
+            table.setdefault(module, set()).update(names)
+    return tables
+
+
+_TABLES = _tables()
+INERT, INERT_CLASSES = _TABLES["inert"], tuple(_TABLES["inert classes"])
+ENUMS = {f"{module}.{name}" for module, names in _TABLES["enums"].items() for name in names}
+_NAMES = _TABLES["dangerous"]
+# A line of these tables has several modules, or several attributes.
+_MODULES, _PARTS = (
+    {*table, *(name for names in table.values() for name in names)}
+    for table in (_TABLES["dangerous modules"], _TABLES["dangerous parts"])
+)
 
 
 @lru_cache(maxsize=4096)
@@ -188,6 +92,6 @@ def _names_danger(parts: list[str]) -> bool:
     parts = [*first.split("."), *parts[1:]]
     for count in range(1, len(parts) + 1):
         known = ".".join(parts[:count])
-        if known in _MODULES or _NAMES.get(known, frozenset()) & set(parts[count:]):
+        if known in _MODULES or _NAMES.get(known, set()) & set(parts[count:]):
             return True
     return False
