@@ -47,7 +47,7 @@ def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
     if path.exists() and not (path.is_file() or directory):
         raise MergeError("not a regular file", where=path, hint="choose another output")
     if _platform.mounted(path):
-        raise MergeError("it is or holds a mount point", where=path, hint="choose a place below it")
+        raise MergeError("it is or holds a mount point", where=path, hint="choose another output")
     if not overwrite and (not directory or any(path.iterdir())):
         raise _exists(path, "the output exists already")
 
