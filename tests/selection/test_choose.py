@@ -1,6 +1,9 @@
 """Selection, weightings and series, alone and through the command."""
 
+import errno
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -497,3 +500,26 @@ def test_names_tell_checkpoints_apart(given_, names):
     found = distinct_names([Path(one) for one in given_])
     assert len(set(found)) == len(given_)
     assert names is None or found == names
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, what):
+    """In a run, what is no checkpoint is left out, but what cannot be read may be one: an error."""
+    for step in (10, 20):
+        trainer(tmp_path, step)
+    (tmp_path / "checkpoint-20" / "sub").mkdir()
+    place = tmp_path / "checkpoint-20" / ("sub" if what == "folder" else "model.safetensors")
+
+    def refusing(real):
+        def call(path, *args, **kwargs):
+            if os.fspath(path) == str(place):
+                raise PermissionError(errno.EACCES, "Permission denied", str(place))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(io, "open", refusing(io.open))
+    with pytest.raises(MergeError, match="Permission denied") as caught:
+        select([tmp_path], Criteria(last=1))
+    assert caught.value.where == str(place)

@@ -141,7 +141,7 @@ def _select(
             try:
                 metadata = _read(path, layouts)
             except MergeError as error:
-                if not many:
+                if not many or isinstance(error.__context__, PermissionError):  # it may be one
                     raise
                 # A run holds other files too. Only what the user named has to be a checkpoint.
                 left.append(Candidate(path, chosen=False, why=f"no checkpoint: {error.what}"))
