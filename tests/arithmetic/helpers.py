@@ -1,11 +1,9 @@
-"""Exact means to compare with, and tensors as the compiled loops see them."""
+"""Tensors as the compiled loops see them, and compared bit for bit."""
 
 import pytest
 import torch
 
 from merge_avg.arithmetic import LOOPS
-from merge_avg.arithmetic._sums import FORMATS
-from merge_avg.arithmetic.torch_mean import exact_mean
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Matrix
 
@@ -23,10 +21,3 @@ def as_matrix(values):
     values = values.view(1, -1) if values.dim() == 1 else values
     dtype = BY_NAME[str(values.dtype).removeprefix("torch.")]
     return Matrix(values.data_ptr(), dtype, *values.shape, values.stride(0), values)
-
-
-def reference(tensors, weights, dtype):
-    """Return the weighted mean of vectors, computed exactly and rounded once to a dtype."""
-    rows = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
-    exact = [exact_mean(row, weights, FORMATS[dtype]) for row in rows]
-    return torch.tensor(exact, dtype=torch.float64).to(dtype)

@@ -15,8 +15,8 @@ from merge_avg.arithmetic import _kernel as kernel
 from merge_avg.arithmetic._kernel import KNOWN, LOOPS, TILE, int64s
 from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.arithmetic.torch_mean import exact_mean
 from tests.arithmetic.helpers import as_matrix, needs_loops, same
+from tests.arithmetic.oracle import mean_of
 
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 dtypes = pytest.mark.parametrize("dtype", WORDS)
@@ -329,7 +329,7 @@ def test_what_is_settled_is_the_exact_mean(dtype, source, data):
     places = range(1, 2 * columns, 2)
     fits = LOOPS.settle(as_matrix(values), int64s(integers), weights.total, places, as_matrix(out))
     form = FORMATS[dtype]
-    exact = [exact_mean(column, weights, form) for column in zip(*rows, strict=True)]
+    exact = [mean_of(column, weights, form) for column in zip(*rows, strict=True)]
     expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
     assert same(out[1::2], expected)
     assert not out[::2].any()

@@ -16,7 +16,8 @@ from merge_avg.arithmetic._mean import CompiledMean
 from merge_avg.arithmetic.torch_mean import RunningMean, TorchMean
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Buffer
-from tests.arithmetic.helpers import as_matrix, needs_loops, reference, same
+from tests.arithmetic.helpers import as_matrix, needs_loops, same
+from tests.arithmetic.oracle import reference
 
 TWO = Weights.uniform(2)
 NAMES = ["float32", "float16", "bfloat16"]

@@ -17,7 +17,8 @@ from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean, exact_mean
 from merge_avg.tuning import BLOCK
-from tests.arithmetic.helpers import reference, same
+from tests.arithmetic.helpers import same
+from tests.arithmetic.oracle import mean_of, reference
 
 DTYPES = list(FORMATS)
 
@@ -116,6 +117,7 @@ def test_exact_mean_is_the_nearest_value(dtype):
     values = [made(dtype, 30, 5, seed).double().tolist() for seed in range(3)]
     for row in zip(*values, strict=True):
         exact = sum(map(Fraction, row)) / 3
+        assert mean_of(row, Weights.uniform(3), form) == nearest(exact, dtype)
         assert exact_mean(row, Weights.uniform(3), form) == nearest(exact, dtype)
 
 
@@ -348,6 +350,13 @@ def test_nan_leaves_its_neighbours_exact(dtype):
         assert same(result[2:], expected[2:])
 
 
+BESIDE = [[1] * 3, [1] * 6, [1] * 8, [3, 1, 2, 2, 1], ["0.1", "1/3", "7e-9", 5]]
+# Integers of 24 bits, and of more than 53.
+LONG = (3 << 80) + (5 << 27) + 1
+BESIDE += [["0.1234567", "0.8765433"], ["0.12345678901234567", *["0.3"] * 6], ["1/3", *[7e-25] * 8]]
+BESIDE += [[LONG, -1, 1, 1]]
+
+
 def midpoint(chance, form):
     """Return a number half-way between two neighbours of a format, often at its edges."""
     top = 1 << (form.bits - 1)
@@ -390,10 +399,10 @@ def narrowed(value, dtype):
 
 @pytest.mark.parametrize("target", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights", [[1] * 3, [1] * 8, [3, 1, 2, 2, 1], ["0.1", "1/3", "7e-9", 5]])
+@pytest.mark.parametrize("weights", BESIDE, ids=len)
 def test_means_beside_a_midpoint(source, target, weights):
-    """Means a hair beside a tie round right: subnormals, powers of two, any weights."""
-    chosen = Weights.of(weights)
+    """Means at a tie or a hair beside it round right: subnormals, powers of two, any weights."""
+    chosen = Weights.of(weights, normalize=weights[0] != LONG)
     chance = random.Random(len(weights))  # noqa: S311
     columns = [near_a_midpoint(chance, len(weights), chosen, source, target) for _ in range(600)]
     tensors = list(torch.tensor(columns, dtype=torch.float64).T.contiguous().to(source))
@@ -466,3 +475,36 @@ def test_weights_beyond_the_range_of_float64_are_scaled_alike(texts, target):
     assert same(mean.result(lambda i: rows[i]), reference(list(rows), weights, target))
     mean.extend(rows)
     torch.testing.assert_close(mean.result(), reference(list(rows), weights, target))
+
+
+@pytest.mark.parametrize("divisor", [3, 6, 99, 10**7 + 1, 10**12 + 3, (1 << 53) - 1, (1 << 60) + 1])
+@pytest.mark.parametrize("target", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_hair_that_the_remainder_loses(divisor, target):
+    """Sums that are known exactly round right at a tie, and as near to it as two float64 come."""
+    chance = random.Random(divisor)  # noqa: S311
+    weights, columns = Weights((1, 1), divisor), []
+    for hair in [0, *[sign * Fraction(1, 1 << bits) for bits in range(40, 56) for sign in (1, -1)]]:
+        for _ in range(40):
+            high = float(tie := midpoint(chance, FORMATS[target]) * divisor)
+            low = tie - Fraction(high)
+            columns.append([high, float(low * (1 + hair))])
+    rows = torch.tensor(columns, dtype=torch.float64).T.contiguous()
+    mean = RunningMean(weights, target)
+    mean.extend(rows)
+    found = mean.result(lambda i: rows[i])
+    assert same(found, reference(list(rows), weights, target))
+
+
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_sign_of_what_double_double_loses(target):
+    """Where all but what a double-double sum loses cancels, that decides the sign of the mean."""
+    small = 2.0**-55 * (1 + 2.0**-52)
+    unit = 2.0**-107
+    for last in (-0.45, -0.15):
+        column = [1.0, small, 0.75 * unit, -0.45 * unit, last * unit, -1.0, -small]
+        column = [value * 2.0**-60 for value in column]
+        rows = torch.tensor(column, dtype=torch.float64).view(-1, 1)
+        mean = RunningMean(len(rows), target)
+        mean.extend(rows)
+        expected = reference(list(rows), Weights.uniform(len(rows)), target)
+        assert same(mean.result(lambda i, rows=rows: rows[i]), expected)

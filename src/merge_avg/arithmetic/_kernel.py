@@ -42,6 +42,7 @@ class Kernel:
         library = ctypes.CDLL(str(path))
         library.merge_avg_source.restype = ctypes.c_char_p
         self.source: bytes = library.merge_avg_source()  # the digest of its sources
+        self.default_rounding = library.merge_avg_default_rounding  # for this thread
         self._calls: dict[tuple[str, str], Any] = {}
         for what, types in _CALLS.items():
             for name in _NAMES:

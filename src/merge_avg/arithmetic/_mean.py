@@ -121,6 +121,7 @@ class CompiledMean:
 class MeanFactory:
     """Makes the means of one thread, with sums kept on `device`.
 
+    The thread takes no subnormal numbers for zero any more, whatever its parent was told.
     `load_torch` imports torch; it is called before the first mean that needs it.
     """
 
@@ -128,6 +129,8 @@ class MeanFactory:
         self._device = device
         self._load_torch = load_torch
         self._buffers: Buffers | None = None
+        if LOOPS is not None:
+            LOOPS.default_rounding()
 
     def __call__(self, weights: Weights, dtype: str, sources: Sequence[str]) -> Mean:
         """Return a mean in `dtype` of vectors whose dtypes are among `sources`."""
@@ -141,6 +144,7 @@ class MeanFactory:
         from merge_avg.arithmetic._sums import Buffers
         from merge_avg.arithmetic.torch_mean import TorchMean
 
+        torch.set_flush_denormal(False)
         # A thread works on one window at a time, so that all its means can share their scratch.
         self._buffers = self._buffers or Buffers()
         device = torch.device(self._device)

@@ -83,10 +83,10 @@ _ONLY_ZEROS = Span(_NEVER, -_NEVER, zeros=True)
 Weighed = tuple[Span, int]  # the span of some rows, and the sum of the sizes of their weights
 
 
-def span_of(rows: Tensor, bits: int, buffers: Buffers) -> tuple[Span, Tensor | None]:
-    """Return the span of numbers of `bits` significand bits, and which columns are not finite."""
+def span_of(rows: Tensor, bits: int, buffers: Buffers) -> tuple[Span, bool]:
+    """Return the span of numbers of `bits` significand bits, and whether all are finite."""
     if not rows.numel():
-        return _ONLY_ZEROS, None
+        return _ONLY_ZEROS, True
     words = WORDS[rows.dtype]
     # Without their sign, the bits of numbers compare as integers as the numbers do, and integers
     # are not slowed down by subnormals. The room for float64 values is free at this time.
@@ -103,12 +103,11 @@ def span_of(rows: Tensor, bits: int, buffers: Buffers) -> tuple[Span, Tensor | N
     special = ~(-1 << (rows.itemsize * 8 - 1)) >> fraction  # the exponent field of infinity and NaN
     if high >> fraction == special:
         # NaN and infinity would make the bounds of all other elements worthless.
-        good = rows.isfinite()
-        return span_of(rows.where(good, 0), bits, buffers)[0], ~good.all(dim=0)
+        return span_of(rows.where(rows.isfinite(), 0), bits, buffers)[0], False
     if high == 0:
-        return replace(_ONLY_ZEROS, negative_zeros=negative), None
+        return replace(_ONLY_ZEROS, negative_zeros=negative), True
     bottom, top = (own.emin + max(size >> fraction, 1) - 1 for size in (low, high))
-    return Span(bottom - bits + 1, top + 1, zeros, negative), None
+    return Span(bottom - bits + 1, top + 1, zeros, negative), True
 
 
 def nonzero(spans: Iterable[Weighed]) -> list[Weighed]:
@@ -153,12 +152,6 @@ class PlainSum:
             self._row.add_(out)
         self._begun = True
 
-    def approximate(self) -> Tensor:
-        """Return the mean, not rounded to any format."""
-        total = self._row[0]
-        divisor = self._weights.factor(self._weights.total)
-        return torch.div(total, divisor, out=self._buffers("mean", total))
-
     def widened(self, spans: Sequence[Weighed]) -> WideSum:
         """Return the same sum for float64 numbers to come."""
         wide = WideSum(self._row[0], self._weights)
@@ -170,7 +163,8 @@ class PlainSum:
 
         Those might be neighbours of the right ones; None if none can be. The spans are of all rows.
         """
-        quotient = self.approximate()
+        total, divisor = self._row[0], self._weights.factor(self._weights.total)
+        quotient = torch.div(total, divisor, out=self._buffers("mean", total))
         if not self._exact(spans):
             # The rounding of products, additions, divisor and division, as parts of the mean.
             bound = magnitude(spans) / self._weights.total * (len(self._weights) + 5) / (1 << 52)
@@ -207,36 +201,42 @@ class PlainSum:
 
 
 class WideSum:
-    """A double-double sum (Dekker, 1971) of float64 numbers, which knows where it is exact."""
+    """A double-double sum (Dekker, 1971), which knows where it is exact.
 
-    def __init__(self, first: Tensor, weights: Weights, weight: int | None = None) -> None:
-        """Begin with a row times its weight, or with one that has been multiplied already."""
+    A weight, or the divisor, of more than 53 bits is the sum of two float64 as well.
+    """
+
+    def __init__(self, start: Tensor, weights: Weights) -> None:
+        """Continue a sum in float64, or one of no terms: that is -0."""
         self._weights = weights
-        self._divisor = weights.factor(weights.total)
-        # Some product, the divisor, or a plain sum that this one continues was rounded: then
-        # nothing is known to be exact.
-        self.loose = not weights.small
-        self._high = first.to(torch.float64, copy=True)
+        self._divisor, self._beyond = self._pair(weights.total)
+        # The sum that this one continues was rounded, or weights were: then of no element it is
+        # known how near to the exact sum it is, only how near all are.
+        self.loose = weights.excess > 0
+        self._high = start.to(torch.float64, copy=True)
         self._low = torch.zeros_like(self._high)
         self._inexact = torch.zeros_like(self._high, dtype=torch.bool)
-        # Not where the weight is 1: huge weights are scaled, and 1 among them is not.
-        if weight is not None and (factor := weights.factor(weight)) != 1:
-            self._high, self._low = _two_product(self._high, factor)
+
+    def _pair(self, integer: int) -> tuple[float, float]:
+        high = self._weights.factor(integer)
+        return high, 0.0 if self._weights.excess else float(integer - int(high))
 
     def add(self, rows: Tensor, weights: Sequence[int]) -> None:
         """Add rows, each times its weight; the sign of zeros is kept."""
         for row, weight in zip(rows, weights, strict=True):
-            term, error, factor = row.double(), None, self._weights.factor(weight)
+            term, parts = row.double(), list[Tensor]()
+            factor, rest = self._pair(weight)
             if factor != 1:
+                # No product underflows, and its error neither: weights are integers.
+                if rest:
+                    parts.append(term * rest)
+                    self._inexact |= term != 0
                 term, error = _two_product(term, factor)
+                parts.append(error)
             self._high, carry = _two_sum(self._high, term)
-            for part in (carry, error):
-                if part is not None:
-                    self._low, lost = _two_sum(self._low, part)
-                    self._inexact |= lost != 0
-
-    def approximate(self) -> Tensor:
-        return self._high / self._divisor
+            for part in (carry, *parts):
+                self._low, lost = _two_sum(self._low, part)
+                self._inexact |= lost != 0
 
     def rounded(self, target: Format, spans: Sequence[Weighed]) -> Pair:
         """Return the mean, and which elements might be neighbours of the right one."""
@@ -244,64 +244,74 @@ class WideSum:
         high = high.where(high != 0, self._high + self._low.where(self._low != 0, self._high))
         quotient = high / self._divisor
         most = magnitude(spans) / self._weights.total
-        # Products of numbers as small as this lose their last bits to underflow.
-        tiny = any(span.low < -900 for span, _ in spans)
-        if self.loose or (tiny and max(map(abs, self._weights.integers)) > 1):
+        if self.loose:
             bound = most * (len(self._weights) + 8) / (1 << 50)
             return _snap_bounded(quotient, target, float(min(bound, _MOST)))
+        # How far the sum may be off where it is not exact, as a part of the mean: each term adds
+        # three parts to `low`, none above 2**-53 of the sum of all sizes.
+        slack = float(min(most * len(self._weights) ** 2 / (1 << 98), _MOST))
+        off = self._inexact.double().mul_(slack)
         # Doubtful so far: where the quotient is so near to the middle of two numbers that a sum
         # which is not exact decides.
-        if target.bits < 53:
-            mean, doubtful = self._to_narrow(target, high, low, quotient)
-        else:
-            mean, doubtful = self._to_float64(high, low, quotient)
-        # Where the double-double sum rounded, its error may reach as far as this.
-        slack = float(min(most * len(self._weights) ** 2 / (1 << 98), _MOST))
-        reach = slack * 2.0 ** (44 if target.bits == 53 else 60)
-        doubtful |= self._inexact & (_unit(mean, target) <= reach)
+        rounded = self._to_narrow if target.bits < 53 else self._to_float64
+        mean, doubtful = rounded(target, high, low, quotient, off)
         # Splitting overflows near the end of float64's range, and products underflow at its start.
         size = quotient.abs()
         doubtful |= ~mean.isfinite() | (size > 2.0**960)
-        doubtful |= (size < 2.0**-860) & ((self._high != 0) | self._inexact)
-        return mean, doubtful
+        doubtful |= (size < 2.0**-860) & ((high != 0) | self._inexact)
+        return mean, doubtful | (self._inexact & (size <= 2 * off))  # may be a zero of either sign
 
-    def _to_narrow(self, target: Format, high: Tensor, low: Tensor, quotient: Tensor) -> Pair:
-        """Round a quotient of `high` and `low` to a format of fewer bits than float64.
+    def _to_narrow(
+        self, target: Format, high: Tensor, low: Tensor, quotient: Tensor, off: Tensor
+    ) -> Pair:
+        """Round a quotient of `high` and `low` to a format of at most 24 bits.
 
         Rounding twice, to float64 and then to the target, goes wrong only where the quotient comes
-        out at a midpoint. A midpoint times the divisor fits 53 bits: so the sign of the remainder
-        is exact, and says on which side of the midpoint the mean lies.
+        out at a midpoint. Its product with the divisor is known exactly, and fits so few bits that
+        the sign of the remainder is exact, and says on which side of the midpoint the mean lies.
         """
         mean, unit = _snap(quotient, target)
         aside = ((quotient - mean).abs() - unit / 2).abs()
-        edge = aside <= quotient.abs() * 2.0**-50
+        edge = aside <= quotient.abs() * 2.0**-50 + off
         places = edge.nonzero().flatten()
         if len(places):
             start, half = mean[places], unit[places] / 2
             middle = start + torch.where(quotient[places] >= start, half, -half)
-            rest = (high[places] - middle * self._divisor) + low[places]
-            lower = torch.where(rest < 0, middle - half, start)
-            settled = torch.where(rest > 0, middle + half, lower)
+            product, error = _two_product(middle, self._divisor)
+            rest = ((high[places] - product) - error) + low[places]
+            even, _ = _snap(middle, target)
+            settled = middle + rest.sign() * half
+            settled = settled.where(rest != 0, even)
             # A sum of a middle and its half is +0, also where the mean is below zero.
             mean[places] = settled.copysign_(quotient[places])
-        return mean, edge & self._inexact
+        return mean, edge if self._beyond else edge & self._inexact
 
-    def _to_float64(self, high: Tensor, low: Tensor, quotient: Tensor) -> Pair:
+    def _to_float64(
+        self, target: Format, high: Tensor, low: Tensor, quotient: Tensor, off: Tensor
+    ) -> Pair:
         """Correct a quotient of `high` and `low` by the remainder of the division."""
         product, error = _two_product(quotient, self._divisor)
-        rest = (((high - product) - error) + low) / self._divisor
+        rest = (((high - product) - error) + (low - quotient * self._beyond)) / self._divisor
         mean, beyond = _two_sum(quotient, rest)
         mean = mean.where(mean != 0, quotient)  # keeps the sign of zero
         # The remainder is about half a unit, or below a power of two, where the units are half as
         # wide, a quarter.
-        unit = _unit(mean, FORMATS[torch.float64])
+        unit = _unit(mean, target)
         power = mean.view(torch.int64).bitwise_and((1 << 52) - 1) == 0
-        half, quarter = ((beyond.abs() - unit / part).abs() <= unit * 2.0**-40 for part in (2, 4))
+        near = off.add_(unit * 2.0**-40)
+        half, quarter = ((beyond.abs() - unit / part).abs() <= near for part in (2, 4))
         edge = half | (power & quarter)
         # Around zero the parts of a unit underflow, though the mean of zeros is in no doubt.
         edge &= (high != 0) | self._inexact
-        if self._weights.total & (self._weights.total - 1) == 0:
-            edge &= self._inexact  # an exact division: the one rounding above is right
+        places = (edge & ~self._inexact).nonzero().flatten()
+        if len(places) and not self._beyond:
+            # Nor are ties in doubt, which are frequent: their remainder is half of the divisor, and
+            # fits 53 bits. The rounding above was to even, unless it was of a rounded remainder.
+            product, error = _two_product(mean[places], self._divisor)
+            rest, lost = _two_sum(high[places] - product, -error)
+            rest, more = _two_sum(rest, low[places])
+            ties = (2 * rest.abs() == unit[places] * self._divisor) & (lost == 0) & (more == 0)
+            edge[places] = ~ties | (mean[places].view(torch.int64) & 1 != 0)
         return mean, edge
 
 

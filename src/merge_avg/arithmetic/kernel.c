@@ -13,6 +13,7 @@
    A sum, once for each format, is in loops.h. This file has what the formats share. Callers check
    nothing here: addresses, sizes and weights are those of _kernel.py. */
 
+#include <fenv.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -20,7 +21,8 @@
 /* GCC compiles these functions once for each set of instructions, and the loader chooses when the
    library is loaded: one wheel uses AVX-512 where there is any. Not on clang, whose target_clones
    need resolvers that not all of its versions have. */
-#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
+#if defined(VARIANTS) /* tests compile one set at a time: -march=... -DVARIANTS= */
+#elif defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VARIANTS
@@ -36,6 +38,10 @@
 
 /* The digest of kernel.c and loops.h: tests refuse a library of other sources. */
 const char *merge_avg_source(void) { return SOURCE; }
+
+/* Undo, for this thread, what torch.set_flush_denormal or a library has set: subnormals are not zero,
+   and rounding is to nearest. */
+void merge_avg_default_rounding(void) { fesetenv(FE_DFL_ENV); }
 
 /* How many columns are summed at a time: 8 KiB of double, so that the sum stays in the fastest
    cache while row after row is added to it. What is known of a sum, too, is known by tile: a single

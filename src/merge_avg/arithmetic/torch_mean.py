@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -39,19 +38,25 @@ Revisit = Callable[[int], Tensor]
 
 def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> float:
     """Return the weighted mean of finite numbers, computed exactly and rounded once."""
-    pairs = list(zip(values, weights.integers, strict=True))
-    total = sum((Fraction(value) * weight for value, weight in pairs), Fraction(0)) / weights.total
+    total = 0
+    for value, weight in zip(values, weights.integers, strict=True):
+        # Over 2**1074, all are integers: fractions would take ten times longer.
+        numerator, denominator = value.as_integer_ratio()
+        total += numerator * weight << 1075 - denominator.bit_length()
     if not total:
         # IEEE 754: what cancels is +0, but a sum of -0 alone is -0.
+        pairs = zip(values, weights.integers, strict=True)
         negative = all((math.copysign(1, value) < 0) != (weight < 0) for value, weight in pairs)
         return -0.0 if negative else 0.0
-    size = abs(total)
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    exponent -= size < Fraction(2) ** exponent
-    unit = max(exponent, target.emin) - target.bits + 1
-    rounded = round(size / Fraction(2) ** unit)  # ties to even
+    size, divisor = abs(total), weights.total
+    exponent = size.bit_length() - divisor.bit_length()
+    exponent -= size << max(-exponent, 0) < divisor << max(exponent, 0)
+    unit = max(exponent, target.emin + 1074) - target.bits + 1  # zero or more, for every format
+    divisor <<= unit
+    whole, rest = divmod(size, divisor)
+    whole += 2 * rest + (whole & 1) > divisor  # ties to even
     # Only a linear combination can be beyond float64, where `ldexp` would raise.
-    mean = math.inf if rounded.bit_length() + unit > 1024 else math.ldexp(rounded, unit)
+    mean = math.inf if whole.bit_length() + unit > 1024 + 1074 else math.ldexp(whole, unit - 1074)
     return mean if total > 0 else -mean
 
 
@@ -92,7 +97,7 @@ class RunningMean:
     @property
     def finite(self) -> bool:
         """True if every value shown so far was finite."""
-        return not self._count or all(block.bad is None for block in self._blocks)
+        return not self._count or all(block.special is None for block in self._blocks)
 
     def update(self, values: Tensor) -> None:
         """Add the next tensor, whose memory the caller may use again.
@@ -133,7 +138,11 @@ class RunningMean:
             factors = [self._weights.factor(weight) for weight in self._weights.integers]
             self._factors = torch.tensor([factors], dtype=torch.float64, device=flat.device)
         totals = self._totals("total", flat[0])
-        self._blocks = [_Block(part, self._weights, self._buffers) for part in _blocks(totals)]
+        # A sum that is not exact leaves every element of float64 open.
+        wide = self._dtype in (torch.float64, torch.complex128) and not self._weights.small
+        self._blocks = [
+            _Block(part, self._weights, self._buffers, wide=wide) for part in _blocks(totals)
+        ]
 
     def result(self, revisit: Revisit | None = None, out: Tensor | None = None) -> Tensor:
         """Return the mean, in `out` or in a new tensor.
@@ -253,11 +262,14 @@ def _blocks(flat: Tensor) -> Sequence[Tensor]:
 class _Block:
     """The mean of some elements: their sum, and what is known of what was added."""
 
-    def __init__(self, total: Tensor, weights: Weights, buffers: Buffers) -> None:
+    def __init__(
+        self, total: Tensor, weights: Weights, buffers: Buffers, *, wide: bool = False
+    ) -> None:
         self._row = total.view(1, -1)  # memory for the sum, in float64
+        self._wide = wide  # float64 will not do, whatever is added
         self._weights = weights
         self._buffers = buffers
-        self.bad: Tensor | None = None  # where NaN or infinity was added
+        self.special: Tensor | None = None  # the sum of NaN and infinity, which were added
         self._spans: list[Weighed] = []
         self._sum: PlainSum | WideSum | None = None
 
@@ -265,18 +277,21 @@ class _Block:
         """Add rows of numbers of `bits` significand bits, each with its weight."""
         if rows.dtype not in WORDS:
             rows = rows.to(torch.float32)
-        span, bad = span_of(rows, bits, self._buffers)
-        if bad is not None:
-            self.bad = bad if self.bad is None else self.bad.logical_or_(bad)
+        span, finite = span_of(rows, bits, self._buffers)
+        if not finite:
+            # Apart from the sum, which may overflow before infinity of the other sign is added.
+            if self.special is None:
+                self.special = torch.zeros_like(self._row[0])
+            for row, weight in zip(rows, weights, strict=True):
+                self.special += row.where(~row.isfinite(), 0) * ((weight > 0) - (weight < 0))
         # Products of a weight and a float64 do not fit a float64, as those of narrower numbers do.
-        wide = rows.dtype == torch.float64
+        wide = self._wide or rows.dtype == torch.float64
         if wide and isinstance(self._sum, PlainSum):
             self._sum = self._sum.widened(self._spans)
+        elif wide and self._sum is None:
+            self._sum = WideSum(torch.full_like(rows[0], -0.0), self._weights)
         if isinstance(self._sum, WideSum):
             self._sum.add(rows, weights)
-        elif wide:
-            self._sum = WideSum(rows[0], self._weights, weights[0])
-            self._sum.add(rows[1:], weights[1:])
         else:
             self._sum = self._sum or PlainSum(self._row, self._weights, self._buffers)
             least = min(weights)
@@ -288,16 +303,16 @@ class _Block:
         """Write the mean; return which elements might be neighbours of the right ones, or None."""
         assert self._sum is not None  # noqa: S101 - something was added
         mean, doubtful = self._sum.rounded(target, self._spans)
-        if self.bad is None:
+        if self.special is None:
             out.copy_(mean)
             return doubtful
-        ieee = self._sum.approximate()
-        out.copy_(torch.where(self.bad, ieee.where(~ieee.isnan(), math.nan), mean))
+        bad = ~self.special.isfinite()
+        out.copy_(torch.where(bad, self.special.where(~self.special.isnan(), math.nan), mean))
         if out.dtype in WORDS:
             # Which NaN a conversion writes depends on the dtype, on the device, and for bfloat16
             # even on how many numbers torch converts at a time.
             out.view(WORDS[out.dtype]).masked_fill_(out.isnan(), target.nan)
-        return None if doubtful is None else doubtful & ~self.bad
+        return None if doubtful is None else doubtful & ~bad
 
 
 def _indexable(flat: Tensor) -> Tensor:
