@@ -186,6 +186,9 @@ def test_a_tie_that_the_template_dropped_is_no_extra():
         (("dec.*",), (), False),
         (("enc.*",), ("*.w",), False),
         ((), ("net.*",), False),
+        (("x|enc.w",), (), False),
+        (("x", "enc", "enc.[!v]", "y"), ("enc", "c.w", "enc.w."), True),
+        (tuple(f"enc.w{k}*" for k in range(1000)), (), False),
     ],
 )
 def test_patterns_take_keys_and_whole_names(include, exclude, chosen):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout, Name, TensorInfo, dotted
@@ -110,9 +111,15 @@ def is_chosen(name: Name, include: Sequence[str], exclude: Sequence[str]) -> boo
     texts = (name.key, str(name))
 
     def fits(patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
+        return any(map(_one_of(tuple(patterns)).match, texts))
 
-    return (not include or fits(include)) and not fits(exclude)
+    return (not include or fits(include)) and not (exclude and fits(exclude))
+
+
+@lru_cache
+def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    # As one expression: a thousand patterns and 20,000 names would take 20 s in a loop.
+    return re.compile("|".join(map(translate, patterns)))
 
 
 def match(
