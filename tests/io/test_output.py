@@ -671,3 +671,19 @@ def test_a_place_for_work_goes_with_it(tmp_path):
     with pytest.raises(MergeError, match="cannot be written") as caught:
         workplace(tmp_path / "none" / "out").__enter__()
     assert caught.value.where == str(tmp_path / "none" / "out")
+
+
+def test_an_old_output_that_cannot_be_opened_is_replaced(tmp_path, monkeypatch):
+    """A file that only its owner may read is no obstacle where its name may be given to another."""
+    (tmp_path / "out").write_bytes(b"old")
+    failing(monkeypatch, "open", 2, errno.EACCES)
+    write(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+def test_a_lock_that_cannot_be_closed_is_no_failure(tmp_path, monkeypatch):
+    """The output has its name by then."""
+    (tmp_path / "out").write_bytes(b"old")
+    failing(monkeypatch, "close", 1, errno.EIO)
+    write(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == {"out": b"abcdef"}

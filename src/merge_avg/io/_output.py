@@ -164,11 +164,10 @@ class Output:
 
     def publish(self) -> None:
         """Give the complete output its name, for good."""
-        temporary = self._temporary.path
         with _explained(self.path):
             try:
                 # Neither takes the place of a file, or of a directory that holds something.
-                (os.rename if self._directory else os.link)(temporary, self.path)
+                (os.rename if self._directory else os.link)(self._temporary.path, self.path)
             except OSError as error:
                 taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
                 if taken or (not self._directory and os.path.lexists(self.path)):
@@ -176,7 +175,7 @@ class Output:
                 elif self._directory:
                     raise
                 else:  # a file system without hard links
-                    os.rename(temporary, self.path)
+                    os.rename(self._temporary.path, self.path)
         try:
             _platform.sync_directory(self.folder)
         except OSError as error:
@@ -229,14 +228,16 @@ class Output:
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Keep other runs from replacing an output, and from sweeping it once it has another name."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(PermissionError):  # those of the same user cannot open it either
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
-            if _platform.lock(fd) is False:
-                what = "another program has locked it, perhaps to replace it"
-                raise MergeError(what, where=path, hint="run again when that has ended")
+    fd = -1
+    with contextlib.suppress(PermissionError):  # those of the same user cannot open it either
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if fd >= 0 and _platform.lock(fd) is False:
+            raise MergeError("another program has locked it", where=path, hint="run again later")
         yield
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written
+            os.close(fd)
 
 
 @contextlib.contextmanager
