@@ -80,8 +80,7 @@ def mounted(path: Path, table: Path = Path("/proc/self/mountinfo")) -> bool:
     """Return whether something is mounted at a path or below it, which no rename replaces."""
     lines = table.read_bytes().splitlines() if table.exists() else []  # it is Linux's
     # proc(5): the fifth field is the mount point, with blanks and the like in octal.
-    fields = (line.split(b" ")[4] for line in lines)
-    points = (re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), one) for one in fields)
+    points = (re.sub(rb"\\(\d{3})", lambda m: bytes([int(m[1], 8)]), x.split()[4]) for x in lines)
     real = os.path.realpath(path)
     return os.path.ismount(path) or any(Path(os.fsdecode(p)).is_relative_to(real) for p in points)
 
