@@ -40,7 +40,10 @@ def test_sizes_are_parsed(text, nbytes):
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "1 XB", "1e3", "MiB", "1iB", "1.G", "1 2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "-1", "1 XB", "1e3", "MiB", "1iB", "1.G", "1 2", "0", "0.1", "8388608T", "9" * 400],
+)
 def test_other_texts_are_not_sizes(text):
     """Any other text is a usage error whose hint has an example."""
     with pytest.raises(UsageError, match="is not a size") as raised:

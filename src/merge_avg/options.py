@@ -28,6 +28,7 @@ Mode = Literal["min", "max"]  # whether a metric is better where it is lower, or
 Recipe = Literal["greedy"]  # how a soup chooses its members
 
 Weight = int | float | Fraction | str
+MOST_BITS = 14_000  # of weights as integers: records hold them in decimal, and `int` takes 4,300
 Location = str | os.PathLike[str]
 Outputs = Location | Mapping[str, Sequence[Weight]] | Mapping[Path, Sequence[Weight]]
 Bounds = tuple[int | None, int | None, int | None]  # first, last, and a divisor
@@ -78,10 +79,11 @@ for _power, _letter in enumerate("KMGT", start=1):
 def parse_size(text: str) -> int:
     """Return the bytes in a text such as 512MiB, 2GB or 1.5G; K, M, G and T are powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:I?B)?)", text.strip().upper())
-    if match is None or match[2] not in _UNITS:
+    nbytes = float(match[1]) * _UNITS.get(match[2], 0) if match else 0
+    if not 1 <= nbytes < 1 << 63:
         hint = "write a number and a unit, such as 512MiB or 2GB"
         raise UsageError(f"{text!r} is not a size", hint=hint)
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(nbytes)
 
 
 def parse_range(text: str) -> Bounds:
@@ -161,12 +163,12 @@ class Options:
     )
     agreement: bool = option(True, "Measure how far checkpoints agree.")
     hashes: bool = option(True, "Record hashes of the checkpoints.")
+    strict_pickle: bool = option(
+        False, "Refuse a template that calls what is not known to be harmless when it is loaded."
+    )
     overwrite: bool = option(False, "Replace the output if it exists.")
     device: str = option(
         "cpu", "Where sums are kept: cpu, cuda or cuda:N.", metavar="DEVICE", reported=True
-    )
-    strict_pickle: bool = option(
-        False, "Refuse a template whose copy calls what is not known to be harmless, when loaded."
     )
     threads: int | None = option(
         None, "Number of threads; by default one per core, up to 8.", metavar="N"

@@ -54,7 +54,7 @@ def verify_output(
     layout = scan(path)
     record = read_record(layout)
     folder = _folder(record, path, inputs)
-    for one in record.all:
+    for one in {one.name: one for one in record.all}.values():
         place = folder / one.name
         try:  # the size of a file is known without a look into it
             size = (scan(place) if place.is_dir() else File.of(place)).nbytes

@@ -78,6 +78,22 @@ def test_combinations_have_a_range(value, fits):
         Weights.of([value, 0], normalize=False)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_have_at_most_4200_digits(normalize):
+    """As integers they can be written in decimal and read again; others are refused in time."""
+    long = Weights.of(
+        [10**4200, 1] if normalize else [Fraction(1, 10**4200) + 1], normalize=normalize
+    )
+    assert len(str(long.total)) in (4201, 4202)
+    for values in (
+        [Fraction(1, 10**97 + k) for k in range(10_000)],
+        [10**5000, 1],
+        [Fraction(1, 10**5000), 1],
+    ):
+        with pytest.raises(UsageError, match=r"4,200 digits|out of range"):
+            Weights.of(values, normalize=normalize)
+
+
 def test_uniform_weights():
     """Uniform weights are all one."""
     assert Weights.uniform(3) == Weights((1, 1, 1))

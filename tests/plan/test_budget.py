@@ -59,9 +59,18 @@ def test_long_tensors_count_for_each_output():
         assert plans[0].window == plans[1].window
 
 
+def test_pairs_of_checkpoints_are_counted():
+    """Products of all pairs of 1,000 checkpoints take 256 MB, which has to be asked for."""
+    assert plan_budget(300, 4, 300, pairs=300**2).nbytes > 23 * 10**6
+    with pytest.raises(MergeError, match="too small") as caught:
+        plan_budget(1000, 4, 1000, pairs=1000**2)
+    assert "--no-agreement" in str(caught.value.hint)
+    assert plan_budget(1000, 4, 1000, 1 << 29, pairs=1000**2).nbytes <= 1 << 29
+
+
 def test_no_threads_is_a_usage_error():
     """--threads 0 is refused."""
-    with pytest.raises(UsageError, match="a thread at least"):
+    with pytest.raises(UsageError, match="threads is out of range"):
         plan_budget(2, 4, 1, threads=0)
 
 

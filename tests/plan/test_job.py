@@ -78,6 +78,10 @@ def test_layouts_that_are_known_are_not_scanned_again(paths, tmp_path, monkeypat
         ({"min_agreement": float("nan")}, "agreement nan is out of range"),
         ({"min_agreement": 1.5}, "agreement 1.5 is out of range"),
         ({"template": 4}, "there is no checkpoint number 4"),
+        ({"template": "9" * 200}, "there is no checkpoint number 999"),
+        ({"threads": 0}, "threads is out of range"),
+        ({"threads": 257}, "threads is out of range"),
+        ({"include": ["a*"] * 501, "exclude": ["b"] * 500}, "more than 1,000 patterns"),
     ],
 )
 def test_contradictions_are_usage_errors(paths, tmp_path, given, says):
@@ -86,6 +90,34 @@ def test_contradictions_are_usage_errors(paths, tmp_path, given, says):
     outputs = given.pop("outputs", tmp_path / "o.pt")
     with pytest.raises(UsageError, match=says):
         prepare(inputs, outputs, Options(**given))
+
+
+def test_no_memory_is_too_little(paths, tmp_path):
+    """A budget of zero is not the default."""
+    with pytest.raises(MergeError, match="the memory budget is too small"):
+        prepare(paths, tmp_path / "o.pt", Options(max_memory=0))
+
+
+def test_a_tensor_without_weight_is_refused_by_planning(tmp_path):
+    """Where all that have a tensor have the weight zero, that shows before anything is read."""
+    both, one = {"w": torch.ones(2), "v": torch.ones(2)}, {"w": torch.ones(2)}
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file(both, files[0])
+    save_file(one, files[1])
+    options = Options(missing="available", weights=[0, 1])
+    with pytest.raises(MergeError, match="every checkpoint that has 'v' has the weight zero"):
+        prepare(files, tmp_path / "o.safetensors", options)
+    prepare(files, tmp_path / "o.safetensors", Options(missing="available", weights=[1, 0]))
+
+
+def test_a_checkpoint_named_twice_is_scanned_once(paths, tmp_path, monkeypatch):
+    """However often a record names a file, it is scanned once, and once more as the template."""
+    found = []
+    monkeypatch.setattr(
+        "merge_avg.plan._job.scan", lambda path: (found.append(path), scan(path))[1]
+    )
+    prepare(paths[:1] * 50, tmp_path / "o.pt", Options())
+    assert len(found) <= 2
 
 
 def test_the_template_comes_first(tmp_path, monkeypatch):

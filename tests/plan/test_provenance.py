@@ -3,6 +3,7 @@
 import json
 import zipfile
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_inputs_are_read_as_they_were_written(paths, data):
     assert (record.template.name, record.template.hash) == (paths[0], found.kept)
     inputs = {one.name: (one.nbytes, one.hash, one.weight) for one in record.inputs}
     assert inputs == {
-        name: (k, found.read[k], f"{weights.integers[k]}/{weights.total}")
+        name: (k, found.read[k], Fraction(weights.integers[k], weights.total))
         for k, name in enumerate(paths)
     }
     assert record.all == (*record.inputs, record.template)
@@ -151,7 +152,7 @@ def test_an_old_record_is_read_and_would_be_written_again():
     """A record of the release 0.1.0 has the meaning, and the bytes, that records have today."""
     record = read(OLD)
     assert record.options == replace(Options(), agreement=True, hashes=True)
-    assert [one.weight for one in record.inputs] == ["1/4", "3/4"]
+    assert [one.weight for one in record.inputs] == [Fraction(1, 4), Fraction(3, 4)]
     layouts = [layout(f"/runs/{one.name}", one.nbytes) for one in record.inputs]
     found = Hashes(tuple(one.hash or 0 for one in record.inputs), record.template.hash or 0)
     again = write_record(layouts, Weights.of(["1/4", "3/4"]), record.options, "0.1.0", found)
@@ -184,6 +185,13 @@ TEMPLATE = json.loads(OLD)["template"]
         changed(include=[5]),
         changed(max_shard_size="x"),
         changed(merge_avg=1),
+        changed(merge_avg="1" * 10_001),
+        changed(inputs=[TEMPLATE | {"weight": one} for one in ("1/2", "1/3")]),
+        changed(inputs=[TEMPLATE | {"weight": "1/0"}]),
+        changed(inputs=[TEMPLATE | {"weight": "1"}]),
+        changed(inputs=[TEMPLATE | {"weight": f"1/{'9' * 5000}"}]),
+        changed(template=TEMPLATE | {"bytes": float("inf")}),
+        "{" + "9" * 5000,
         json.dumps({key: value for key, value in json.loads(OLD).items() if key != "normalize"}),
     ],
 )

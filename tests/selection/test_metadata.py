@@ -273,11 +273,19 @@ def test_a_missing_log_is_refused(tmp_path):
         read_log(tmp_path / "none.csv")
 
 
-def test_a_huge_log_is_refused(tmp_path, monkeypatch):
-    """A log of more bytes than are read at once is an error that says how many it may have."""
-    monkeypatch.setattr(_metadata, "_LARGEST_LOG", 9)
-    with pytest.raises(MergeError, match=r"log \(a log may have up to 9 bytes\)$"):
-        log_of(tmp_path, "epoch,acc\n1,0.5\n")
+@pytest.mark.parametrize("text", ["epoch,acc\n1,0.5\n2,1\n", '[{"a":1},{"b":2}]'])
+def test_a_log_of_many_rows_is_refused(tmp_path, monkeypatch, text):
+    """A log of more cells than are held in memory is an error."""
+    monkeypatch.setattr(_metadata, "_MOST_CELLS", 9)
+    with pytest.raises(MergeError, match=r"too many rows"):
+        log_of(tmp_path, text)
+
+
+def test_lines_may_be_shorter_or_longer_than_the_header(tmp_path):
+    """Cells that a line lacks have no value, and those beyond the header no name."""
+    log = log_of(tmp_path, "epoch,acc,loss\n1,0.5\n2,1,2,3\n\n")
+    assert log[("epoch", 1)] == {"epoch": 1, "acc": 0.5}
+    assert log[("epoch", 2)] == {"epoch": 2, "acc": 1, "loss": 2}
 
 
 def test_only_named_columns_are_steps(tmp_path):

@@ -34,6 +34,23 @@ def test_ema_is_the_running_average(count, decay):
     assert sum(w * x for w, x in zip(weights, values, strict=True)) == average
 
 
+@pytest.mark.parametrize(
+    "decay", ["", "0", "1", "x", "nan", "0.5/0", "1e-9999999", "1e-21", "9" * 30, "0." + "9" * 19]
+)
+def test_other_decays_are_usage_errors(decay):
+    """What is no number between 0 and 1, or one whose powers never end, is refused."""
+    with pytest.raises(UsageError, match="not understood"):
+        resolve(f"ema:{decay}", 2)
+
+
+def test_powers_of_a_decay_have_a_length():
+    """A decay of many digits is for few checkpoints: each power is as much longer."""
+    assert len(resolve("ema:1e-3", 9)) == len(resolve("ema:0.999", 1000)) - 991
+    resolve("ema:0.99999999999999999", 200)
+    with pytest.raises(UsageError, match="too long"):
+        resolve("ema:0.99999999999999999", 10_000)
+
+
 @given(st.integers(1, 40))
 def test_one_minus_sqrt_scales_updates(count):
     """Update j of a run counts with 1 - sqrt(j / N), as under a decaying learning rate."""

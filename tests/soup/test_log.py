@@ -1,6 +1,7 @@
 """The log of a soup: what the next run takes from it, and which logs it refuses."""
 
 import json
+import math
 import os
 
 import pytest
@@ -123,3 +124,39 @@ def test_a_directory_that_an_evaluation_writes_to_stays_the_same_checkpoint(tmp_
     soup_of(paths, tmp_path / "o", evaluate)
     again = soup_of(paths, tmp_path / "o2", evaluate, log=tmp_path / "o.soup.jsonl")
     assert all(trial.remembered for trial in again.trials)
+
+
+def test_infinite_scores_are_texts(tmp_path):
+    """The log is strict JSON, and an infinite score in it is remembered."""
+    paths = made(tmp_path)
+    first = soup_of(paths, tmp_path / "o.pt", lambda _: math.inf)
+    log = (tmp_path / LOG).read_text()
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in log.splitlines()]
+    assert {entry["score"] for entry in entries[1:]} == {"inf"}
+    again = soup_of(paths, tmp_path / "o.pt", None, overwrite=True)
+    assert again.score == first.score == math.inf
+    (tmp_path / LOG).write_text(log.replace('"inf"', "Infinity"))  # as it once was written
+    assert soup_of(paths, tmp_path / "o.pt", None, overwrite=True).score == math.inf
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"members": [1e400], "score": 1}',
+        '{"members": null, "score": 1}',
+        '{"members": [[]], "score": 1}',
+        '{"members": [0], "score": ' + "9" * 400 + "}",
+        '{"members": [0], "score": ' + "9" * 5000 + "}",
+        '{"members": [0], "score": "x"}',
+        '{"members": [0], "score": null}',
+        "[]",
+    ],
+)
+def test_a_log_of_other_numbers_is_refused(tmp_path, entry):
+    """Numbers that are none, or of any length, make it the log of another soup."""
+    paths = made(tmp_path)
+    soup_of(paths, tmp_path / "o.pt")
+    with (tmp_path / LOG).open("a") as file:
+        file.write(f"{entry}\n")
+    with pytest.raises(MergeError, match="the log of another soup"):
+        soup_of(paths, tmp_path / "o.pt", overwrite=True)

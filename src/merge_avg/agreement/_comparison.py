@@ -234,7 +234,7 @@ class Comparison:
             return None
         size = self._count**2
         cells = self._grams[kind].bytes(8 * _GROUPS * size).cast("d")
-        grams = [cells[at : at + size].tolist() for at in range(0, _GROUPS * size, size)]
+        grams = [cells[at : at + size] for at in range(0, _GROUPS * size, size)]
         whole = sum(len(one.unit) for one in compared)
         elements = sum(one.sample.elements for one in compared)
         return agreement(grams, self._tensors(kind, compared), whole, elements)

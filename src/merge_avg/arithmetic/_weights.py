@@ -12,7 +12,7 @@ from functools import cached_property
 
 from merge_avg.checkpoint import DType
 from merge_avg.errors import UsageError
-from merge_avg.options import IntPolicy
+from merge_avg.options import MOST_BITS, IntPolicy
 
 Weight = int | float | Fraction | str
 _LEAST = Fraction(1, 10**30)  # of weights that are not normalized, which have to fit float64
@@ -46,12 +46,16 @@ class Weights:
                 raise UsageError(f"the weight {value} is negative", hint=hint)
             if not normalize and value and not _LEAST < abs(value) < 1 / _LEAST:
                 hint = "weights that are not normalized lie between 1e-30 and 1e30"
-                raise UsageError(f"the weight {float(value):g} is out of range", hint=hint)
+                raise UsageError("a weight is out of range", hint=hint)
         if not any(exact):
             raise UsageError("the weights are all zero", hint="give at least one weight above zero")
         # Without a common factor the integers are small, and sums more often known to be exact.
-        scale = math.lcm(*(value.denominator for value in exact))
-        integers = [int(value * scale) for value in exact]
+        scale = 1
+        for value in exact:
+            scale = math.lcm(scale, value.denominator) if scale < 1 << MOST_BITS else scale
+        integers = [value.numerator * (scale // value.denominator) for value in exact]
+        if max(scale, *map(abs, integers)) >= 1 << MOST_BITS:
+            raise UsageError("as integers, the weights have over 4,200 digits", hint="round them")
         common = math.gcd(*integers) if normalize else math.gcd(*integers, scale)
         divisor = None if normalize else scale // common
         return cls(tuple(value // common for value in integers), divisor)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from merge_avg.arithmetic import Mean, MeanFactory, Weights
 from merge_avg.engine._observers import Observer
 from merge_avg.engine._workspace import Workspace
-from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Matrix, Tap
 from merge_avg.plan import Piece, Unit, Window
 
@@ -71,10 +70,6 @@ class Recipes:
         key = number, chosen, unit.kind, unit.dtype.name, dtypes
         if key not in self._means:
             weights = row[0].subset(chosen)
-            if unit.kind == "mean" and weights is None:
-                names = str(unit.members[0][0])
-                what = f"every checkpoint that has {names!r} has the weight zero"
-                raise MergeError(what, where=self._space.job.layouts[0].path)
             if unit.kind == "keep" or weights is None:
                 weights = Weights.uniform(len(chosen))
             self._means[key] = self._make_mean(weights, unit.dtype.name, dtypes)

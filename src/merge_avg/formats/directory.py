@@ -33,7 +33,7 @@ from merge_avg.checkpoint import (
     is_kept,
 )
 from merge_avg.errors import MergeError, failure, named
-from merge_avg.formats import bounded_json, scan_file, set_format
+from merge_avg.formats import bounded, scan_file, set_format
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
@@ -51,7 +51,7 @@ _OF_ONE = re.compile(
     r"|latest|mp_rank_.*|.*\.index\.json|.+-\d{5}-of-\d{5}\..*"
     r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
-_LARGEST_INDEX = 100_000_000
+_LARGEST_LATEST = 1000
 
 
 def scan_directory(path: Path) -> Layout:
@@ -180,8 +180,8 @@ def _nested(root: Path) -> set[str]:
 def _latest(root: Path) -> str:
     """Return which folder is the newest: DeepSpeed writes its name into a file, and takes it."""
     latest = root / "latest"
-    if latest.is_file() and latest.stat().st_size < 1000:
-        return latest.read_text("utf-8", "replace").strip()
+    if latest.is_file() and latest.stat().st_size <= _LARGEST_LATEST:
+        return bounded.read(latest, _LARGEST_LATEST).decode("utf-8", "replace").strip()
     return ""
 
 
@@ -297,10 +297,9 @@ def read_index(file: File) -> dict[str, Any]:
     Raises:
         MergeError: the file is damaged, or not an index.
     """
+    raw = bounded.read(file.path)
     try:
-        if file.nbytes > _LARGEST_INDEX:
-            raise ValueError("it is absurdly large")
-        index = bounded_json.loads(file.path.read_bytes())
+        index = bounded.loads(raw)
         match index:
             case {"weight_map": dict() as table} if all(
                 isinstance(value, str) for value in table.values()

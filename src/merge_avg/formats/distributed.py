@@ -84,11 +84,9 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
         MergeError: something is damaged, missing, or packed in a way that only torch can read.
     """
     number, stamp = files[_MARKER]
-    if stamp.nbytes > _LARGEST:
-        raise MergeError("it is absurdly large", where=stamp.path)
     found: dict[int, Layout] = {}
     try:
-        metadata = _Metadata(stamp.path.read_bytes())
+        metadata = _Metadata(bounded.read(stamp.path, _LARGEST))
         for name, chunks in metadata.by_file().items():
             if name not in files:
                 hint = "fetch the checkpoint again"
@@ -106,9 +104,9 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
 
 def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Metadata) -> Layout:
     """Return the layout of a file of chunks, and add them to what the metadata knows."""
-    callables: list[str] = []
     records: list[tuple[str, Storage]] = []
     members: list[Layout | None] = []
+    callables: list[str] = []
     end = 0
     with stamp.path.open("rb") as file:
         # In the order of their bytes: chunks may not overlap, or a copy could not fill both.
@@ -117,15 +115,16 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
                 what = f"the chunk of {fqn!r} is not where it should be"
                 raise MergeError(what, where=stamp.path, hint="fetch or save it again")
             end = start + nbytes
-            # The archive reader sees nothing but the chunk, so that no record reaches outside.
-            part = Part(file, number, start, nbytes, f"{name}: ")
             name = f"{fqn} at {list(corner or ())}"
             records.append((name, Storage(name, start, nbytes, file=number)))
+            # The archive reader sees nothing but the chunk, so that no record reaches outside.
+            part = Part(file, number, start, nbytes, f"{name}: ")
             if corner is None or fqn not in metadata.shapes:
                 members.append(None)
                 callables += callables_in(part, stamp)
                 continue
             layout = zip_scan(file, stamp, number, part)
+            callables += (one for _, one in layout.callables)
             if len(layout.tensors) != 1 or layout.tensors[0].path:
                 raise MergeError(f"the chunk of {fqn!r} is not a tensor", where=stamp.path)
             metadata.stored[fqn, corner] = layout.tensors[0]

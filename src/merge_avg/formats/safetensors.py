@@ -40,10 +40,11 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats import bounded_json
+from merge_avg.formats import bounded
 
 _METADATA = "__metadata__"
 _LARGEST = 1 << 63
+_PER_BYTE = 20  # bytes of memory for each byte of a long header: entries of tensors take as many
 _INT = frozenset((int,))
 _ODD = (b"\\u", b":-", b",-", b"[-", b" -")
 _AGAIN = "fetch or save the file again"
@@ -92,7 +93,7 @@ class _Header:
 @lru_cache(maxsize=1)
 def _header(raw: bytes, number: int) -> _Header:
     try:
-        header = bounded_json.loads(raw)
+        header = bounded.loads(raw, _PER_BYTE)
     except ValueError as error:
         raise MergeError(f"the safetensors header is damaged ({error})") from None
     metadata = header.pop(_METADATA, {})
@@ -174,7 +175,7 @@ def check(layout: Layout) -> None:
             names, metadata = file.offset_keys(), file.metadata() or {}
             views = [(name, file.get_slice(name)) for name in names]
             theirs = [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views]
-    except SafetensorError as error:
+    except (SafetensorError, ImportError) as error:  # the latter of a broken torch or NumPy
         what = f"the safetensors library does not accept it ({error})"
         raise MergeError(what, where=path, hint=_AGAIN) from None
     ours = [(info.storage.name, info.dtype.safetensors, info.shape) for info in layout.tensors]

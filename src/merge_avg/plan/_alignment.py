@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout, Name, TensorInfo, dotted
-from merge_avg.errors import MergeError, named
+from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Missing
 
 # Segments that wrappers of a model add to its names: "module" is that of DataParallel,
@@ -22,6 +22,7 @@ _SCALE = re.compile(
     r"[._](scales?|scale_inv|input_scale|absmax|quant_map|nested_absmax|quant_state.*|SCB|CB"
     r"|zeros?|zero_points?|qzeros|g_idx)$"
 )
+_MOST_PATTERNS = 1000  # each is compared with every name
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def align(
         MergeError: state dicts or names do not match, and `missing` is "error"; or no tensor is
             chosen.
     """
+    if len(include) + len(exclude) > _MOST_PATTERNS:
+        hint = "write one that fits many names"
+        raise UsageError(f"there are more than {_MOST_PATTERNS:,} patterns", hint=hint)
 
     def chosen(one: Mapping[Name, TensorInfo]) -> dict[Name, TensorInfo]:
         return {name: info for name, info in one.items() if is_chosen(name, include, exclude)}

@@ -20,6 +20,7 @@ from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
+_MOST_ASKED = 256
 
 # Upper bounds, measured over dtypes and paths. For each element of its window a worker holds sums,
 # the result, and what is known of those that are not finite, not equal or in doubt; and for each of
@@ -39,6 +40,8 @@ _TENSOR_BYTES = 4500
 _OUTPUT_BYTES = 64 << 10
 _CRC_BYTES = 4
 _SUM_BYTES = 2048
+# Measured with 300 to 1000 checkpoints: products of all pairs, in 16 parts, and cosines of them.
+_PAIR_BYTES = 256
 
 # In bytes: a few such windows are still in the cache that cores share.
 _LARGEST_WINDOW = 1 << 19
@@ -60,6 +63,7 @@ class Budget:
     outputs: int = 1
     checkpoints: int = 1  # their number; they are compared by a part of each window
     long: int = 0  # the number of tensors of the result that may be longer than a window
+    pairs: int = 0  # of checkpoints that are compared, each with all
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +87,7 @@ class Budget:
         tensors = _tensors(self.entries, self.checkpoints)
         each = _OUTPUT_BYTES + tensors * _CRC_BYTES + self.long * _SUM_BYTES
         known = _known(self.entries, self.checkpoints) + (self.outputs - 1) * each
-        return _FIXED + known + self.threads * worker
+        return _FIXED + known + self.pairs * _PAIR_BYTES + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
         """Return the same with windows that fit `free` bytes of a device, or raise MergeError."""
@@ -114,27 +118,32 @@ def plan_budget(
     threads: int | None = None,
     outputs: int = 1,
     lengths: Iterable[int] = (),
+    pairs: int = 0,
 ) -> Budget:
     """Divide a budget of memory, in bytes, into threads and windows; for the rest see `Budget`.
 
     The default is 64 MiB, or 32 MiB a thread where that is more, and what is known of very many
-    tensors; and a thread for each core. `lengths` are those of the result's tensors, in elements.
+    tensors and pairs; and a thread for each core. `lengths` are those of tensors, in elements.
 
     Raises:
-        UsageError: `threads` is below one.
+        UsageError: `threads` is below one, or absurd.
         MergeError: the budget is too small for one thread; the hint says how much would do.
     """
-    if threads is not None and threads < 1:
-        raise UsageError("there must be a thread at least", hint="give --threads 1 or more")
+    if threads is not None and not 1 <= threads <= _MOST_ASKED:
+        hint = f"give a number from 1 to {_MOST_ASKED:,}"
+        raise UsageError("the number of threads is out of range", hint=hint)
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
-    total = max_memory or buffers + max(_known(entries, checkpoints) - MIB, 0)
+    buffers += max(_known(entries, checkpoints) - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)
+    total = buffers if max_memory is None else max_memory
     long = sum(length > _LEAST_WINDOW for length in lengths)
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints, long)
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints, long, pairs)
     for budget in _tried(least, workers):
         if budget.nbytes <= total:
             return budget
     hint = f"give at least --max-memory {-(-least.nbytes // 1024)}KiB"
+    if pairs * _PAIR_BYTES > _DEFAULT:
+        hint += ", or --no-agreement: it compares each checkpoint with all"
     raise MergeError("the memory budget is too small", hint=hint)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import CONVERTIBLE, PROVENANCE, TEMPLATE, Layout, Roles, assign
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
+from merge_avg.formats.bounded import read
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import refuse_loss, refuse_output
 from merge_avg.options import Location, Options, Outputs, Weight
@@ -190,9 +193,10 @@ def _prepared(
 ) -> Job:
     # Copies: the caller may change its lists before the record is written.
     options = replace(options, include=[*options.include], exclude=[*options.exclude])
-    found = (scanned.get(path) or scan(path) for path in inputs)
-    # Only a copy of the template needs its pickle and list of records.
-    layouts = [layout.source if number else layout for number, layout in enumerate(found)]
+    # Only a copy of the template needs its pickle and list of records. A record that `verify` reads
+    # may name one checkpoint ten thousand times.
+    once = functools.cache(lambda path: (scanned.get(path) or scan(path)).source)
+    layouts = [scanned.get(inputs[0]) or scan(inputs[0]), *map(once, inputs[1:])]
     roles = [assign(layout, options.key) for layout in layouts]
     weights = [role.weights for role in roles]
     aligned = align(inputs, weights, options.missing, options.include, options.exclude)
@@ -205,8 +209,18 @@ def _prepared(
     entries = sum(len(layout.tensors) for layout in plan.layouts)
     counts = len(plan.layouts), plan.itemsize, entries
     limits = options.max_memory, options.threads
-    budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units))
+    pairs = len(inputs) ** 2 * (2 if options.base else 1) if options.agreement else 0
+    budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs)
     layout = lay_out(outputs[0].path, plan, weights[0], options)
+    if options.strict_pickle and layout.callables:
+        what = f"loading it calls {named(layout.callables, 3)}, not known to be harmless"
+        hint = "write a .safetensors file, or the weights alone with --state-dict"
+        raise MergeError(what, where=inputs[0], hint=hint)
+    some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
+    for unit, output in itertools.product(some, outputs):
+        if not any(output.weights.integers[source.checkpoint] for source in unit.sources):
+            what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
+            raise MergeError(what, where=inputs[0])
     said = (*_notes(layouts, options, layout), *notes)
     return Job(outputs, layout, options, roles[0], plan, budget, said, base, version)
 
@@ -229,11 +243,6 @@ def _based(plan: Plan, path: Path, template: Roles, key: str | None) -> tuple[Pl
         what = f"{lacking:,} of {len(matrices):,} matrices are not in it, or of another shape"
         notes.append(f"{path}: {what}; they are compared without it")
     return based, notes
-    if options.strict_pickle and layout.callables:
-        what = f"loading it calls {named(layout.callables, 3)}, not known to be harmless"
-        hint = "write a .safetensors file, or the weights alone with --state-dict"
-        raise MergeError(what, where=inputs[0], hint=hint)
-    _refuse_unweighted(outputs, plan, len(inputs))
 
 
 def _template_first(
@@ -294,10 +303,11 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
     if output.directory:
         # The files that say how a model of Hugging Face is built; weights alone do not fit all.
         for name in ("config.json", "adapter_config.json"):
-            found = [layout.path / name for layout in layouts]
-            texts = {path.read_bytes() for path in found if path.is_file()}
-            if len(texts) > 1:
+            found = dict.fromkeys(layout.path / name for layout in layouts)
+            texts = (read(path) for path in found if path.is_file())
+            first = next(texts, None)
+            if any(text != first for text in texts):
                 notes.append(f"{name} differs between the checkpoints; the template's is kept")
-            if texts and options.dtype not in (None, TEMPLATE):
+            if first is not None and options.dtype not in (None, TEMPLATE):
                 notes.append(f"{name} is the template's, and may still name another dtype")
     return notes

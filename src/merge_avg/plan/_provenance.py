@@ -15,16 +15,19 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import PROVENANCE, Layout
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError
+from merge_avg.formats import bounded
 from merge_avg.options import RECORDED, Options, choices
 
 _MOST_INPUTS = 10_000
+_LONGEST = 10_000  # characters of a text: two numbers, of as many digits as `int` takes
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class RecordedInput:
     name: str  # a path from the directory that holds all inputs
     nbytes: int
     hash: int | None  # of its weights; for the template, of all else that the output has of it
-    weight: str  # a fraction
+    weight: Fraction
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ def read_record(layout: Layout) -> Record:
         hint = "only outputs of merge-avg can be verified, and none in the format before torch 1.6"
         raise MergeError(what, where=layout.path, hint=hint)
     try:
-        return _record(json.loads(text))
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UsageError):
+        return _record(bounded.loads(text.encode()))
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         what = "its provenance record is damaged, or of another version of merge-avg"
         raise MergeError(what, where=layout.path) from None
 
@@ -135,10 +138,13 @@ def read_record(layout: Layout) -> Record:
 def _record(value: Any) -> Record:
     # The text is not trusted: it decides which files are opened. KeyError and the like, from
     # whatever else it holds, are reported as one error by the caller.
-    inputs = tuple(_input(one, _text(one["weight"])) for one in value["inputs"])
-    if not 0 < len(inputs) <= _MOST_INPUTS:
-        raise ValueError("it has no inputs, or too many")
-    template = _input(value["template"], "0")
+    weights = [_text(one["weight"]).partition("/") for one in value["inputs"]]
+    # Weights of several denominators could be of any length as integers; records have one.
+    if len({total for _, _, total in weights}) != 1 or len(weights) > _MOST_INPUTS:
+        raise ValueError("it has no inputs or too many, or their weights are no parts of one total")
+    fractions = (Fraction(int(integer), int(total)) for integer, _, total in weights)
+    inputs = tuple(map(_input, value["inputs"], fractions))
+    template = _input(value["template"], Fraction(0))
     options = Options(
         **{name: _checked(name, value[name]) for name in RECORDED},
         agreement=value["agreement"] is not None,
@@ -147,7 +153,7 @@ def _record(value: Any) -> Record:
     return Record(inputs, template, options, _text(value["merge_avg"]))
 
 
-def _input(value: Any, weight: str) -> RecordedInput:
+def _input(value: Any, weight: Fraction) -> RecordedInput:
     path = PurePosixPath(_text(value["name"]))
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError("a path that leads elsewhere")
@@ -171,6 +177,6 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        raise TypeError("not a text, or a long one")
     return value

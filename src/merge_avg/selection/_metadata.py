@@ -11,11 +11,10 @@ A row belongs to the checkpoint that it names, or to the one of its step, or of 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import io
-import json
-import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -25,10 +24,9 @@ from typing import Any
 
 from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath
 from merge_avg.errors import MergeError
-from merge_avg.formats import bounded_json
+from merge_avg.formats import bounded
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
-_LARGEST_STATE = 100_000_000
 _LONGEST_NAME = 200  # of a metric
 
 # Entries at the top of a checkpoint, or in its name. `global_step`: Lightning, and the state of
@@ -73,7 +71,8 @@ _SNAPSHOT = re.compile(r"snapshot-(?P<step>\d+)-(?P<sigma>\d*\.\d+)$")
 _SUFFIXES = re.compile(r"(?i)(\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th))+$")
 # Columns that name a checkpoint; tables that people make by hand agree on no name for it.
 _PATHS = ("path", "file", "filename", "checkpoint", "ckpt", "name")
-_LARGEST_LOG = 1 << 30
+_MOST_CELLS = 1 << 20  # of a log; a row of its own counts for four
+_MOST = 1 << 63  # no count is as large
 
 
 @dataclass(frozen=True)
@@ -173,19 +172,17 @@ def _scores(layout: Layout) -> dict[TreePath, Scalar]:
 
 def _whole(value: object) -> int | None:
     """Return a count, which some frameworks store as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MOST:
         return None
-    return int(value) if math.isfinite(value) and value == int(value) and value >= 0 else None
+    return int(value) if value == int(value) else None
 
 
 def _trainer_state(folder: Path) -> Metadata:
     """Return what transformers' Trainer wrote beside a checkpoint."""
     path = folder / STATE
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_STATE:
-            return Metadata()
-        state = bounded_json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        state = bounded.loads(bounded.read(path)) if path.is_file() else {}
+    except (OSError, ValueError):  # a MergeError is one too
         return Metadata()  # a broken state must not keep weights from being averaged
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
@@ -211,46 +208,51 @@ class Log(dict[tuple[str, object], dict[str, float]]):
         keys = [*names, ("step", metadata.step), ("epoch", metadata.epoch)]
         return next((self[key] for key in keys if key in self), {})
 
-
-def read_log(path: Path) -> Log:
-    """Read a log; raise MergeError where the file cannot be read or is not one."""
-    try:
-        if path.stat().st_size > _LARGEST_LOG:
-            raise ValueError(f"a log may have up to {_LARGEST_LOG:,} bytes")
-        rows = list(_rows(path, path.read_text("utf-8-sig")))
-    except OSError as error:
-        raise MergeError(error.strerror or str(error), where=path) from None
-    except (ValueError, RecursionError, csv.Error) as error:
-        hint = "give a CSV file with a header, or a JSON list of objects"
-        raise MergeError(f"cannot be read as a log ({error})", where=path, hint=hint) from None
-    log = Log()
-    for row in rows:
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the numbers of a row under what it names: rows of one step add up."""
         found = _numbers(row)
         keys = {str(key).lower(): key for key in row}
         for column in _PATHS:
             name = row.get(keys.get(column, column))
             if isinstance(name, str) and name:
-                log.setdefault(("path", name), {}).update(found)
-        # Rows of one step add up: Lightning's CSVLogger writes the metrics of training and those of
-        # validation in rows of their own.
+                self.setdefault(("path", name), {}).update(found)
+        # Lightning's CSVLogger writes metrics of training and of validation in rows of their own.
         for column, kind in (("step", "step"), ("global_step", "step"), ("epoch", "epoch")):
             number = found.get(keys.get(column, column))
             if number is not None and number == number // 1:
-                log.setdefault((kind, number), {}).update(found)
+                self.setdefault((kind, number), {}).update(found)
+
+
+def read_log(path: Path) -> Log:
+    """Read a log; raise MergeError where the file cannot be read or is not one."""
+    raw = bounded.read(path).removeprefix(codecs.BOM_UTF8)
+    log, cells = Log(), 0
+    try:
+        for row in _rows(path, raw):
+            cells += len(row) + 4
+            if cells > _MOST_CELLS:
+                raise ValueError("it has too many rows")
+            log.add(row)
+    except (ValueError, csv.Error) as error:
+        hint = "give a CSV file with a header, or a JSON list of objects"
+        raise MergeError(f"cannot be read as a log ({error})", where=path, hint=hint) from None
     return log
 
 
-def _rows(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
+def _rows(path: Path, raw: bytes) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a log; raise ValueError where it has none."""
-    if path.suffix.lower() != ".json" and text.lstrip()[:1] not in ("[", "{"):
-        return csv.DictReader(io.StringIO(text))
-    found = json.loads(text)
-    if isinstance(found, dict) and "log_history" not in found:
+    if path.suffix.lower() != ".json" and raw.lstrip()[:1] not in (b"[", b"{"):
+        lines = csv.reader(io.TextIOWrapper(io.BytesIO(raw), "utf-8", newline=""))
+        header = next(lines, [])
+        return (dict(zip(header, line)) for line in lines)  # noqa: B905 - what a line has of it
+    listed = raw.lstrip()[:1] != b"{"  # a list is read as that of a Trainer's state
+    found = bounded.loads(b'{"log_history":%b}' % raw if listed else raw)
+    if "log_history" not in found:
         rows = {n: row if isinstance(row, dict) else {"metric": row} for n, row in found.items()}
         return [{"path": name, **row} for name, row in rows.items()]
-    if not isinstance(found, list | dict):
+    if not isinstance(found["log_history"], list):
         raise ValueError("not a list of rows")
-    return _objects(found["log_history"] if isinstance(found, dict) else found)
+    return _objects(found["log_history"])
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from merge_avg.errors import UsageError
-from merge_avg.options import Mode
+from merge_avg.options import MOST_BITS, Mode
 
 
 def resolve(
@@ -43,13 +43,14 @@ def resolve(
 
 def _moving(text: str, count: int) -> tuple[Fraction, ...]:
     try:
-        decay = Fraction(text)
+        # The powers of 0.999...9 with a million digits, or of 1e-999999, would never end.
+        short = len(text) <= 20 and ("e" not in text.lower() or float(text) > 1e-20)
+        decay = Fraction(text if short else -1)
     except (ValueError, ZeroDivisionError):
         decay = Fraction(-1)
-    # A decay such as 0.999...9 of a million digits would make fractions that never end.
-    if not 0 < decay < 1 or len(text) > 20:
-        hint = "give a number between 0 and 1, as in ema:0.9"
-        raise UsageError(f"the decay {text!r} is not understood", hint=hint)
+    if not 0 < decay < 1 or decay.denominator.bit_length() * count > MOST_BITS:
+        hint = "give a number between 0 and 1, of fewer digits for more checkpoints, as in ema:0.9"
+        raise UsageError(f"the decay {text!r} is not understood, or too long", hint=hint)
     # avg = decay * avg + (1 - decay) * x, unrolled from the first checkpoint on.
     rest = [(1 - decay) * decay**age for age in reversed(range(count - 1))]
     return (decay ** (count - 1), *rest)

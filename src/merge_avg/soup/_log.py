@@ -2,20 +2,21 @@
 
 It holds one JSON object a line. The first says what the soup is made of and how it is evaluated;
 each other one is an evaluation: {"members": [2, 0], "score": 0.5}. Members are counted from 0 in
-the order in which the checkpoints were named.
+the order in which the checkpoints were named. An infinite score is the text "inf" or "-inf".
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_avg.errors import MergeError
-from merge_avg.formats import scan
+from merge_avg.formats import bounded, scan
 
 Members = tuple[int, ...]
 
@@ -29,8 +30,7 @@ class Log:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.scores: dict[Members, float] = {}
-        with _explained(path):
-            data = path.read_bytes() if path.exists() else b""
+        data = bounded.read(path) if path.exists() else b""
         # A kill may cut the last line. Whole lines are never written again, so that another kill
         # at this point loses nothing.
         whole = data[: data.rfind(b"\n") + 1]
@@ -38,7 +38,7 @@ class Log:
             self._write(header, "wb")
             return
         try:
-            first, *entries = map(json.loads, whole.splitlines())
+            first, *entries = map(bounded.loads, whole.splitlines())
             if first != header:
                 raise ValueError
             for entry in entries:
@@ -48,7 +48,7 @@ class Log:
                 # it here, as it is the score of the file that a trial writes today. Their other
                 # scores stand: only last bits of the weights can differ.
                 self.scores[tuple(map(int, entry["members"]))] = float(entry["score"])
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             what = "this is the log of another soup: of other checkpoints, another command or mode"
             raise MergeError(what, where=path, hint="remove it to begin anew") from None
         if len(whole) < len(data):
@@ -58,7 +58,7 @@ class Log:
     def add(self, members: Members, score: float) -> None:
         """Remember an evaluation for good."""
         self.scores[members] = score
-        self._write({"members": members, "score": score})
+        self._write({"members": members, "score": score if math.isfinite(score) else str(score)})
 
     def _write(self, entry: Mapping[str, Any], mode: str = "ab") -> None:
         with _explained(self.path), self.path.open(mode) as file:
@@ -85,7 +85,7 @@ def identities(paths: Sequence[Path]) -> list[list[str | int]]:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+    return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
 
 @contextlib.contextmanager
