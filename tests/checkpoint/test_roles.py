@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from merge_avg.checkpoint import BY_NAME, Layout, Storage, TensorInfo
 from merge_avg.checkpoint._roles import assign
 from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError
@@ -89,3 +90,18 @@ def test_each_state_dict_is_averaged_with_its_namesake(tmp_path):
     merged = torch.load(tmp_path / "out.pt")
     assert merged["state_dict"]["w"].tolist() == [0.5, 0.5]
     assert merged["state_dict_ema"]["w"].tolist() == [5, 5]
+
+
+def test_bytes_kept_are_those_of_each_file(tmp_path):
+    """Storages count once, by the file that they lie in; those of several parts by all of them."""
+    dtype = BY_NAME["float32"]
+    storages = [Storage("a", 64, 8, file=number) for number in (0, 1)]
+    storages += [Storage("whole", 0, 24, parts=(Storage("b", 0, 16, file=2), storages[0]))]
+    paths = [("optimizer", k) for k in range(4)]
+    tensors = [
+        TensorInfo(path, dtype, (2,), (1,), 0, storage)
+        for path, storage in zip(paths, [*storages, storages[1]], strict=True)
+    ]
+    weight = TensorInfo(("w",), dtype, (2,), (1,), 0, Storage("w", 0, 8, file=3))
+    (kept,) = assign(Layout(tmp_path, "directory", (), (weight, *tensors))).kept
+    assert (kept.tensors, kept.nbytes) == (4, 8 + 8 + 16)

@@ -51,7 +51,7 @@ def test_everything_is_told(tmp_path, monkeypatch, width):
     assert text.startswith("averaged 3 checkpoints into o.pt")
     rows = [line for line in text.splitlines() if "plain.pt" in line]
     assert re.search(r"0\.5 +-?0\.\d{3}", rows[0])
-    for what in ("averaged2tensors,2,403parameters(float32)", "kBin", "agreement0.", "(exact;"):
+    for what in ("averaged2tensors,2,400parameters(float32)", "kBin", "agreement0.", "(exact;"):
         assert what in flat
     assert "keptfrom[red]a[bold]b.pt:epoch" in flat
     assert "isnottobeaveragedandiskeptfromthetemplate" in flat

@@ -1,6 +1,7 @@
 """The report of a job and its result, and its JSON, whose keys are those that scripts read."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import merge_avg
 from merge_avg.options import REPORTED, Criteria, Options, Series, Weighting
 from merge_avg.plan import prepare
-from merge_avg.report.values import as_json, describe
+from merge_avg.report.values import ReportedOutput, as_json, describe, plain
 from merge_avg.selection import choose
 from tests.helpers import noise
 from tests.report.helpers import relatives, report_of, save
@@ -17,8 +18,8 @@ from tests.report.helpers import relatives, report_of, save
 # Frozen: a key may be added, but scripts read these.
 PLANNED = """
     merge_avg output dry_run inputs outputs template base tensors parameters dtypes kept others
-    whole callables available bytes_to_read bytes_to_write threads memory int_policy policies notes warnings
-    candidates
+    whole callables available bytes_to_read bytes_to_write threads memory int_policy policies notes
+    warnings candidates
 """.split()
 RUN = "agreement bytes_read seconds differing nonfinite".split()
 FIGURES = "mean error each pairs shrinkage size elements odd tensors".split()
@@ -100,9 +101,29 @@ def test_counts_are_of_the_template(tmp_path):
     report = report_of(paths, tmp_path / "o.pt", exclude=["left"], dtype="float16")
     counts = report.tensors
     assert counts == {"averaged": 1, "integers": 1, "kept": 1}
-    assert report.parameters == 6 + 7
+    assert report.parameters == 6
     # What is kept keeps its dtype.
     assert report.dtypes == {"float16": 1, "int64": 1, "float32": 1}
+
+
+def test_parameters_are_elements_of_memory(tmp_path):
+    """Each element that is averaged counts once: ties and masks add none, holes neither."""
+    whole = torch.ones(10)
+    state = {"a": whole, "tied": whole, "part": whole[2:4], "mask": torch.ones(5) > 0}
+    state["strided"] = torch.ones(4, 6)[:, ::2]
+    paths = save(tmp_path, state, state)
+    assert report_of(paths, tmp_path / "o.pt").parameters == 10 + 12
+
+
+def test_json_has_no_nan():
+    """What is not a finite number is null, wherever it lies, and a path is a text."""
+    value = {
+        "a": [math.nan, (1.5, -math.inf)],
+        "b": Path("x"),
+        "c": ReportedOutput("o", (math.inf,)),
+    }
+    expected = {"a": [None, [1.5, None]], "b": "x", "c": {"path": "o", "weights": [None]}}
+    assert plain(value) == expected
 
 
 def test_bytes_are_those_of_the_files(tmp_path):

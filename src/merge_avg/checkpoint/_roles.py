@@ -139,6 +139,7 @@ def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:
     for info in tensors:
         groups.setdefault(str(info.path[0]), []).append(info)
     for key, infos in groups.items():
-        # Tensors that share a storage count its bytes once.
-        storages = {(info.storage.offset, info.storage.nbytes) for info in infos}
-        yield Kept(key, len(infos), sum(nbytes for _, nbytes in storages))
+        # Tensors that share a storage count its bytes once. Those of a set have several ranges.
+        ranges = (part for info in infos for part in info.storage.ranges)
+        places = {(part.file, part.offset, part.nbytes) for part in ranges}
+        yield Kept(key, len(infos), sum(nbytes for _, _, nbytes in places))

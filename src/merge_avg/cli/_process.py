@@ -145,9 +145,10 @@ def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) 
     if as_json:
         import json
 
-        # Paths are text. GitHub's runner takes "##[" for a command to it, in JSON too.
-        text = json.dumps(value(), ensure_ascii=True, indent=2, default=os.fspath)
-        text = text.replace("##[", "#\\u0023[")
+        from merge_avg.report.values import plain
+
+        # GitHub's runner takes "##[" for a command to it, in JSON too.
+        text = json.dumps(plain(value()), allow_nan=False, indent=2).replace("##[", "#\\u0023[")
     else:
         text = "\n".join(map(printable, lines))
     try:

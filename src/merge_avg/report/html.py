@@ -103,7 +103,7 @@ def _sections(report: Report) -> Iterator[str]:
     for figures in (agreement := found.get("agreement") or {}, agreement.get("centred") or {}):
         figures.pop("tensors", None)
     # Line by line, as `printable` would escape the ends of lines.
-    data = "\n".join(map(_text, json.dumps(found, indent=2).splitlines()))
+    data = "\n".join(map(_text, json.dumps(found, allow_nan=False, indent=2).splitlines()))
     yield f"<section><details><summary>The report as JSON</summary><pre>{data}</pre></details>"
     yield "</section>"
 

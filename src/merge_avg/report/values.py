@@ -5,6 +5,8 @@ Scripts read that JSON: a key may be added, but none renamed or removed.
 
 from __future__ import annotations
 
+import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -64,18 +66,18 @@ class Report:
     template: str
     base: str | None
     tensors: Mapping[str, int]  # the template's: "averaged", "integers", and "kept" by choice
-    parameters: int  # elements of the template's weights, integers left out
+    parameters: int  # elements that are averaged, those of tied tensors once
     dtypes: Mapping[str, int]  # of the outputs' weights, with the number of tensors
     # Entries whose tensors are not averaged, such as the optimizer's state, then entries without
     # tensors; and whether the outputs have these entries.
     kept: tuple[Kept, ...]
     others: tuple[str, ...]
     whole: bool
+    # What loading an output calls, as loading the template does, that is not known to be harmless.
+    callables: tuple[str, ...]
     # Tensors that some checkpoint lacks, with the number of checkpoints that have them.
     available: Mapping[str, int]
     bytes_to_read: int
-    # What loading an output calls, as loading the template does, that is not known to be harmless.
-    callables: tuple[str, ...]
     bytes_to_write: int
     threads: int
     memory: int  # at most, and beside torch's own
@@ -110,6 +112,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     # Bools are among the integers: both are compared and never averaged.
     floats = sum(kind in ("float", "complex") for _, kind in used)
     tensors = {"averaged": floats, "integers": len(used) - floats, "kept": len(infos) - len(used)}
+    means = (unit for unit in plan.units if unit.kind == "mean")
     candidates, notes = ((), ()) if choice is None else (choice.candidates, choice.notes)
     inputs = tuple(_inputs(job, result, candidates))
     weights = {entry.path: entry.weight for entry in inputs}
@@ -123,15 +126,16 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         template=str(template.path),
         base=None if job.base is None else str(job.layouts[job.base].path),
         tensors=tensors,
-        parameters=sum(info.numel for _, info in infos if info.dtype.kind != "int"),
+        # Members may share elements, and a unit may have holes.
+        parameters=sum(min(len(u), sum(info.numel for _, info in u.members)) for u in means),
         dtypes=Counter(plan.result(name).name for name, _ in infos),
         kept=job.roles.kept,
         others=tuple(template.others),
         whole=job.layout.whole,
+        callables=job.layout.callables,
         available={
             str(name): sum(row[number] is not None for number in job.averaged)
             for name, row in aligned.rows.items()
-        callables=job.layout.callables,
             if None in row and name not in aligned.skipped
         },
         bytes_to_read=job.nbytes,
@@ -257,13 +261,17 @@ def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | 
 
 
 def plain(value: Any) -> Any:
-    """Return a value with its dataclasses as dicts and its tuples as lists.
+    """Return a value with its dataclasses as dicts, its tuples as lists and its paths as texts.
 
-    A field whose default is None is left out where it is None.
+    A field whose default is None is left out where it is None; NaN and infinity become None.
     """
     # Most values are numbers: a large model has figures of tens of thousands of tensors.
-    if value is None or isinstance(value, float | int | str):
+    if value is None or isinstance(value, int | str):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
