@@ -1,5 +1,7 @@
 """merge_avg.cli._process: exit codes, signals, and the standard streams."""
 
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from merge_avg import cli
 from tests.helpers import COMMAND, run_command
@@ -154,3 +157,32 @@ def test_without_numpy_nothing_else_is_said(tmp_path):
     command = [sys.executable, "-c", code, "0.pt", "1.pt", "-o", "out.pt", "-q"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "out.pt\n", "")
+
+
+@pytest.mark.parametrize("says", ["libtorch.so: cannot open\nIt seems that", ""])
+def test_a_torch_that_cannot_be_loaded_is_an_error_in_a_line(tmp_path, says):
+    """Most merges do without torch; one that needs it says so, and merge-avg itself still works."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(f"raise ImportError({says!r})")
+    save_file({"w": torch.ones(2, dtype=torch.complex64)}, tmp_path / "c.safetensors")
+    save_file({"w": torch.tensor([1.0, math.nan])}, tmp_path / "n.safetensors")
+    for arguments in (
+        ["c.safetensors", "c.safetensors", "-o", "o.safetensors"],
+        ["n.safetensors", "n.safetensors", "-o", "o.safetensors", "--allow-nonfinite"],
+        ["n.safetensors", "n.safetensors", "-o", "o.safetensors", "--device", "cuda"],
+    ):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = run_command(*arguments, "--quiet", cwd=tmp_path, env=env)
+        lines = done.stderr.splitlines()
+        assert (done.returncode, len(lines)) == (1, 2), done.stderr
+        assert lines[0].startswith("error: torch is needed and cannot be loaded (")
+        assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["", "-o", "o"], ["a", "-o", ""], ["a", "-o", "o", "--template="]]
+)
+def test_an_empty_path_is_a_usage_error(command, arguments):
+    """A variable that is not set does not stand for the current directory."""
+    code, _, err = command(*arguments)
+    assert (code, err.splitlines()[0]) == (2, "error: a path is empty")

@@ -493,6 +493,8 @@ def test_several_averages_need_a_pattern():
         (["fold1/best.ckpt", "fold2/best.ckpt"], ("fold1-best", "fold2-best")),
         (["run/epoch=1-loss=0.5.ckpt", "run/epoch=2-loss=0.4.ckpt"], None),
         (["same.pt", "same.pt"], ("1-same", "2-same")),
+        ([".", "x.pt"], (Path.cwd().name, "x")),
+        (["..", "x.pt"], (Path.cwd().parent.name, "x")),
     ],
 )
 def test_names_tell_checkpoints_apart(given_, names):

@@ -87,3 +87,13 @@ def test_what_a_killed_soup_left_goes_with_the_next_merge(tmp_path):
     assert len(json.loads(planned.stdout)["inputs"]) == len(paths)
     assert run_command(*paths[:2], "-o", "other.pt", cwd=tmp_path).returncode == 0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_forbids_a_mean_shows_before_an_evaluation(command, tmp_path):
+    """Checkpoints that have no mean are refused at once: an evaluation may take an hour."""
+    for name, size in (("a.pt", 2), ("b.pt", 3)):
+        torch.save({"w": torch.ones(size)}, tmp_path / name)
+    evaluation = ["--soup", "greedy", "--eval", "touch evaluated", "--mode", "max"]
+    code, _, err = command("a.pt", "b.pt", "-o", "o.pt", *evaluation)
+    assert (code, "has the shape" in err) == (1, True), err
+    assert not (tmp_path / "evaluated").exists()

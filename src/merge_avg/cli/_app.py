@@ -34,7 +34,7 @@ def _version(wanted: bool) -> None:
 def command(
     *,
     checkpoints: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             help="Files (.pt, .pth, .bin, .ckpt, .safetensors), directories, runs that hold many, "
             "or quoted patterns. The first checkpoint is the template: the output is a copy of it "
@@ -43,7 +43,7 @@ def command(
         ),
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output",
             "-o",
@@ -66,6 +66,8 @@ def command(
     ] = False,
 ) -> None:
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory."""
+    if "" in (*checkpoints, output, options.template):
+        raise UsageError("a path is empty", hint="is a variable of the shell not set?")
     if action.inspect:
         _inspect(checkpoints, options.key, display)
     elif action.verify:
@@ -76,7 +78,7 @@ def command(
         from merge_avg.selection import choose
 
         criteria = replace(criteria, last=max(series.lasts, default=None))
-        choice = choose(checkpoints, output, criteria, series, weighting)
+        choice = choose(checkpoints, Path(output), criteria, series, weighting)
         if criteria.metrics_file is not None:
             from merge_avg.plan import refuse_inputs
 
@@ -94,7 +96,7 @@ def command(
             merge(choice, options, display, action.dry_run)
 
 
-def _inspect(checkpoints: list[Path], key: str | None, display: Display) -> None:
+def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:
     from merge_avg.report.inspect import as_json, contents, lines
 
     found = [contents(path, key) for path in checkpoints]
@@ -102,7 +104,7 @@ def _inspect(checkpoints: list[Path], key: str | None, display: Display) -> None
     print_result(display.as_json, lambda: [as_json(one) for one in found], text)
 
 
-def _verify(outputs: list[Path], inputs: Path | None, options: Options, display: Display) -> None:
+def _verify(outputs: list[str], inputs: Path | None, options: Options, display: Display) -> None:
     from merge_avg.verify import verify_output
 
     found = []

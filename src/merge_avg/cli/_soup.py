@@ -41,12 +41,14 @@ def make_soup(
         raise UsageError("a soup is one output", hint="leave out --leave-one-out or --prefixes")
     (output,) = choice.outputs
 
-    def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
-        # The score decides about a member. How far members agree is nowhere shown.
-        alone = replace(options, min_agreement=None, agreement=False, overwrite=overwrite)
-        # Scanned anew each time: an evaluation may have written beside the weights meanwhile.
-        run(prepare(paths, output, alone))
+    # The score decides about a member. How far members agree is nowhere shown.
+    alone = replace(options, min_agreement=None, agreement=False)
 
+    def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
+        # Scanned anew each time: an evaluation may have written beside the weights meanwhile.
+        run(prepare(paths, output, replace(alone, overwrite=overwrite)))
+
+    prepare(choice.paths, output, alone)  # what forbids their mean shows before an evaluation
     with _shown(display.quiet) as show:
         soup = greedy(
             choice.paths,

@@ -80,13 +80,16 @@ def run(
     findings = Findings(progress, [0] * (len(job.layouts) + 1))
     try:
         return _run(job, findings, opened or output)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, ImportError, MemoryError, RuntimeError) as error:
         known = not isinstance(error, RuntimeError) or _NO_MEMORY.search(str(error))
         if error is findings.theirs or not known:
             raise
         if isinstance(error, OSError):  # of the scratch file, or of a file system that fails
             named = isinstance(error.filename, str)
             raise failure(error, where=None if named else job.outputs[0].path) from None
+        if isinstance(error, ImportError):  # most merges do without torch
+            what = f"torch is needed and cannot be loaded ({str(error).partition(chr(10))[0]})"
+            raise MergeError(what, hint="see python -c 'import torch', or reinstall it") from None
         hint = "lower --max-memory and --threads, or allow this process more"
         raise MergeError("there is not enough memory for it", hint=hint) from None
 

@@ -241,8 +241,9 @@ def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int,
 
 def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Return a name for each path, of as many of its last parts as tell all of them apart."""
+    paths = [path if path.name.strip(".") else path.resolve() for path in paths]  # of "." and ".."
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
-        names = tuple("-".join(path.with_suffix("").parts[-depth:]) for path in paths)
+        names = tuple("-".join([*path.parts[:-1], path.stem][-depth:]) for path in paths)
         if len(set(names)) == len(names):
             return tuple(name.lstrip("/") for name in names)
     # The same checkpoint twice, or paths that differ in their suffix only.
