@@ -166,3 +166,69 @@ def test_a_format_waits_for_its_first_file():
     assert not {
         name for name in found for one in some if name.startswith(f"merge_avg.formats.{one}")
     }
+
+
+# Who may read a file or a text, beside `formats.bounded`: what is no text, what lies in the package
+# or the system, and what the user's own command prints.
+READERS = {
+    ("cli._process", "open"): "the null device",
+    ("engine._readahead", "open"): "payload",
+    ("formats.__init__", "open"): "the file of a format, whose scanner bounds what it reads",
+    ("formats.carried", "open"): "the same, of files that are not scanned",
+    ("formats.distributed", "open"): "the same, of a set",
+    ("io._output", "open"): "outputs",
+    ("io._platform", "open"): "directories",
+    ("io._platform", "read_bytes"): "a table that Linux tells",
+    ("io._platform", "read_text"): "a number that Linux tells",
+    ("io._reader", "open"): "payload",
+    ("io._temporary", "open"): "outputs",
+    ("io._temporary", "read_bytes"): "an identity that Linux tells",
+    ("report.html", "read_text"): "a style sheet of this package",
+    ("report.text", "open"): "it adds to a file",
+    ("selection._metadata", "open"): "the one number of a score",
+    ("soup._evaluate", "loads"): "what the user's own command prints",
+    ("soup._log", "open"): "it adds to the log",
+    ("verify", "open"): "payload",
+}
+
+
+def calls(root=ROOT):
+    """Where files are opened or read, or JSON is parsed: modules and the names that they call."""
+    found = set()
+    for path in root.rglob("*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "attr", getattr(node, "id", None))
+            whole = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+            parses = whole in ("json.load", "json.loads", "json.JSONDecoder")
+            if parses or name in ("open", "read_bytes", "read_text", "open_binary", "fdopen"):
+                found.add((module, name))
+    return {one for one in found if one[0] != "formats.bounded"}
+
+
+def test_texts_are_read_in_one_way():
+    """No module but `formats.bounded` reads a text that a checkpoint brings, or parses its JSON."""
+    assert calls() == set(READERS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["json.loads(raw)", "path.read_text()", "path.read_bytes()", "open(path)", "json.load(f)"],
+)
+def test_another_way_to_read_is_seen(tmp_path, line):
+    """The check fails where a module reads a text by itself."""
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan/_job.py").write_text(line)
+    assert calls(tmp_path)
+
+
+def test_json_that_is_shown_is_strict():
+    """What is printed or logged has no NaN; records, indices and headers hold no floats of ours."""
+    held = {"plan._provenance", "plan._targets", "formats.safetensors"}
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                strict = [one for one in node.keywords if one.arg == "allow_nan"]
+                assert strict or module in held, module
+                assert all(ast.unparse(one.value) == "False" for one in strict)
