@@ -19,6 +19,30 @@ from merge_avg.formats.pickle.values import DangerousPickleError
 INERT = [(module, name) for module, names in callables.INERT.items() for name in sorted(names)]
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    """Ask for each verdict anew."""
+    verdict.cache_clear()
+
+
+def test_the_tables_are_read():
+    """A table has names by module, of all lines of the module; titles and comments are in none."""
+    tables = callables._tables()
+    assert list(tables) == [
+        "inert",
+        "inert classes",
+        "enums",
+        "dangerous modules",
+        "dangerous",
+        "dangerous parts",
+    ]
+    assert tables["inert"]["collections"] == {"Counter", "OrderedDict", "defaultdict", "deque"}
+    assert {"Size", "bfloat16", "uint8"} < tables["inert"]["torch"]  # the first and the last line
+    assert tables["dangerous"]["functools"] == {"partialmethod", "reduce"}
+    assert not any(key.startswith(("#", "[")) for table in tables.values() for key in table)
+    assert {"os", "pickle", "torch.hub"} < callables._MODULES
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [

@@ -24,8 +24,6 @@ from functools import lru_cache
 Verdict = typing.Literal["inert", "unknown", "dangerous"]
 
 _CLASS = re.compile(r"[A-Z]\w+")
-
-
 _DUNDER = re.compile(r"__\w+__")
 
 
