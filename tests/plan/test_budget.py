@@ -131,6 +131,7 @@ KINDS = {
     "wide float32": lambda g, n: {"a": wide(g, n)},
     "float64": lambda g, n: {"a": torch.randn(n, generator=g, dtype=torch.float64)},
     "float64 ties": lambda g, n: {"a": torch.randn(n, generator=g, dtype=torch.float64).round()},
+    "far float64": lambda g, n: {"a": wide(g, 3 * n).double() ** 9},  # settled one by one
     "bfloat16": lambda g, n: {"a": torch.randn(n, generator=g).bfloat16()},
     "float8": lambda g, n: {"a": torch.randn(n, generator=g).to(torch.float8_e4m3fn)},
     "complex64": lambda g, n: {"a": torch.randn(n, generator=g, dtype=torch.complex64)},

@@ -204,7 +204,8 @@ class RunningMean:
         doubtful = block.result(target, mean)
         assert doubtful is not None  # noqa: S101 - a sum of float64 says of each
         rest = doubtful.nonzero().flatten()
-        for batch in torch.split(rest, max(SETTLED // len(self._weights), 1)):
+        # As Python's own, numbers take four times as much, and all may be left.
+        for batch in torch.split(rest, max(SETTLED // 4 // len(self._weights), 1)):
             where = places[batch]
             columns = [self._column(revisit(i), where) for i in range(len(self._weights))]
             rows = torch.stack(columns, dim=1).tolist()
