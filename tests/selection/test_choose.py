@@ -525,3 +525,25 @@ def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, what):
     with pytest.raises(MergeError, match="Permission denied") as caught:
         select([tmp_path], Criteria(last=1))
     assert caught.value.where == str(place)
+
+
+@pytest.mark.parametrize("pattern", ["fold*/*.pt", "**/*.pt", "fold?/best.pt", "fold2/*.pt"])
+def test_a_pattern_leads_through_no_closed_folder(tmp_path, monkeypatch, pattern):
+    """A folder that a pattern would look into, and cannot, may hold a match: an error."""
+    for number in (1, 2):
+        (tmp_path / f"fold{number}").mkdir()
+        (tmp_path / f"fold{number}" / "best.pt").touch()
+    closed = str(tmp_path / "fold2")
+
+    def scandir(path, real=os.scandir):
+        if os.fspath(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", closed)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    if pattern == "fold?/best.pt":  # whose folders are never listed
+        assert len(expand(tmp_path / pattern, runs=True)[0]) == 2
+        return
+    with pytest.raises(MergeError, match=r"cannot be listed \(Permission denied\)") as caught:
+        expand(tmp_path / pattern, runs=True)
+    assert caught.value.where == closed

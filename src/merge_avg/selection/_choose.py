@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout
-from merge_avg.errors import MergeError, UsageError, named
+from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
 from merge_avg.io import TEMPORARY
@@ -185,7 +185,8 @@ def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     """
     # A file may be called a[1].pt: only what does not exist is a pattern.
     if not os.path.lexists(place) and glob.has_magic(str(place)):
-        names = sorted(glob.glob(str(place), recursive=True), key=natural)  # noqa: PTH207 - any root
+        names = sorted(_matching(str(place)), key=natural)
+        _refuse_unlisted(place.parts)
         if not names:
             raise MergeError("no file matches the pattern", where=place)
         return [Path(name) for name in names], True
@@ -197,6 +198,22 @@ def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
         if found and not (whole and of_a_run(place.name)):
             return sorted(found, key=lambda path: natural(str(path))), True
     return [place], False
+
+
+def _matching(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - any root
+
+
+def _refuse_unlisted(parts: Sequence[str]) -> None:
+    """Raise MergeError for a folder that a pattern leads through and that cannot be listed."""
+    # glob passes over what it cannot look into.
+    for count in range(1, len(parts)):
+        if glob.has_magic(parts[count]) or parts[count - 1] == "**":
+            for folder in filter(os.path.isdir, _matching(str(Path(*parts[:count])))):
+                try:
+                    os.scandir(folder).close()
+                except OSError as error:
+                    raise failure(error, "cannot be listed", Path(folder)) from None
 
 
 def _of_run(folder: Path) -> Iterator[Path]:
