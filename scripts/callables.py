@@ -103,10 +103,11 @@ def public(package: str) -> Iterator[tuple[str, str]]:
 
 def _modules(package: str) -> Iterator[str]:
     yield package
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):  # as `_names`
         paths = getattr(importlib.import_module(package), "__path__", [])
         for found in pkgutil.iter_modules(paths, f"{package}."):
-            if not found.name.endswith("__main__") and not found.name.startswith(_SKIPPED):
+            last = found.name.rpartition(".")[2]
+            if last not in ("__main__", "tests") and not found.name.startswith(_SKIPPED):
                 yield from _modules(found.name)
 
 
