@@ -276,7 +276,7 @@ def test_a_missing_log_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["epoch,acc\n1,0.5\n2,1\n", '[{"a":1},{"b":2}]'])
 def test_a_log_of_many_rows_is_refused(tmp_path, monkeypatch, text):
     """A log of more cells than are held in memory is an error."""
-    monkeypatch.setattr(_metadata, "_MOST_CELLS", 9)
+    monkeypatch.setattr(_metadata, "_MOST_NUMBERS", 9)
     with pytest.raises(MergeError, match=r"too many rows"):
         log_of(tmp_path, text)
 

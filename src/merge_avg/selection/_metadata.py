@@ -71,7 +71,7 @@ _SNAPSHOT = re.compile(r"snapshot-(?P<step>\d+)-(?P<sigma>\d*\.\d+)$")
 _SUFFIXES = re.compile(r"(?i)(\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th))+$")
 # Columns that name a checkpoint; tables that people make by hand agree on no name for it.
 _PATHS = ("path", "file", "filename", "checkpoint", "ckpt", "name")
-_MOST_CELLS = 1 << 20  # of a log; a row of its own counts for four
+_MOST_NUMBERS = 1 << 20  # in a log; a row of its own counts for four
 _MOST = 1 << 63  # no count is as large
 
 
@@ -208,8 +208,8 @@ class Log(dict[tuple[str, object], dict[str, float]]):
         keys = [*names, ("step", metadata.step), ("epoch", metadata.epoch)]
         return next((self[key] for key in keys if key in self), {})
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Add the numbers of a row under what it names: rows of one step add up."""
+    def add(self, row: Mapping[str, Any]) -> int:
+        """Add the numbers of a row under what it names, and return how many; rows add up."""
         found = _numbers(row)
         keys = {str(key).lower(): key for key in row}
         for column in _PATHS:
@@ -221,18 +221,18 @@ class Log(dict[tuple[str, object], dict[str, float]]):
             number = found.get(keys.get(column, column))
             if number is not None and number == number // 1:
                 self.setdefault((kind, number), {}).update(found)
+        return len(found)
 
 
 def read_log(path: Path) -> Log:
     """Read a log; raise MergeError where the file cannot be read or is not one."""
     raw = bounded.read(path).removeprefix(codecs.BOM_UTF8)
-    log, cells = Log(), 0
+    log, numbers = Log(), 0
     try:
         for row in _rows(path, raw):
-            cells += len(row) + 4
-            if cells > _MOST_CELLS:
+            numbers += log.add(row) + 4
+            if numbers > _MOST_NUMBERS:
                 raise ValueError("it has too many rows")
-            log.add(row)
     except (ValueError, csv.Error) as error:
         hint = "give a CSV file with a header, or a JSON list of objects"
         raise MergeError(f"cannot be read as a log ({error})", where=path, hint=hint) from None
