@@ -208,6 +208,23 @@ def test_nonfinite_values_follow_ieee():
     assert mean.finite  # ready for the next
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_infinity_follows_the_sign_of_its_weight_whatever_overflows(order):
+    """A finite sum that overflows on the way makes no NaN of infinity, in any order."""
+    limit = torch.finfo(torch.float64).max
+    columns = [[limit, limit, -math.inf], [1, 1, math.inf], [limit, limit, limit]]
+    rows = torch.tensor(columns, dtype=torch.float64).T[list(order)].contiguous()
+    signs = [(1, 2, -1)[number] for number in order]
+    for integers, expected in (
+        ([1] * 3, [-math.inf, math.inf, limit]),
+        (signs, [math.inf, -math.inf, limit]),
+    ):
+        mean = RunningMean(Weights(tuple(integers), sum(integers)))
+        mean.extend(rows)
+        assert not mean.finite
+        assert mean.result(lambda i: rows[i]).tolist() == expected
+
+
 def test_reuse_gives_independent_results():
     """One object averages one window after the other, of different sizes, into new tensors."""
     mean = RunningMean(2)
