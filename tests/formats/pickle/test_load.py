@@ -11,8 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg.formats.pickle.load import TABLE, load
-from merge_avg.formats.pickle.values import CutShortError, Global, Instance, PickleError
+from merge_avg.formats.pickle import load as loading
+from merge_avg.formats.pickle.load import TABLE, _lined, _sized, _tuple_of, load
+from merge_avg.formats.pickle.machine import Machine
+from merge_avg.formats.pickle.values import (
+    Allowance,
+    CutShortError,
+    DangerousPickleError,
+    Global,
+    Instance,
+    PickleError,
+)
 from tests.formats.pickle.helpers import read
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -99,7 +108,7 @@ def test_a_pickle_that_ends_too_early_is_told_from_damage():
     with pytest.raises(
         PickleError, match=r"damaged at byte 3 \(ValueError: opcode 0xff\)"
     ) as caught:
-        read(b"\x80\x02\xffN.")
+        load(b"more\x80\x02\xffN.", 4, persistent=None, call=None)
     assert not isinstance(caught.value, CutShortError)
 
 
@@ -196,19 +205,29 @@ def test_what_is_set_on_an_object_is_remembered():
     """State, items and entries of an object that was never made are kept apart."""
     value = read(b"cm\nf\n)RK\1a(K\2K\3eK\4K\5sK\6b.")
     assert (value.items, value.pairs, value.state) == ([1, 2, 3], [(4, 5)], 6)
+    assert read(b"cm\nf\n)R(K\1K\2\x90.").items == [1, 2]
 
 
-@pytest.mark.parametrize("data", [b"\x80\6N.", b"I1x\n.", b"\xfe.", b"S'\n.", b"}(K\1u."])
-def test_damage_is_a_pickle_error(data):
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x80\6N.", "pickle protocol 6"),
+        (b"I1x\n.", "invalid literal"),
+        (b"\xfe.", "opcode 0xfe"),
+        (b"S'\n.", "a string without quotes"),
+        (b"}(K\1u.", "a key without a value"),
+    ],
+)
+def test_damage_is_a_pickle_error(data, says):
     """Unknown protocols, opcodes and numbers are told as damage."""
-    with pytest.raises(PickleError, match="damaged"):
+    with pytest.raises(PickleError, match=rf"damaged at byte \d+ \(ValueError: {says}"):
         read(data)
 
 
 @pytest.mark.parametrize("data", [b"\x82\x01.", b"\x83\x01\x00.", b"\x97.", b"\x98."])
 def test_registries_and_buffers_from_outside_are_refused(data):
     """Extension codes and out-of-band buffers have no place in a checkpoint."""
-    with pytest.raises(PickleError):
+    with pytest.raises(PickleError, match=r"^the pickle (names a class|needs buffers)"):
         read(data)
 
 
@@ -217,13 +236,20 @@ def test_registries_and_buffers_from_outside_are_refused(data):
     [
         (rb"'a\nb\x41\101\\\''", "a\nbAA\\'"),
         (rb'"\t\q\"\0"', '\t\\q"\0'),
+        (rb"'\x4a\xff\377\700\7\1018'", "J\udcff\udcff\udcc0\aA8"),
+        (rb"'\a\b\f\n\r\t\v'", "\a\b\f\n\r\t\v"),
         (b"'a\\\nb'", None),
+        (b"''", ""),
+        (b"'", None),
+        (b"'a\"", None),
+        (b"aba", None),
+        (b"XaX", None),
     ],
 )
 def test_quoted_texts(raw, text):
     """The escapes of protocol 0 are Python's; unknown ones stay, without a warning."""
-    if text is None:  # the line ends within the quotes
-        with pytest.raises(PickleError, match="without quotes"):
+    if text is None:  # as where the line ends within the quotes
+        with pytest.raises(PickleError, match="ValueError: a string without quotes"):
             read(b"S" + raw + b"\n.")
     else:
         assert read(b"S" + raw + b"\n.") == text
@@ -234,3 +260,94 @@ def test_long_values_are_passed_over():
     long, nbytes = "x" * (2 << 20), 2 << 20
     value = read(pickle.dumps([long, long.encode(), bytearray(long.encode()), 7], 5))
     assert [getattr(one, "nbytes", one) for one in value] == [nbytes, nbytes, nbytes, 7]
+    assert read(pickle.dumps([long[: 1 << 20], long[: (1 << 20) + 1]], 2))[0] == long[: 1 << 20]
+    assert read(pickle.dumps(long[: (1 << 20) + 1], 2)).nbytes == (1 << 20) + 1
+    with pytest.raises(CutShortError, match=r"^the pickle is damaged: it ends too early"):
+        read(b"B" + (2 << 20).to_bytes(4, "little") + bytes((2 << 20) - 1))
+
+
+def test_lines_have_a_greatest_length():
+    """A number or text of protocol 0 has up to a mebibyte."""
+    assert read(b"V" + b"x" * (1 << 20) + b"\n.") == "x" * (1 << 20)
+    with pytest.raises(PickleError, match="absurd length"):
+        read(b"V" + b"x" * (1 << 20) + b"x\n.")
+    with pytest.raises(CutShortError, match=r"^the pickle is damaged: it ends too early"):
+        read(b"V" + b"x" * (1 << 20))
+
+
+def test_marks_have_a_greatest_depth(monkeypatch):
+    """Three marks are open here, and a fourth is too much."""
+    monkeypatch.setattr(loading, "_MOST_MARKS", 3)
+    assert read(b"(((ttt(t.") == ()
+    with pytest.raises(PickleError, match="ValueError: marks of absurd depth"):
+        read(b"((((tttt.")
+
+
+def test_a_frame_ends_within_the_data():
+    """One that claims more bytes than there are was cut short."""
+    data = pickle.dumps([1, 2, 3], 4)
+    assert load(b"x" + data, 1, persistent=None, call=None).frames == (2,)
+    with pytest.raises(CutShortError, match=r"^the pickle is damaged: a frame of it"):
+        load(b"x" + data[:-1], 1, persistent=None, call=None)
+
+
+def test_nothing_is_taken_from_below_a_mark():
+    """POP takes a mark where it is on top, and tuples take no more values than lie above one."""
+    assert read(b"K\1(0.") == read(b"K\1(K\00200.") == 1
+    for data in (b"K\1(\x85.", b"K\1(K\2\x86.", b"K\1(2.", b"K\1(q\0."):
+        with pytest.raises(PickleError, match="ValueError: the stack is empty"):
+            read(data)
+
+
+def test_texts_and_strings_of_any_bytes_are_read():
+    """Lone surrogates are texts, and a string of Python 2 may have had any encoding."""
+    assert read(b"X\3\0\0\0\xed\xa0\x80.") == "\ud800"
+    assert read(b"U\1\xff.") == read(b"T\1\0\0\0\xff.") == "\udcff"
+    assert read(b"c\xc3\xb6\n\xed\xa0\x80\n.") == Global("\xf6", "\ud800")
+    with pytest.raises(PickleError, match="damaged"):
+        read(b"X\1\0\0\0\xff.")
+
+
+@pytest.mark.parametrize("target", [b"ccollections\nOrderedDict\n", b"cm\nC\n"])
+def test_a_class_is_not_changed(target):
+    """State that is set on a class would change it for the whole process."""
+    with pytest.raises(DangerousPickleError, match=r"changes [\w.]+ itself"):
+        read(target + b"K\1b.")
+
+
+def test_state_of_a_dict_is_kept_beside_its_entries():
+    """What has no attributes, such as a list, has no state."""
+    value = read(b"}K\1K\2sK\3b.")
+    assert (value, value.state) == ({1: 2}, 3)
+    assert read(b"]K\1b.") == []
+
+
+def test_the_callers_allowance_pays():
+    """One that allows little refuses what the usual one allows."""
+    data = b"]" * 20 + b"."
+    assert load(data, persistent=None, call=None).value == []
+    with pytest.raises(PickleError, match="more memory") as caught:
+        load(data, persistent=None, call=None, allowance=Allowance(used=303_000))
+    assert "damaged" not in str(caught.value)
+
+
+def handled(handler, data, *stack):
+    """Return what a handler leaves on a stack, how far it reads, and what it pays."""
+    machine = Machine(data, 0, None, None, Allowance(limit=1 << 40))
+    machine.stack[:] = stack
+    handler(machine)
+    return machine.stack, machine.at, machine.allowance.used
+
+
+def test_handlers_are_made_for_sizes_and_kinds():
+    """A length and as many bytes, a line, or so many values of the stack become one value."""
+    cost = b"abc".__sizeof__() + 16
+    assert handled(_sized(1, bytes), b"\3abcd") == ([b"abc"], 4, cost)
+    assert handled(_sized(2, int), b"\2\x0012abc") == ([12], 4, (12).__sizeof__() + 16)
+    most = (1 << 20).to_bytes(4, "little") + bytes(1 << 20)
+    assert handled(_sized(4, len), most)[0] == [1 << 20]
+    stack, at, paid = handled(_sized(4, len), b"\1" + most[1:] + b"more")
+    assert (stack[0].nbytes, at, paid) == ((1 << 20) + 1, (1 << 20) + 5, 0)
+    assert handled(_lined(bytes), b"abc\nd\n") == ([b"abc"], 4, cost)
+    assert handled(_lined(len), bytes(1 << 20) + b"\n")[0] == [1 << 20]
+    assert handled(_tuple_of(3), b"", 0, 1, 2, 3)[0] == [0, (1, 2, 3)]

@@ -133,7 +133,7 @@ def _proto(m: Machine) -> None:
 
 def _frame(m: Machine) -> None:
     m.frames.append(m.opcode_at)
-    if m.at + m.number(8) > len(m.data):
+    if m.number(8) + m.at > len(m.data):
         raise CutShortError("the pickle is damaged: a frame of it ends too early")
 
 
