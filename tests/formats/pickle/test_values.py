@@ -4,6 +4,7 @@ import pytest
 
 from merge_avg.formats.pickle.values import (
     Allowance,
+    DangerousPickleError,
     Global,
     InertDict,
     Instance,
@@ -26,16 +27,25 @@ CLASS = Global("m", "C", 3, 9)
         (True, "True"),
         (1.5, "1.5"),
         (2**63, "9223372036854775808"),
-        (2**65, "a int"),  # whose digits could be millions
+        (2**64 - 1, "18446744073709551615"),
+        (2**64, "a int"),  # whose digits could be millions
         (b"ab", "b'ab'"),
         (("a", 1), "('a', '1')"),
+        (("a", None, CLASS), "('a', 'None', 'm.C')"),
+        ((1,) * 8, "(" + ", ".join(["'1'"] * 8) + ")"),
+        ((1,) * 9, "a tuple"),
         ((("a",),), "a tuple"),  # which could be nested without end
+        ((1, ("a",)), "a tuple"),
+        ([1], "a list"),
         (Instance(CLASS, ()), "a m.C"),
         (Instance(3, ()), "a Instance"),
         (InertDict(), "a InertDict"),
         (Omitted(5), "a Omitted"),
-        ("x" * 300, "x" * 200 + "..."),
+        ("x" * 200, "x" * 200),
+        ("x" * 201, "x" * 200 + "..."),
+        (b"x" * 197, repr(b"x" * 197)),
         (b"x" * 300, repr(b"x" * 200)[:200] + "..."),
+        (b"\0" * 10**6, repr(b"\0" * 50)[:200] + "..."),
     ],
 )
 def test_a_value_is_shown_in_a_few_words(value, text):
@@ -45,7 +55,9 @@ def test_a_value_is_shown_in_a_few_words(value, text):
 
 def test_a_global_is_its_name():
     """The place of a name in the pickle makes no difference to what it names."""
-    assert Global("m", "C") == CLASS
+    assert Global("m", "C") == CLASS != Global("m", "D")
+    assert str(CLASS) == "m.C"
+    assert repr(CLASS) == "Global(module='m', name='C')"
     assert len({Global("m", "C"), CLASS}) == 1
 
 
@@ -69,6 +81,15 @@ def test_the_limit_grows_with_what_was_read(read, limit):
     allowance.spend(limit)
     with pytest.raises(PickleError, match="more memory"):
         allowance.spend(1)
+
+
+def test_the_limit_grows_only_when_it_is_reached():
+    """What is spent is counted, and the limit stays where it was until then."""
+    allowance = Allowance(read=1000)
+    allowance.spend(300_000)
+    assert (allowance.used, allowance.limit) == (300_000, 300_000)
+    allowance.spend(1)
+    assert (allowance.used, allowance.limit) == (300_001, 500_000)
 
 
 def test_packed_pickles_count_for_less():
@@ -119,8 +140,9 @@ def test_dangerous_callables_are_refused_by_name(module, name):
         b"\x80\x02c" + line + b")\x81.",
         b"c" + line + b".",
     ):
-        with pytest.raises(PickleError, match=f"{module}.{name}"):
+        with pytest.raises(DangerousPickleError, match=f"{module}.{name}") as caught:
             read(data)
+        assert "as safetensors from a source you trust" in caught.value.hint
 
 
 GETTER, KIND = b"cbuiltins\ngetattr\n", b"cmodule\nKind\n"
@@ -166,5 +188,20 @@ def test_members_are_told_by_the_name_of_their_class():
     """A class begins with a capital letter; a member is an identifier without two underscores."""
     assert names_a_member((Global("m", "_Kind"), "A"))
     assert names_a_member((Global("m", "Outer.Kind"), "a"))
-    for args in ((Global("m", "kind"), "A"), (Global("m", "Kind"), "a.b"), ("Kind", "A"), 3, ()):
+    assert names_a_member((Global("m", "Outer._Kind"), "_a"))
+    for args in (
+        (Global("m", "kind"), "A"),
+        (Global("m", "Kind.inner"), "A"),
+        (Global("M", "__kind"), "A"),
+        (Global("m", "_"), "A"),
+        (Global("m", "Kind"), "a.b"),
+        (Global("m", "Kind"), "__a"),
+        (Global("m", "Kind"), ""),
+        (Global("m", "Kind"), b"a"),
+        (Global("m", "Kind"), "a", None),
+        [Global("m", "Kind"), "a"],
+        ("Kind", "A"),
+        3,
+        (),
+    ):
         assert not names_a_member(args)
