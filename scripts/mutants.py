@@ -25,13 +25,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # The tests that belong to a module.
+_PICKLES = "formats/pickle/test_load formats/pickle/test_machine formats/pickle/test_values"
 TESTS = {
     "formats/bounded": "formats/test_bounded promises/test_bad_values",
     "formats/carried": "promises/test_carried",
     "formats/pickle/callables": "formats/pickle/test_callables",
-    "formats/pickle/load": "formats/pickle/test_load formats/pickle/test_machine",
-    "formats/pickle/machine": "formats/pickle/test_machine formats/pickle/test_load",
+    "formats/pickle/load": _PICKLES,
+    "formats/pickle/machine": _PICKLES,
     "formats/pickle/tensors": "formats/pickle/test_tensors formats/pickle/test_torch_objects",
+    "formats/pickle/values": "formats/pickle/test_values",
     "formats/zip/records": "formats/zip/test_records",
     "io/_output": "io/test_output io/test_temporary",
     "io/_temporary": "io/test_temporary io/test_output",
