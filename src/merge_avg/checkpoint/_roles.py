@@ -80,7 +80,8 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     """
     chosen = [info for info in layout.tensors if _is_weight(info.path)]
     groups = {info.path[:-1] for info in chosen}
-    chosen = [info for info in chosen if not _is_stray(info, groups)]
+    above = {group[:depth] for group in groups for depth in range(len(group))}
+    chosen = [info for info in chosen if not _is_stray(info, above)]
     if key is not None:
         # Whatever the user names counts, even below a key of `KEPT`.
         below = [info for info in layout.tensors if dotted(info.path).startswith(f"{key}.")]
@@ -126,12 +127,10 @@ def _is_weight(path: TreePath) -> bool:
     return not (isinstance(last, str) and len(last) <= _LONGEST and _RANDOM.fullmatch(last))
 
 
-def _is_stray(info: TensorInfo, groups: set[TreePath]) -> bool:
+def _is_stray(info: TensorInfo, above: set[TreePath]) -> bool:
     """Return whether a tensor is a value beside state dicts, as {"model": {...}, "loss": ...}."""
     # Where no state dict lies below, {"scale": ...} is itself one, and its values are weights.
-    here = info.path[:-1]
-    beside = any(len(group) > len(here) and group[: len(here)] == here for group in groups)
-    return beside and (not info.shape or is_kept(str(info.path[-1])))
+    return info.path[:-1] in above and (not info.shape or is_kept(str(info.path[-1])))
 
 
 def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:

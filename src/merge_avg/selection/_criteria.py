@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,28 +60,34 @@ def without_copies(
     found: Sequence[Candidate], left: list[Candidate]
 ) -> tuple[list[Candidate], list[str]]:
     """Return each checkpoint once, the oldest first, and a note for each copy."""
-    kept: list[Candidate] = []
+    kept: dict[tuple[int, int], Candidate] = {}  # by what tells files apart
+    alike: dict[object, list[Candidate]] = {}
     notes = []
     # Of a checkpoint and its copy last.ckpt, the one whose name says something is kept.
     for one in sorted(found, key=lambda one: name_metadata(one.path) == Metadata()):
-        twin = next((other for other in kept if _is_copy(one, other)), None)
+        stat = one.path.stat()
+        # Bytes are compared only where all of this leaves a doubt: checkpoints are large.
+        file = one.path.is_file()
+        doubts = alike.setdefault((one.step, one.epoch, _end(one.path)), []) if file else []
+        twin = kept.get((stat.st_dev, stat.st_ino)) or next(
+            (other for other in doubts if filecmp.cmp(one.path, other.path, shallow=False)), None
+        )
         if twin is None:
-            kept.append(one)
+            kept[stat.st_dev, stat.st_ino] = one
+            doubts.append(one)
         else:
             why = f"a copy of {twin.path.name}"
             left.append(one.left(why))
             notes.append(f"{one.path} is {why} and is counted once")
-    return sorted(kept, key=age), notes
+    return sorted(kept.values(), key=age), notes
 
 
-def _is_copy(one: Candidate, other: Candidate) -> bool:
-    a, b = one.path, other.path
-    if a.samefile(b):
-        return True
-    # Bytes are compared only where step, epoch and size leave a doubt: checkpoints are large.
-    if (one.step, one.epoch) != (other.step, other.epoch) or a.is_dir() or b.is_dir():
-        return False
-    return a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False)
+def _end(path: Path) -> tuple[int, bytes]:
+    """Return a file's size and last bytes, which have the checksums of a zip archive."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 4096, 0))
+        return size, file.read()
 
 
 def check(criteria: Criteria) -> None:
