@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -46,3 +47,8 @@ def run_command(*arguments, **options):
     """Run the command in a process of its own and return what it printed, as text."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def quick(cases, *names):
+    """Return the names of cases, of which all but the quick ones are marked as large."""
+    return [pytest.param(one, marks=() if one in names else pytest.mark.large) for one in cases]
