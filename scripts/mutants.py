@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _PICKLES = "formats/pickle/test_load formats/pickle/test_machine formats/pickle/test_values"
 TESTS = {
     "formats/bounded": "formats/test_bounded promises/test_bad_values",
-    "formats/carried": "promises/test_carried",
+    "formats/carried": "formats/test_carried promises/test_carried",
     "formats/pickle/callables": "formats/pickle/test_callables",
     "formats/pickle/load": _PICKLES,
     "formats/pickle/machine": _PICKLES,
@@ -41,6 +41,7 @@ TESTS = {
     "io/_platform": "io/test_platform io/test_output io/test_reader",
     "plan/_units": "plan/test_units agreement/test_comparison",
     "plan/_budget": "plan/test_budget",
+    "plan/_provenance": "plan/test_provenance",
     "arithmetic/_weights": "arithmetic/test_weights arithmetic/test_torch_mean",
     "arithmetic/_sums": "arithmetic/test_torch_mean",
     "arithmetic/torch_mean": "arithmetic/test_torch_mean",

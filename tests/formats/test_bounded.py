@@ -1,6 +1,8 @@
 """merge_avg.formats.bounded: texts of others, within bounds of memory."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_avg.errors import MergeError
+from merge_avg.formats import bounded
 from merge_avg.formats.bounded import LARGEST, loads, read
 
 VALUES = st.recursive(
@@ -61,6 +64,30 @@ def test_more_is_allowed_for_a_long_text_of_ascii():
     assert len(loads(raw, 100)["a"]) == 4_000_001
 
 
+@pytest.mark.parametrize(
+    ("text", "costs"),
+    [
+        ('{"a":1}', 350 + 70 + 2 * 7),
+        ('{"a":[1,2]}', 350 + 70 + 100 + 70 + 2 * 11),
+        ('{"\u00e9":1}', 350 + 70 + 8 * 8),
+        (r'{"\u20ac":1}', 350 + 70 + 8 * 12),
+    ],
+)
+def test_what_a_text_may_take(monkeypatch, text, costs):
+    """Each mark and each byte counts, and only plain ASCII is allowed more for its length."""
+    raw = text.encode()
+    monkeypatch.setattr(bounded, "_LARGEST", costs)
+    assert loads(raw) == json.loads(text)
+    monkeypatch.setattr(bounded, "_LARGEST", costs - 1)
+    with pytest.raises(ValueError, match="more memory"):
+        loads(raw)
+    if raw.isascii() and b"u" not in raw:
+        assert loads(raw, 62) == json.loads(text)
+    else:
+        with pytest.raises(ValueError, match="more memory"):
+            loads(raw, 99)
+
+
 def test_a_file_is_read_up_to_a_size(tmp_path):
     """A file of the largest size is read, and of one byte more refused, though it be sparse."""
     path = tmp_path / "x"
@@ -84,6 +111,20 @@ def test_a_device_without_end_is_refused():
 def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path):
     """A missing file and a directory are reported as the system does."""
     for path, says in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(MergeError, match=says) as caught:
+        with pytest.raises(MergeError, match=rf": cannot be read \({says}") as caught:
             read(path)
         assert caught.value.where == str(path)
+
+
+def test_a_failure_that_names_no_file_is_of_the_file(tmp_path, monkeypatch):
+    """What the system says of a descriptor is reported of its path."""
+    (tmp_path / "a").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", failing)
+        with pytest.raises(MergeError, match="Input/output") as caught:
+            read(tmp_path / "a")
+    assert caught.value.where == str(tmp_path / "a")
+
+
+def failing(_):
+    raise OSError(errno.EIO, "Input/output error")

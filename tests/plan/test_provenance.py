@@ -124,6 +124,20 @@ def test_inputs_are_named_from_the_directory_of_all():
     assert json.loads(other)["inputs"] == json.loads(first)["inputs"]
 
 
+def test_a_draft_holds_zeros():
+    """What is not known yet is zero, and neither a hash nor an agreement is there unasked."""
+    draft = json.loads(write_record([layout("/a")], Weights.uniform(1), Options()))
+    assert (draft["template"]["hash"], draft["inputs"][0]["hash"]) == ("0" * 32,) * 2
+    assert draft["agreement"] == "+0.000000"
+    options = Options(hashes=False)
+    found = Hashes((1,), 2)
+    record = json.loads(
+        write_record([layout("/a")], Weights.uniform(1), options, "0", found, 0.5, compared=False)
+    )
+    assert (record["template"]["hash"], record["inputs"][0]["hash"]) == (None, None)
+    assert record["agreement"] is None
+
+
 @pytest.mark.parametrize(("missing", "named"), [("error", ["b"]), ("skip", ["a", "b"])])
 def test_a_weight_of_zero_is_named_where_it_had_a_say(missing, named):
     """A checkpoint without weight decides what others lack, unless that is an error anyway."""
@@ -199,6 +213,17 @@ def test_a_damaged_record_is_one_error(text):
     """Whatever is wrong with the text, and wherever its names lead, it is refused as damaged."""
     with pytest.raises(MergeError, match=r"^o: its provenance record is damaged"):
         read(text)
+
+
+def test_the_most_that_a_record_may_hold():
+    """Ten thousand inputs, and texts of as many characters, are read, and not one more."""
+    one = TEMPLATE | {"weight": "1/2"}
+    assert len(read(changed(inputs=[one] * 10_000)).inputs) == 10_000
+    assert read(changed(merge_avg="1" * 10_000)).version == "1" * 10_000
+    for text in (changed(inputs=[one] * 10_001), changed(inputs=[one | {"weight": "1/2/2"}])):
+        with pytest.raises(MergeError, match="damaged"):
+            read(text)
+    assert read(OLD).template.weight == 0
 
 
 def test_no_record_is_an_error_with_a_hint():

@@ -36,10 +36,9 @@ def callables_in(part: Part, stamp: File) -> tuple[str, ...]:
     try:
         head = part.read(0, min(part.nbytes, _FIRST_READ))
         if head.startswith(_ZIP):
-            found = scan(part.file, stamp, part.number, part).callables
-            return tuple(name for _, name in found)
+            return tuple(name for _, name in scan(part.file, stamp, part.number, part).callables)
         try:
-            return _pickles(head)
+            return _pickles(head, whole=part.nbytes <= _FIRST_READ)
         except CutShortError:
             # Text that happens to begin like a pickle comes here too: most goes no further.
             return _pickles(part.read(0, min(part.nbytes, _LARGEST)))
@@ -51,21 +50,19 @@ def callables_in(part: Part, stamp: File) -> tuple[str, ...]:
         return (f"whatever {stamp.path.name} names",) if begun else ()
 
 
-def _pickles(data: bytes) -> tuple[str, ...]:
+def _pickles(data: bytes, *, whole: bool = True) -> tuple[str, ...]:
     """Return the callables of the pickles that data begins with; an error where the first fails."""
-    first = load(data, persistent=lambda _: None, call=lambda *_: None)
-    callables, at = dict.fromkeys(first.callables), first.nbytes
+    callables: dict[str, None] = {}
+    at = 0
     while at < len(data):
         try:
-            more = load(data, at, persistent=lambda _: None, call=lambda *_: None)
-        except CutShortError:
-            if len(data) == _FIRST_READ:
+            found = load(data, at, persistent=lambda _: None, call=lambda *_: None)
+        except MergeError as error:
+            # What follows a pickle may be anything, but not one that is cut off here.
+            cut = isinstance(error, CutShortError) and not whole
+            if not at or cut or isinstance(error, DangerousPickleError):
                 raise
             break
-        except DangerousPickleError:
-            raise
-        except MergeError:
-            break
-        callables |= dict.fromkeys(more.callables)
-        at += more.nbytes
+        callables |= dict.fromkeys(found.callables)
+        at += found.nbytes
     return tuple(callables)

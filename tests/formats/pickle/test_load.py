@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import pickle
 import pickletools
 import subprocess
@@ -286,9 +287,19 @@ def test_marks_have_a_greatest_depth(monkeypatch):
 def test_a_frame_ends_within_the_data():
     """One that claims more bytes than there are was cut short."""
     data = pickle.dumps([1, 2, 3], 4)
-    assert load(b"x" + data, 1, persistent=None, call=None).frames == (2,)
-    with pytest.raises(CutShortError, match=r"^the pickle is damaged: a frame of it"):
-        load(b"x" + data[:-1], 1, persistent=None, call=None)
+    longer = data.replace(b"\x95\x0b", b"\x95\x0c")
+    for raw in (data, longer + b"x"):
+        assert load(b"x" + raw, 1, persistent=None, call=None).frames == (2,)
+    for raw in (longer, data[:5] + b"\1" + data[6:]):
+        with pytest.raises(CutShortError, match=r"^the pickle is damaged: a frame of it"):
+            load(b"x" + raw, 1, persistent=None, call=None)
+
+
+def test_what_a_frame_that_is_cut_calls_is_seen():
+    """Python's own unpickler runs it up to the end of the data, unlike the one in C."""
+    data = pickle.dumps([os.system, "x" * 300], 4)
+    with pytest.raises(DangerousPickleError):
+        load(data[:-200], persistent=None, call=None)
 
 
 def test_nothing_is_taken_from_below_a_mark():

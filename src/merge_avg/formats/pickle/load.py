@@ -73,6 +73,9 @@ def load(
     machine = Machine(data, start, persistent, call, allowance or Allowance())
     try:
         value = machine.run(TABLE, COSTS)
+        for at in machine.frames:  # only now: pickle._Unpickler runs one that is cut
+            if at + 9 + int.from_bytes(data[at + 1 : at + 9], "little") > len(data):
+                raise CutShortError("the pickle is damaged: a frame of it ends too early")
     except MergeError:  # a ValueError as well, but one that already says what is wrong
         raise
     except _DAMAGE as error:
@@ -133,8 +136,7 @@ def _proto(m: Machine) -> None:
 
 def _frame(m: Machine) -> None:
     m.frames.append(m.opcode_at)
-    if m.number(8) + m.at > len(m.data):
-        raise CutShortError("the pickle is damaged: a frame of it ends too early")
+    m.skip(8)
 
 
 def _mark(m: Machine) -> None:
