@@ -33,15 +33,16 @@ def callables_of(stamp: File, number: int = 0) -> tuple[str, ...]:
 
 def callables_in(part: Part, stamp: File) -> tuple[str, ...]:
     """Return the same of a part of a file."""
+    head = part.read(0, min(part.nbytes, _FIRST_READ))
     try:
-        head = part.read(0, min(part.nbytes, _FIRST_READ))
         if head.startswith(_ZIP):
             return tuple(name for _, name in scan(part.file, stamp, part.number, part).callables)
         try:
             return _pickles(head, whole=part.nbytes <= _FIRST_READ)
         except CutShortError:
             # Text that happens to begin like a pickle comes here too: most goes no further.
-            return _pickles(part.read(0, min(part.nbytes, _LARGEST)))
+            more = part.read(0, min(part.nbytes, _LARGEST))
+            return _pickles(more, whole=part.nbytes <= _LARGEST)
     except DangerousPickleError as error:
         raise error.at(stamp.path) from None
     except MergeError:
@@ -50,7 +51,7 @@ def callables_in(part: Part, stamp: File) -> tuple[str, ...]:
         return (f"whatever {stamp.path.name} names",) if begun else ()
 
 
-def _pickles(data: bytes, *, whole: bool = True) -> tuple[str, ...]:
+def _pickles(data: bytes, *, whole: bool) -> tuple[str, ...]:
     """Return the callables of the pickles that data begins with; an error where the first fails."""
     callables: dict[str, None] = {}
     at = 0
