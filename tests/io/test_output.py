@@ -322,6 +322,37 @@ def test_two_steps_are_undone(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_never_lacks_its_name(tmp_path, monkeypatch):
+    """Where names cannot be exchanged, a file is replaced by one rename, and not moved aside."""
+    path, real, renamed = tmp_path / "out", os.rename, []
+    path.write_bytes(b"old")
+    monkeypatch.setattr(platform, "exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", lambda *names: renamed.append(names[1]) or real(*names))
+    write(path, overwrite=True)
+    assert renamed == [path]
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_each_descriptor_is_closed_once(tmp_path, monkeypatch, commit):
+    """None is left open, nor closed again, when its number may be that of another file."""
+    before, real = set(Path("/proc/self/fd").iterdir()), os.close
+    for make in (write, write_directory):
+        with monkeypatch.context() as patch:
+            failed = []
+
+            def close(fd, failed=failed):
+                try:
+                    real(fd)
+                except OSError as error:
+                    failed.append(error)
+                    raise
+
+            patch.setattr(os, "close", close)
+            make(tmp_path / make.__name__, commit=commit)
+        assert not failed
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
 def test_an_old_directory_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
     """The result is in its place; what is left of the old one goes with the next run."""
     made(tmp_path / "out")
