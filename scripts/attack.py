@@ -21,7 +21,7 @@ _ALL = ["-m", "pytest", "-q", "-m", "large or not large"]
 ATTACKS = {
     "files": [*_ALL, "tests/promises/test_attacks.py"],
     "carried": [*_ALL, "tests/promises/test_carried.py", "tests/formats/pickle"],
-    "values": [*_ALL, "tests/promises/test_bad_values.py"],
+    "values": [*_ALL, "tests/promises/test_bad_values.py", "tests/promises/test_bounds.py"],
     "readers": [*_ALL, "tests/promises/test_differential.py"],
     "callables": ["scripts/callables.py", "all"],
     "killed": ["scripts/crash.py", "kill", "--count", "120"],
@@ -29,6 +29,7 @@ ATTACKS = {
     "failing calls": ["scripts/crash.py", "inject", "--limit", "3"],
     "surroundings": [*_ALL, "tests/promises/test_crash.py"],
     "arithmetic": [*_ALL, "tests/promises/test_arithmetic.py"],
+    "sanitizers": ["scripts/sanitize.py"],
 }
 
 
