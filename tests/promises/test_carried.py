@@ -74,7 +74,7 @@ def test_a_strict_merge_refuses_them(tmp_path):
     paths = [saved(tmp_path / "a.pt", extra=Mine()), saved(tmp_path / "b.pt")]
     code, _, err = run(*paths, "-o", tmp_path / "out.pt", "--strict-pickle")
     assert (code, (tmp_path / "out.pt").exists()) == (1, False)
-    assert f"a.pt: loading it calls '{NAME}', not known to be harmless" in err
+    assert f"a.pt: loading it calls '{NAME}', which is not known to be harmless" in err
     assert "--state-dict" in err
     # The template decides, and outputs that carry nothing on are let through.
     merge_checkpoints(paths[::-1], tmp_path / "b_out.pt", strict_pickle=True)

@@ -213,7 +213,7 @@ def _prepared(
     budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs)
     layout = lay_out(outputs[0].path, plan, weights[0], options)
     if options.strict_pickle and layout.callables:
-        what = f"loading it calls {named(layout.callables, 3)}, not known to be harmless"
+        what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
         hint = "write a .safetensors file, or the weights alone with --state-dict"
         raise MergeError(what, where=inputs[0], hint=hint)
     some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
