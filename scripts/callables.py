@@ -33,8 +33,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from merge_avg.formats.pickle import callables
 
@@ -136,29 +137,37 @@ class _Watch:
             self.seen.append(event)
 
 
-def _child(names: list[tuple[str, str]]) -> None:
+def _child(names: list[tuple[str, str]], *, together: bool) -> None:
     """Call each name in a fork of this process, and print what it did as a line of JSON."""
     warnings.simplefilter("ignore")
     for module in {module for module, _ in names}:
         _names(module)  # imported here, and not in each fork
+    watch = _Watch()
     for module, name in names:
-        done, seen = 0, set()
+        done = 0
+        seen: set[str] = set()
+        if together:
+            seen = {event for _, events in _called(watch, module, name) for event in events}
+            done = _ARGUMENTS
         # A call that ends its process, or takes too long, is passed over.
         while done < _ARGUMENTS:
-            text = _forked(module, name, done)
-            seen |= {word for word in text.split() if not word.isdigit()}
-            done += 1 + sum(word.isdigit() for word in text.split())
+            words = _forked(watch, module, name, done).split()
+            seen |= {word for word in words if not word.isdigit()}
+            done += 1 + sum(map(str.isdigit, words))
         if seen:
             print(json.dumps({"module": module, "name": name, "seen": sorted(seen)}))
     print(json.dumps({"called": len(names)}))
 
 
-def _forked(module: str, name: str, first: int) -> str:
+def _forked(watch: _Watch, module: str, name: str, first: int) -> str:
     """Return the numbers of the calls that came to an end, and the events that they caused."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _try(module, name, first, write)
+        os.setpgid(0, 0)
+        for index, events in _called(watch, module, name, first):
+            os.write(write, f"{index} {' '.join(events)} ".encode()[:4000])
+        os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
@@ -166,13 +175,15 @@ def _forked(module: str, name: str, first: int) -> str:
     return text
 
 
-def _try(module: str, name: str, first: int, write: int) -> NoReturn:
-    null = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(null, number)
-    os.setpgid(0, 0)
-    watch, pid = _Watch(), os.getpid()
+def _called(
+    watch: _Watch, module: str, name: str, first: int = 0
+) -> Iterator[tuple[int, list[str]]]:
+    """Call a name with one payload after the other, and yield the number of each and its events."""
+    pid, null = os.getpid(), os.open(os.devnull, os.O_RDWR)
+    streams = [os.dup(number) for number in range(3)]
     for index, arguments in list(enumerate(payloads(Path.cwd())))[first:]:
+        for number in range(3):
+            os.dup2(null, number)
         signal.alarm(_SECONDS)
         with contextlib.suppress(BaseException):
             # As a loader of pickles finds it.
@@ -180,16 +191,20 @@ def _try(module: str, name: str, first: int, write: int) -> NoReturn:
             watch.armed = True
             function(*arguments)
         watch.armed = False
+        signal.alarm(0)
         if os.getpid() != pid:  # it forked
             os._exit(0)
-        os.write(write, f"{index} {' '.join(watch.seen)} ".encode()[:4000])
-        watch.seen.clear()
-    os._exit(0)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        yield index, watch.seen
+        watch.seen = []
+    for descriptor in (null, *streams):
+        os.close(descriptor)
 
 
-def _run(names: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def _run(names: list[tuple[str, str]], *, together: bool) -> list[dict[str, Any]]:
     """Call names in a process of its own, and return what it found."""
-    command = [sys.executable, __file__, "child"]
+    command = [sys.executable, __file__, "child", *(["--together"] if together else [])]
     alone = [shutil.which("unshare") or "false", "-rn"]
     if not subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         command = [*alone, *command]
@@ -214,11 +229,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("inert", "all", "child"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--together", action="store_true", help="in one process: quick")
     parser.add_argument("--package", action="append", help="instead of all three")
     arguments = parser.parse_args()
     if arguments.what == "child":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 24, 1 << 24))
-        _child([(module, name) for module, name in json.load(sys.stdin)])
+        _child(
+            [(module, name) for module, name in json.load(sys.stdin)], together=arguments.together
+        )
         return
     warnings.simplefilter("ignore")
     library = sorted(sys.stdlib_module_names - set(_SKIPPED))
@@ -233,9 +251,14 @@ def main() -> None:
     }
     tried = [one for one, verdict in verdicts.items() if verdict != "dangerous"]
     # Neighbours are in one process: what one of them leaves behind shows in few.
-    batches = [tried[start : start + 200] for start in range(0, len(tried), 200)]
+    size = len(tried) if arguments.together else 200
+    batches = [tried[start : start + size] for start in range(0, len(tried), size)]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(itertools.chain.from_iterable(pool.map(_run, batches)))
+        found = list(
+            itertools.chain.from_iterable(
+                pool.map(partial(_run, together=arguments.together), batches)
+            )
+        )
     running = [one for one in found if "seen" in one]
     for one in running:
         one["verdict"] = verdicts[one["module"], one["name"]]

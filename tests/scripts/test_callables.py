@@ -19,3 +19,12 @@ def test_it_sees_what_runs_code():
     assert summary["inert and run"] == 0
     assert summary["dangerous"] >= 3
     assert summary["called"] == summary["inert"] + summary["unknown"] > 20
+
+
+def test_what_is_inert_runs_nothing():
+    """Each inert callable is called with code, paths, commands and pickles, and runs none."""
+    command = [sys.executable, SCRIPT, "inert", "--together"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    summary = json.loads(done.stdout)
+    assert summary["called"] == summary["inert"] > 700
+    assert summary["run code"] == 0

@@ -38,7 +38,7 @@ class Findings:
             try:
                 if self.progress is not None:
                     self.progress(nbytes)
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C in it too: `run` lets all that is theirs pass
                 self.theirs = error
                 raise
 
