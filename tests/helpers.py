@@ -49,6 +49,8 @@ def run_command(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def quick(cases, *names):
-    """Return the names of cases, of which all but the quick ones are marked as large."""
-    return [pytest.param(one, marks=() if one in names else pytest.mark.large) for one in cases]
+def quick(cases, *few):
+    """Return cases as parameters, of which all but a few are marked as large."""
+    rows = [one if isinstance(one, tuple) else (one,) for one in cases]
+    marks = [() if one in few else pytest.mark.large for one in cases]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]

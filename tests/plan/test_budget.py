@@ -16,6 +16,7 @@ from merge_avg.plan import _budget as budget
 from merge_avg.plan import batches
 from merge_avg.plan._budget import MIB, plan_budget, windows
 from merge_avg.plan._units import make_plan
+from tests.helpers import quick
 from tests.plan.helpers import info, planned, rows_of
 
 
@@ -155,11 +156,6 @@ KINDS["long tensors"] = lambda g, n: {f"k{i}": torch.randn(n // 60, generator=g)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def chosen(cases, usual):
-    """Cases of which a few are usual; the others are variations, which take minutes in all."""
-    return [pytest.param(*case, marks=() if case in usual else pytest.mark.large) for case in cases]
-
-
 def held(paths, output, memory):
     """The memory that a merge took in a process of its own, and what was predicted."""
     command = [sys.executable, "-c", MEASURE, *map(str, paths), str(output), str(memory)]
@@ -181,17 +177,15 @@ def saved(folder, kind, names, numel):
 @linux
 @pytest.mark.parametrize(
     ("kind", "memory"),
-    chosen(
+    quick(
         [(kind, memory) for kind in KINDS for memory in (0, 12 * MIB)]
         + [(kind, 256 * MIB) for kind in ("float64 ties", "all nan", "integers")],
-        {
-            ("float32", 12 * MIB),
-            ("float64 ties", 12 * MIB),
-            ("bfloat16", 0),
-            ("nan", 12 * MIB),
-            ("integers", 12 * MIB),
-            ("many tensors", 0),
-        },
+        ("float32", 12 * MIB),
+        ("float64 ties", 12 * MIB),
+        ("bfloat16", 0),
+        ("nan", 12 * MIB),
+        ("integers", 12 * MIB),
+        ("many tensors", 0),
     ),
 )
 def test_the_promise_holds(tmp_path, kind, memory):
@@ -212,16 +206,10 @@ def test_the_promise_holds_with_a_base(tmp_path, kind):
 @linux
 @pytest.mark.parametrize(
     "kind",
-    chosen(
-        [
-            ("float32",),
-            ("wide float32",),
-            ("float64 ties",),
-            ("bfloat16",),
-            ("complex64",),
-            ("long tensors",),
-        ],
-        {("float64 ties",), ("long tensors",)},
+    quick(
+        ["float32", "wide float32", "float64 ties", "bfloat16", "complex64", "long tensors"],
+        "float64 ties",
+        "long tensors",
     ),
 )
 def test_the_promise_holds_for_several_averages(tmp_path, kind):
@@ -234,7 +222,7 @@ def test_the_promise_holds_for_several_averages(tmp_path, kind):
 @linux
 @pytest.mark.parametrize(
     ("count", "output"),
-    chosen([(2, "o.pt"), (6, "o.pt"), (12, "o{}.pt")], {}),
+    quick([(2, "o.pt"), (6, "o.pt"), (12, "o{}.pt")]),
 )
 def test_the_promise_holds_for_very_many_tensors(tmp_path, count, output):
     """What is known of 20,000 tensors of each checkpoint is part of the prediction.

@@ -3,11 +3,13 @@
 import functools
 import importlib
 import inspect
+import pickle
 import re
 import sys
 import warnings
 
 import pytest
+import torch
 
 from merge_avg.formats.pickle import callables
 from merge_avg.formats.pickle.callables import is_inert, verdict
@@ -144,3 +146,10 @@ def test_inert_packages_hold_classes():
                 assert not inspect.ismodule(value), name
                 assert not inspect.isroutine(value), name
     assert inspect.isclass(torch.optim.swa_utils.AveragedModel)
+
+
+def test_tensors_of_a_plain_pickle_have_a_way_out():
+    """Each is a pickle in a pickle, which may run anything: the hint says how to save them."""
+    with pytest.raises(DangerousPickleError, match="_load_from_bytes") as caught:
+        load(pickle.dumps([torch.ones(2)]), persistent=None, call=lambda *_: None)
+    assert "save it again with torch.save" in caught.value.hint

@@ -57,7 +57,6 @@ _UNKNOWN = DType("unknown", 1, "code")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _EMPTY_DICT = b"ccollections\nOrderedDict\n)R"
 _DEFAULT_DICT = Global("collections", "defaultdict")
-_LOAD_FROM_BYTES = Global("torch.storage", "_load_from_bytes")
 
 # Functions that rebuild tensors whose bytes are not plain numbers, and what users call these.
 _UNUSUAL = {
@@ -145,9 +144,6 @@ class TorchHooks:
             return inert_dict(args[0], self.allowance) if args else InertDict()
         if function == _DEFAULT_DICT:
             return InertDict()
-        if function == _LOAD_FROM_BYTES:
-            hint = "load them with pickle and save them again with torch.save"
-            raise PickleError("its tensors were pickled without torch.save", hint=hint)
         # An unknown function stays an Instance: a tensor among its arguments is still found.
         if function.module not in ("torch._utils", "torch._tensor"):
             return None

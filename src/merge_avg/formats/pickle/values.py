@@ -137,7 +137,8 @@ def names_a_member(args: Value) -> bool:
 
 def refuse(module: str, name: str) -> NoReturn:
     """Raise DangerousPickleError for a callable."""
-    raise DangerousPickleError(
-        f"its pickle names {module}.{name}, which would run code when loaded",
-        hint="do not load this file; get the weights as safetensors from a source you trust",
-    )
+    what = f"its pickle names {module}.{name}, which would run code when loaded"
+    hint = "do not load this file; get the weights as safetensors from a source you trust"
+    if name == "_load_from_bytes":  # it unpickles in its turn, in each tensor of pickle.dump
+        hint = "if you made it with pickle.dump, load it so, and save it again with torch.save"
+    raise DangerousPickleError(what, hint=hint)
