@@ -93,6 +93,7 @@ class TensorInfo:
     start: int  # its first element in the storage
     storage: Storage
     trouble: str | None = None  # why its bytes are not plain numbers ("a sparse tensor")
+    learned: bool = False  # whether the file says that it is a Parameter; few state dicts do
 
     @property
     def numel(self) -> int:
@@ -164,6 +165,10 @@ class Layout:
     # Whether it is a file of a set, whose tensors have names from the root of the set and can be
     # written only together.
     set_member: bool = False
+    # Dicts that hold `state` beside `param_groups`, as the state of an optimizer does.
+    optimizers: tuple[TreePath, ...] = ()
+    # NumPy arrays, which are not averaged, with a digest of the dtype, shape and bytes of each.
+    arrays: tuple[tuple[TreePath, str], ...] = ()
 
     @property
     def nbytes(self) -> int:
