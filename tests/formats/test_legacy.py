@@ -142,3 +142,16 @@ def test_a_count_that_lies_is_named(tmp_path, count):
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(MergeError, match="damaged, or the file is cut short"):
         scan(tmp_path / "a.pt")
+
+
+def test_a_scan_tells_optimizers_and_parameters(tmp_path):
+    """The layout names the dicts that hold an optimizer's state, and knows Parameters."""
+    net = nn.Linear(1, 1)
+    state = torch.optim.SGD(net.parameters()).state_dict()
+    save({"net": net, "o": state, "epoch": 3}, tmp_path / "a.pt")
+    torch.save({"net": net, "o": state, "epoch": 3}, tmp_path / "b.pt")
+    for layout in map(scan, (tmp_path / "a.pt", tmp_path / "b.pt")):
+        assert layout.optimizers == (("o",),)
+        assert [info.learned for info in layout.tensors] == [True, True]
+        assert (("epoch",), 3) in layout.scalars
+        assert layout.notes == ()

@@ -70,7 +70,8 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     archive = Archive(tuple(found.items()), *read, around=(data[:start], data[stop:]))
     made = (path, "torch-legacy", (stamp,), tensors, objects.others, (), archive)
     callables = tuple((number, name) for name in names)
-    return Layout(*made, scalars=objects.scalars, callables=callables)
+    others = (objects.scalars, callables, False, objects.optimizers)
+    return Layout(*made, (), (), *others)
 
 
 # The bytes of the five pickles, and where the fourth starts; its content; the keys of the fifth;

@@ -1,6 +1,7 @@
 """merge_avg.formats.pickle.tensors: storages and tensors, and what is wrong with some."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,10 +164,13 @@ def test_tensors_of_codes_and_of_unusual_kinds_are_marked(hooks):
 
 @pytest.mark.parametrize("name", ["_rebuild_parameter", "_rebuild_parameter_with_state"])
 def test_a_parameter_is_its_tensor(hooks, name):
-    """Whether it needs a gradient makes no difference; without a tensor it is an unknown call."""
+    """It is learned, which a plain view of it is not; without a tensor it is an unknown call."""
     tensor = hooks.call(V2, (hooks.persistent(FLOATS), 0, (6,), (1,), False, None))
     rebuild = Global("torch._utils", name)
-    assert hooks.call(rebuild, (tensor, True, None)) is tensor
+    parameter = hooks.call(rebuild, (tensor, True, None))
+    assert parameter.info == replace(tensor.info, learned=True)
+    assert not tensor.info.learned
+    assert hooks.call(rebuild, (parameter, False, None)) is parameter
     assert hooks.call(rebuild, ("tensor", True, None)) is None
 
 

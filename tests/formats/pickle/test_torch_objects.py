@@ -9,8 +9,8 @@ from torch import nn
 
 from merge_avg.checkpoint import ATTRIBUTES
 from merge_avg.formats.pickle.load import load
-from merge_avg.formats.pickle.tensors import TorchHooks
-from merge_avg.formats.pickle.torch_objects import key_of, scalars_near, tensors_below
+from merge_avg.formats.pickle.tensors import Tensor, TorchHooks
+from merge_avg.formats.pickle.torch_objects import key_of, objects_at, scalars_near, values_below
 from merge_avg.formats.pickle.values import Allowance, PickleError
 
 
@@ -20,12 +20,17 @@ def tree(data):
     return load(data, persistent=hooks.persistent, call=hooks.call, allowance=hooks.allowance).value
 
 
-def paths(value, tmp_path, protocol=2):
-    """Save a value with torch, and return the paths of its tensors."""
+def saved(value, tmp_path, protocol=2):
+    """Save a value with torch, and return its pickle."""
     torch.save(value, tmp_path / "a.pt", pickle_protocol=protocol)
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        data = archive.read("a/data.pkl")
-    return [path for path, _ in tensors_below(tree(data), Allowance())]
+        return archive.read("a/data.pkl")
+
+
+def paths(value, tmp_path, protocol=2):
+    """Save a value with torch, and return the paths of its tensors."""
+    found = values_below(tree(saved(value, tmp_path, protocol)), Allowance())
+    return [path for path, value in found if isinstance(value, Tensor)]
 
 
 class Trainer:
@@ -84,7 +89,7 @@ def test_a_tree_that_is_too_deep_is_refused():
     for _ in range(300):
         deep = [deep]
     with pytest.raises(PickleError, match="nested more than 200 deep"):
-        list(tensors_below(deep, Allowance()))
+        list(values_below(deep, Allowance()))
 
 
 def test_a_tree_that_unfolds_without_end_is_refused():
@@ -93,7 +98,7 @@ def test_a_tree_that_unfolds_without_end_is_refused():
     for _ in range(40):
         wide = [wide, wide]
     with pytest.raises(PickleError, match="more memory"):
-        list(tensors_below(wide, Allowance()))
+        list(values_below(wide, Allowance()))
 
 
 def test_a_module_inside_itself_is_refused(tmp_path):
@@ -147,3 +152,51 @@ def test_keys_of_any_kind_are_shown():
         "('1', '2')",
         "a int",
     ]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_parameters_are_learned(tmp_path, protocol):
+    """A state dict holds none unless it is asked to; those of a module whole are all learned."""
+    net = nn.BatchNorm1d(2)
+    value = {"net": net, "plain": net.state_dict(), "kept": net.state_dict(keep_vars=True)}
+    found = objects_at(saved(value, tmp_path, protocol)).tensors
+    assert {info.path for info in found if info.learned} == {
+        ("net", "weight"),
+        ("net", "bias"),
+        ("kept", "weight"),
+        ("kept", "bias"),
+    }
+    tied = {"bare": net.weight.data, "net": net}
+    found = objects_at(saved(tied, tmp_path, protocol)).tensors
+    assert [info.path for info in found if info.learned] == [("net", "weight"), ("net", "bias")]
+
+
+def test_what_a_module_calls_a_parameter_is_learned(tmp_path):
+    """Also where its pickle holds a plain tensor, which another entry shares."""
+    net = nn.Linear(1, 1, bias=False)
+    net._parameters["weight"] = shared = torch.ones(1)
+    found = objects_at(saved([shared, net, shared], tmp_path)).tensors
+    assert [(info.path, info.learned) for info in found] == [
+        ((0,), False),
+        ((1, "weight"), True),
+        ((2,), False),
+    ]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_optimizers_are_told_by_what_they_hold(tmp_path, protocol):
+    """A dict with `state` beside `param_groups`, or an object with such a state, wherever it is."""
+    net = nn.Linear(1, 1)
+    one = torch.optim.Adam(net.parameters())
+    net(torch.ones(1)).backward()
+    one.step()
+    value = {
+        "a": [{"inner": one.state_dict()}],
+        "whole": one,
+        "no": {"state": {}, "groups": []},
+        "lists": ["state", "param_groups"],
+    }
+    found = objects_at(saved(value, tmp_path, protocol)).optimizers
+    assert found == (("a", 0, "inner"), ("whole",))
+    assert objects_at(saved(one.state_dict(), tmp_path, protocol)).optimizers == ((),)
+    assert objects_at(saved({"w": torch.ones(1)}, tmp_path, protocol)).optimizers == ()

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merge_avg.checkpoint import (
     BY_NAME,
@@ -91,6 +91,10 @@ class Tensor:
     """A tensor in the object tree. Its path is known only when the tree is complete."""
 
     info: TensorInfo
+
+    def parameter(self) -> Tensor:
+        """Return the same tensor as a Parameter; others may view it as a plain one."""
+        return self if self.info.learned else Tensor(replace(self.info, learned=True))
 
 
 @dataclass
@@ -157,7 +161,7 @@ class TorchHooks:
             case "_rebuild_tensor_v3", (stored, start, shape, stride, _, _, dtype, *more):
                 return _tensor(stored, start, shape, stride, dtype, more[0] if more else None)
             case "_rebuild_parameter" | "_rebuild_parameter_with_state", (Tensor() as data, *_):
-                return data
+                return data.parameter()
             case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *_):
                 if inner.name == "_rebuild_wrapper_subclass":
                     return _unusual(_subclass(inner_args or (cls,)))

@@ -62,6 +62,7 @@ class Objects:
     nbytes: int
     scalars: tuple[tuple[TreePath, Scalar], ...]  # that lie beside the tensors
     callables: tuple[str, ...]  # that a loader calls, and that are not known to be inert
+    optimizers: tuple[TreePath, ...]  # dicts, or objects, with `state` beside `param_groups`
 
     def placed(self, find: Callable[[str, int, DType | None], Storage]) -> tuple[TensorInfo, ...]:
         """Return the tensors over the storages of a file.
@@ -75,7 +76,7 @@ class Objects:
 
 # dataclasses.replace takes three times as long, for each of many tensors.
 def _moved(i: TensorInfo, path: TreePath, storage: Storage) -> TensorInfo:
-    return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, i.trouble)
+    return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, i.trouble, i.learned)
 
 
 def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
@@ -87,10 +88,15 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     allowance = Allowance(density)
     hooks = TorchHooks(allowance)
     loaded = load(data, start, persistent=hooks.persistent, call=hooks.call, allowance=allowance)
-    root, infos = loaded.value, []
-    for path, tensor in tensors_below(root, allowance):
+    root, infos, optimizers = loaded.value, [], []
+    for path, value in values_below(root, allowance):
+        if not isinstance(value, Tensor):
+            if _is_optimizer(value):
+                allowance.spend(150 + 8 * len(path))
+                optimizers.append(path)
+            continue
         allowance.spend(150 + 8 * len(path))
-        info = _moved(tensor.info, path, tensor.info.storage)
+        info = _moved(value.info, path, value.info.storage)
         # Torch would refuse it too, but only when it loads the file.
         reach = info.stop * info.dtype.itemsize if info.numel else 0
         if not info.trouble and reach > info.storage.nbytes:
@@ -101,7 +107,7 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     keys = map(key_of, root) if isinstance(root, dict) else ()
     others = tuple(_paid(key, allowance) for key in keys if key not in with_tensors)
     pickled = (tuple(hooks.classes), loaded.frames, loaded.nbytes)
-    found = (tuple(scalars_near(root)), loaded.callables)
+    found = (tuple(scalars_near(root)), loaded.callables, tuple(optimizers))
     return Objects(tuple(infos), hooks.storages, others, *pickled, *found)
 
 
@@ -128,10 +134,10 @@ def refuse_root(objects: Objects, path: Path) -> None:
         raise MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
 
 
-def tensors_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Tensor]]:
-    """Yield every tensor below `root` with its path, in order."""
-    if isinstance(root, Tensor):
-        yield (), root
+def values_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Value]]:
+    """Yield every tensor, container and object below `root` with its path, in order."""
+    yield (), root
+    if not isinstance(root, _INNER):
         return
     # A stack of iterators instead of recursion: Python's own stack is too small for a tree that
     # is deep on purpose, and a loop is found by the objects above.
@@ -147,11 +153,19 @@ def tensors_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath,
                 if len(levels) == _DEEPEST:
                     raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
                 above.add(id(child))
-                levels.append(((*path, key), id(child), _children(child, allowance)))
+                below = (*path, key)
+                yield below, child
+                levels.append((below, id(child), _children(child, allowance)))
                 break
         else:
             levels.pop()
             above.discard(owner)
+
+
+def _is_optimizer(value: Value) -> bool:
+    # A torch.optim.Optimizer that was pickled whole has both in its state.
+    held = value.state if isinstance(value, Instance) else value
+    return isinstance(held, dict) and "state" in held and "param_groups" in held
 
 
 def key_of(key: Value) -> str | int:
@@ -223,6 +237,8 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
                 name = _paid(key, allowance, prefix)
                 if kind == "_buffers" and key in unsaved:
                     rest[name] = child
+                elif kind == "_parameters" and isinstance(child, Tensor):
+                    yield name, child.parameter()
                 else:
                     yield name, child
         for key, child in state.items():
