@@ -32,7 +32,8 @@ from merge_avg.checkpoint._layout import (
     impossible,
     row_major,
 )
-from merge_avg.checkpoint._roles import ATTRIBUTES, Kept, Name, Roles, assign, is_kept
+from merge_avg.checkpoint._reasons import ATTRIBUTES, METRIC, Reason, is_kept
+from merge_avg.checkpoint._roles import Kept, Name, Roles, assign
 
 __all__ = [
     "ATTRIBUTES",
@@ -41,6 +42,7 @@ __all__ = [
     "BY_STORAGE",
     "CONVERTIBLE",
     "LARGEST_PROVENANCE",
+    "METRIC",
     "PROVENANCE",
     "PROVENANCE_FILE",
     "TEMPLATE",
@@ -54,6 +56,7 @@ __all__ = [
     "Literal",
     "Name",
     "NewTensor",
+    "Reason",
     "RecordFile",
     "Roles",
     "Scalar",

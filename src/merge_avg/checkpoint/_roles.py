@@ -1,47 +1,13 @@
-"""The roles of tensors: which are weights, and which are kept as the template has them.
-
-A state dict is a dict (or list) that holds tensors. All state dicts of a checkpoint are weights,
-except those below a key of the table `KEPT`, and single values that lie beside state dicts.
-"""
+"""The roles of tensors: which are weights, and which are kept as the template has them."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath, dotted
+from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath, dotted
+from merge_avg.checkpoint._reasons import Reason, Reasons
 from merge_avg.errors import MergeError, named
-
-# The key under which a scan lists what a pickled nn.Module holds beside its state dict.
-ATTRIBUTES = "attributes of a module"
-
-# Containers that are never averaged: what they hold, and their keys in any letter case. The keys of
-# tensors do not count: frameworks choose the names of containers, but models choose the names of
-# parameters, and one may well be called "scaler" or "time". Names of weights thus decide nothing.
-KEPT = (
-    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
-    ("learning-rate schedule", r".*sched.*"),
-    ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
-    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
-    ("callback state", r"callbacks?|callback_.*"),
-    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?"),
-    ("data order", r"samplers?(_\d+|_state.*)?|dataloader.*|dl_state_dict.*|datamodule.*"),
-    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
-    ("metrics", r"metrics?|loss(es)?|(.*_)?(loss|acc|accuracy|score)|history|logs?"),
-    ("the best so far", r"best_(metric|fitness|epoch|step).*"),
-    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
-    ("times", r"timestamps?|(.*_)?time"),
-    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
-)
-# Averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
-_MASTERS = re.compile(r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups")
-_KEPT = re.compile("|".join(f"(?:{pattern})" for _, pattern in KEPT), re.IGNORECASE)
-# Longer names mean nothing. Matching takes the square of their length, and files choose it.
-_LONGEST = 200
-# The one kind of state that is commonly a tensor of its own beside state dicts: torch's generators.
-_RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
@@ -57,11 +23,12 @@ class Name:
 
 @dataclass(frozen=True)
 class Kept:
-    """Tensors below one key that are not averaged: how many, and their bytes."""
+    """Tensors below one key that are not averaged: how many, their bytes, and why."""
 
     key: str
     tensors: int
     nbytes: int
+    reason: str  # of the first of them
 
 
 @dataclass(frozen=True)
@@ -70,6 +37,7 @@ class Roles:
 
     weights: dict[Name, TensorInfo]
     kept: tuple[Kept, ...]
+    reasons: Mapping[TreePath, Reason] = field(default_factory=dict)  # of all that is kept
 
 
 def assign(layout: Layout, key: str | None = None) -> Roles:
@@ -78,13 +46,16 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     Raises:
         MergeError: there are no weights, none below `key`, or two have the same name.
     """
-    chosen = [info for info in layout.tensors if _is_weight(info.path)]
-    groups = {info.path[:-1] for info in chosen}
+    reasons = Reasons(layout)
+    found = {info.path: reasons.why_kept(info) for info in layout.tensors}
+    groups = {path[:-1] for path, reason in found.items() if reason is None}
     above = {group[:depth] for group in groups for depth in range(len(group))}
-    chosen = [info for info in chosen if not _is_stray(info, above)]
+    for info in layout.tensors:
+        found[info.path] = found[info.path] or reasons.why_stray(info, above)
+    chosen = [info for info in layout.tensors if found[info.path] is None]
     if key is not None:
-        # Whatever the user names counts, even below a key of `KEPT`.
-        below = [info for info in layout.tensors if dotted(info.path).startswith(f"{key}.")]
+        # Whatever the user names counts, even what would be kept. The root has the name "".
+        below = [info for info in layout.tensors if _is_below(info.path, key)]
         if not below:
             have = sorted({dotted(info.path[:-1]) for info in chosen} - {""})
             hint = f"its state dicts are {named(have, 8)}" if have else "it is itself a state dict"
@@ -104,41 +75,26 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
             raise MergeError(f"two tensors are called {str(name)!r}", where=layout.path)
         weights[name] = info
     averaged = {info.path for info in chosen}
-    rest = [info for info in layout.tensors if info.path not in averaged]
-    return Roles(weights, tuple(_summary(rest)))
+    why = {
+        info.path: found[info.path] or Reason("it is not below --key", str(info.path[0]))
+        for info in layout.tensors
+        if info.path not in averaged
+    }
+    return Roles(weights, tuple(_summary(layout.tensors, why)), why)
 
 
-def is_kept(key: Key) -> bool:
-    """Return whether what lies below a key of a container, or in a file of that name, is kept."""
-    return isinstance(key, str) and len(key) <= _LONGEST and bool(_KEPT.fullmatch(key))
+def _is_below(path: TreePath, key: str) -> bool:
+    return dotted(path).startswith(f"{key}.") if key else len(path) == 1
 
 
-def _is_weight(path: TreePath) -> bool:
-    containers = path[:-1]
-    if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
-        return True
-    if any(map(is_kept, containers)):
-        return False
-    # torch.optim's state dict: {"state": {0: {"exp_avg": ...}}, "param_groups": ...}
-    pairs = itertools.pairwise(containers)
-    if any(a == "state" and isinstance(b, int) for a, b in pairs):
-        return False
-    last = path[-1]
-    return not (isinstance(last, str) and len(last) <= _LONGEST and _RANDOM.fullmatch(last))
-
-
-def _is_stray(info: TensorInfo, above: set[TreePath]) -> bool:
-    """Return whether a tensor is a value beside state dicts, as {"model": {...}, "loss": ...}."""
-    # Where no state dict lies below, {"scale": ...} is itself one, and its values are weights.
-    return info.path[:-1] in above and (not info.shape or is_kept(str(info.path[-1])))
-
-
-def _summary(tensors: Iterable[TensorInfo]) -> Iterable[Kept]:
+def _summary(tensors: Iterable[TensorInfo], why: Mapping[TreePath, Reason]) -> Iterable[Kept]:
     groups: dict[str, list[TensorInfo]] = {}
     for info in tensors:
-        groups.setdefault(str(info.path[0]), []).append(info)
+        if info.path in why:
+            groups.setdefault(why[info.path].key, []).append(info)
     for key, infos in groups.items():
         # Tensors that share a storage count its bytes once. Those of a set have several ranges.
         ranges = (part for info in infos for part in info.storage.ranges)
         places = {(part.file, part.offset, part.nbytes) for part in ranges}
-        yield Kept(key, len(infos), sum(nbytes for _, _, nbytes in places))
+        size = sum(nbytes for _, _, nbytes in places)
+        yield Kept(key, len(infos), size, why[infos[0].path].text)

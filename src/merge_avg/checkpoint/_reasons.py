@@ -1,0 +1,207 @@
+"""Why a tensor is kept, and is no weight: what lies around it and what it is decide.
+
+The first of these that holds decides. All else is a weight: a state dict is a dict (or list) that
+holds tensors, and frameworks choose its name as they like.
+
+    1  it lies in an optimizer's master weights                      a weight
+    2  `state` lies beside `param_groups` in a dict above it         optimizer state
+    3  a key above it stands for state, in the table `STATE`         kept, except that a container
+       of which some hold learned values too holds float vectors     of float vectors is learned
+    4  it is a slot of a parameter: ("state", 3 or "conv.weight")    optimizer state
+    5  its name is a state's, then the name of another tensor        optimizer state
+    6  it has the form of the state of torch's generator             random-number state
+    7  it lies beside state dicts, is a single number, and no        a metric, a counter
+       Parameter: a float whose name says nothing is a weight
+
+The names of weights never count, since models choose them: one may well be called "scaler" or
+"time". Nor do the names of files that hold weights: see `Layout.named_files`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath
+
+# The key under which a scan lists what a pickled nn.Module holds beside its state dict.
+ATTRIBUTES = "attributes of a module"
+
+# Keys of containers, in any letter case, and what those hold.
+STATE = (
+    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
+    ("learning-rate schedule", r".*sched.*"),
+    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
+    ("callback state", r"callbacks?|callback_.*"),
+    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?"),
+    ("data order", r"dataloader.*|dl_state_dict.*|datamodule.*"),
+    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
+    ("metrics", r"metrics?|history|logs?"),
+    ("the best so far", r"best_(metric|fitness|epoch|step).*"),
+    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
+    ("times", r"timestamps?|(.*_)?time"),
+    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
+)
+# The same for keys that may stand for a learned module as well: a loss with class centers, a score
+# network, a sampler of points. What frameworks keep there are single numbers and integers.
+LEARNED_TOO = (
+    ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
+    ("data order", r"samplers?(_\d+|_state.*)?"),
+    ("metrics", r"loss(es)?|(.*_)?(loss|acc|accuracy|score)"),
+)
+_KINDS = [
+    (kind, re.compile(pattern, re.IGNORECASE), number >= len(STATE))
+    for number, (kind, pattern) in enumerate(STATE + LEARNED_TOO)
+]
+# What training loops call single numbers beside state dicts, with whatever is put before or after:
+# val_loss, acc@1, best_prec1. By task: losses; classification; translation and summaries; detection
+# and segmentation; speech; language models; regression; generated images. `metric` is timm's,
+# `fitness` Ultralytics'.
+METRIC = re.compile(
+    r"(?i)(.*[_/.-])?("
+    r"loss|error|score|metric|fitness"
+    r"|acc|accuracy|top[-_]?[15]|prec|precision|recall|f1|auc|auroc"
+    r"|bleu|rouge[a-z0-9]*|map|miou|iou|dice|wer|cer"
+    r"|ppl|perplexity|nll|mse|mae|rmse|r2|fid|psnr|ssim"
+    r")\d?([_/.@-].*)?"
+)
+_OPT = re.compile(r"(?i)(.*_)?opts?(_.*)?")  # names that models have too
+_SETTING = re.compile(r"(?i)best(_.*)?|lr|learning_rate|weight_decay|momentum|seed")
+# Averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
+_MASTERS = re.compile(r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups")
+# Longer names mean nothing. Matching takes the square of their length, and files choose it.
+_LONGEST = 200
+_RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
+# torch.get_rng_state: a Mersenne Twister of 624 words, with its index and two cached numbers; and
+# that of a device: a seed and an offset of Philox.
+_GENERATOR, _DEVICE_GENERATOR = ("uint8", (5056,)), ("uint8", (16,))
+_STATE, _GROUPS = "state", "param_groups"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a tensor is kept, and the key under which a summary counts it."""
+
+    text: str
+    key: str
+
+
+_reason = lru_cache(maxsize=4096)(Reason)  # an optimizer has three tensors of each weight
+
+
+@lru_cache(maxsize=4096)
+def kind_of(key: Key) -> tuple[str, bool] | None:
+    """Return what a container of such a key holds, and whether it may hold learned values too."""
+    if not isinstance(key, str) or len(key) > _LONGEST:
+        return None
+    found = (one for one in _KINDS if one[1].fullmatch(key))
+    return next(((kind, learned) for kind, _, learned in found), None)
+
+
+def is_kept(key: Key) -> bool:
+    """Return whether what lies below a key of a container, or in a file of that name, is kept."""
+    return kind_of(key) is not None
+
+
+class Reasons:
+    """The reasons of all tensors of a checkpoint, which depend on each other."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._tensors = layout.tensors
+        self._optimizers = frozenset(layout.optimizers)
+        self._files = frozenset(layout.named_files)
+
+    def why_kept(self, info: TensorInfo) -> Reason | None:
+        """Return why a tensor is kept by what lies above it; None for a weight or a stray."""
+        path = info.path
+        containers = path[:-1]
+        if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
+            return None
+        top = str(path[0])
+        for depth in range(len(path)) if self._optimizers else ():
+            if path[:depth] in self._optimizers and (depth or _of_optimizer(path[0])):
+                return _reason(f"optimizer state, {_STATE} beside {_GROUPS}", top)
+        for depth in range(self._named(path), len(containers)):
+            kind = kind_of(path[depth])
+            if kind and not (kind[1] and path[: depth + 1] in self._vectors):
+                return _reason(f"{kind[0]}, by the key {path[depth]!r}", top)
+        for depth, (above, below) in enumerate(itertools.pairwise(containers)):
+            if above == _STATE and (isinstance(below, int) or below in self._names):
+                return _reason(f"optimizer state of {below!r}", top)
+            # {"opt": {"exp_avg": {"conv.weight": ...}}}; an OPT model would have its names here.
+            slot = depth + 2 == len(containers) and _OPT.fullmatch(str(above)[:_LONGEST])
+            if slot and self._names[path[-1]] > 1:
+                return _reason(f"optimizer state of {path[-1]!r}", top)
+        return self._flat(path) or self._random(info)
+
+    def why_stray(self, info: TensorInfo, above: set[TreePath]) -> Reason | None:
+        """Return why a value beside state dicts is kept, as in {"model": {...}, "loss": ...}.
+
+        `above` are the containers that have state dicts below them.
+        """
+        # Where no state dict lies below, {"scale": ...} is itself one, and its values are weights.
+        name = str(info.path[-1])
+        if info.path[:-1] not in above or info.learned:
+            return None
+        single = info.numel == 1 and len(info.shape) < 2
+        if kind_of(name) or (single and (METRIC.fullmatch(name) or _SETTING.fullmatch(name))):
+            return _reason("a value beside state dicts, by its name", name)
+        if info.shape or info.dtype.kind == "float" or info.path[:-1] in self._direct:
+            return None
+        return _reason("a number beside state dicts", name)
+
+    def _named(self, path: TreePath) -> int:
+        """Return how many keys of a path are the name of a file that holds weights."""
+        return next((n for n in range(len(path), 0, -1) if path[:n] in self._files), 0)
+
+    def _flat(self, path: TreePath) -> Reason | None:
+        """Return the reason of optimizer.state.exp_avg.decoder.w, beside a tensor decoder.w."""
+        parts = str(path[-1]).split(".")
+        for at, part in enumerate(parts[:-1] if len(parts) < _LONGEST else ()):
+            kind = kind_of(part)
+            if kind is None or kind[0] != STATE[0][0]:
+                continue
+            rest = parts[at + 1 :]
+            for start in range(len(rest)):
+                # Before or after what the slot is called: state.exp_avg.w, and state.w.exp_avg.
+                for name in (".".join(rest[start:]), ".".join(rest[start:-1])):
+                    if name in self._names:
+                        return _reason(f"optimizer state of {name!r}", ".".join(parts[: at + 1]))
+        return None
+
+    def _random(self, info: TensorInfo) -> Reason | None:
+        form, path = (info.dtype.name, info.shape), info.path
+        beside = form == _DEVICE_GENERATOR and {path[:-1], path[:-2]} & self._generators
+        if form == _GENERATOR or beside or _RANDOM.fullmatch(str(path[-1])[:_LONGEST]):
+            return _reason("random-number state, by its form or name", str(path[0]))
+        return None
+
+    @cached_property
+    def _names(self) -> Counter[Key]:
+        """Return the names of tensors that are no single numbers, and how many have each."""
+        return Counter(info.path[-1] for info in self._tensors if info.shape and info.path)
+
+    @cached_property
+    def _vectors(self) -> frozenset[TreePath]:
+        """Return the containers that hold floats of one dimension or more, at any depth."""
+        floats = (i.path for i in self._tensors if i.shape and i.dtype.kind == "float")
+        return frozenset(path[:n] for path in floats for n in range(1, len(path)))
+
+    @cached_property
+    def _direct(self) -> frozenset[TreePath]:
+        """Return the containers that hold floats of one dimension or more themselves."""
+        floats = (i.path[:-1] for i in self._tensors if i.shape and i.dtype.kind == "float")
+        return frozenset(floats)
+
+    @cached_property
+    def _generators(self) -> frozenset[TreePath]:
+        found = (i.path for i in self._tensors if (i.dtype.name, i.shape) == _GENERATOR)
+        return frozenset(path[:-1] for path in found)
+
+
+def _of_optimizer(key: Key) -> bool:
+    # A checkpoint may be an optimizer's dict with a model added to it.
+    return str(key).partition(".")[0] in (_STATE, _GROUPS)
