@@ -32,7 +32,7 @@ from merge_avg.checkpoint._layout import (
     impossible,
     row_major,
 )
-from merge_avg.checkpoint._reasons import ATTRIBUTES, METRIC, Reason, is_kept
+from merge_avg.checkpoint._reasons import ATTRIBUTES, METRIC, Reason, is_kept, kind_of
 from merge_avg.checkpoint._roles import Kept, Name, Roles, assign
 
 __all__ = [
@@ -68,5 +68,6 @@ __all__ = [
     "dotted",
     "impossible",
     "is_kept",
+    "kind_of",
     "row_major",
 ]

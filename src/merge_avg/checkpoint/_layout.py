@@ -167,10 +167,10 @@ class Layout:
     set_member: bool = False
     # Dicts that hold `state` beside `param_groups`, as the state of an optimizer does.
     optimizers: tuple[TreePath, ...] = ()
-    # Folders and files of a directory that hold weights: what they are called decides nothing.
-    named_files: tuple[TreePath, ...] = ()
     # NumPy arrays, which are not averaged, with a digest of the dtype, shape and bytes of each.
     arrays: tuple[tuple[TreePath, str], ...] = ()
+    # Folders and files of a directory that hold weights: what they are called decides nothing.
+    named_files: tuple[TreePath, ...] = ()
 
     @property
     def nbytes(self) -> int:

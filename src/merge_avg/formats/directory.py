@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,8 +29,10 @@ from merge_avg.checkpoint import (
     Layout,
     TensorInfo,
     TreePath,
+    assign,
     dotted,
     is_kept,
+    kind_of,
 )
 from merge_avg.errors import MergeError, failure, named
 from merge_avg.formats import bounded, scan_file, set_format
@@ -51,7 +53,12 @@ _OF_ONE = re.compile(
     r"|latest|mp_rank_.*|.*\.index\.json|.+-\d{5}-of-\d{5}\..*"
     r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
+# What names may tell where a file's content leaves a doubt, and names that tell of weights too.
+_TOLD = ("optimizer state", "learning-rate schedule", "random-number state", "gradient scaler")
+_MODEL = re.compile(r"(?i)model|weights|ema")
 _LARGEST_LATEST = 1000
+# A file may hold weights if it has a twentieth of the bytes of those that do, and 1 MiB.
+_SHARE, _LARGE = 20, 1 << 20
 
 
 def scan_directory(path: Path) -> Layout:
@@ -72,7 +79,9 @@ def scan_directory(path: Path) -> Layout:
     for name in filter(is_index, files):
         _check_index(files, name, members)
     _check_shards(path, files)
-    prefixes = _prefixes(members)
+    named_so, doubts = _named_so(members)
+    notes += doubts + _unread(files, members)
+    prefixes = _prefixes(members, named_so)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
     for name, member in members.items():
@@ -93,7 +102,16 @@ def scan_directory(path: Path) -> Layout:
     others = tuple(name for name in files if name not in members)
     stamps, parts = tuple(files.values()), tuple(map(members.get, files))
     made = (path, "directory", stamps, tuple(tensors), others, metadata, None, parts, tuple(notes))
-    return Layout(*made, callables=callables)
+    pairs = [(prefixes[name], member) for name, member in members.items()]
+    return Layout(
+        *made,
+        callables=callables,
+        optimizers=tuple((*prefix, *at) for prefix, one in pairs for at in one.optimizers),
+        arrays=tuple(
+            ((*prefix, *at), digest) for prefix, one in pairs for at, digest in one.arrays
+        ),
+        named_files=tuple(prefixes[name] for name in members if name not in named_so),
+    )
 
 
 def of_a_run(name: str) -> bool:
@@ -233,7 +251,54 @@ def _path_of(name: str) -> TreePath:
     return (*path.parts[:-1], unsharded(path.stem.removesuffix(".pth")))  # model.pth.tar
 
 
-def _prefixes(members: Mapping[str, Layout]) -> dict[str, TreePath]:
+def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
+    """Return the files whose names say that they hold no weights and are right, and notes.
+
+    A file that holds a state dict is weights whatever it is called: model_optim_rng.pt of
+    Megatron-LM, best_metric_model.pth of MONAI. Only if an optimizer's file, say, looks like a
+    state dict, beside files that surely are one, its name breaks the tie.
+    """
+    kinds = {name: [kind_of(key) for key in _place(name, one)] for name, one in members.items()}
+    plain = {name for name, found in kinds.items() if not any(found)}
+    surely = any(_holds_weights(members[name]) for name in plain)
+    kept, notes = set(), []
+    for name in members.keys() - plain:
+        told = any(found and found[0] in _TOLD for found in kinds[name])
+        if not _holds_weights(members[name]):
+            kept.add(name)
+        elif surely and told and not _MODEL.search(name):
+            kept.add(name)
+            key = dotted(_place(name, members[name]))
+            what = "is kept for its name, though it may hold weights"
+            notes.append(f"{members[name].path} {what}: --key {key} averages it")
+    return kept, sorted(notes)
+
+
+def _holds_weights(member: Layout) -> bool:
+    try:
+        weights = assign(member).weights.values()
+    except MergeError:
+        return False
+    return any(info.shape and info.dtype.kind == "float" for info in weights)
+
+
+def _unread(files: Mapping[str, File], members: Mapping[str, Layout]) -> list[str]:
+    """Return a note on files that are as large as weights, and are copied unread."""
+    ranges = {
+        one for layout in members.values() for i in layout.tensors for one in i.storage.ranges
+    }
+    least = max(sum(one.nbytes for one in ranges) // _SHARE, _LARGE)
+    inside = {file.path for layout in members.values() for file in layout.files}
+    large = [n for n, one in files.items() if one.nbytes >= least and one.path not in inside]
+    return [f"{named(large)} is copied as it is: weights in it are not averaged"] if large else []
+
+
+def _place(name: str, member: Layout) -> TreePath:
+    """Return the path of a file's tensors in the directory's tree, if it needs one."""
+    return PurePosixPath(name).parts[:-1] if member.set_member else _path_of(name)
+
+
+def _prefixes(members: Mapping[str, Layout], kept: Collection[str]) -> dict[str, TreePath]:
     """Return for each file the path that its tensors are at in the directory's tree."""
     # `pytorch_model.bin` and `model.safetensors` are the same state dict by two names, so that a
     # checkpoint of one can be averaged with one of the other. Where it is the only one, it needs no
@@ -241,10 +306,10 @@ def _prefixes(members: Mapping[str, Layout]) -> dict[str, TreePath]:
     prefixes: dict[str, TreePath] = {}
     families: dict[TreePath, str] = {}
     for name, member in members.items():
+        path = _place(name, member)
         if member.set_member:
-            prefixes[name] = PurePosixPath(name).parts[:-1]
+            prefixes[name] = path
             continue
-        path = _path_of(name)
         suffix = PurePosixPath(name).suffix
         plain = (*path[:-1], str(path[-1]).replace("pytorch_model", "model"))
         # Where both lie in one directory, the second needs a name of its own.
@@ -253,7 +318,7 @@ def _prefixes(members: Mapping[str, Layout]) -> dict[str, TreePath]:
             families[plain] = suffix
         prefixes[name] = plain
     # Optimizers and the like lie aside: they do not make a directory one of several state dicts.
-    weights = {prefix for prefix in prefixes.values() if not any(map(is_kept, prefix))}
+    weights = {prefix for name, prefix in prefixes.items() if name not in kept}
     return {name: () if weights == {prefix} else prefix for name, prefix in prefixes.items()}
 
 
