@@ -70,8 +70,13 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     archive = Archive(tuple(found.items()), *read, around=(data[:start], data[stop:]))
     made = (path, "torch-legacy", (stamp,), tensors, objects.others, (), archive)
     callables = tuple((number, name) for name in names)
-    others = (objects.scalars, callables, False, objects.optimizers)
-    return Layout(*made, (), (), *others)
+    return Layout(
+        *made,
+        scalars=objects.scalars,
+        callables=callables,
+        optimizers=objects.optimizers,
+        arrays=objects.arrays,
+    )
 
 
 # The bytes of the five pickles, and where the fourth starts; its content; the keys of the fifth;

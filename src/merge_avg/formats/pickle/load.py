@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from xxhash import xxh3_128_hexdigest
+
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.machine import SLOT, Call, Handler, Machine, Persistent
 from merge_avg.formats.pickle.values import (
@@ -96,8 +98,10 @@ def _sized(size: int, decode: Callable[[bytes], Value]) -> Handler:
     def handler(m: Machine) -> None:
         count = m.number(size)
         if count > _LONGEST_VALUE:
+            start = m.at
             m.skip(count)
-            m.push(Omitted(count))
+            # 7 GB/s here: nothing beside the time that it took to read them.
+            m.push(Omitted(count, xxh3_128_hexdigest(memoryview(m.data)[start : m.at])))
         else:
             _kept(m, decode(m.take(count)))
 

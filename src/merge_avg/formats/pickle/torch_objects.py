@@ -12,7 +12,6 @@ and may share parts, so that it unfolds to far more than was read: each step cos
 from __future__ import annotations
 
 import itertools
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,8 +29,9 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
+from merge_avg.formats.pickle.numpy_objects import digest_of, number_of
 from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks
-from merge_avg.formats.pickle.values import Allowance, Global, Instance, PickleError, Value, shown
+from merge_avg.formats.pickle.values import Allowance, Instance, PickleError, Value, shown
 
 _INNER = (dict, list, tuple, Instance)  # values that have others inside
 _DEEPEST = 200
@@ -45,7 +45,7 @@ _MOST_SCALARS = 1000
 _MOST_CHILDREN = 10_000
 _MOST_VISITS = 200_000
 _LONGEST_TEXT = 200
-_NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of the dtypes of its scalars
+_MOST_ARRAYS = 5000  # of NumPy, below the root
 
 _Children = Iterator[tuple[str | int, Value]]
 
@@ -63,6 +63,7 @@ class Objects:
     scalars: tuple[tuple[TreePath, Scalar], ...]  # that lie beside the tensors
     callables: tuple[str, ...]  # that a loader calls, and that are not known to be inert
     optimizers: tuple[TreePath, ...]  # dicts, or objects, with `state` beside `param_groups`
+    arrays: tuple[tuple[TreePath, str], ...]  # of NumPy, with a digest of each
 
     def placed(self, find: Callable[[str, int, DType | None], Storage]) -> tuple[TensorInfo, ...]:
         """Return the tensors over the storages of a file.
@@ -88,12 +89,19 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     allowance = Allowance(density)
     hooks = TorchHooks(allowance)
     loaded = load(data, start, persistent=hooks.persistent, call=hooks.call, allowance=allowance)
-    root, infos, optimizers = loaded.value, [], []
+    root, infos = loaded.value, []
+    optimizers: list[TreePath] = []
+    arrays: list[tuple[TreePath, str]] = []
     for path, value in values_below(root, allowance):
         if not isinstance(value, Tensor):
             if _is_optimizer(value):
                 allowance.spend(150 + 8 * len(path))
                 optimizers.append(path)
+            elif isinstance(value, Instance) and len(arrays) < _MOST_ARRAYS:
+                digest = digest_of(value, allowance)
+                if digest is not None:
+                    allowance.spend(250 + 8 * len(path))
+                    arrays.append((path, digest))
             continue
         allowance.spend(150 + 8 * len(path))
         info = _moved(value.info, path, value.info.storage)
@@ -107,8 +115,9 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     keys = map(key_of, root) if isinstance(root, dict) else ()
     others = tuple(_paid(key, allowance) for key in keys if key not in with_tensors)
     pickled = (tuple(hooks.classes), loaded.frames, loaded.nbytes)
-    found = (tuple(scalars_near(root)), loaded.callables, tuple(optimizers))
-    return Objects(tuple(infos), hooks.storages, others, *pickled, *found)
+    found = (tuple(scalars_near(root)), loaded.callables)
+    held = (tuple(optimizers), tuple(arrays))
+    return Objects(tuple(infos), hooks.storages, others, *pickled, *found, *held)
 
 
 # Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
@@ -284,13 +293,6 @@ def _plain(value: Value) -> Scalar | None:
             return None
         case int() | float() | str():
             return value
-        # Of NumPy: numpy.core.multiarray.scalar(dtype('f8'), bytes).
-        case Instance(Global(name="scalar"), (Instance(args=(str() as code, *_)), raw)):
-            match raw:  # protocols 0 to 2 hold bytes as a text that a codec turns into bytes
-                case Instance(Global("_codecs", "encode"), (str() as text, "latin1")):
-                    raw = text.encode("latin1", "replace")
-            form = _NUMPY.get(code)
-            if form and isinstance(raw, bytes) and len(raw) == struct.calcsize(form):
-                number: int | float = struct.unpack(form, raw)[0]
-                return number
+        case Instance():
+            return number_of(value)
     return None

@@ -4,7 +4,7 @@ in the pickle                       here
 ----------------------------------  ------------------------------------------------------
 None, a bool, a number              itself
 a text or bytes up to 1 MiB         itself
-a longer one                        Omitted: its length
+a longer one                        Omitted: its length, and a digest
 a list, tuple, set or frozenset     itself
 a dict                              InertDict
 a class or function                 Global: its module and name
@@ -76,9 +76,10 @@ class InertDict(dict[Value, Value]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Omitted:
-    """The length of a text or bytes too long to be of use here."""
+    """The length and a digest of a text or bytes too long to be of use here."""
 
     nbytes: int
+    digest: str = ""
 
 
 def shown(value: Value) -> str:

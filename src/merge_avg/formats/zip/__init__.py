@@ -107,7 +107,7 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
     callables = tuple((part.number, name) for name in objects.callables)
     notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
     made = (path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars)
-    return Layout(*made, callables, optimizers=objects.optimizers)
+    return Layout(*made, callables, optimizers=objects.optimizers, arrays=objects.arrays)
 
 
 def _records(part: Part) -> dict[str, Storage]:
