@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath, dotted
@@ -39,6 +39,12 @@ class Roles:
     kept: tuple[Kept, ...]
     reasons: Mapping[TreePath, Reason] = field(default_factory=dict)  # of all that is kept
 
+    def promoted(self, layout: Layout, paths: Collection[TreePath]) -> Roles:
+        """Return the same with some tensors that were kept among the weights, behind the others."""
+        more = {_name(info): info for info in layout.tensors if info.path in paths}
+        why = {path: reason for path, reason in self.reasons.items() if path not in paths}
+        return Roles(self.weights | more, tuple(_summary(layout.tensors, why)), why)
+
 
 def assign(layout: Layout, key: str | None = None) -> Roles:
     """Return the roles of tensors, where those below the dotted path `key`, if any, are weights.
@@ -70,7 +76,7 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
         raise MergeError(what, where=layout.path, hint=hint)
     weights: dict[Name, TensorInfo] = {}
     for info in chosen:
-        name = Name(info.path[:-1], str(info.path[-1]))
+        name = _name(info)
         if name in weights:
             raise MergeError(f"two tensors are called {str(name)!r}", where=layout.path)
         weights[name] = info
@@ -81,6 +87,10 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
         if info.path not in averaged
     }
     return Roles(weights, tuple(_summary(layout.tensors, why)), why)
+
+
+def _name(info: TensorInfo) -> Name:
+    return Name(info.path[:-1], str(info.path[-1]))
 
 
 def _is_below(path: TreePath, key: str) -> bool:

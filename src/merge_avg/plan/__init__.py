@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from merge_avg.plan._budget import Piece, Window, batches
 from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
+from merge_avg.plan._masters import Masters, roles_of
 from merge_avg.plan._provenance import Hashes, Record, read_record
 from merge_avg.plan._targets import FILE
 from merge_avg.plan._units import Restride, Unit, aligned_to_page
@@ -17,6 +18,7 @@ __all__ = [
     "FILE",
     "Hashes",
     "Job",
+    "Masters",
     "OutputSpec",
     "Piece",
     "Record",
@@ -28,5 +30,6 @@ __all__ = [
     "prepare",
     "read_record",
     "refuse_inputs",
+    "roles_of",
     "without_collector",
 ]

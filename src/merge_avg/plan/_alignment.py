@@ -33,6 +33,7 @@ class Aligned:
     rows: dict[Name, tuple[TensorInfo | None, ...]]
     notes: tuple[str, ...]  # for the user, what was done to make names meet; one sentence each
     skipped: frozenset[Name]  # what is not averaged, and kept from the template
+    masters: frozenset[Name] = frozenset()  # an optimizer's float32, which no dtype is asked for
 
     @property
     def checkpoints(self) -> int:
@@ -52,10 +53,12 @@ def align(
     missing: Missing = "error",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    masters: Mapping[Name, Name | None] | None = None,
 ) -> Aligned:
     """Match the weights of the checkpoints to those of the first, the template.
 
-    What the shell patterns do not choose is kept from the template, whatever the others have.
+    What the shell patterns do not choose is kept from the template, whatever the others have. Those
+    that are `masters` of a weight are chosen with it.
 
     Raises:
         MergeError: state dicts or names do not match, and `missing` is "error"; or no tensor is
@@ -66,7 +69,8 @@ def align(
         raise UsageError(f"there are more than {_MOST_PATTERNS:,} patterns", hint=hint)
 
     def chosen(one: Mapping[Name, TensorInfo]) -> dict[Name, TensorInfo]:
-        return {name: info for name, info in one.items() if is_chosen(name, include, exclude)}
+        weights = ((name, (masters or {}).get(name) or name) for name in one)
+        return {name: one[name] for name, weight in weights if is_chosen(weight, include, exclude)}
 
     notes: list[str] = []
     template = chosen(weights[0])
@@ -107,7 +111,7 @@ def align(
         name: (info, *(None if name in skipped else column.get(name) for column in columns))
         for name, info in weights[0].items()
     }
-    return Aligned(rows, tuple(notes), skipped)
+    return Aligned(rows, tuple(notes), skipped, frozenset(masters or ()))
 
 
 def is_chosen(name: Name, include: Sequence[str], exclude: Sequence[str]) -> bool:

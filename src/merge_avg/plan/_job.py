@@ -12,7 +12,16 @@ from pathlib import Path
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
-from merge_avg.checkpoint import CONVERTIBLE, PROVENANCE, TEMPLATE, Layout, Roles, assign
+from merge_avg.checkpoint import (
+    CONVERTIBLE,
+    PROVENANCE,
+    TEMPLATE,
+    Layout,
+    Name,
+    Roles,
+    TensorInfo,
+    assign,
+)
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.bounded import read
@@ -21,6 +30,7 @@ from merge_avg.io import refuse_loss, refuse_output
 from merge_avg.options import Location, Options, Outputs, Weight
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._budget import Budget, plan_budget
+from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, write_record
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._units import Plan, make_plan, with_base
@@ -197,21 +207,22 @@ def _prepared(
     # may name one checkpoint ten thousand times.
     once = functools.cache(lambda path: (scanned.get(path) or scan(path)).source)
     layouts = [scanned.get(inputs[0]) or scan(inputs[0]), *map(once, inputs[1:])]
-    roles = [assign(layout, options.key) for layout in layouts]
+    roles, masters = roles_of(layouts, options.key)
     weights = [role.weights for role in roles]
-    aligned = align(inputs, weights, options.missing, options.include, options.exclude)
+    bare = {name: info for name, info in weights[0].items() if name not in masters}
+    aligned = align(inputs, weights, options.missing, options.include, options.exclude, masters)
     plan = make_plan(layouts, aligned, options.dtype)
     base = None if options.base is None else _number_of(inputs, Path(options.base))
     notes: list[str] = []
     if options.base is not None and base is None:
         base = len(inputs)
-        plan, notes = _based(plan, Path(options.base), roles[0], options.key)
+        plan, notes = _based(plan, Path(options.base), bare, options.key)
     entries = sum(len(layout.tensors) for layout in plan.layouts)
     counts = len(plan.layouts), plan.itemsize, entries
     limits = options.max_memory, options.threads
     pairs = len(inputs) ** 2 * (2 if options.base else 1) if options.agreement else 0
     budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs)
-    layout = lay_out(outputs[0].path, plan, weights[0], options)
+    layout = lay_out(outputs[0].path, plan, bare, options)
     if options.strict_pickle and layout.callables:
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
         hint = "write a .safetensors file, or the weights alone with --state-dict"
@@ -221,15 +232,20 @@ def _prepared(
         if not any(output.weights.integers[source.checkpoint] for source in unit.sources):
             what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
             raise MergeError(what, where=inputs[0])
+    if masters:
+        what = "holds averaged weights in float32 and is averaged as well"
+        notes.append(f"{named(masters)} in the optimizer's state {what}")
     said = (*_notes(layouts, options, layout), *notes)
     return Job(outputs, layout, options, roles[0], plan, budget, said, base, version)
 
 
-def _based(plan: Plan, path: Path, template: Roles, key: str | None) -> tuple[Plan, list[str]]:
+def _based(
+    plan: Plan, path: Path, template: Mapping[Name, TensorInfo], key: str | None
+) -> tuple[Plan, list[str]]:
     """Return the plan with a base, and notes for the user."""
     layout = scan(path).source
     theirs = assign(layout, key).weights
-    weights, note = match(plan.layouts[0].path, template.weights, path, theirs)
+    weights, note = match(plan.layouts[0].path, template, path, theirs)
     based = with_base(plan, layout, weights)
     # The base's source is the last of each unit that it could be compared with.
     matrices = [unit for unit in based.units if unit.is_matrix]

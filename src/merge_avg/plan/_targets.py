@@ -108,6 +108,7 @@ def lay_out(
                 raise UsageError(what, hint=hint)
         elif template.format == asked.name:
             return _copied(plan)  # it is a bare state dict already
+        weights = _chosen(plan, weights)
         _refuse_several(weights)
         targets: list[list[Target]] = [[] for _ in plan.units]
         file = _created(asked or _PICKLED, plan, weights, targets)
@@ -216,12 +217,23 @@ def _as_json(value: object) -> FileLayout:
     return FileLayout(len(data), ((0, data),))
 
 
+def _chosen(plan: Plan, weights: Mapping[Name, TensorInfo]) -> Mapping[Name, TensorInfo]:
+    """Return the weights without the state dicts of which none is averaged, if some is of others.
+
+    A new file has one state dict. Whoever excludes all of another leaves it out.
+    """
+    some = {name.state_dict for name in weights if name not in plan.aligned.skipped}
+    return {name: info for name, info in weights.items() if name.state_dict in some} or weights
+
+
 def _refuse_several(weights: Mapping[Name, TensorInfo]) -> None:
     """Raise MergeError for the weights of several state dicts: a new file holds one."""
     dicts = {name.state_dict for name in weights}
     if len(dicts) > 1:
-        found = named(sorted(str(Name(d[:-1], str(d[-1]))) if d else "" for d in dicts), 8)
-        hint = "name the one to write with --key"
+        found = named(sorted(map(dotted, dicts)), 8)
+        hint = "name the one to write with --key, or leave the others out with --exclude"
+        if () in dicts:
+            hint += "; the root is --key ''"
         raise MergeError(f"it can hold one state dict, not {found}", hint=hint)
 
 
@@ -268,6 +280,7 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     """Return shards with an index, named like the template's file, beside its other files."""
     template = plan.layouts[0]
     targets: list[list[Target]] = [[] for _ in plan.units]
+    weights = _chosen(plan, weights)
     _refuse_several(weights)
     replaced = {part.file for info in weights.values() for part in info.storage.ranges}
     base, form, suffix = _shard_name(template, replaced)

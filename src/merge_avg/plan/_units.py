@@ -118,7 +118,8 @@ class Plan:
     def result(self, name: Name) -> DType:
         """Return the dtype that a tensor of the template gets."""
         info = self.aligned.template(name)
-        return _result(info, None if name in self.aligned.skipped else self.dtype)
+        fixed = name in self.aligned.skipped or name in self.aligned.masters
+        return _result(info, None if fixed else self.dtype)
 
     @property
     def scratch(self) -> int:
@@ -258,6 +259,8 @@ def _unit(
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
     if names[0] in aligned.skipped:
         kind, dtype = "keep", None
+    elif names[0] in aligned.masters:
+        dtype = None
     stop = max(info.stop for _, info in members)
     unit = Unit(kind, first.storage, first.start, stop, _result(first, dtype), tuple(members), ())
     sources = []

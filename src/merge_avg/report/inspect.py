@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from merge_avg.checkpoint import assign, dotted
+from merge_avg.checkpoint import Name, Roles, TensorInfo, dotted
 from merge_avg.formats import scan
+from merge_avg.plan import Masters, roles_of
 from merge_avg.report import aligned, shown
 from merge_avg.report.values import plain
 from merge_avg.selection import read_metadata
@@ -26,6 +27,7 @@ class Tensor:
     # "averaged" for float and complex weights, "compared" for integers and bools beside them, and
     # "kept" for all the rest.
     role: str
+    reason: str  # why it is kept, or why it counts as a weight
     tie: int | None = None  # the same number for tensors that share memory
     trouble: str | None = None  # why it cannot be averaged, as in "a sparse tensor"
 
@@ -50,7 +52,8 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
     """Return what is in a checkpoint, whose weights are the tensors of the state dict `key`."""
     layout = scan(path)
     # By its path, which no two tensors share, while their storages may be the same.
-    weights = {info.path for info in assign(layout, key).weights.values()}
+    (found,), masters = roles_of([layout], key)
+    weights = {info.path for info in found.weights.values()}
     # Empty tensors share nothing, and of one with a trouble the storage is unknown.
     storages = Counter(one.storage for one in layout.tensors if one.numel and not one.trouble)
     shared = (storage for storage, count in storages.items() if count > 1)
@@ -73,12 +76,23 @@ def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:
                 dtype=info.dtype.name,
                 shape=tuple(info.shape),
                 role=roles.get(info.dtype.kind, "compared") if info.path in weights else "kept",
+                reason=_reason(found, masters, info, key),
                 tie=ties.get(info.storage) if info.numel and not info.trouble else None,
                 trouble=info.trouble or None,
             )
             for info in layout.tensors
         ),
     )
+
+
+def _reason(found: Roles, masters: Masters, info: TensorInfo, key: str | None) -> str:
+    if info.path in found.reasons:
+        return found.reasons[info.path].text
+    if Name(info.path[:-1], str(info.path[-1])) in masters:
+        return "a weight in float32, of an optimizer"
+    if key is not None:
+        return "below --key"
+    return f"in the state dict {dotted(info.path[:-1]) or 'at the root'}"
 
 
 def lines(found: Contents) -> Iterator[str]:
@@ -94,7 +108,7 @@ def lines(found: Contents) -> Iterator[str]:
             one.name,
             one.dtype,
             "x".join(map(str, one.shape)) or "-",
-            one.role,
+            f"{one.role}: {one.reason}",
             one.trouble or "" if one.tie is None else f"shares memory ({one.tie})",
         )
         for one in found.tensors

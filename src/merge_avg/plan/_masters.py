@@ -1,0 +1,121 @@
+"""Master weights: what an optimizer holds of weights of 16 bits, in float32.
+
+    model      w              bfloat16   1.5  -2.25 ...
+    optimizer  fp32_param.w   float32    1.5001 -2.2499 ...     rounds to w: a master
+               exp_avg.w      float32    0.001  0.02 ...        does not: kept
+
+After a step an optimizer copies its masters to the weights. So a resumed training would undo the
+average if they stayed the template's. Frameworks agree on no name for them: content decides.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from merge_avg.checkpoint import Key, Layout, Name, Roles, TensorInfo, TreePath, assign
+from merge_avg.io import Reader
+
+_HALVES = ("bfloat16", "float16")
+_MOST = 16  # elements that are compared, of the first row
+_MOST_HALF = 65520  # from here on a float16 is infinite
+
+Masters = Mapping[Name, Name | None]  # masters, each with the weight that it is one of, if known
+
+
+def roles_of(layouts: Sequence[Layout], key: str | None = None) -> tuple[list[Roles], Masters]:
+    """Return the roles of checkpoints, in which masters are weights if all have the same ones.
+
+    Raises:
+        MergeError: there are no weights, or a file cannot be read.
+    """
+    roles = [assign(layout, key) for layout in layouts]
+    found = _masters(layouts[0], roles[0]) if key is None else {}
+    if not found or not all(_has(layout, found, layouts[0]) for layout in layouts[1:]):
+        return roles, {}
+    roles = [one.promoted(layout, found) for one, layout in zip(roles, layouts, strict=True)]
+    return roles, {Name(path[:-1], str(path[-1])): weight for path, weight in found.items()}
+
+
+def _has(layout: Layout, found: Mapping[TreePath, object], template: Layout) -> bool:
+    """Return whether a checkpoint has tensors like the template's at the paths of its masters."""
+    ours, theirs = (
+        {info.path: (info.dtype, info.shape) for info in one.tensors if info.path in found}
+        for one in (template, layout)
+    )
+    return ours == theirs
+
+
+def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:
+    halves = {
+        name: info
+        for name, info in roles.weights.items()
+        if info.dtype.name in _HALVES and info.shape
+    }
+    shapes = {(info.shape, info.dtype.name) for info in halves.values()}
+    # What belongs together, such as one slot of every parameter, is masters as a whole or not.
+    groups: dict[TreePath, list[TensorInfo]] = defaultdict(list)
+    names = {name.key for name in halves}
+    for info in layout.tensors if halves else ():
+        reason = roles.reasons.get(info.path)
+        if reason and reason.text.startswith("optimizer") and info.dtype.name == "float32":
+            groups[tuple(_slot(key, names) for key in info.path)].append(info)
+    reader = Reader(layout, layout.path)  # which writes nothing, as nothing is decoded here
+    found: dict[TreePath, Name | None] = {}
+    try:
+        known = {
+            (info.shape, info.dtype.name, _first(reader, info, info.dtype.name)): name
+            for name, info in halves.items()
+        }
+        for infos in groups.values():
+            # Zeros say nothing: a bias may be zero, and so are moments before the first step.
+            telling = [
+                [
+                    (i.shape, half, first)
+                    for half in _HALVES
+                    if any(first := _first(reader, i, half))
+                ]
+                for i in infos
+                if any((i.shape, half) in shapes for half in _HALVES)
+            ]
+            weights = [next((known[one] for one in some if one in known), None) for some in telling]
+            silent = (not some or w for w, some in zip(weights, telling, strict=True))
+            if len(telling) == len(infos) and any(weights) and all(silent):
+                found |= {info.path: weight for info, weight in zip(infos, weights, strict=True)}
+    finally:
+        reader.close()
+    return found
+
+
+def _slot(key: Key, names: Collection[str]) -> Key:
+    """Return a part of a path without what tells parameters apart: a number, or a weight's name."""
+    if not isinstance(key, str):
+        return "*"
+    parts = key.split(".")
+    for start in range(len(parts)):
+        if ".".join(parts[start:]) in names:
+            return ".".join([*parts[:start], "*"])
+    return key
+
+
+def _first(reader: Reader, info: TensorInfo, dtype: str) -> tuple[int, ...]:
+    """Return the bits of a tensor's first elements in a dtype; none where they are hard to get."""
+    count, size = min(info.shape[-1], _MOST), info.dtype.itemsize
+    # One read: as far as the elements of the first row lie in one piece of a file.
+    while info.storage.tiles:
+        info = next(tile for index, tile in info.storage.tiles if not any(index))
+    pieces = info.storage.ranges
+    at, end = info.start * size, (info.start + count) * size
+    scattered = info.shape[-1] < count or (count > 1 and info.stride[-1] != 1)
+    if scattered or not info.numel or end > pieces[0].nbytes or pieces[0].coded:
+        return ()
+    raw = bytearray(end - at)
+    reader.read(memoryview(raw), pieces[0], at, again=True)
+    if info.dtype.name != "float32":
+        return struct.unpack(f"<{count}H", raw)
+    if dtype == "bfloat16":  # to the nearest, of two to the even one
+        return tuple((n + 0x7FFF + (n >> 16 & 1)) >> 16 for n in struct.unpack(f"<{count}I", raw))
+    values = [n if abs(n) < _MOST_HALF else math.nan for n in struct.unpack(f"<{count}f", raw)]
+    return struct.unpack(f"<{count}H", struct.pack(f"<{count}e", *values))
