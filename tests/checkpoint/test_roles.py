@@ -1,5 +1,6 @@
 """merge_avg.roles: which tensors of a container are weights."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,9 @@ def test_a_key_takes_one_state_dict(tmp_path):
         ({"optimizer": {"state": STATE}}, "no weights, only 'optimizer'"),
         ({"state": STATE, "param_groups": []}, "an optimizer's state and no weights"),
         ({"epoch": 3}, "no tensors"),
+        ({"w": np.ones(2), "b": np.ones(1)}, r"weights are NumPy arrays \('w' and 1 more\)"),
+        ({"w": np.ones(2), "optimizer": {"state": STATE}}, r"NumPy arrays \('w'\), not tensors"),
+        ({"loss": np.ones(2)}, "no tensors"),
         ({1: torch.ones(1), "1": torch.ones(1)}, "two tensors are called '1'"),
     ],
 )

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -161,3 +162,44 @@ def test_the_collector_runs_again():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+class Running:
+    """Statistics of observations, as scripts of reinforcement learning pickle them."""
+
+    def __init__(self, mean):
+        self.mean, self.var, self.count = np.full(3, mean), np.full(3, mean), mean
+
+
+def arrays(tmp_path, value, **more):
+    """Save two checkpoints of a number each, and return the notes of their merge."""
+    found = [tmp_path / f"{k}.pt" for k in (1, 2)]
+    for k, path in enumerate(found):
+        torch.save(value(float(k)), path)
+    return prepare(found, tmp_path / "o.pt", Options(**more)).notes
+
+
+def test_arrays_that_differ_are_named(tmp_path):
+    """In a state dict, and in an object in a list; those that agree are not."""
+    differ = "NumPy array that differs between the checkpoints; the template's is kept"
+    ones, w = np.ones(2), torch.ones(2)
+    assert arrays(tmp_path, lambda x: {"m": {"w": w, "mean": np.full(2, x), "same": ones}}) == (
+        f"'m.mean' is a {differ}",
+    )
+    (several,) = arrays(tmp_path, lambda x: [{"w": w}, Running(x)])
+    assert several.startswith("'1.mean' and 1 more are NumPy arrays that differ")
+    assert several.endswith("the template's are kept")
+    (bare,) = arrays(tmp_path, lambda x: {"w": w, "mean": np.full(2, x)}, state_dict=True)
+    assert bare.startswith("'mean' is a NumPy array")
+    assert bare.endswith("the output has none")
+
+
+def test_arrays_that_are_state_are_not_named(tmp_path):
+    """Below an optimizer, told by its name or by what it holds, and in random-number states."""
+
+    def value(x):
+        mean = np.full(2, x)
+        kept = {"optimizer": {"m": mean}, "rng_state": mean, "metrics": [mean]}
+        return {"w": torch.ones(2), **kept, "o": {"state": {0: mean}, "param_groups": []}}
+
+    assert arrays(tmp_path, value) == ()

@@ -21,6 +21,8 @@ from merge_avg.checkpoint import (
     Roles,
     TensorInfo,
     assign,
+    dotted,
+    is_kept,
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
@@ -326,4 +328,22 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
                 notes.append(f"{name} differs between the checkpoints; the template's is kept")
             if first is not None and options.dtype not in (None, TEMPLATE):
                 notes.append(f"{name} is the template's, and may still name another dtype")
-    return notes
+    return [*notes, *_array_notes(layouts, output)]
+
+
+def _array_notes(layouts: Sequence[Layout], output: OutputLayout) -> Iterator[str]:
+    """Yield a note on NumPy arrays that differ from the template's, unless they are state."""
+    optimizers = set(layouts[0].optimizers)
+    others = [dict(layout.arrays) for layout in layouts[1:]]
+    differ = [
+        dotted(path)
+        for path, digest in layouts[0].arrays
+        if not any(is_kept(key) or path[:depth] in optimizers for depth, key in enumerate(path))
+        and any(other.get(path, digest) != digest for other in others)
+    ]
+    if differ:
+        many = len(differ) > 1
+        what = "are NumPy arrays that differ" if many else "is a NumPy array that differs"
+        kept = "the template's are kept" if many else "the template's is kept"
+        kept = kept if output.whole else "the output has none"
+        yield f"{named(differ)} {what} between the checkpoints; {kept}"
