@@ -121,9 +121,11 @@ class Reasons:
         if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
             return None
         top = str(path[0])
+        # At the root a model may have been added to an optimizer's dict.
         for depth in range(len(path)) if self._optimizers else ():
-            if path[:depth] in self._optimizers and (depth or _of_optimizer(path[0])):
-                return _reason(f"optimizer state, {_STATE} beside {_GROUPS}", top)
+            if path[:depth] in self._optimizers and (depth or _head(path[0]) in (_STATE, _GROUPS)):
+                key = top if depth else _head(path[0])
+                return _reason(f"optimizer state ({_STATE} beside {_GROUPS})", key)
         for depth in range(self._named(path), len(containers)):
             kind = kind_of(path[depth])
             if kind and not (kind[1] and path[: depth + 1] in self._vectors):
@@ -161,10 +163,10 @@ class Reasons:
         """Return the reason of optimizer.state.exp_avg.decoder.w, beside a tensor decoder.w."""
         parts = str(path[-1]).split(".")
         for at, part in enumerate(parts[:-1] if len(parts) < _LONGEST else ()):
-            kind = kind_of(part)
-            if kind is None or kind[0] != STATE[0][0]:
+            kind, rest = kind_of(part), parts[at + 1 :]
+            opt = _OPT.fullmatch(part[:_LONGEST]) and rest[0] == _STATE
+            if not opt and (kind is None or kind[0] != STATE[0][0]):
                 continue
-            rest = parts[at + 1 :]
             for start in range(len(rest)):
                 # Before or after what the slot is called: state.exp_avg.w, and state.w.exp_avg.
                 for name in (".".join(rest[start:]), ".".join(rest[start:-1])):
@@ -202,6 +204,5 @@ class Reasons:
         return frozenset(path[:-1] for path in found)
 
 
-def _of_optimizer(key: Key) -> bool:
-    # A checkpoint may be an optimizer's dict with a model added to it.
-    return str(key).partition(".")[0] in (_STATE, _GROUPS)
+def _head(key: Key) -> str:
+    return str(key).partition(".")[0]

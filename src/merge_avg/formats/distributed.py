@@ -98,7 +98,9 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
         raise error.at(stamp.path) from None
     callables = tuple((number, name) for name in metadata.callables)
     made = (stamp.path, _NAME, (stamp,), tensors, others)
-    found[number] = Layout(*made, callables=callables, set_member=True)
+    found[number] = Layout(
+        *made, callables=callables, set_member=True, optimizers=metadata.optimizers
+    )
     return found
 
 
@@ -150,7 +152,8 @@ class _Metadata:
         plan = state.get("planner_data")
         self._paths = plan if isinstance(plan, dict) else {}
         self.shapes: dict[str, _Index] = {}
-        self.others: list[str] = []  # top-level keys of entries that are not tensors
+        self.paths: list[TreePath] = []  # of all entries
+        self.others: list[str] = []  # top-level keys of those that are not tensors
         self.stored: dict[tuple[str, _Index], TensorInfo] = {}  # chunks by name and first corner
         self._dtypes: dict[str, DType] = {}
         self._boxes: dict[str, list[_Box]] = {}
@@ -161,8 +164,9 @@ class _Metadata:
         if not isinstance(fqn, str) or not isinstance(entry, Instance):
             raise PickleError("it describes an entry in an unknown way")
         kind = entry.function.name if isinstance(entry.function, Global) else ""
+        self.paths.append(self._path(fqn))
         if kind == "BytesStorageMetadata":
-            self.others.append(str(self._path(fqn)[0]))
+            self.others.append(str(self.paths[-1][0]))
             return
         state = _table(entry.state)
         dtype: Value = None
@@ -214,6 +218,15 @@ class _Metadata:
         # Some writers flatten the names themselves: optimizer.state.exp_avg.WEIGHT.
         head, _, rest = fqn.partition(".")
         return (head, rest) if rest and is_kept(head) else (fqn,)
+
+    @property
+    def optimizers(self) -> tuple[TreePath, ...]:
+        """Return the dicts that hold `state` and `param_groups`, or such names with dots."""
+        state, groups = (
+            {path[:n] for path in self.paths for n, key in enumerate(path) if _head(key) == word}
+            for word in ("state", "param_groups")
+        )
+        return tuple(sorted(state & groups, key=str))
 
     def tensor(self, fqn: str) -> TensorInfo:
         """Return a tensor over the storages of its chunks, which are `stored` by now."""
@@ -268,6 +281,10 @@ def _size(value: Value) -> _Index:
 
 def _is_key(key: Value) -> bool:
     return isinstance(key, str) or (isinstance(key, int) and key.bit_length() <= 64)
+
+
+def _head(key: str | int) -> str:
+    return str(key).partition(".")[0]
 
 
 def _table(value: Value) -> dict[Value, Value]:

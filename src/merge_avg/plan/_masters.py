@@ -1,4 +1,4 @@
-"""Master weights: what an optimizer holds of weights of 16 bits, in float32.
+"""Master weights: copies of the weights that an optimizer keeps in float32.
 
     model      w              bfloat16   1.5  -2.25 ...
     optimizer  fp32_param.w   float32    1.5001 -2.2499 ...     rounds to w: a master
@@ -11,6 +11,7 @@ average if they stayed the template's. Frameworks agree on no name for them: con
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,11 @@ from collections.abc import Collection, Mapping, Sequence
 from merge_avg.checkpoint import Key, Layout, Name, Roles, TensorInfo, TreePath, assign
 from merge_avg.io import Reader
 
-_HALVES = ("bfloat16", "float16")
+_DTYPES = ("bfloat16", "float16", "float32")  # of weights
+# Slots of torch.optim, which are no copies even where they are equal; and what copies of weights in
+# float32 are called: those may be equal by chance, before the first step of a slow average, say.
+_MOMENTS = re.compile(r"exp_avg|momentum_buffer|square_avg|grad_avg|acc_delta")
+_CALLED_SO = re.compile(r"(?i)master|fp32|float32")
 _MOST = 16  # elements that are compared, of the first row
 _MOST_HALF = 65520  # from here on a float16 is infinite
 
@@ -49,36 +54,40 @@ def _has(layout: Layout, found: Mapping[TreePath, object], template: Layout) -> 
 
 
 def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:
-    halves = {
+    ours = {
         name: info
         for name, info in roles.weights.items()
-        if info.dtype.name in _HALVES and info.shape
+        if info.dtype.name in _DTYPES and info.shape
     }
-    shapes = {(info.shape, info.dtype.name) for info in halves.values()}
+    shapes = {(info.shape, info.dtype.name) for info in ours.values()}
     # What belongs together, such as one slot of every parameter, is masters as a whole or not.
     groups: dict[TreePath, list[TensorInfo]] = defaultdict(list)
-    names = {name.key for name in halves}
-    for info in layout.tensors if halves else ():
+    names = {name.key for name in ours}
+    for info in layout.tensors if ours else ():
         reason = roles.reasons.get(info.path)
         if reason and reason.text.startswith("optimizer") and info.dtype.name == "float32":
             groups[tuple(_slot(key, names) for key in info.path)].append(info)
+    for group in [one for one in groups if any(_MOMENTS.search(str(key)) for key in one)]:
+        del groups[group]
     reader = Reader(layout, layout.path)  # which writes nothing, as nothing is decoded here
     found: dict[TreePath, Name | None] = {}
     try:
         known = {
             (info.shape, info.dtype.name, _first(reader, info, info.dtype.name)): name
-            for name, info in halves.items()
+            for name, info in ours.items()
         }
-        for infos in groups.values():
+        for group, infos in groups.items():
+            called_so = any(_CALLED_SO.search(str(key)) for key in group)
+            dtypes = _DTYPES if called_so else _DTYPES[:2]
             # Zeros say nothing: a bias may be zero, and so are moments before the first step.
             telling = [
                 [
-                    (i.shape, half, first)
-                    for half in _HALVES
-                    if any(first := _first(reader, i, half))
+                    (i.shape, dtype, first)
+                    for dtype in dtypes
+                    if any(first := _first(reader, i, dtype))
                 ]
                 for i in infos
-                if any((i.shape, half) in shapes for half in _HALVES)
+                if any((i.shape, dtype) in shapes for dtype in dtypes)
             ]
             weights = [next((known[one] for one in some if one in known), None) for some in telling]
             silent = (not some or w for w, some in zip(weights, telling, strict=True))
@@ -113,8 +122,8 @@ def _first(reader: Reader, info: TensorInfo, dtype: str) -> tuple[int, ...]:
         return ()
     raw = bytearray(end - at)
     reader.read(memoryview(raw), pieces[0], at, again=True)
-    if info.dtype.name != "float32":
-        return struct.unpack(f"<{count}H", raw)
+    if info.dtype.name == dtype:  # as it is
+        return struct.unpack(f"<{count}{'I' if size == 4 else 'H'}", raw)
     if dtype == "bfloat16":  # to the nearest, of two to the even one
         return tuple((n + 0x7FFF + (n >> 16 & 1)) >> 16 for n in struct.unpack(f"<{count}I", raw))
     values = [n if abs(n) < _MOST_HALF else math.nan for n in struct.unpack(f"<{count}f", raw)]
