@@ -1,5 +1,6 @@
 """merge_avg.formats.directory: directories as checkpoints, in and out."""
 
+import argparse
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
+from tests import helpers
 
 KEYS = ["embed.weight", "layers.0.weight", "layers.1.weight", "norm.weight", "head.weight"]
 
@@ -199,6 +201,85 @@ def test_what_is_no_weight_is_kept(tmp_path):
         if file.name != "model.safetensors":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert same(load_file(tmp_path / "out" / "model.safetensors"), mean(range(2)))
+
+
+def megatron(step, rank):
+    """Return what Megatron-LM's save_checkpoint writes for a rank of tensor parallelism."""
+    weight = torch.full((4, 2), float(step + 10 * rank))
+    optimizer = {"state": {0: {"exp_avg": torch.ones(8) * step}}, "param_groups": []}
+    return {
+        "args": argparse.Namespace(hidden_size=4),
+        "iteration": step,
+        "model": {"language_model": {"embedding": {"word_embeddings": {"weight": weight}}}},
+        "optimizer": {"optimizer": optimizer},
+        "rng_state": [{"torch_rng_state": torch.get_rng_state()}],
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_megatron_are_averaged_rank_by_rank(tmp_path, ranks):
+    """mp_rank_XX/model_optim_rng.pt holds a model, whatever else its name says."""
+    for step in (1, 2):
+        for rank in range(ranks):
+            folder = tmp_path / f"iter_{step:07d}" / f"mp_rank_{rank:02d}"
+            folder.mkdir(parents=True)
+            torch.save(megatron(step, rank), folder / "model_optim_rng.pt")
+    merge_checkpoints([tmp_path / "iter_0000001", tmp_path / "iter_0000002"], tmp_path / "out")
+    for rank in range(ranks):
+        path = tmp_path / "out" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+        found, ours = torch.load(path, weights_only=False), megatron(1, rank)
+        weight = found["model"]["language_model"]["embedding"]["word_embeddings"]["weight"]
+        assert weight.unique().tolist() == [1.5 + 10 * rank]
+        state = [one["optimizer"]["optimizer"]["state"][0]["exp_avg"] for one in (found, ours)]
+        assert torch.equal(*state)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["best_metric_model.pth"],
+        ["last.pth", "best_loss.pth", "best_acc.pth", "loss.pt"],
+        ["model.safetensors", "scaler.safetensors"],
+        ["optimizer.pt"],
+        ["model.pt", "model_optim.pt"],
+    ],
+)
+def test_a_file_of_weights_may_be_called_anything(tmp_path, names):
+    """What it holds decides; a scaler of inputs is no gradient scaler."""
+    for fold in range(2):
+        (tmp_path / str(fold)).mkdir()
+        for name in names:
+            path = tmp_path / str(fold) / name
+            if name.startswith("scaler"):
+                save_file({"mean": torch.ones(3) * fold}, path)
+            else:
+                helpers.save(weights(fold), path)
+    assert not scan(tmp_path / "0").notes
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    for name in names:
+        expected = {"mean": torch.full((3,), 0.5)} if "scaler" in name else mean(range(2))
+        assert same(helpers.load(tmp_path / "out" / name), expected), name
+
+
+def test_a_name_breaks_the_tie_with_a_note(tmp_path):
+    """An optimizer's file that looks like a state dict is kept beside a model, and named."""
+    for fold in range(2):
+        (tmp_path / str(fold)).mkdir()
+        save_file(weights(fold), tmp_path / str(fold) / "model.safetensors")
+        save_file({"momentum": torch.ones(3) * fold}, tmp_path / str(fold) / "optim.safetensors")
+    layout = scan(tmp_path / "0")
+    assert [note for note in layout.notes if "optim.safetensors is kept for its name" in note]
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert same(load_file(tmp_path / "out" / "optim.safetensors"), {"momentum": torch.zeros(3)})
+
+
+def test_large_files_that_are_copied_unread_are_named(tmp_path):
+    """An export beside the weights stays the template's: it is named if it is as large as they."""
+    save_file({"w": torch.zeros(1 << 18)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.onnx").write_bytes(bytes(1 << 20))
+    (tmp_path / "small.onnx").write_bytes(bytes(1000))
+    (note,) = scan(tmp_path).notes
+    assert note == "'model.onnx' is copied as it is: weights in it are not averaged"
 
 
 def test_a_dangerous_pickle_beside_the_weights_is_refused(tmp_path):

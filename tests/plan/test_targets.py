@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_avg.checkpoint import PROVENANCE_FILE, Storage, assign
+from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 from merge_avg.options import Options
@@ -179,6 +180,20 @@ def test_a_new_file_holds_one_state_dict(tmp_path):
     with pytest.raises(MergeError, match="can hold one state dict, not 'a', 'b'") as caught:
         laid_out(tmp_path / "a.pt", "safetensors")
     assert caught.value.where == str(tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bare", "shards"])
+def test_a_root_beside_nested_tensors_can_be_written(tmp_path, kind):
+    """With --key '', or where all that is nested is excluded; the error says both."""
+    state = {"w": torch.ones(2), "b": torch.ones(1), "q._extra_state": {"amax": torch.ones(2)}}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(MergeError, match="one state dict, not '', 'q._extra_state'") as caught:
+        laid_out(tmp_path / "a.pt", kind)
+    assert "--key ''" in str(caught.value.hint)
+    for options in ({"key": ""}, {"exclude": ["q._extra_state.*"]}, {"exclude": ["amax", "b"]}):
+        merge_checkpoints([tmp_path / "a.pt"] * 2, tmp_path / "o.pt", state_dict=True, **options)
+        assert set(torch.load(tmp_path / "o.pt")) == {"w", "b"}
+        (tmp_path / "o.pt").unlink()
 
 
 def test_copies_are_what_is_not_averaged(tmp_path):

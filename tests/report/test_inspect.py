@@ -52,6 +52,31 @@ def test_a_key_decides_what_is_a_weight(tmp_path):
     assert roles["state_dict.a.weight"] == "kept"
 
 
+def test_each_tensor_has_a_reason(tmp_path):
+    """It says why a tensor is a weight, or why it is kept."""
+    found = contents(saved(tmp_path / "a.ckpt", loss=torch.tensor(0.5), opt={"state": {0: STATE}}))
+    reasons = {one.name: one.reason for one in found.tensors}
+    assert reasons["state_dict.part"] == "in the state dict state_dict"
+    assert reasons["optimizer.state.0.m"] == "optimizer state, by the key 'optimizer'"
+    assert reasons["opt.state.0.part"] == "optimizer state of 0"
+    assert reasons["loss"] == "a value beside state dicts, by its name"
+    assert {one.reason for one in contents(tmp_path / "a.ckpt", "opt").tensors} == {
+        "below --key",
+        *(text for name, text in reasons.items() if name.startswith(("optimizer", "loss"))),
+        "it is not below --key",
+    }
+    torch.save({"w": W}, tmp_path / "b.pt")
+    assert contents(tmp_path / "b.pt").tensors[0].reason == "in the state dict at the root"
+
+
+def test_a_master_weight_says_so(tmp_path):
+    """Float32 in an optimizer that rounds to a weight is averaged with it."""
+    groups = {"groups": [[W.clone()]]}
+    torch.save({"model": {"w": W.half()}, "optimizer": groups}, tmp_path / "a.pt")
+    (_, master) = contents(tmp_path / "a.pt").tensors
+    assert (master.role, master.reason) == ("averaged", "a weight in float32, of an optimizer")
+
+
 def test_unusual_tensors_are_named(tmp_path):
     """A tensor that cannot be averaged is listed with the reason."""
     torch.save({"w": W, "s": torch.eye(3).to_sparse()}, tmp_path / "a.pt")
@@ -76,7 +101,7 @@ def test_the_json_has_its_keys(tmp_path):
     assert (found["step"], found["epoch"], found["metrics"]) == (None, 3, {})
     assert found["others"] == ["epoch"]
     table = {one["name"]: list(one) for one in found["tensors"]}
-    plain = ["name", "dtype", "shape", "role"]
+    plain = ["name", "dtype", "shape", "role", "reason"]
     assert table["state_dict.a.weight"] == [*plain, "tie"]
     assert table["state_dict.n"] == plain
     assert table["s"] == [*plain, "trouble"]

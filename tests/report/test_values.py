@@ -26,7 +26,7 @@ FIGURES = "mean error each pairs shrinkage size elements odd tensors".split()
 NESTED = {
     "inputs": ["path", "format", "bytes", "averaged", "weight", "hash"],
     "outputs": ["path", "weights"],
-    "kept": ["key", "tensors", "bytes"],
+    "kept": ["key", "tensors", "bytes", "reason"],
 }
 POLICIES = """
     allow_nonfinite device dtype exclude include int_policy key missing normalize state_dict
@@ -63,7 +63,9 @@ def test_its_values_are_plain(values):
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert (values["output"], values["template"], values["base"]) == ("o.pt", "fold0.pt", "base.pt")
     assert values["merge_avg"] == merge_avg.__version__
-    assert values["kept"] == [{"key": "optimizer", "tensors": 1, "bytes": 12}]
+    reason = "optimizer state, by the key 'optimizer'"
+    kept = {"key": "optimizer", "tensors": 1, "bytes": 12, "reason": reason}
+    assert values["kept"] == [kept]
     assert values["policies"]["include"] == ["*"]
     assert [len(one["hash"]) for one in values["inputs"] if one["averaged"]] == [32] * 4
     (base,) = (one for one in values["inputs"] if not one["averaged"])

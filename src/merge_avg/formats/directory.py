@@ -54,7 +54,7 @@ _OF_ONE = re.compile(
     r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
 # What names may tell where a file's content leaves a doubt, and names that tell of weights too.
-_TOLD = ("optimizer state", "learning-rate schedule", "random-number state", "gradient scaler")
+_TOLD = ("optimizer state", "learning-rate schedule", "random-number state")
 _MODEL = re.compile(r"(?i)model|weights|ema")
 _LARGEST_LATEST = 1000
 # A file may hold weights if it has a twentieth of the bytes of those that do, and 1 MiB.
