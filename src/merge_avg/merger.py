@@ -99,7 +99,7 @@ class AverageModelMerger:
         first = tensors[0]
         if not (first.is_floating_point() or first.is_complex()):
             for index, other in enumerate(tensors[1:], start=1):
-                counts = is_counter(name, first.dim(), is_bool=first.dtype == torch.bool)
+                counts = is_counter(name, first.numel(), is_bool=first.dtype == torch.bool)
                 if not counts and not torch.equal(other.to(first.device), first):
                     what = f"buffer {name!r} ({first.dtype}) of models[{index}] is not models[0]'s"
                     raise MergeError(what)

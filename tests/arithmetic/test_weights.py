@@ -175,8 +175,9 @@ def test_what_becomes_of_values():
 
 
 def test_counters_are_told_by_name_and_shape():
-    """Scalars and num_batches_tracked are counters; bools never are."""
-    assert is_counter("step", 0, is_bool=False)
-    assert is_counter("bn.num_batches_tracked", 1, is_bool=False)
-    assert not is_counter("ids", 1, is_bool=False)
-    assert not is_counter("flag", 0, is_bool=True)
+    """Single elements and num_batches_tracked are counters; bools never are."""
+    assert is_counter("step", 1, is_bool=False)
+    assert is_counter("bn.num_batches_tracked", 2, is_bool=False)
+    assert not is_counter("ids", 2, is_bool=False)
+    assert not is_counter("ids", 0, is_bool=False)
+    assert not is_counter("flag", 1, is_bool=True)

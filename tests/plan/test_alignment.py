@@ -9,7 +9,7 @@ import torch
 from merge_avg.checkpoint import BY_NAME, Name, Storage
 from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
-from merge_avg.plan._alignment import is_chosen, match, refuse_quantised
+from merge_avg.plan._alignment import is_chosen, match
 from merge_avg.plan._units import make_plan
 from merge_avg.report.text import lines
 from merge_avg.report.values import describe
@@ -214,19 +214,6 @@ def test_differences_name_tensor_and_file(other, says):
         assert planned(ours, theirs, dtype="float32").units[0].dtype == F32
 
 
-def test_quantised_codes_are_refused_and_lora_factors_warned_of():
-    """Codes beside their scale have no mean; the mean of factors is not that of products."""
-    storage = Storage("data/0", 64, 8)
-    codes = {
-        "l.weight": info("l.weight", storage, 0, (2,), dtype=BY_NAME["int8"]),
-        "l.weight_scale": info("l.weight_scale", Storage("s", 128, 4), 0, (1,)),
-    }
-    with pytest.raises(MergeError, match="quantised"):
-        planned(codes, codes)
-    lora = {"l.lora_A.weight": info("l.lora_A.weight", storage, 0, (2,))}
-    assert "LoRA" in planned(lora, lora).warnings[0]
-
-
 def test_bytes_of_two_dtypes_are_refused():
     """A storage that is viewed as two dtypes has no mean; the message names both."""
     storage = Storage("s", 0, 16)
@@ -256,59 +243,6 @@ def test_overlaps_that_only_the_template_has_are_refused():
     with pytest.raises(MergeError, match=r"^f1.pt: tensor 'w' overlaps itself in f0.pt"):
         planned({"w": odd}, {"w": plain})
     assert not planned({"w": odd}, {"w": odd}).restrides
-
-
-@pytest.mark.parametrize(
-    ("key", "stem", "dtype", "shape", "refused"),
-    [
-        ("l.weight", "l.weight_scale", "int8", (2,), True),
-        ("l.weight", "l.scales", "int8", (2,), True),
-        ("l.qweight", "l.qzeros", "int32", (2,), True),
-        ("l.weight", "l.g_idx", "int32", (2,), False),
-        ("l.weight", "l.weight.absmax", "bool", (2,), False),
-        ("l.weight", "l.weight_scale", "int8", (), False),
-        ("l.bias", "l.scales", "int8", (2,), False),
-        ("l.weight", "l.scaled", "int8", (2,), False),
-        ("weight", "scales", "int8", (2,), False),
-        ("a.b.l.weight", "a.b.l.scales", "uint8", (2,), True),
-        ("l.qweight", "l.scales", "int64", (2,), False),
-        ("l.weight", "l.scales", "float16", (2,), False),
-    ],
-)
-def test_what_counts_as_quantised_codes(key, stem, dtype, shape, refused):
-    """Small integers beside a scale of the same name, or of the same layer, have no mean."""
-    found = BY_NAME[dtype]
-    one = {
-        key: info(key, Storage("c", 0, 8), 0, shape, dtype=found),
-        stem: info(stem, Storage("s", 0, 8), 0, (2,)),
-    }
-    # A name that only another checkpoint has ends no search.
-    layouts, aligned = rows_of(one, one)
-    aligned = replace(aligned, rows={Name((), "absent"): (None, None), **aligned.rows})
-    if not refused:
-        planned(one, one)
-        return
-    for plan in (lambda: planned(one, one), lambda: refuse_quantised(layouts[0], aligned.rows)):
-        with pytest.raises(MergeError, match=rf"^f0.pt: tensor '{key}' holds quantised codes"):
-            plan()
-
-
-@pytest.mark.parametrize(
-    ("key", "factor"),
-    [
-        ("l.lora_A.weight", True),
-        ("l.lora_embedding_A", True),
-        ("lora_down.weight", True),
-        ("l.lora_B.weight", False),
-        ("l.flora_Ab", False),
-    ],
-)
-def test_factors_are_known_by_name(key, factor):
-    """The A of low-rank products, as PEFT and kohya name it."""
-    one = {key: info(key, Storage("s", 0, 8), 0, (2,))}
-    plan = planned(one, one)
-    assert plan.factors == ({Name((), key)} if factor else frozenset())
-    assert bool(plan.warnings) == factor
 
 
 def test_troubles_and_dtypes_are_named():

@@ -114,9 +114,10 @@ def _fraction(value: Weight) -> Fraction:
         raise UsageError(f"the weight {value!r} is not a finite number", hint=hint) from None
 
 
-def is_counter(name: str, dimensions: int, *, is_bool: bool) -> bool:
+def is_counter(name: str, numel: int, *, is_bool: bool) -> bool:
     """Return whether a tensor counts steps or batches, so that it may differ without a reason."""
-    return not is_bool and (not dimensions or name.endswith("num_batches_tracked"))
+    # Also [n] or [[n]], such as the place in a queue: registered as zeros(1).
+    return not is_bool and (numel == 1 or name.endswith("num_batches_tracked"))
 
 
 def values_of(data: memoryview, dtype: DType) -> memoryview[int]:

@@ -7,9 +7,12 @@ reading the window once more, so that merges without trouble do not pay for it.
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from merge_avg.arithmetic import Weights, is_counter, settle, unequal, values_of
 from merge_avg.checkpoint import Name, TensorInfo
@@ -17,8 +20,18 @@ from merge_avg.engine._reading import WindowReader, counted, length, part
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Matrix, same
-from merge_avg.plan import Piece, Unit, Window
+from merge_avg.plan import Piece, Unit, Window, without
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# What has no mean, and how to have the values that it and others give instead of them.
+_MASK, _UNIT = "is a mask of zeros and ones", "is of unit length, as in spectral norm"
+_FOLDED = {
+    _MASK: "make the pruning permanent (torch.nn.utils.prune.remove)",
+    _UNIT: "remove the norm (torch.nn.utils.remove_spectral_norm)",
+}
 _SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 Places = Sequence[int] | ctypes.Array[ctypes.c_int64]  # of elements of a window, in order
 
@@ -33,24 +46,47 @@ class Diagnosis:
         self._load_torch = space.load_torch
         self._reader = reader
 
-    def nonfinite(self, window: Window, sources: Sequence[int]) -> None:
-        """Raise for a tensor that holds NaN or infinity, or note its name if that is allowed."""
+    def nonfinite(
+        self, window: Window, sources: Sequence[int], out: Matrix
+    ) -> Callable[[], None] | None:
+        """Raise for a tensor that holds NaN or infinity, or note its name if that is allowed.
+
+        What is the same in all sources, bit for bit, is copied, such as the -inf of causal masks:
+        it is zero in `out` until the function that is returned is called.
+        """
+        ours: Tensor | None = None
         for k in sources:
             self._reader.again(window, k)
             source = window[0].unit.sources[k]
-            values = self._reader.room().rows(1, length(window), source.dtype)
-            for name, count in self._bad(window, values):
-                if self._options.allow_nonfinite:
-                    self._findings.nonfinite.add(str(name))
-                    continue
-                some = f"{count:,} elements of a window"
-                what = f"tensor {str(name)!r} holds NaN or infinity ({some})"
-                hint = "--allow-nonfinite averages it all the same"
-                raise MergeError(what, where=self._paths[source.checkpoint], hint=hint)
+            values = _real(self._reader.room().rows(1, length(window), source.dtype))
+            bad = ~_finite(values)
+            if self._options.allow_nonfinite:
+                names = (str(name) for name, _ in self._reached(window, bad))
+                self._findings.nonfinite.update(names)
+                continue
+            theirs = _special(values, bad, _real(out).dtype)
+            ours = theirs if ours is None else ours
+            odd = theirs != ours
+            for number, special in ((sources[0], ours), (k, theirs)):
+                for name, count in self._reached(window, odd & (special != 0)):
+                    some = f"{count:,} elements of a window"
+                    what = f"tensor {str(name)!r} holds NaN or infinity ({some})"
+                    where = self._paths[window[0].unit.sources[number].checkpoint]
+                    hint = "--allow-nonfinite averages it all the same"
+                    raise MergeError(what, where=where, hint=hint)
+        if ours is None:
+            return None
+        numbers = ours.view(_real(out).dtype)
+        names = (str(name) for name, _ in self._reached(window, numbers.isnan()))
+        self._findings.nonfinite.update(names)  # nobody means to have NaN
+        words, places = _real(out).view(ours.dtype), ours.nonzero().flatten()
+        bits = ours[places]
+        words[places] = 0
+        return partial(words.__setitem__, places, bits)
 
     def overflow(self, window: Window, result: Matrix) -> None:
         """Raise for a tensor whose mean does not fit its dtype."""
-        for name, _ in self._bad(window, result):
+        for name, _ in self._reached(window, ~_finite(_real(result))):
             what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
             hint = "choose a wider --dtype, such as float32 or bfloat16"
             raise MergeError(what, where=self._paths[0], hint=hint)
@@ -64,7 +100,7 @@ class Diagnosis:
             is_bool = info.dtype.kind == "bool"
             # Counters of steps and batches always differ: a merge that refused them would be of
             # no use to anyone who trains with batch norm.
-            counts = is_counter(name.key, len(info.shape), is_bool=is_bool)
+            counts = is_counter(name.key, info.numel, is_bool=is_bool)
             if self._options.int_policy == "error" and not counts:
                 place = next(place for place in places if _covers(info, place + shift))
                 raise self._unequal(window, place, name, info)
@@ -80,18 +116,15 @@ class Diagnosis:
         found = f"holds {theirs}, in {self._paths[0]} {ours}"
         what = f"the {info.dtype.name} tensor {str(name)!r} {found}"
         hint = "--int-policy template, max or mean says what integers become"
+        hint += f"; {without(name)} keeps the template's"
         return MergeError(what, where=self._paths[where], hint=hint)
 
-    def _bad(self, window: Window, row: Matrix) -> Iterator[tuple[Name, int]]:
-        """Yield the tensors of a window that reach elements which are not finite, and how many."""
-        self._load_torch()
-        import torch
+    def _reached(self, window: Window, bad: Tensor) -> Iterator[tuple[Name, int]]:
+        """Yield the tensors of a window that reach chosen elements, and how many of them.
 
-        values = row.tensor()[0]
-        real = torch.view_as_real(values).flatten() if values.is_complex() else values
-        real = real.float() if real.itemsize < 2 else real  # float8 has no isfinite
-        bad = ~real.isfinite()
-        bad = bad.view(-1, 2).any(dim=1) if values.is_complex() else bad
+        Complex numbers have two flags each.
+        """
+        bad = bad.view(length(window), -1).any(dim=1)
         at = 0
         for piece in window:
             found = bad[at : at + piece.stop - piece.start].nonzero().flatten()
@@ -101,6 +134,77 @@ class Diagnosis:
             shift = piece.start + piece.unit.start
             for name, _, count in _touched(piece.unit, places, shift) if len(found) else ():
                 yield name, count
+
+
+def _real(row: Matrix) -> Tensor:
+    """Return a row of numbers as real ones."""
+    import torch
+
+    values = row.tensor()[0]
+    return torch.view_as_real(values).flatten() if values.is_complex() else values
+
+
+def _finite(values: Tensor) -> Tensor:
+    return (values.float() if values.itemsize < 2 else values).isfinite()  # float8 has no isfinite
+
+
+def _special(values: Tensor, bad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bits of what is not finite, in a dtype, and 0 elsewhere."""
+    import torch
+
+    words = (torch.uint8, torch.int16, torch.int32, torch.int64)[dtype.itemsize.bit_length() - 1]
+    bits = values.to(dtype).view(words)
+    if values.dtype != dtype:
+        # Which NaN a conversion gives depends on how many numbers torch converts at a time.
+        usual = torch.full((1,), math.nan, dtype=dtype).view(words)
+        bits = bits.where(~values.isnan(), usual)
+    return bits.where(bad, 0)
+
+
+def refuse_derived(space: Workspace) -> None:
+    """Raise MergeError for values that differ and that have no mean, as they follow from others."""
+    space.load_torch()
+    job, buffer = space.job, Buffer(_SETTLED * space.job.plan.itemsize)
+    reader = WindowReader(space, (), lambda: buffer)
+    found: dict[Name, str | None] = {}
+    for unit in job.plan.units:
+        for name, info in unit.members:
+            certain = job.plan.derived.get(name)
+            if certain is not None and name in space.findings.varying:
+                found[name] = _UNIT if certain else _kind(unit, info, reader, job.averaged)
+    for name, kind in found.items():
+        if kind is not None:
+            lasts = {other.key.rpartition(".")[2] for other in found if found[other] == kind}
+            some = " ".join(f"--exclude '*{last}'" for last in sorted(lasts)[:4])
+            what = f"tensor {str(name)!r} {kind}, which differs between the checkpoints"
+            hint = f"{_FOLDED[kind]} before saving, or keep the template's: {some}"
+            raise MergeError(what, where=job.layouts[0].path, hint=hint)
+
+
+def _kind(
+    unit: Unit, info: TensorInfo, reader: WindowReader, averaged: Sequence[int]
+) -> str | None:
+    """Return what the values of a tensor are in all checkpoints, if one of `_FOLDED`."""
+    kinds = {_MASK, _UNIT} if len(unit) == info.numel else set[str]()
+    columns = 1 if info.numel == max(info.shape, default=1) else min(info.shape)
+    for k, source in enumerate(unit.sources):
+        squares = 0.0
+        for start in range(0, len(unit), _SETTLED):
+            if source.checkpoint not in averaged or not kinds:
+                break
+            stop = min(start + _SETTLED, len(unit))
+            reader.again((Piece(unit, start, stop),), k)
+            values = reader.room().rows(1, stop - start, source.dtype).tensor()[0].double()
+            squares += float(values.square().sum())
+            if not bool(((values == 0) | (values == 1)).all()):
+                kinds.discard(_MASK)
+            if squares > 2 * columns:
+                kinds.discard(_UNIT)
+        else:
+            # Of orthonormal columns, each has the length 1. Narrow dtypes round that.
+            if abs(squares / columns - 1) > (1e-4 if source.dtype.itemsize > 2 else 2e-2):
+                kinds.discard(_UNIT)
+    return next(iter(sorted(kinds)), None)
 
 
 def _touched(unit: Unit, places: Places, shift: int) -> Iterator[tuple[Name, TensorInfo, int]]:

@@ -1,4 +1,4 @@
-"""Everyone who watches what a worker reads: hashes, the agreement, and low-rank factors.
+"""Everyone who watches what a worker reads: hashes, the agreement, and derived values.
 
 All see a window by the same calls, for each source while its bytes are still in the cache.
 
@@ -16,6 +16,7 @@ from typing import Protocol
 from xxhash import xxh3_128, xxh3_128_intdigest
 
 from merge_avg.agreement import Sampler
+from merge_avg.checkpoint import Name
 from merge_avg.engine._workspace import Findings, Workspace
 from merge_avg.plan import Hashes, Job, Piece, Unit, Window
 
@@ -133,46 +134,49 @@ def total(job: Job, findings: Findings) -> Hashes:
     return Hashes(read, kept % (1 << 128))
 
 
-class FactorWatch:
-    """Notes whether factors A of low-rank products B @ A differ between the checkpoints.
+class DerivedWatch:
+    """Notes which values that follow from others, or from which others do, differ."""
 
-    Where they are the same everywhere, the mean of the products is the product of the means.
-    """
+    # Where one factor of a product is the same everywhere, the mean of the products is the product
+    # of the means; and where vectors or masks are, they are those of the mean too.
 
     def __init__(self, job: Job, findings: Findings) -> None:
         self._findings = findings
-        self._names = job.plan.factors
-        self._averaged = frozenset(job.averaged)  # a base may have other factors
+        self._names = watched(job)
+        self._averaged = frozenset(job.averaged)  # a base may have others
         self._unit: Unit | None = None
-        self._spans: list[tuple[int, int]] = []
-        self._last: int | None = None
+        self._spans: list[tuple[int, int, frozenset[Name]]] = []
+        self._first: dict[int, int] = {}  # by the start of a span, its digest
 
     def begin(self, window: Window) -> None:
-        """Find the factors in a window."""
-        self._unit, self._spans, self._last = window[0].unit, [], None
+        """Find such values in a window."""
+        self._unit, self._spans, self._first = window[0].unit, [], {}
         at = 0
         for piece in window if self._unit.kind == "mean" else ():
             end = at + piece.stop - piece.start
-            if any(name in self._names for name, _ in piece.unit.members):
-                self._spans.append((at, end))
+            if names := self._names.intersection(name for name, _ in piece.unit.members):
+                self._spans.append((at, end, names))
             at = end
 
     def see(self, k: int, data: memoryview) -> None:
-        """Compare the factors with those of the source before."""
+        """Compare them with those of the first source."""
         if self._unit is None or not self._spans:
             return
         source = self._unit.sources[k]
         if source.checkpoint in self._averaged:
-            digest, size = xxh3_128(), source.dtype.itemsize
-            for start, stop in self._spans:
-                digest.update(data[start * size : stop * size])
-            value = digest.intdigest()
-            if self._last not in (None, value):
-                self._findings.factors_differ = True
-            self._last = value
+            size = source.dtype.itemsize
+            for start, stop, names in self._spans:
+                digest = xxh3_128_intdigest(data[start * size : stop * size])
+                if self._first.setdefault(start, digest) != digest:
+                    self._findings.varying.update(names)
 
     def close(self) -> None:
         """Do nothing: differences have been reported."""
+
+
+def watched(job: Job) -> frozenset[Name]:
+    """Return the tensors of which a merge has to know whether they differ."""
+    return frozenset(job.plan.derived).union(*job.plan.factors)
 
 
 def observers(space: Workspace) -> list[Observer]:
@@ -180,8 +184,8 @@ def observers(space: Workspace) -> list[Observer]:
     job, some = space.job, list[Observer]()
     if job.options.hashes:
         some.append(Hasher(job, space.findings))
-    if job.plan.factors:
-        some.append(FactorWatch(job, space.findings))
+    if watched(job):
+        some.append(DerivedWatch(job, space.findings))
     if not space.comparison.empty:
         some.append(Sampler(space.comparison, space.load_torch))
     return some

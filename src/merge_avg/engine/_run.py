@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec
 
 from merge_avg.agreement import Agreement, Comparison
+from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
@@ -118,6 +119,8 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         in_parallel(_tasks(job), functools.partial(Worker, space), job.budget.threads)
         if space.results:
             restride_results(space)
+        if not findings.varying.isdisjoint(job.plan.derived):
+            refuse_derived(space)
         # Nothing gets its name before the inputs are known to be whole, and the same as at first.
         for reader in readers:
             reader.finish()
@@ -136,7 +139,7 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         time.perf_counter() - started,
         tuple(sorted(findings.differing)),
         tuple(sorted(findings.nonfinite)),
-        job.plan.warnings if findings.factors_differ or not job.plan.factors else (),
+        job.plan.warnings if any(findings.varying.issuperset(p) for p in job.plan.factors) else (),
         agreement,
         comparison.centred(),
         compared,

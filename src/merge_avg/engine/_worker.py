@@ -100,10 +100,13 @@ class Worker:
             mean.result(out, functools.partial(self._peek, window, ours))
             # A mean of finite numbers of one dtype fits that dtype; a linear combination may not.
             grows = recipe.converted or outputs[number].weights.divisor is not None
+            write = None
             if unit.kind == "mean" and not mean.finite:
-                self._diagnosis.nonfinite(window, ours)
+                write = self._diagnosis.nonfinite(window, ours, out)
             if grows and not options.allow_nonfinite and not mean.fits:
                 self._diagnosis.overflow(window, out)
+            if write is not None:
+                write()
             yield number
 
     def _peek(

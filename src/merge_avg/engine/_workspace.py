@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from merge_avg.agreement import Comparison
+from merge_avg.checkpoint import Name
 from merge_avg.io import Reader, Scratch, Sink
 from merge_avg.plan import Job
 
@@ -21,7 +22,7 @@ class Findings:
     nbytes: int = 0  # read
     differing: set[str] = field(default_factory=set)  # integer tensors
     nonfinite: set[str] = field(default_factory=set)
-    factors_differ: bool = False  # those of low-rank products, between the checkpoints
+    varying: set[Name] = field(default_factory=set)  # derived values that differ; see _observers
     theirs: BaseException | None = None  # what `progress` raised, which is the caller's own
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -7,6 +7,7 @@ headers tell of an error shows here, before hours of reading.
 
 from __future__ import annotations
 
+from merge_avg.plan._alignment import without
 from merge_avg.plan._budget import Piece, Window, batches
 from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
 from merge_avg.plan._masters import Masters, roles_of
@@ -31,5 +32,6 @@ __all__ = [
     "read_record",
     "refuse_inputs",
     "roles_of",
+    "without",
     "without_collector",
 ]

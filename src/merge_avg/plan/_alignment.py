@@ -12,16 +12,13 @@ from pathlib import Path
 from merge_avg.checkpoint import Layout, Name, TensorInfo, dotted
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Missing
+from merge_avg.plan._derived import refuse_quantised
 
 # Segments that wrappers of a model add to its names: "module" is that of DataParallel,
 # DistributedDataParallel and AveragedModel, "_orig_mod" that of torch.compile.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Siblings that hold the scales of quantised codes (bitsandbytes, GPTQ, AWQ, DeepSeek, torchao),
-# after the name of the codes or in place of its last segment.
-_SCALE = re.compile(
-    r"[._](scales?|scale_inv|input_scale|absmax|quant_map|nested_absmax|quant_state.*|SCB|CB"
-    r"|zeros?|zero_points?|qzeros|g_idx)$"
-)
+# What torch calls the state that a module keeps beside its weights: bytes that nobody else reads.
+_OPAQUE = re.compile(r"(.*\.)?_extra_state")
 _MOST_PATTERNS = 1000  # each is compared with every name
 
 
@@ -70,7 +67,11 @@ def align(
 
     def chosen(one: Mapping[Name, TensorInfo]) -> dict[Name, TensorInfo]:
         weights = ((name, (masters or {}).get(name) or name) for name in one)
-        return {name: one[name] for name, weight in weights if is_chosen(weight, include, exclude)}
+        return {
+            name: one[name]
+            for name, weight in weights
+            if is_chosen(weight, include, exclude) and not _OPAQUE.fullmatch(name.key)
+        }
 
     notes: list[str] = []
     template = chosen(weights[0])
@@ -83,8 +84,9 @@ def align(
         notes += [note] if note else []
         columns.append(chosen(column))
     kept = [name for name in weights[0] if name not in template]
-    if kept:
-        notes.append(f"{named(kept)} is not to be averaged and is kept from the template")
+    for opaque, why in ((False, "not to be averaged"), (True, "state of a module beside weights")):
+        if some := [name for name in kept if bool(_OPAQUE.fullmatch(name.key)) == opaque]:
+            notes.append(f"{named(some)} is {why} and is kept from the template")
     left_out: set[str] = set()
     for path, column in zip(paths[1:], columns, strict=True):
         lacking = [name for name in template if name not in column]
@@ -247,7 +249,8 @@ def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None
             if info.shape != first.shape:
                 shapes = f"{list(info.shape)}, expected {list(first.shape)} as in {template}"
                 what = f"tensor {str(name)!r} has the shape {shapes}"
-                raise MergeError(what, where=layout.where(info))
+                hint = f"{without(name)} keeps the template's"
+                raise MergeError(what, where=layout.where(info), hint=hint)
             if info.dtype == first.dtype:
                 continue
             if {info.dtype.kind, first.dtype.kind} != {"float"}:
@@ -260,25 +263,17 @@ def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None
                 continue
             names = f"{info.dtype.name}, in {template} it is {first.dtype.name}"
             raise MergeError(f"tensor {str(name)!r} is {names}", where=layout.path, hint=hint)
-    refuse_quantised(layouts[0], aligned.rows)
+    tensors = {name: aligned.template(name) for name in aligned.rows}
+    refuse_quantised(layouts[0], tensors, aligned.skipped)
 
 
-def refuse_quantised(template: Layout, rows: Mapping[Name, tuple[TensorInfo | None, ...]]) -> None:
-    """Raise MergeError for tensors that hold the codes of quantised ones."""
-    # Codes are plain int8 or uint8 (GPTQ packs them into int32), as other tensors are too. What
-    # gives them away is a scale beside them; their mean would be of codes with different scales.
-    keys = {name.key: name for name in rows}
-    scaled = {_SCALE.sub("", key) for key in keys if _SCALE.search(key)}
-    for key, name in keys.items():
-        info = rows[name][0]
-        if info is None or info.dtype.itemsize > (4 if key.endswith("qweight") else 1):
-            continue
-        stem = key.rpartition(".")[0]
-        coded = key in scaled or (stem in scaled and key.endswith("weight"))
-        if coded and info.shape and info.dtype.kind != "bool":
-            what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
-            hint = "average the checkpoints before you quantise them"
-            raise MergeError(what, where=template.path, hint=hint)
+def without(name: Name) -> str:
+    """Return the option that leaves out a tensor along with what belongs to it."""
+    parts = name.key.split(".")
+    # A metric keeps several states, which go together, as do all metrics of a collection.
+    metric = next((k for k, part in enumerate(parts[:-1]) if "metric" in part.lower()), -2)
+    module = ".".join(parts[: metric + 1] if metric >= 0 else parts[:-1])
+    return f"--exclude '{module}.*'" if module else f"--exclude '{name.key}'"
 
 
 def check_shared(

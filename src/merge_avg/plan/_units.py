@@ -11,7 +11,6 @@ memory, and whatever views them sees the mean.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +27,7 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError
 from merge_avg.plan._alignment import Aligned, check_shared, check_tensors, place
+from merge_avg.plan._derived import low_rank, unit_or_mask
 
 # Floats and complex numbers have a mean; integers and bools should be equal; what is kept stays the
 # template's, because other checkpoints lack it or because no weight covers it.
@@ -36,8 +36,6 @@ Member = tuple[Name, TensorInfo]
 # A mapping has to start at a multiple of the system's pages, or of what the system hands out: up to
 # 64 KiB, on Windows and on some kernels for ARM and POWER.
 _PAGE = 1 << 16
-# The A of low-rank products, as PEFT and kohya name it.
-_LORA_A = re.compile(r"(^|[._])lora_(A|embedding_A|down)([._]|$)")
 _LORA_WARNING = (
     "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, merge "
     "each adapter into its base model first"
@@ -110,9 +108,11 @@ class Plan:
     aligned: Aligned
     units: tuple[Unit, ...]  # in the template's order
     restrides: tuple[Restride, ...]  # copies to make first
-    # Tensors A of low-rank products B @ A. Where they are the same everywhere, the mean of the
-    # products is the product of the means, and elsewhere it is not.
-    factors: frozenset[Name]
+    # Pairs of factors of low-rank products. Where one of each is the same everywhere, the mean of
+    # the products is the product of the means, and elsewhere it is not.
+    factors: frozenset[frozenset[Name]]
+    # What may follow from other values, so that it has no mean; True where that is certain.
+    derived: Mapping[Name, bool]
     dtype: str | None = None  # the float dtype that is asked for
 
     def result(self, name: Name) -> DType:
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return what may make the mean meaningless."""
+        """Return what may make the mean meaningless, if factors differ."""
         return (_LORA_WARNING,) if self.factors else ()
 
     @property
@@ -165,8 +165,9 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
         for unit in _with_gaps(runs):
             units.append(replace(unit, number=len(units)))
     _tie(aligned, restrides)
-    factors = frozenset(name for name in aligned.rows if _LORA_A.search(name.key))
-    return Plan(tuple(layouts), aligned, tuple(units), tuple(restrides), factors, dtype)
+    tensors = {name: aligned.template(name) for name in aligned.rows}
+    derived = low_rank(tensors), unit_or_mask(tensors)
+    return Plan(tuple(layouts), aligned, tuple(units), tuple(restrides), *derived, dtype)
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:

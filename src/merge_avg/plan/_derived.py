@@ -1,0 +1,272 @@
+"""Values that follow from other values, so that the mean of each is not what their mean gives.
+
+    spectral norm     W / (u W v)      u and v of unit length, found by power iteration
+    pruning           W * mask         the mask of zeros and ones
+    low-rank product  B @ A            a factor with few rows, and one with as few columns
+    weight norm       g * v / |v|      a length a row, and directions
+    quantised         codes * scale    a scale a tensor, a row, a column or a block
+
+A tensor's part follows from its shape and those of its siblings; of what is left, some names and a
+look at the values (`engine`) tell. Averages that are kept beside weights, such as BatchNorm's or
+those of a codebook, are none of these: they have a mean.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, permutations
+
+from merge_avg.checkpoint import Layout, Name, TensorInfo, TreePath
+from merge_avg.errors import MergeError, named
+
+Tensors = Mapping[Name, TensorInfo]
+Home = tuple[TreePath, str]  # a state dict, and a module in it
+Pair = frozenset[Name]
+
+# torch.nn.utils.parametrize: X.original is a sibling of what X.0, X.1, ... hold.
+_PARAMETRIZED = re.compile(r"(.*\bparametrizations\.[^.]+)\.\d+")
+_PARAMETRIZATIONS = re.compile(r"\bparametrizations\.")
+# Names that torch's own modules give their parameters: such a vector is neither u, v nor a scale.
+_OWN = re.compile(r"(.*_)?(bias|weight)\d*|bias_.*|logit_scale")
+_SCALE_WORD = re.compile("scale|absmax|scb|zero", re.IGNORECASE)
+_MASK_WORD = re.compile("mask|perm", re.IGNORECASE)
+# Families of low-rank products (LoRA, LoHa, LoKr), whatever their rank and what lies beside them.
+_FAMILIES = {"lora", "loha", "hada", "lokr"}
+_LORA_A = re.compile(r"(^|[._])lora_(embedding_)?(A|down)([._]|$)", re.IGNORECASE)
+_OPPOSITES = (
+    {"a", "b"},
+    {"down", "up"},
+    {"in", "out"},
+    {"left", "right"},
+    {"u", "v"},
+    {"w1", "w2"},
+)
+_MOST_BESIDE = 16  # matrices of a module that are looked at in pairs
+
+
+def _last(name: Name) -> str:
+    return name.key.rpartition(".")[2]
+
+
+def _home(name: Name) -> Home:
+    """Return the module that a tensor belongs to."""
+    module = name.key.rpartition(".")[0]
+    parametrized = _PARAMETRIZED.fullmatch(module)
+    return name.state_dict, parametrized[1] if parametrized else module
+
+
+def _by_home(tensors: Tensors) -> dict[Home, list[Name]]:
+    homes: dict[Home, list[Name]] = defaultdict(list)
+    for name in tensors:
+        homes[_home(name)].append(name)
+    return homes
+
+
+def _matrix(info: TensorInfo) -> tuple[int, int] | None:
+    """Return the rows and columns of a tensor of two dimensions or more, as layers use it."""
+    if len(info.shape) < 2 or not info.numel or info.dtype.kind not in ("float", "complex"):
+        return None
+    return info.shape[0], info.numel // info.shape[0]
+
+
+def unit_or_mask(tensors: Tensors) -> dict[Name, bool]:
+    """Return what may be of unit length, or a mask: the values tell, unless it is certain."""
+    found: dict[Name, bool] = {}
+    for home, names in _by_home(tensors).items():
+        lengths: set[int] = set()
+        for name in names:
+            info = tensors[name]
+            if (matrix := _matrix(info)) is not None and max(info.shape) < info.numel:
+                # A transposed convolution has its rows in the second dimension.
+                lengths |= {*matrix, info.shape[1], info.numel // info.shape[1]}
+        spelled = {_last(name) for name in names}
+        for name in names:
+            info, last = tensors[name], _last(name)
+            if info.dtype.kind != "float":
+                continue
+            inner = name.key.rpartition(".")[0] != home[1]  # in X.0 of a parametrization of X
+            vector = 1 < info.numel == max(info.shape, default=1) and info.numel in lengths
+            if inner or _MASK_WORD.search(last) or (vector and not _OWN.fullmatch(last)):
+                stem = last.removesuffix("_u").removesuffix("_v")
+                known = inner and last in ("_u", "_v")
+                known |= stem != last and not spelled.isdisjoint((f"{stem}_orig", f"{stem}_bar"))
+                found[name] = vector and known
+    return found
+
+
+def parts_note(tensors: Tensors) -> Iterator[str]:
+    """Yield a note on weights that a model computes from parts which are averaged."""
+    found = []
+    for (_, module), names in _by_home(tensors).items():
+        spelled = {_last(name) for name in names}
+        stems = {last[:-2] for last in spelled if last.endswith("_g")}
+        found += [f"{module}.{stem}".lstrip(".") for stem in stems if f"{stem}_v" in spelled]
+        # A weight times a mask that is the same everywhere has the mean that it should.
+        if not spelled.isdisjoint(("original", "original0")) and _PARAMETRIZATIONS.search(module):
+            masked = any(map(_MASK_WORD.search, spelled))
+            found += () if masked else (_PARAMETRIZATIONS.sub("", module),)
+    if found:
+        what = "is computed from parts, as by weight norm, and the mean is that of the parts"
+        yield f"{named(found)} {what}: for that of weights, fold them into these before saving"
+
+
+def low_rank(tensors: Tensors) -> frozenset[Pair]:
+    """Return the pairs of factors; a factor A alone where its product has another shape."""
+    homes: dict[Home, list[Name]] = defaultdict(list)
+    beside: dict[Home, int] = defaultdict(int)  # tensors of more than one element in a module
+    matrices: dict[Name, tuple[int, int]] = {}
+    for name, info in tensors.items():
+        parents = name.key.split(".")[:-1]
+        beside[name.state_dict, ".".join(parents)] += info.numel > 1
+        if (matrix := _matrix(info)) is not None:
+            matrices[name] = matrix
+            for depth in range(len(parents), max(len(parents) - 3, -1), -1):
+                homes[name.state_dict, ".".join(parents[:depth])].append(name)
+    pairs: set[Pair] = set()
+    inner: dict[tuple[Name, Name], int] = {}  # of modules that hold nothing but pairs, the rank
+    known: set[Name] = set()
+    for home, names in sorted(homes.items(), key=lambda item: -len(item[0][1].split("."))):
+        if not 1 < len(names) <= _MOST_BESIDE:
+            continue
+        pairs |= {
+            frozenset(pair) for pair in combinations(names, 2) if _opposed(*pair, family=True)
+        }
+        products = {
+            (a, b): matrices[a][0]
+            for a, b in permutations(names, 2)
+            if 2 * matrices[a][0] <= min(matrices[a][1], matrices[b][0])
+            and matrices[a][0] == matrices[b][1]
+            and _bare(home, (a, b), beside)
+        }
+        pairs |= _beside_full(names, products, matrices)
+        parted = {pair: rank for pair, rank in products.items() if known.isdisjoint(pair)}
+        if {name for pair in parted for name in pair} | known >= set(names):
+            inner |= parted
+            known.update(*parted)
+    # In place of full weights: nearly all matrices of an adapter are factors, whose names tell, or
+    # that have one rank, which is very small.
+    small = {p: r for p, r in inner.items() if 8 * r <= min(matrices[p[0]][1], matrices[p[1]][0])}
+    alike = small if len(inner) > 1 and len({*inner.values()}) == 1 else {}
+    for some in ([pair for pair in inner if _opposed(*pair)], alike):
+        if 10 * len({name for pair in some for name in pair}) >= 9 * len(matrices):
+            pairs |= {frozenset(pair) for pair in some}
+    alone = {frozenset((name,)) for name in tensors if _LORA_A.search(name.key)}
+    return frozenset(pairs | {one for one in alone if not any(one < pair for pair in pairs)})
+
+
+def _bare(home: Home, pair: Sequence[Name], beside: Mapping[Home, int]) -> bool:
+    """Return whether factors have modules that hold nothing else, unless they lie in `home`."""
+    # The layers of a bottleneck have biases.
+    modules = [(name.state_dict, name.key.rpartition(".")[0]) for name in pair]
+    return all(one == home or beside[one] == modules.count(one) for one in modules)
+
+
+def _beside_full(
+    names: Sequence[Name],
+    products: Iterable[tuple[Name, Name]],
+    matrices: Mapping[Name, tuple[int, int]],
+) -> set[Pair]:
+    """Return the pairs whose product has the shape of the one other matrix of a module."""
+    found: set[Pair] = set()
+    for full in names:
+        shapes = matrices[full], matrices[full][::-1]
+        some = [pair for pair in products if (matrices[pair[1]][0], matrices[pair[0]][1]) in shapes]
+        # The two layers of a bottleneck have another one between or beside them.
+        if {name for pair in some for name in pair} == {*names} - {full}:
+            found |= {frozenset(pair) for pair in some}
+    return found
+
+
+def _opposed(a: Name, b: Name, *, family: bool = False) -> bool:
+    """Return whether two names differ by one word, and for its opposite; behind a family's name."""
+    words = [re.split(r"[._]", name.key.lower()) for name in (a, b)]
+    if len(words[0]) != len(words[1]):
+        return False
+    places = [at for at, (x, y) in enumerate(zip(*words, strict=True)) if x != y]
+    if len(places) != 1 or {word[places[0]] for word in words} not in _OPPOSITES:
+        return False
+    # The layers "up" and "down" may both have factors: what differs there is no factor's name.
+    behind, ahead = words[0][: places[0]], words[0][places[0] :]
+    return not family or (not _FAMILIES.isdisjoint(behind) and _FAMILIES.isdisjoint(ahead))
+
+
+def refuse_quantised(
+    template: Layout, tensors: Tensors, skipped: Container[Name] = frozenset()
+) -> None:
+    """Raise MergeError for tensors that hold the codes of quantised ones, unless they are skipped.
+
+    Codes are float8 or small integers, as other tensors are too (GPTQ packs them into int32). What
+    gives them away is a scale beside or below them: their mean would be of codes of other scales.
+    """
+    codes = [n for n, info in tensors.items() if n not in skipped and _may_be_codes(n, info)]
+    if not codes:
+        return
+    homes = _by_home(tensors)
+    named_alike: dict[str, list[Name]] = defaultdict(list)
+    for name in tensors:
+        named_alike[name.key].append(name)
+    marked = any(_last(name) == "scaled_fp8" for name in tensors)  # ComfyUI's word on a whole file
+    for name in codes:
+        info, home = tensors[name], _home(name)
+        only = sum(_may_be_codes(other, tensors[other]) for other in homes[home]) == 1
+        scaled = (name.state_dict, name.key) in homes  # what lies below it is about it
+        scaled |= marked and info.dtype.kind == "float" and len(info.shape) > 1
+        scaled |= any(
+            other != name and _is_scale(other, tensors[other], name, info, only=only)
+            for other in (*homes[home], *named_alike[name.key])
+        )
+        if scaled:
+            what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
+            hint = "average the checkpoints before you quantise them"
+            raise MergeError(what, where=template.where(info), hint=hint)
+
+
+def _may_be_codes(name: Name, info: TensorInfo) -> bool:
+    last, dtype = _last(name), info.dtype
+    narrow = dtype.itemsize == 1 and dtype.kind in ("float", "int")
+    packed = dtype.name == "int32" and (len(info.shape) == 2 or last == "qweight")
+    mask = dtype.kind == "int" and _MASK_WORD.search(last)
+    return (narrow or packed) and info.numel > 1 and not mask and not re.search("bias", last)
+
+
+def _is_scale(name: Name, info: TensorInfo, codes: Name, coded: TensorInfo, *, only: bool) -> bool:
+    """Return whether a tensor is a scale of another, the only one of its module that has codes."""
+    last, dtype = _last(name), info.dtype
+    told = bool(_SCALE_WORD.search(last)) or name.key == codes.key
+    if _OWN.fullmatch(last) and not (told and last != "logit_scale"):
+        return False
+    if dtype.itemsize == 1 and dtype.name != "float8_e8m0fnu":  # powers of two, also as uint8
+        blocks = len(info.shape) > 1 and info.shape == coded.shape[:-1]
+        return dtype.name == coded.dtype.name == "uint8" and blocks
+    if dtype.kind not in ("float", "code") or not _FAMILIES.isdisjoint(
+        re.split(r"[._]", name.key.lower())
+    ):
+        return False
+    told |= last.startswith(_last(codes))
+    if coded.dtype.itemsize > 1:
+        packed = bool(re.search("qweight|pack", _last(codes)))
+        return told and (packed or _scales_packed(info.shape, coded.shape))
+    # A list of blocks may have any length that divides the codes: only a name tells it.
+    listed = bool(_SCALE_WORD.search(last)) and not coded.numel % max(info.numel, 1)
+    told |= only and len(coded.shape) > 1
+    return listed or (told and (info.numel == 1 or _scales_blocks(info.shape, coded.shape)))
+
+
+def _scales_blocks(ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Return whether a shape is that of a value a row, a column or a block of codes."""
+    wide = [extent for extent in ours if extent > 1]
+    if len(wide) == 1 and len(theirs) > 1 and wide[0] < math.prod(theirs):
+        return wide[0] in (theirs[0], theirs[-1])
+    pairs = list(zip(ours, theirs, strict=False))
+    fits = all(a and (b % a == 0 or a == -(-b // 128)) for a, b in pairs)
+    return len(ours) == len(theirs) and tuple(ours) != tuple(theirs) and fits
+
+
+def _scales_packed(ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Return whether a shape is that of scales of codes that are packed into larger integers."""
+    # Eight codes of 4 bits, or four of 8, along one dimension; and a scale for 16 of them or more.
+    fits = [a > 0 and 8 * b % a == 0 for a, b in zip(ours, theirs, strict=False)]
+    return 1 < 2 * math.prod(ours) <= math.prod(theirs) and len(ours) == 2 and all(fits)
