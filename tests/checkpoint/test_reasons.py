@@ -82,6 +82,22 @@ def test_containers_of_vectors_are_learned(tmp_path, key):
     assert all(text.endswith(f", by the key {key!r}") for text in why.values())
 
 
+@pytest.mark.parametrize("key", ["callbacks", "loops", "trainer"])
+def test_an_ema_that_a_callback_keeps_is_known_by_its_names(tmp_path, key):
+    """It has a tensor of the name and shape of each weight; what else lies there is kept."""
+    state = {"EMA": {"shadow": W, "best": torch.ones(3)}, "other": {"w": torch.ones(5)}}
+    weights, why = roles({"model": W, key: state}, tmp_path)
+    assert weights == sorted(["model.w", f"{key}.EMA.shadow.w"])
+    assert set(why) == {f"{key}.EMA.best", f"{key}.other.w"}
+
+
+def test_the_only_weights_may_lie_among_other_state(tmp_path):
+    """A trainer that is saved whole holds the model, where nothing else does."""
+    optimizer = {"state": {0: SLOTS}, "param_groups": []}
+    value = {"trainer": {"net": W, "optimizer": optimizer}, "args": {"x": W["w"]}}
+    assert roles(value, tmp_path)[0] == ["trainer.net.w"]
+
+
 @pytest.mark.parametrize("name", ["log_alpha", "logit_scale", "temperature", "log_vars", "beta"])
 def test_single_floats_beside_state_dicts_are_averaged(tmp_path, name):
     """A learned number need not be in a state dict, nor be a Parameter."""

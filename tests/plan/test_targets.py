@@ -187,7 +187,7 @@ def test_a_root_beside_nested_tensors_can_be_written(tmp_path, kind):
     """With --key '', or where all that is nested is excluded; the error says both."""
     state = {"w": torch.ones(2), "b": torch.ones(1), "q._extra_state": {"amax": torch.ones(2)}}
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(MergeError, match="one state dict, not '', 'q._extra_state'") as caught:
+    with pytest.raises(MergeError, match=r"one state dict, not '', 'q\._extra_state'") as caught:
         laid_out(tmp_path / "a.pt", kind)
     assert "--key ''" in str(caught.value.hint)
     for options in ({"key": ""}, {"exclude": ["q._extra_state.*"]}, {"exclude": ["amax", "b"]}):

@@ -5,8 +5,10 @@ holds tensors, and frameworks choose its name as they like.
 
     1  it lies in an optimizer's master weights                      a weight
     2  `state` lies beside `param_groups` in a dict above it         optimizer state
-    3  a key above it stands for state, in the table `STATE`         kept, except that a container
-       of which some hold learned values too holds float vectors     of float vectors is learned
+    3  a key above it stands for state: `STATE`, or                  kept
+       `AROUND`, but not a second tensor of a weight's name          kept
+       `LEARNED_TOO`, if no floats of one or more dimensions         kept
+       lie below that key
     4  it is a slot of a parameter: ("state", 3 or "conv.weight")    optimizer state
     5  its name is a state's, then the name of another tensor        optimizer state
     6  it has the form of the state of torch's generator             random-number state
@@ -22,6 +24,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -30,20 +33,37 @@ from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath
 # The key under which a scan lists what a pickled nn.Module holds beside its state dict.
 ATTRIBUTES = "attributes of a module"
 
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What containers hold whose keys match a pattern."""
+
+    name: str
+    pattern: re.Pattern[str]
+    around: bool = False  # whether weights may lie among it
+    learned_too: bool = False  # whether it may be a learned module
+
+
+def _kinds(rows: Iterable[tuple[str, str]], **more: bool) -> tuple[Kind, ...]:
+    return tuple(Kind(name, re.compile(text, re.IGNORECASE), **more) for name, text in rows)
+
+
 # Keys of containers, in any letter case, and what those hold.
 STATE = (
     ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
     ("learning-rate schedule", r".*sched.*"),
     ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
+    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
+    ("metrics", r"metrics?|history|logs?"),
+    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
+)
+# The same where weights may lie as well: an EMA that a callback keeps is known by the names of the
+# weights, and where there are no other weights, these are.
+AROUND = (
     ("callback state", r"callbacks?|callback_.*"),
     ("loop state", r"loops?|(.*_)?loop|trainer(_state)?"),
     ("data order", r"dataloader.*|dl_state_dict.*|datamodule.*"),
-    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
-    ("metrics", r"metrics?|history|logs?"),
     ("the best so far", r"best_(metric|fitness|epoch|step).*"),
-    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
-    ("times", r"timestamps?|(.*_)?time"),
-    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
 )
 # The same for keys that may stand for a learned module as well: a loss with class centers, a score
 # network, a sampler of points. What frameworks keep there are single numbers and integers.
@@ -51,11 +71,10 @@ LEARNED_TOO = (
     ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
     ("data order", r"samplers?(_\d+|_state.*)?"),
     ("metrics", r"loss(es)?|(.*_)?(loss|acc|accuracy|score)"),
+    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
+    ("times", r"timestamps?|(.*_)?time"),
 )
-_KINDS = [
-    (kind, re.compile(pattern, re.IGNORECASE), number >= len(STATE))
-    for number, (kind, pattern) in enumerate(STATE + LEARNED_TOO)
-]
+_KINDS = (*_kinds(STATE), *_kinds(AROUND, around=True), *_kinds(LEARNED_TOO, learned_too=True))
 # What training loops call single numbers beside state dicts, with whatever is put before or after:
 # val_loss, acc@1, best_prec1. By task: losses; classification; translation and summaries; detection
 # and segmentation; speech; language models; regression; generated images. `metric` is timm's,
@@ -93,12 +112,11 @@ _reason = lru_cache(maxsize=4096)(Reason)  # an optimizer has three tensors of e
 
 
 @lru_cache(maxsize=4096)
-def kind_of(key: Key) -> tuple[str, bool] | None:
-    """Return what a container of such a key holds, and whether it may hold learned values too."""
+def kind_of(key: Key) -> Kind | None:
+    """Return what a container of such a key holds; None where it may be anything."""
     if not isinstance(key, str) or len(key) > _LONGEST:
         return None
-    found = (one for one in _KINDS if one[1].fullmatch(key))
-    return next(((kind, learned) for kind, _, learned in found), None)
+    return next((kind for kind in _KINDS if kind.pattern.fullmatch(key)), None)
 
 
 def is_kept(key: Key) -> bool:
@@ -109,7 +127,8 @@ def is_kept(key: Key) -> bool:
 class Reasons:
     """The reasons of all tensors of a checkpoint, which depend on each other."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, alone: bool = False) -> None:
+        self._alone = alone  # whether weights lie among other state, and nowhere else
         self._tensors = layout.tensors
         self._optimizers = frozenset(layout.optimizers)
         self._files = frozenset(layout.named_files)
@@ -128,8 +147,8 @@ class Reasons:
                 return _reason(f"optimizer state ({_STATE} beside {_GROUPS})", key)
         for depth in range(self._named(path), len(containers)):
             kind = kind_of(path[depth])
-            if kind and not (kind[1] and path[: depth + 1] in self._vectors):
-                return _reason(f"{kind[0]}, by the key {path[depth]!r}", top)
+            if kind and not self._learned(kind, info, path[: depth + 1]):
+                return _reason(f"{kind.name}, by the key {path[depth]!r}", top)
         for depth, (above, below) in enumerate(itertools.pairwise(containers)):
             if above == _STATE and (isinstance(below, int) or below in self._names):
                 return _reason(f"optimizer state of {below!r}", top)
@@ -155,6 +174,14 @@ class Reasons:
             return None
         return _reason("a number beside state dicts", name)
 
+    def _learned(self, kind: Kind, info: TensorInfo, container: TreePath) -> bool:
+        """Return whether a tensor is learned, although a key above it stands for state."""
+        if kind.learned_too:
+            return container in self._vectors
+        if not kind.around or not info.shape:
+            return False
+        return self._forms[info.path[-1], info.shape] > 1 or self._alone
+
     def _named(self, path: TreePath) -> int:
         """Return how many keys of a path are the name of a file that holds weights."""
         return next((n for n in range(len(path), 0, -1) if path[:n] in self._files), 0)
@@ -165,7 +192,7 @@ class Reasons:
         for at, part in enumerate(parts[:-1] if len(parts) < _LONGEST else ()):
             kind, rest = kind_of(part), parts[at + 1 :]
             opt = _OPT.fullmatch(part[:_LONGEST]) and rest[0] == _STATE
-            if not opt and (kind is None or kind[0] != STATE[0][0]):
+            if not opt and (kind is None or kind.name != STATE[0][0]):
                 continue
             for start in range(len(rest)):
                 # Before or after what the slot is called: state.exp_avg.w, and state.w.exp_avg.
@@ -185,6 +212,10 @@ class Reasons:
     def _names(self) -> Counter[Key]:
         """Return the names of tensors that are no single numbers, and how many have each."""
         return Counter(info.path[-1] for info in self._tensors if info.shape and info.path)
+
+    @cached_property
+    def _forms(self) -> Counter[tuple[Key, tuple[int, ...]]]:
+        return Counter((info.path[-1], info.shape) for info in self._tensors if info.path)
 
     @cached_property
     def _vectors(self) -> frozenset[TreePath]:

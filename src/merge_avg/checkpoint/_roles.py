@@ -54,6 +54,9 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     """
     reasons = Reasons(layout)
     found = {info.path: reasons.why_kept(info) for info in layout.tensors}
+    if all(found.values()):  # {"trainer": {"model": ...}}
+        reasons = Reasons(layout, alone=True)
+        found = {info.path: reasons.why_kept(info) for info in layout.tensors}
     groups = {path[:-1] for path, reason in found.items() if reason is None}
     above = {group[:depth] for group in groups for depth in range(len(group))}
     for info in layout.tensors:

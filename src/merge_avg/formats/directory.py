@@ -263,7 +263,7 @@ def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
     surely = any(_holds_weights(members[name]) for name in plain)
     kept, notes = set(), []
     for name in members.keys() - plain:
-        told = any(found and found[0] in _TOLD for found in kinds[name])
+        told = any(kind and kind.name in _TOLD for kind in kinds[name])
         if not _holds_weights(members[name]):
             kept.add(name)
         elif surely and told and not _MODEL.search(name):

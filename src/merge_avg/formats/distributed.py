@@ -49,7 +49,7 @@ from merge_avg.checkpoint import (
     TensorInfo,
     TreePath,
     impossible,
-    is_kept,
+    kind_of,
     row_major,
 )
 from merge_avg.errors import MergeError
@@ -217,7 +217,8 @@ class _Metadata:
                 return path
         # Some writers flatten the names themselves: optimizer.state.exp_avg.WEIGHT.
         head, _, rest = fqn.partition(".")
-        return (head, rest) if rest and is_kept(head) else (fqn,)
+        kind = kind_of(head)
+        return (head, rest) if rest and kind and not kind.learned_too else (fqn,)
 
     @property
     def optimizers(self) -> tuple[TreePath, ...]:
