@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -200,3 +201,218 @@ def test_optimizers_are_told_by_what_they_hold(tmp_path, protocol):
     assert found == (("a", 0, "inner"), ("whole",))
     assert objects_at(saved(one.state_dict(), tmp_path, protocol)).optimizers == ((),)
     assert objects_at(saved({"w": torch.ones(1)}, tmp_path, protocol)).optimizers == ()
+
+
+class Rebuilt:
+    """A value that a pickle rebuilds by a function of another package."""
+
+    def __init__(self, function, *args, state=None):
+        self.function, self.args, self.state = function, args, state
+
+    def __reduce__(self):
+        return (self.function, self.args, self.state)
+
+
+def rebuild(*args):
+    """Stand for the function of another package."""
+    raise NotImplementedError
+
+
+class Holder:
+    """An object with whatever is given as its attributes."""
+
+    def __init__(self, **held):
+        self.__dict__.update(held)
+
+
+TENSOR = torch.arange(6.0).reshape(2, 3)
+
+
+def typed(tensor, dtype=None):
+    """Return the storage of a tensor as a pickle holds it, with its dtype."""
+    storage = tensor.untyped_storage()
+    return torch.storage.TypedStorage(
+        wrap_storage=storage, dtype=dtype or tensor.dtype, _internal=True
+    )
+
+
+BYTES, FLOATS = TENSOR.clone().untyped_storage(), typed(TENSOR)
+
+
+def infos(value, tmp_path, protocol=2):
+    """Save a value with torch, and return its tensors by path."""
+    found = objects_at(saved(value, tmp_path, protocol)).tensors
+    assert len({info.path for info in found}) == len(found)
+    return {info.path: info for info in found}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    "args",
+    [
+        (FLOATS, 0, (2, 3), (3, 1), False, OrderedDict(), 2),  # torch_npu
+        (nn.Linear, FLOATS, 0, (2, 3), (3, 1), False, OrderedDict()),  # fastai
+        (FLOATS, 0, TENSOR.size(), TENSOR.stride()),
+        (FLOATS, 0, [2, 3], (3, 1), True, {"conj": False}, "hpu:0", None),
+        (BYTES, 0, (2, 3), (3, 1), False, None, torch.float32),
+        (FLOATS, 0, (2, 3), (3, 1), False, None, torch.float32),
+    ],
+)
+def test_functions_with_the_arguments_of_torch_make_tensors(tmp_path, args, protocol):
+    """The storage, the first element, the shape and the strides stand in a row."""
+    one = infos({"w": Rebuilt(rebuild, *args), "plain": TENSOR}, tmp_path, protocol)["w",]
+    assert (one.dtype.name, one.shape, one.stride, one.start) == ("float32", (2, 3), (3, 1), 0)
+    assert (one.trouble, one.storage.nbytes) == (None, 24)
+
+
+def test_a_parameter_on_a_device_is_learned(tmp_path):
+    """Torch wraps what a device's function rebuilds."""
+    inner = Rebuilt(rebuild, FLOATS, 0, (2, 3), (3, 1), None, OrderedDict(), 2)
+    parameter = Rebuilt(torch._utils._rebuild_parameter, inner, 1, OrderedDict())
+    found = infos({"w": parameter}, tmp_path)
+    assert [(path, one.shape, one.learned) for path, one in found.items()] == [
+        (("w",), (2, 3), True)
+    ]
+
+
+CODES = torch.ones(6, dtype=torch.uint8)
+FOREIGN = "a tensor rebuilt by the unknown tests.formats.pickle.test_torch_objects.rebuild"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    "args",
+    [
+        (FLOATS,),
+        (FLOATS, "fp8"),
+        ((FLOATS, (2, 3)),),
+        ({"data": [FLOATS]},),
+        (FLOATS, FLOATS),
+        (FLOATS, 0, (2, 3), (3, 1), 0.5),  # a scale
+        (FLOATS, 0, (2, 3), (3, 1), [0.5]),
+        (FLOATS, 0, (2, 3), (3, 1), FLOATS),
+        (FLOATS, 0, (2, 3), (3, 1), Holder()),
+        (FLOATS, 0, (2, 3), (3, 1), torch.float16),
+        (FLOATS, 0, (2, 3), (3, 1), torch.float32, torch.float16),
+        (FLOATS, 0, (2, 3), (3,)),
+        (FLOATS, 0, (2, 4), (4, 1)),  # more than it has
+        (FLOATS, 0, (2, -3), (3, 1)),
+        (FLOATS, False, (2, 3), (3, 1)),
+        (0, (2, 3), (3, 1), FLOATS),
+        (BYTES, 0, (2, 3), (3, 1)),  # of which dtype?
+        (typed(CODES), 0, (2, 3), (3, 1), 4),  # bits, perhaps
+        (typed(CODES), 0, (2, 3), (3, 1), "nf4"),
+    ],
+)
+def test_any_other_storage_is_named(tmp_path, args, protocol):
+    """It has the path of the call that takes it, and the name of the function."""
+    found = infos({"model": {"w": Rebuilt(rebuild, *args)}}, tmp_path, protocol)
+    assert [(path, one.trouble) for path, one in found.items()] == [(("model", "w"), FOREIGN)]
+
+
+def test_a_tensor_of_codes_stays_one(tmp_path):
+    """Bytes of a quantised storage are no numbers, whatever function rebuilds them."""
+    storage = typed(CODES, torch.qint8)
+    found = infos([Rebuilt(rebuild, storage, 0, (2, 3), (3, 1))], tmp_path)
+    assert found[0,].trouble == "a tensor of qint8 codes"
+    found = infos(
+        [Rebuilt(rebuild, typed(CODES), 0, (2, 3), (3, 1), None, OrderedDict())], tmp_path
+    )
+    assert (found[0,].trouble, found[0,].dtype.name) == (None, "uint8")
+    flags = Rebuilt(rebuild, FLOATS, 0, (2, 3), (3, 1), {"neg": True})
+    assert infos([flags], tmp_path)[0,].trouble == "a lazy view (its neg bit is set)"
+
+
+def test_bare_storages_are_named(tmp_path):
+    """In a dict or list, in the state of an object, in keyword arguments and in modules."""
+    net = nn.Linear(1, 1)
+    net._buffers["data"] = net.held = FLOATS
+    value = {
+        "storage": FLOATS,
+        "list": [3, [BYTES]],
+        "object": Holder(held=FLOATS, w={"inner": FLOATS}),
+        "net": net,
+        "both": Rebuilt(rebuild, FLOATS, TENSOR),
+    }
+    found = infos(value, tmp_path, 4)
+    troubles = {path: one.trouble for path, one in found.items() if one.trouble}
+    bare = "a bare storage"
+    assert troubles == {
+        ("storage",): bare,
+        ("list", 1, 0): bare,
+        ("object", "held"): bare,
+        ("object", "w", "inner"): bare,
+        ("net", "data"): bare,
+        ("net", ATTRIBUTES, "held"): bare,
+        ("both",): FOREIGN,
+    }
+    assert all(one.numel == 0 for one in found.values() if one.trouble)  # and no single number
+
+
+def test_a_storage_is_named_once_and_an_object_with_loops_ends(tmp_path):
+    """Two storages in one call are one tensor that is not understood."""
+    loop = [FLOATS, BYTES]
+    loop.append(loop)
+    found = infos({"w": Rebuilt(rebuild, loop, FLOATS)}, tmp_path)
+    assert list(found) == [("w",)]
+
+
+def test_tensors_in_a_set_have_no_order(tmp_path):
+    """Which of them would be averaged with which is unknown."""
+    found = infos({"w": {TENSOR}}, tmp_path, 4)
+    assert [(path, one.trouble) for path, one in found.items()] == [
+        (("w", 0), "a tensor in a set, which has no order")
+    ]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_call_of_one_tensor_has_its_name(tmp_path, protocol):
+    """As the rebuild function of a subclass of Parameter, and any wrapper of one tensor."""
+    plain = Rebuilt(rebuild, torch.Tensor, TENSOR, 1, OrderedDict(), (2, 3), state={"a": 1})
+    value = {
+        "w": plain,
+        "twice": Rebuilt(rebuild, plain),
+        "learned": Rebuilt(nn.Parameter, plain, 1),
+        "two": Rebuilt(rebuild, TENSOR, TENSOR),
+        "list": Rebuilt(rebuild, [TENSOR]),
+        "state": Rebuilt(rebuild, TENSOR, state={"t": TENSOR}),
+    }
+    found = infos(value, tmp_path, protocol)
+    assert list(found) == [
+        ("w",),
+        ("twice",),
+        ("learned",),
+        ("two", 0),
+        ("two", 1),
+        ("list", 0, 0),
+        ("state", "t"),
+        ("state", 0),
+    ]
+    assert [path for path, one in found.items() if one.learned] == [("learned",)]
+    assert all(one.shape == (2, 3) and one.trouble is None for one in found.values())
+
+
+def test_attributes_of_a_tensor_are_kept(tmp_path):
+    """They lie below it, as those of a module do; storages may be among them."""
+    weight = nn.Parameter(torch.ones(2))
+    weight.scale, weight.shards = torch.ones(1), 2
+    found = infos({"w": weight}, tmp_path)
+    assert list(found) == [("w",), ("w", ATTRIBUTES, "scale")]
+    assert found["w",].learned
+    assert found["w",].shape == (2,)
+
+
+def test_a_state_that_changes_a_tensor_is_told(tmp_path):
+    """Tensor.__setstate__ takes a storage, as old files have it."""
+    function, args = torch.ones(2).__reduce_ex__(2)
+    changed = Rebuilt(function, *args, state=(FLOATS, 0, (6,), (1,)))
+    one = infos({"w": changed}, tmp_path)["w",]
+    assert one.trouble == "a tensor that a state of its own changes"
+
+
+def test_parts_of_a_module_that_a_function_rebuilds_are_found(tmp_path):
+    """They are no modules to a reader, and their tensors are weights all the same."""
+    net = nn.Linear(1, 1)
+    net._modules["part"] = Rebuilt(rebuild, {"w": torch.ones(1)})
+    net._modules["none"] = None
+    assert list(infos(net, tmp_path)) == [("weight",), ("bias",), ("part", 0, "w")]

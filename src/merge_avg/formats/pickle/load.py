@@ -30,7 +30,6 @@ from merge_avg.formats.pickle.values import (
     DangerousPickleError,
     Global,
     InertDict,
-    Instance,
     Omitted,
     PickleError,
     Value,
@@ -192,10 +191,10 @@ def _obj(m: Machine) -> None:
 
 def _build(m: Machine) -> None:
     state, target = m.pop(), m.top()
-    if isinstance(target, Instance | InertDict):
-        target.state = state
-    elif isinstance(target, Global):  # the class itself would change, for all of the process
+    if isinstance(target, Global):  # the class itself would change, for all of the process
         raise DangerousPickleError(f"its pickle changes {target} itself")
+    if hasattr(target, "state"):  # as an Instance, an InertDict, and a tensor of the hooks
+        target.state = state
 
 
 def _ext(_: Machine) -> None:

@@ -8,6 +8,8 @@ r"""Storages and tensors, as torch pickles them: read, and written.
     torch._utils._rebuild_tensor_v3(... hooks, dtype[, metadata])     on an UntypedStorage
     torch._utils._rebuild_parameter(tensor, requires_grad, hooks)
 
+A function of another package is read like these where its arguments are.
+
 A new state dict is written like this:
 
     80 02                                 PROTO 2
@@ -48,8 +50,17 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.machine import inert_dict
-from merge_avg.formats.pickle.values import Allowance, Global, InertDict, PickleError, Value, shown
+from merge_avg.formats.pickle.values import (
+    Allowance,
+    Global,
+    InertDict,
+    Instance,
+    PickleError,
+    Value,
+    shown,
+)
 
+_VISIT = 20  # bytes that a look at a value costs
 _LARGEST = 1 << 63  # every number in a pickle of torch is smaller
 _NOWHERE = Storage("", 0, 0)
 _UNKNOWN = DType("unknown", 1, "code")
@@ -91,10 +102,11 @@ class Tensor:
     """A tensor in the object tree. Its path is known only when the tree is complete."""
 
     info: TensorInfo
+    state: Value = None  # attributes of its own
 
     def parameter(self) -> Tensor:
         """Return the same tensor as a Parameter; others may view it as a plain one."""
-        return self if self.info.learned else Tensor(replace(self.info, learned=True))
+        return Tensor(replace(self.info, learned=True), self.state)
 
 
 @dataclass
@@ -148,11 +160,11 @@ class TorchHooks:
             return inert_dict(args[0], self.allowance) if args else InertDict()
         if function == _DEFAULT_DICT:
             return InertDict()
-        # An unknown function stays an Instance: a tensor among its arguments is still found.
+        # Another unknown call stays an Instance: a tensor among its arguments is still found.
         if function.module not in ("torch._utils", "torch._tensor"):
-            return None
+            return _like_torch(args, self.allowance)
         if function.name in _UNUSUAL:
-            return _unusual(_UNUSUAL[function.name])
+            return unusual(_UNUSUAL[function.name])
         match function.name, args:
             case "_rebuild_tensor", (stored, start, shape, stride, *_):
                 return _tensor(stored, start, shape, stride, None, None)
@@ -160,18 +172,58 @@ class TorchHooks:
                 return _tensor(stored, start, shape, stride, None, more[0] if more else None)
             case "_rebuild_tensor_v3", (stored, start, shape, stride, _, _, dtype, *more):
                 return _tensor(stored, start, shape, stride, dtype, more[0] if more else None)
-            case "_rebuild_parameter" | "_rebuild_parameter_with_state", (Tensor() as data, *_):
-                return data.parameter()
-            case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *_):
+            case "_rebuild_parameter" | "_rebuild_parameter_with_state", (Tensor() as data, *more):
+                return replace(data.parameter(), state=more[2] if more[2:] else data.state)
+            case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *more):
                 if inner.name == "_rebuild_wrapper_subclass":
-                    return _unusual(_subclass(inner_args or (cls,)))
-                return self.call(inner, inner_args) or _unusual(_subclass((cls,)))
+                    return unusual(_subclass(inner_args or (cls,)))
+                made = self.call(inner, inner_args) or unusual(_subclass((cls,)))
+                return replace(made, state=more[0]) if more and isinstance(made, Tensor) else made
         return None
 
 
-def _unusual(what: str) -> Tensor:
+def unusual(what: str, *shape: int) -> Tensor:
     """Return a tensor that cannot be averaged, and why; it is an error only among the weights."""
-    return Tensor(TensorInfo((), _UNKNOWN, (), (), 0, _NOWHERE, what))
+    return Tensor(TensorInfo((), _UNKNOWN, shape, shape, 0, _NOWHERE, what))
+
+
+def _like_torch(args: tuple[Value, ...], allowance: Allowance) -> Tensor | None:
+    """Return the tensor that an unknown function makes, if its arguments are those of torch's.
+
+    Those of torch_npu have a format of the device's memory behind them, fastai's a class in front.
+    """
+    at = next((k for k, one in enumerate(args) if isinstance(one, Stored)), len(args))
+    if len(args) < at + 4:
+        return None
+    stored, start, *sizes = args[at : at + 4]
+    shape, stride = (_plain_size(one) for one in sizes)
+    others = [*args[:at], *args[at + 4 :]]
+    for one in [one for one in others if isinstance(one, dict | list | tuple)]:
+        allowance.spend(_VISIT * len(one))
+        others += one.values() if isinstance(one, dict) else one
+    dtypes = [one for one in others if isinstance(one, Global) and one.name in BY_NAME]
+    bits = next((one for one in others if isinstance(one, dict) and one), None)
+    try:
+        tensor = _tensor(stored, start, shape, stride, dtypes[0] if dtypes else None, bits)
+    except PickleError:
+        return None
+    info = tensor.info
+    # A scale, or more tensors, give the numbers another meaning; where those have 8 bits, any
+    # other number may.
+    odd = (float, Stored, Tensor, Instance)
+    codes = info.dtype.kind == "int" and info.dtype.itemsize == 1
+    if any(isinstance(one, odd) or (codes and type(one) in (int, str)) for one in others):
+        return None
+    same = stored.dtype in (None, info.dtype)
+    fits = info.stop * info.dtype.itemsize <= stored.storage.nbytes or not info.numel
+    return tensor if len(dtypes) < 2 and same and fits else None
+
+
+def _plain_size(value: Value) -> Value:
+    match value:
+        case Instance(Global("torch", "Size"), (inner,)):
+            return inner
+    return value
 
 
 def _subclass(args: tuple[Value, ...]) -> str:

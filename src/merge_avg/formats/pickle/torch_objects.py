@@ -12,7 +12,7 @@ and may share parts, so that it unfolds to far more than was read: each step cos
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,12 +30,16 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.numpy_objects import digest_of, number_of
-from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks
+from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks, unusual
 from merge_avg.formats.pickle.values import Allowance, Instance, PickleError, Value, shown
 
 _INNER = (dict, list, tuple, Instance)  # values that have others inside
+_SETS = (set, frozenset)
+_HELD = (Tensor, Stored, *_SETS, *_INNER)  # values that are a tensor, or may lead to one
 _DEEPEST = 200
 _VISIT = 20  # bytes that one step through the tree costs
+_MOST_PARTS = 100  # of a call that makes one tensor, and of each of its arguments
+_PARAMETERS = ("Parameter", "_rebuild_parameter", "_rebuild_parameter_with_state")
 _OPENED = 300  # bytes that a look into an object costs
 _MODULE = ("_parameters", "_buffers", "_modules")  # in the state of a pickled nn.Module
 
@@ -48,6 +52,7 @@ _LONGEST_TEXT = 200
 _MOST_ARRAYS = 5000  # of NumPy, below the root
 
 _Children = Iterator[tuple[str | int, Value]]
+_Level = tuple[TreePath, Value, _Children]  # a value that is being walked through
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def refuse_root(objects: Objects, path: Path) -> None:
             hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
             what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
             raise MergeError(what, where=path, hint=hint)
-    if any(info.trouble and "distributed" in info.trouble for info in objects.tensors):
+    if any(info.trouble and info.trouble.startswith("one rank's") for info in objects.tensors):
         hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
         hint += " of torch.distributed.checkpoint"
         raise MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
@@ -151,24 +156,89 @@ def values_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, 
     # A stack of iterators instead of recursion: Python's own stack is too small for a tree that
     # is deep on purpose, and a loop is found by the objects above.
     above = {id(root)}
-    levels: list[tuple[TreePath, int, _Children]] = [((), id(root), _children(root, allowance))]
+    levels: list[_Level] = [((), root, _children(root, allowance))]
+    foreign: set[TreePath] = set()
     while levels:
         path, owner, children = levels[-1]
         for key, child in children:
             allowance.spend(_VISIT)
-            if isinstance(child, Tensor):
-                yield (*path, key), child
-            elif isinstance(child, _INNER) and id(child) not in above:
+            if not isinstance(child, _HELD):
+                continue
+            below = (*path, key)
+            found: Value = child
+            if isinstance(child, Instance):
+                found = _only_tensor(child) or child
+            elif isinstance(child, Stored):
+                below, what = _foreign(levels, key)
+                found = None if below in foreign else unusual(what, 0)
+                foreign.add(below)
+            elif isinstance(child, Tensor) and isinstance(owner, _SETS):
+                found = unusual("a tensor in a set, which has no order", 0)
+            elif isinstance(child, Tensor) and _is_changed(child):
+                found = unusual("a tensor that a state of its own changes", 0)
+            if isinstance(found, Tensor):
+                yield below, found
+                below, found = (*below, ATTRIBUTES), found.state
+            if isinstance(found, _HELD) and id(found) not in above:
                 if len(levels) == _DEEPEST:
                     raise PickleError(f"its objects are nested more than {_DEEPEST} deep")
-                above.add(id(child))
-                below = (*path, key)
-                yield below, child
-                levels.append((below, id(child), _children(child, allowance)))
+                above.add(id(found))
+                yield below, found
+                levels.append((below, found, _children(found, allowance)))
                 break
         else:
             levels.pop()
-            above.discard(owner)
+            above.discard(id(owner))
+
+
+def _foreign(levels: Sequence[_Level], key: str | int) -> tuple[TreePath, str]:
+    """Return the path of a storage that no tensor is known to view, and what it is.
+
+    One among the arguments of a call stands for what the call makes. The shape of what it returns
+    is unknown, and is not that of a single number, which may be a counter.
+    """
+    last: str | int = key
+    for path, owner, _ in reversed(levels):
+        if isinstance(owner, Instance):
+            if isinstance(last, int) and path:
+                return path, f"a tensor rebuilt by the unknown {shown(owner.function)}"
+            break
+        last = path[-1] if path else ""
+    return (*levels[-1][0], key), "a bare storage"
+
+
+def _is_changed(tensor: Tensor) -> bool:
+    # Tensor.__setstate__ takes a storage with sizes, or other data.
+    state = tensor.state if isinstance(tensor.state, tuple) else ()
+    return any(isinstance(one, Tensor | Stored) for one in state[:_MOST_PARTS])
+
+
+def _only_tensor(value: Value) -> Tensor | None:
+    """Return the tensor that a call is made of, as a subclass of Parameter is, if it has no other.
+
+    Its name is that of the call: {"w": mylib.Weight(tensor)} is a weight "w".
+    """
+    learned = False
+    for _ in range(_MOST_PARTS):
+        if isinstance(value, Tensor):
+            return value.parameter() if learned else value
+        if not isinstance(value, Instance) or value.items or value.pairs:
+            break
+        args = value.args if isinstance(value.args, tuple) else (value.args,)
+        held = [one for one in args[:_MOST_PARTS] if not _is_plain(one)]
+        if len(held) != 1 or len(args) > _MOST_PARTS or not _is_plain(value.state):
+            break
+        learned |= getattr(value.function, "name", "") in _PARAMETERS
+        (value,) = held
+    return None
+
+
+def _is_plain(value: Value) -> bool:
+    """Return whether a value, which may be a small container, has no tensor in it."""
+    if isinstance(value, (dict, list, tuple, *_SETS)):
+        inside = value.values() if isinstance(value, dict) else value
+        return len(inside) <= _MOST_PARTS and not any(isinstance(one, _HELD) for one in inside)
+    return not isinstance(value, _HELD)
 
 
 def _is_optimizer(value: Value) -> bool:
@@ -205,8 +275,8 @@ def _children(value: Value, allowance: Allowance) -> _Children:
                 continue
             allowance.spend(_OPENED)
             opened.add(id(one))
-            pending += (iter(one.pairs), one.items, one.args, one.state)
-        elif isinstance(one, list | tuple):
+            pending += (one.function, iter(one.pairs), one.items, one.args, one.state)
+        elif isinstance(one, (list, tuple, *_SETS)):
             yield from enumerate(one)
         elif isinstance(one, Iterator):  # the entries of an object that may be a kind of dict
             yield from ((key_of(key), child) for key, child in one)
@@ -251,13 +321,15 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
                 else:
                     yield name, child
         for key, child in state.items():
-            if key not in _MODULE and isinstance(child, (Tensor, *_INNER)):
+            if key not in _MODULE and isinstance(child, _HELD) and child:
                 rest[_paid(key, allowance, prefix)] = child
-        modules = [
-            (f"{_paid(key, allowance, prefix)}.", child, inside)
-            for key, child in state["_modules"].items()
-            if _is_module(child)
-        ]
+        modules = []
+        for key, child in state["_modules"].items():
+            name = _paid(key, allowance, prefix)
+            if _is_module(child):
+                modules.append((f"{name}.", child, inside))
+            else:  # none, or one that a function of its own makes
+                yield name, child
         stack += reversed(modules)
     yield ATTRIBUTES, rest
 
