@@ -15,8 +15,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128
+
 from merge_avg.errors import MergeError, failure
 
+_BLOCK = 1 << 16
 LARGEST = 1 << 25  # bytes: the index of 250,000 tensors is shorter
 _LARGEST = 160_000_000  # bytes that the values of any text may take
 # Bytes that each of these characters can make at most: a dict, a list, and another value.
@@ -39,6 +42,23 @@ def read(path: Path, largest: int = LARGEST) -> bytes:
     if not small or len(raw) > largest:
         raise MergeError(f"longer than the {largest:,} bytes that such a file may have", where=path)
     return raw
+
+
+def sketch(path: Path) -> tuple[bytes, int]:
+    """Return the first bytes of a file, and a hash of all of it; memory is bounded.
+
+    Raises:
+        MergeError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_BLOCK)
+            digest = xxh3_128(head)
+            for block in iter(lambda: file.read(_BLOCK), b""):
+                digest.update(block)
+    except OSError as error:
+        raise failure(error, "cannot be read", path) from None
+    return head, digest.intdigest()
 
 
 def loads(raw: bytes, per_byte: int = 0) -> dict[str, Any]:

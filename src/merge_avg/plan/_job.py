@@ -31,7 +31,9 @@ from merge_avg.formats.directory import shard_of
 from merge_avg.io import refuse_loss, refuse_output
 from merge_avg.options import Location, Options, Outputs, Weight
 from merge_avg.plan._alignment import align, match
+from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import Budget, plan_budget
+from merge_avg.plan._derived import parts_note
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, write_record
 from merge_avg.plan._targets import OutputLayout, lay_out
@@ -237,7 +239,9 @@ def _prepared(
     if masters:
         what = "holds averaged weights in float32 and is averaged as well"
         notes.append(f"{named(masters)} in the optimizer's state {what}")
-    said = (*_notes(layouts, options, layout), *notes)
+    averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
+    parts = parts_note(averaged if len(layouts) > 1 else {})
+    said = (*_notes(layouts, options, layout), *parts, *notes)
     return Job(outputs, layout, options, roles[0], plan, budget, said, base, version)
 
 
@@ -319,14 +323,14 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
         what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
         notes.append(f"{path} is {what}")
     if output.directory:
-        # The files that say how a model of Hugging Face is built; weights alone do not fit all.
+        folders = [layout for layout in layouts if layout.members]
+        notes += notes_beside(folders) if layouts[0].members else ()
+        # Files that say how a model of Hugging Face is built.
         for name in ("config.json", "adapter_config.json"):
-            found = dict.fromkeys(layout.path / name for layout in layouts)
-            texts = (read(path) for path in found if path.is_file())
-            first = next(texts, None)
-            if any(text != first for text in texts):
-                notes.append(f"{name} differs between the checkpoints; the template's is kept")
-            if first is not None and options.dtype not in (None, TEMPLATE):
+            there = [f for layout in folders for f in layout.files if f.path == layout.path / name]
+            for file in there:
+                read(file.path)  # nobody has such a file of gigabytes
+            if there and options.dtype not in (None, TEMPLATE):
                 notes.append(f"{name} is the template's, and may still name another dtype")
     return [*notes, *_array_notes(layouts, output)]
 
