@@ -547,3 +547,170 @@ def test_a_pattern_leads_through_no_closed_folder(tmp_path, monkeypatch, pattern
     with pytest.raises(MergeError, match=r"cannot be listed \(Permission denied\)") as caught:
         expand(tmp_path / pattern, runs=True)
     assert caught.value.where == closed
+
+
+# Runs of real trainings: several series, averages, and files that say nothing.
+
+
+def run(folder, *names, start=0):
+    """Write files whose weights are 0, 1, 2, ..., and which say nothing but their names."""
+    for value, name in enumerate(names, start):
+        bare(folder / name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "average"),
+    [
+        ("epoch-{}.pt", "epoch-3-avg-2.pt"),
+        ("{}.pt", "avg_3.pt"),
+        ("{}epoch.pth", "valid.acc.ave_3best.pth"),
+        ("checkpoint{}.pt", "checkpoint_avg3.pt"),
+        ("model_{}.pth", "model_swa.pth"),
+        ("model-step={}.ckpt", "averaged.ckpt"),
+    ],
+)
+def test_averages_of_other_tools_do_not_count(tmp_path, name, average):
+    """What a recipe averaged of the run is left out, by its name, whatever is asked for."""
+    run(tmp_path, *(name.format(n) for n in (1, 2, 3)), average)
+    for criteria in (Criteria(), Criteria(last=2)):
+        selection = select([tmp_path], criteria)
+        assert average not in names(selection)
+        assert why(selection)[average] == "an average of other checkpoints, by its name"
+    # What the user names file by file is taken, and so is a pattern that fits nothing else.
+    (tmp_path / "avg").mkdir()
+    run(tmp_path / "avg", average, f"2-{average}")
+    assert len(select([tmp_path / "avg"], Criteria()).paths) == 2
+    assert len(select([tmp_path / name.format(1), tmp_path / average], Criteria()).paths) == 2
+
+
+@pytest.mark.parametrize("other", ["epoch={}-avg_loss=0.5.pt", "epoch_{}_avg_val_acc_0.93.pt"])
+def test_metrics_that_are_averages_count(tmp_path, other):
+    """A metric called avg_loss does not make its file an average of others."""
+    run(tmp_path, *(other.format(n) for n in (1, 2)), "last_3.pt")
+    assert len(select([tmp_path], Criteria()).paths) == 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("G_{}000.pth", "D_{}000.pth"),
+        ("model_{}.pt", "model_{}_ema.pt"),
+        ("net_g_{}.pth", "net_g_ema_{}.pth"),
+        ("epoch_{}.pt", "fp16_epoch_{}.pt"),
+        ("epoch={}.ckpt", "epoch={}-v1.ckpt"),
+    ],
+)
+def test_series_of_the_same_epochs_are_not_mixed(tmp_path, one, other):
+    """Names that differ in more than a number, at the same epochs, are a choice of the user's."""
+    for number, name in enumerate((one, other)):
+        run(tmp_path, *(name.format(n) for n in (1, 2, 3)), start=number * 3)
+    for criteria in (Criteria(), Criteria(last=1), Criteria(last=3)):
+        with pytest.raises(MergeError, match="two series of names") as caught:
+            select([tmp_path], criteria)
+        assert "pattern" in str(caught.value.hint)
+    listed = [tmp_path / one.format(n) for n in (1, 2, 3)]
+    assert select(listed, Criteria()).paths == tuple(listed)
+    assert names(select(listed, Criteria(last=1))) == [one.format(3)]
+
+
+def test_two_of_one_epoch_are_mentioned(tmp_path):
+    """Two chosen files with the same epoch and other weights are taken, with a note."""
+    run(tmp_path, "model_1.pt", "model_2.pt", "model_3.pt")
+    torch.save({"w": torch.full((2,), 9.0), "epoch": 3}, tmp_path / "ema.pt")
+    note = "ema.pt and model_3.pt are both of epoch 3, with other weights"
+    assert note in select([tmp_path], Criteria(last=2)).notes
+    assert not select([tmp_path], Criteria(epochs=(1, 2, None))).notes
+
+
+def test_folds_of_one_epoch_are_not_mentioned(tmp_path):
+    """Checkpoints of other folds may well be of the same epoch."""
+    for fold in (1, 2):
+        (tmp_path / f"fold{fold}").mkdir()
+        bare(tmp_path / f"fold{fold}" / "epoch_3.pt", fold)
+    assert not select([tmp_path], Criteria()).notes
+
+
+@pytest.mark.parametrize(
+    "criteria", [Criteria(last=2), Criteria(epochs=(2, 3, None)), Criteria(min_interval=1)]
+)
+def test_a_file_that_says_no_epoch_is_left_out_of_a_selection(tmp_path, criteria):
+    """What tells no epoch is left out with a reason; where all are taken, a note mentions it."""
+    run(tmp_path, "model_1.pth", "model_2.pth", "model_3.pth", "best.pth")
+    selection = select([tmp_path], criteria)
+    assert names(selection)[-2:] == ["model_2.pth", "model_3.pth"]
+    assert why(selection)["best.pth"] == "its epoch is not known"
+    selection = select([tmp_path], Criteria())
+    assert len(selection.paths) == 4
+    assert "unlike others, 'best.pth' says neither step nor epoch" in selection.notes[0]
+
+
+def test_the_clock_that_most_tell_decides(tmp_path):
+    """Of epochs, and steps of a few others, the last ones are those of the clock that more have."""
+    run(
+        tmp_path,
+        *(f"epoch-{n}.pt" for n in range(1, 6)),
+        "checkpoint-4000.pt",
+        "checkpoint-8000.pt",
+    )
+    selection = select([tmp_path], Criteria(last=2))
+    assert names(selection) == ["epoch-4.pt", "epoch-5.pt"]
+    assert why(selection)["checkpoint-8000.pt"] == "its epoch is not known"
+    assert names(select([tmp_path], Criteria(steps=(5000, None, None)))) == ["checkpoint-8000.pt"]
+
+
+def test_epochs_count_where_only_some_tell_steps(tmp_path):
+    """The last ones are found by epoch if a step is inside some of the files only."""
+    for epoch in (1, 2, 3):
+        content = {"w": torch.full((2,), float(epoch))}
+        torch.save(
+            {"model": content, **({"step": 10} if epoch == 1 else {})}, tmp_path / f"m_{epoch}.pt"
+        )
+    assert names(select([tmp_path], Criteria(last=2))) == ["m_2.pt", "m_3.pt"]
+    assert names(select([tmp_path], Criteria())) == ["m_1.pt", "m_2.pt", "m_3.pt"]
+
+
+def test_what_is_inside_counts_before_the_names_of_a_run(tmp_path):
+    """Names that count something else than the files do not decide."""
+    for number in (1, 2, 3):
+        torch.save(
+            {"w": torch.full((2,), float(number)), "epoch": 9 - number}, tmp_path / f"{number}.pt"
+        )
+    assert names(select([tmp_path], Criteria(last=1))) == ["1.pt"]
+
+
+def test_states_of_a_training_are_no_checkpoints(tmp_path):
+    """Files that hold no weights are left out of a run, and are an error where they are named."""
+    run(tmp_path, "model_1.pt", "model_2.pt")
+    for number in (1, 2):
+        state = {0: {"exp_avg": torch.ones(2), "step": torch.tensor(1.0)}}
+        torch.save(
+            {"state": state, "param_groups": [{"params": [0]}]}, tmp_path / f"opt_{number}.pt"
+        )
+    selection = select([tmp_path], Criteria(last=2))
+    assert names(selection) == ["model_1.pt", "model_2.pt"]
+    assert "no weights" in why(selection)["opt_1.pt"] or "optimizer" in why(selection)["opt_1.pt"]
+
+
+def test_the_best_of_ignite(tmp_path):
+    """The one metric is found without its name, and a negated loss is best where it is high."""
+    for epoch, loss in enumerate((0.9, 0.5, 0.2, 0.1, 0.3), 1):
+        bare(tmp_path / f"best_model_{epoch}_neg_loss={-loss:.4f}.pt", epoch)
+    for metric in (None, "neg_loss"):
+        selection = select([tmp_path], Criteria(best=2, metric=metric))
+        assert [path.name[11:12] for path in selection.paths] == ["3", "4"]
+        assert "best is the highest neg_loss" in selection.notes
+    with pytest.raises(MergeError, match="0 checkpoints with the metric"):
+        select([tmp_path], Criteria(best=2, metric="loss"))
+
+
+@pytest.mark.parametrize("name", ["{}epoch.pth", "net_g_{}000.pth", "model_{}.pth", "{:04}.pth"])
+def test_a_dry_run_shows_steps_and_reasons(command, name):
+    """The table has the epoch or step that a name tells in its run, and why a file is left out."""
+    run(Path(), *(name.format(n) for n in range(1, 13)), "final.pth")
+    code, _, err = command(".", "-o", "out.pth", "--last", 3, "--dry-run")
+    assert code == 0
+    clock, number = ("step", 12000) if "net" in name else ("epoch", 12)
+    assert re.search(rf"\+ \S+ +{clock} {number} .*among the last 3", err)
+    assert re.search(rf"- final\.pth .*its {clock} is not known", err)
+    assert command(".", "-o", "out.pth", "--last", 3)[0] == 0
+    assert float(torch.load("out.pth")["w"][0]) == 10.0

@@ -1,17 +1,13 @@
 """What is asked for: no copies, steps and epochs, the last, the best by a metric."""
 
-import filecmp
 import shutil
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Criteria, parse_range
-from merge_avg.selection._criteria import Candidate, direction, without_copies
-from tests.helpers import save
 from tests.selection.helpers import bare, lightning, names, select, trainer, why
 
 # Copies
@@ -77,29 +73,6 @@ def test_the_metric_is_asked_for(tmp_path):
     bare(tmp_path / "x.pt")
     with pytest.raises(UsageError, match="known are none"):
         select([tmp_path / "x.pt"], Criteria(best=1))
-
-
-@pytest.mark.parametrize(
-    ("metric", "mode"),
-    [
-        ("val_loss", "min"),
-        ("val/loss", "min"),
-        ("eval_wer", "min"),
-        ("perplexity", "min"),
-        ("valLoss", "min"),
-        ("acc", "max"),
-        ("val_top1", "max"),
-        ("rougeL", "max"),
-        ("mAP", None),
-        ("score", None),
-        ("glossy", None),
-        ("loss_accuracy", None),
-        ("quux", None),
-    ],
-)
-def test_directions_that_are_obvious(metric, mode):
-    """Only whole words of a metric's name tell its direction; the rest is not guessed."""
-    assert direction(metric) == mode
 
 
 def test_metrics_from_a_log(tmp_path):
@@ -258,23 +231,3 @@ def test_other_texts_are_not_ranges(text):
     with pytest.raises(UsageError, match="range") as caught:
         parse_range(text)
     assert caught.value.hint
-
-
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_checkpoints_are_compared_only_where_their_ends_are_equal(tmp_path, monkeypatch, suffix):
-    """Of many checkpoints of one size, only a copy is read to its end."""
-    for number in range(12):
-        save({"w": torch.full((4000,), float(number))}, tmp_path / f"m{number}.{suffix}")
-    shutil.copy(tmp_path / f"m3.{suffix}", tmp_path / f"zz.{suffix}")
-    compared = []
-
-    def cmp(a, b, shallow, real=filecmp.cmp):
-        compared.append((a.name, b.name))
-        return real(a, b, shallow)
-
-    monkeypatch.setattr(filecmp, "cmp", cmp)
-    left = []
-    kept, (note,) = without_copies([*map(Candidate, tmp_path.iterdir())], left)
-    assert (len(kept), len(left), len(compared)) == (12, 1, 1)
-    assert set(compared[0]) == {f"m3.{suffix}", f"zz.{suffix}"}
-    assert "counted once" in note

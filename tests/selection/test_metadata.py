@@ -14,9 +14,14 @@ from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.selection import _metadata
-from merge_avg.selection._metadata import Metadata, name_metadata, read_log, read_metadata
+from merge_avg.selection._metadata import read_log, read_metadata
+from merge_avg.selection._names import Metadata, read_names
 
 WEIGHTS = {"w": torch.ones(3)}
+
+
+def name_metadata(path):
+    return read_names([path])[path]
 
 
 def saved(path, value):

@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout
@@ -19,8 +19,18 @@ from merge_avg.formats import scan
 from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
 from merge_avg.io import TEMPORARY
 from merge_avg.options import Criteria, Mode, Series, Weight, Weighting
-from merge_avg.selection._criteria import Candidate, age, check, natural, pick, without_copies
-from merge_avg.selection._metadata import STATE, Log, Metadata, read_log, read_metadata
+from merge_avg.selection._copies import sum_of
+from merge_avg.selection._criteria import (
+    NAMED,
+    Candidate,
+    by_age,
+    check,
+    natural,
+    pick,
+    without_copies,
+)
+from merge_avg.selection._metadata import STATE, Log, read_log, read_metadata
+from merge_avg.selection._names import CLOCKS, is_average, read_names
 from merge_avg.selection._schemes import phema, resolve
 
 # A layout takes about 500 bytes for each tensor, so those kept take at most 32 MiB. That is enough
@@ -132,41 +142,59 @@ def _select(
     if criteria.empty and not any(many for _, _, many in places):
         return [Candidate(path) for _, paths, _ in places for path in paths], [], None
     log = Log() if criteria.metrics_file is None else read_log(criteria.metrics_file)
-    found: list[Candidate] = []
-    left: list[Candidate] = []
-    metrics: dict[Path, Mapping[str, float]] = {}
-    folds: dict[Path, Path] = {}
+    # What a number is that no word explains, the user knows best.
+    clocks = [kind for kind in CLOCKS if getattr(criteria, f"{kind}s") is not None]
+    everything = [path for _, paths, _ in places for path in paths]
+    names = read_names(everything, clocks[0] if len(clocks) == 1 else None)
+    seen: list[Candidate] = []
     for place, paths, many in places:
         for path in paths:
+            one = Candidate(path, name=names[path])
             try:
-                metadata = _read(path, layouts)
+                one = _read(one, layouts)
             except MergeError as error:
                 if not many or isinstance(error.__context__, PermissionError):  # it may be one
                     raise
                 # A run holds other files too. Only what the user named has to be a checkpoint.
-                left.append(Candidate(path, chosen=False, why=f"no checkpoint: {error.what}"))
+                seen.append(one.left(f"no checkpoint: {error.what}"))
                 continue
-            one = Candidate(path, metadata.step, metadata.epoch)
-            if metadata.ours or (output.exists() and path.samefile(output)):
-                left.append(one.left("an earlier output of merge-avg"))
-            else:
-                found.append(one)
-            metrics[path] = {**metadata.metrics, **log.of(path, metadata)}
-            folds.setdefault(path, _fold_of(path, place if many else path.parent))
-    found, notes = without_copies(sorted(found, key=age), left)
+            metrics = {**one.said.metrics, **log.of(path, one.said)}
+            one = replace(one, said=replace(one.said, metrics=metrics))
+            one = replace(one, fold=_fold_of(path, place if many else path.parent))
+            if one.said.ours or (output.exists() and path.samefile(output)):
+                one = one.left("an earlier output of merge-avg")
+            elif is_average(path):
+                one = replace(one, why="an average of other checkpoints, by its name")
+            seen.append(one if many or one.rough is not None else replace(one, why=NAMED))
+    # Where there is nothing but averages, or what only --key can name, it is what is asked for.
+    sure = any(one.chosen and one.why == NAMED for one in seen)
+    found = [one for one in seen if one.chosen and (one.why == NAMED or not sure)]
+    left = [one.left(one.why) for one in seen if not one.chosen or (sure and one.why != NAMED)]
+    found, notes = without_copies(
+        found, lambda path: sum_of(layouts[path]), left, per_fold=criteria.one_best_per_fold
+    )
     if not found:
         listed = named([str(one.path) for one in left]) if left else "nothing"
         where = Path(arguments[0]) if arguments else None
         raise MergeError(f"no checkpoint to average; found {listed}", where=where)
-    chosen, mode, more = pick(found, metrics, folds, criteria, left)
-    return [*chosen, *sorted(left, key=age)], [*notes, *more], mode
+    chosen, mode, more = pick(found, criteria, left)
+    return [*chosen, *by_age(left)], [*notes, *more], mode
 
 
-def _read(path: Path, layouts: _Layouts) -> Metadata:
+def _read(one: Candidate, layouts: _Layouts) -> Candidate:
+    """Return a candidate with what it says, and a rough sum of its weights, if it has some."""
     try:
-        return read_metadata(layouts[path])
+        layout = layouts[one.path]
+        said = read_metadata(layout, one.name)
     except OSError as error:
-        raise MergeError(error.strerror or str(error), where=path) from None
+        raise MergeError(error.strerror or str(error), where=one.path) from None
+    one = replace(one, step=said.step, epoch=said.epoch, said=said)
+    try:
+        return replace(one, rough=sum_of(layout, rough=True))
+    except MergeError as error:
+        if isinstance(error.__context__, OSError):
+            raise
+        return replace(one, why=f"no checkpoint: {error.what}")
 
 
 def _fold_of(path: Path, run: Path) -> Path:

@@ -5,32 +5,28 @@ Each function returns the candidates that stay. Those that go are added to `left
 
 from __future__ import annotations
 
-import filecmp
+import functools
 import itertools
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Bounds, Criteria, Mode
-from merge_avg.selection._metadata import Metadata, name_metadata
-
-# Words that tell the direction of a metric. They have to match whole, as a "glossy" metric is not a
-# loss. Names that may mean either, such as score or metric, are missing on purpose: --mode decides.
-_LOWER = re.compile(r"(?i)loss|err|error|perplexity|ppl|wer|cer|fid|mse|mae|rmse|nll|bpc|bpb")
-_HIGHER = re.compile(
-    r"(?i)acc|accuracy|bleu|f1|auc|auroc|map|iou|miou|dice|psnr|ssim|rouge\w*|top[-_]?\d+"
-    r"|precision|recall|r2|fitness"
-)
+from merge_avg.selection._metrics import direction, turned
+from merge_avg.selection._names import CLOCKS, Clock, Metadata, series
 
 
 def natural(text: str) -> list[tuple[int, int | str]]:
     """Return a key that sorts the numbers in names as numbers: fold10 comes after fold9."""
     parts = re.split(r"(\d+)", text)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+NAMED = "named"  # why a candidate is one, where nothing speaks against it
 
 
 @dataclass(frozen=True)
@@ -42,52 +38,78 @@ class Candidate:
     epoch: int | None = None
     metric: float | None = None
     chosen: bool = True
-    why: str = "named"
+    why: str = NAMED
+    said: Metadata = field(default_factory=Metadata)  # all that is known of it
+    name: Metadata = field(default_factory=Metadata)  # of that, what its name says
+    fold: Path = Path()  # the folder of its fold
+    rough: int | None = None  # a rough sum of its weights
 
     def left(self, why: str) -> Candidate:
         """Return it as one that is left out."""
         return replace(self, chosen=False, why=why)
 
 
-def age(one: Candidate) -> tuple[object, ...]:
-    """Return a key that sorts by step, epoch and name; what tells neither number comes last."""
-    counts = one.step, one.epoch
-    known = [-1 if count is None else count for count in counts]
-    return counts == (None, None), known, natural(str(one.path))
+def by_age(found: Iterable[Candidate]) -> list[Candidate]:
+    """Return candidates by step, epoch and name; those that tell neither number come last.
+
+    Epochs come first where steps are not known of all, or repeat, as they do within epochs.
+    """
+    found = list(found)
+    steps = [one.step for one in found if one.said.timed]
+    within = None in steps or len(set(steps)) < len(steps)
+    within &= all(one.epoch is not None for one in found if one.said.timed)
+
+    def age(one: Candidate) -> tuple[object, ...]:
+        counts = (one.epoch, one.step) if within else (one.step, one.epoch)
+        known = [-1 if count is None else count for count in counts]
+        return not one.said.timed, known, natural(str(one.path))
+
+    return sorted(found, key=age)
 
 
 def without_copies(
-    found: Sequence[Candidate], left: list[Candidate]
+    found: Sequence[Candidate],
+    whole: Callable[[Path], int | None],
+    left: list[Candidate],
+    *,
+    per_fold: bool = False,
 ) -> tuple[list[Candidate], list[str]]:
-    """Return each checkpoint once, the oldest first, and a note for each copy."""
-    kept: dict[tuple[int, int], Candidate] = {}  # by what tells files apart
+    """Return each checkpoint once, the oldest first, and a note for each copy.
+
+    Those with the same rough sum of weights are told apart by the `whole` one.
+    """
     alike: dict[object, list[Candidate]] = {}
+    whole = functools.cache(whole)
+
+    def same(a: Candidate, b: Candidate) -> bool:
+        # Two names that say different epochs are believed, and so are two files. A name may count
+        # from one where the file counts from zero.
+        apart = a.said.counted == b.said.counted and _same_time(a, b) is False
+        told = a.rough is not None and not apart and whole(a.path) is not None
+        return a.path.samefile(b.path) or (told and whole(a.path) == whole(b.path))
+
     notes = []
     # Of a checkpoint and its copy last.ckpt, the one whose name says something is kept.
-    for one in sorted(found, key=lambda one: name_metadata(one.path) == Metadata()):
-        stat = one.path.stat()
-        # Bytes are compared only where all of this leaves a doubt: checkpoints are large.
-        file = one.path.is_file()
-        doubts = alike.setdefault((one.step, one.epoch, _end(one.path)), []) if file else []
-        twin = kept.get((stat.st_dev, stat.st_ino)) or next(
-            (other for other in doubts if filecmp.cmp(one.path, other.path, shallow=False)), None
-        )
-        if twin is None:
-            kept[stat.st_dev, stat.st_ino] = one
-            doubts.append(one)
-        else:
-            why = f"a copy of {twin.path.name}"
-            left.append(one.left(why))
-            notes.append(f"{one.path} is {why} and is counted once")
-    return sorted(kept.values(), key=age), notes
+    for one in sorted(found, key=lambda one: (one.name == Metadata(), not one.said.timed)):
+        others = alike.setdefault((one.rough, one.fold if per_fold else None), [])
+        at = next((at for at, other in enumerate(others) if same(one, other)), None)
+        if at is None:
+            others.append(one)
+            continue
+        twin, why = others[at], f"a copy of {others[at].path.name}"
+        left.append(one.left(why))
+        notes.append(f"{one.path} is {why} and is counted once")
+        # checkpoint_best_bleu_27.5.pt tells what checkpoint12.pt does not.
+        metrics = {**one.said.metrics, **twin.said.metrics}
+        others[at] = replace(twin, said=replace(twin.said, metrics=metrics))
+    return by_age(itertools.chain(*alike.values())), notes
 
 
-def _end(path: Path) -> tuple[int, bytes]:
-    """Return a file's size and last bytes, which have the checksums of a zip archive."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 4096, 0))
-        return size, file.read()
+def _same_time(a: Candidate, b: Candidate) -> bool | None:
+    """Return whether two have the same step and epoch, as far as both tell; None where none do."""
+    pairs = ((a.step, b.step), (a.epoch, b.epoch))
+    known = [x == y for x, y in pairs if x is not None and y is not None]
+    return all(known) if known else None
 
 
 def check(criteria: Criteria) -> None:
@@ -107,7 +129,7 @@ def _within(found: list[Candidate], criteria: Criteria, left: list[Candidate]) -
     for name, bounds in (("step", criteria.steps), ("epoch", criteria.epochs)):
         if bounds is None:
             continue
-        _need(found, name)
+        found = _told(found, name, left)
         kept = [one for one in found if _inside(getattr(one, name), bounds)]
         if not kept:
             what = f"no checkpoint has a {name} that is asked for: there are {_names(found)}"
@@ -118,7 +140,7 @@ def _within(found: list[Candidate], criteria: Criteria, left: list[Candidate]) -
     if criteria.min_interval is None:
         return found
     # From the newest back, each that lies far enough from the last one kept.
-    clock = _clock(found)
+    found, clock = _timed(found, left)
     spaced: list[Candidate] = []
     for one in reversed(found):
         if spaced and getattr(spaced[-1], clock) - getattr(one, clock) < criteria.min_interval:
@@ -134,19 +156,21 @@ def _inside(number: int, bounds: Bounds) -> bool:
     return low and high and number % (every or 1) == 0
 
 
-def _clock(found: Sequence[Candidate]) -> str:
-    """Return what orders checkpoints in time: steps where all are known, else epochs."""
-    if all(one.step is not None for one in found):
-        return "step"
-    _need(found, "epoch")
-    return "epoch"
+def _timed(found: list[Candidate], left: list[Candidate]) -> tuple[list[Candidate], Clock]:
+    """Return those that tell a step, or an epoch if more tell that, and which it is."""
+    steps, epochs = (sum(getattr(one, name) is not None for one in found) for name in CLOCKS)
+    clock: Clock = "step" if steps and steps >= epochs else "epoch"
+    return by_age(_told(found, clock, left)), clock
 
 
-def _need(found: Sequence[Candidate], name: str) -> None:
-    for one in found:
-        if getattr(one, name) is None:
-            hint = f"put it into the name, as in {name}=3.pt, or leave out the option"
-            raise MergeError(f"its {name} is not known", where=one.path, hint=hint)
+def _told(found: list[Candidate], name: str, left: list[Candidate]) -> list[Candidate]:
+    """Return those that tell their step or epoch; raise MergeError where none does."""
+    kept = [one for one in found if getattr(one, name) is not None]
+    if not kept:
+        hint = f"put it into the name, as in {name}=3.pt, or leave out the option"
+        raise MergeError(f"its {name} is not known", where=found[0].path, hint=hint)
+    left += [one.left(f"its {name} is not known") for one in found if getattr(one, name) is None]
+    return kept
 
 
 def _gaps(chosen: Sequence[Candidate]) -> Iterator[str]:
@@ -164,12 +188,36 @@ def _gaps(chosen: Sequence[Candidate]) -> Iterator[str]:
                 return
 
 
-def direction(metric: str) -> Mode | None:
-    """Return whether lower or higher is better for a metric; None where its name does not tell."""
-    words = [word for word in re.split(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z])", metric) if word]
-    lower = any(_LOWER.fullmatch(word) for word in words)
-    higher = any(_HIGHER.fullmatch(word) for word in words)
-    return None if lower == higher else "min" if lower else "max"
+def _twins(found: Iterable[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:
+    """Yield pairs of checkpoints of one run, and of the same step or epoch."""
+
+    def moment(one: Candidate) -> tuple[object, ...]:
+        counts = (-1 if count is None else count for count in (one.epoch, one.step))
+        return str(one.fold), *counts
+
+    for a, b in itertools.pairwise(sorted(found, key=moment)):
+        if a.fold == b.fold and _same_time(a, b):
+            yield a, b
+
+
+def _refuse_mixture(found: Sequence[Candidate]) -> None:
+    """Raise MergeError where series of names go through the same steps or epochs: G_1 and D_1."""
+    counts = Counter(series(one.path) for one in found)
+    for a, b in _twins(found):
+        if series(a.path) != series(b.path) and min(counts[series(x.path)] for x in (a, b)) > 1:
+            what = f"{a.path.name} and {b.path.name} are of one time, but of two series of names"
+            hint = "name the files of one series, or give a pattern that fits only them"
+            raise MergeError(what, where=b.path.parent, hint=hint)
+
+
+def _doubts(chosen: Sequence[Candidate]) -> Iterator[str]:
+    """Yield notes on those that may not belong together."""
+    for a, b in itertools.islice(_twins(chosen), 1):
+        when = f"step {a.step}" if a.epoch is None else f"epoch {a.epoch}"
+        yield f"{a.path.name} and {b.path.name} are both of {when}, with other weights"
+    mute = [one.path.name for one in chosen if not one.said.timed and one.metric is None]
+    if 0 < len(mute) < len(chosen):
+        yield f"unlike others, {named(mute)} says neither step nor epoch, and counts as much"
 
 
 def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | None]:
@@ -200,7 +248,9 @@ def _value(metrics: Mapping[str, float], metric: str) -> float | None:
         return metrics[metric]
     plain = {name: _plain(name) for name in metrics}
     same = [name for name in plain if plain[name] == _plain(metric)]
-    ending = [name for name in plain if plain[name].endswith(f"_{_plain(metric)}")]
+    # The loss is not what neg_loss tells, which is best where it is high.
+    end = f"_{_plain(metric)}"
+    ending = [n for n in plain if plain[n].endswith(end) and not turned(plain[n][: -len(end)])]
     return next((metrics[alike[0]] for alike in (same, ending) if len(alike) == 1), None)
 
 
@@ -209,26 +259,20 @@ def _plain(name: str) -> str:
 
 
 def pick(
-    found: list[Candidate],
-    metrics: Mapping[Path, Mapping[str, float]],
-    folds: Mapping[Path, Path],
-    criteria: Criteria,
-    left: list[Candidate],
+    found: list[Candidate], criteria: Criteria, left: list[Candidate]
 ) -> tuple[list[Candidate], Mode | None, list[str]]:
-    """Return those asked for, the direction of the metric, and notes for the user.
-
-    The candidates are sorted by age; each has its metrics by name, and the folder of its fold.
-    """
+    """Return those asked for of candidates by age, the direction of the metric, and notes."""
     found = _within(found, criteria, left)
-    metric, mode = _deciding({name for one in found for name in metrics[one.path]}, criteria)
+    metric, mode = _deciding({name for one in found for name in one.said.metrics}, criteria)
     notes = []
     if metric is not None:
-        found = [replace(one, metric=_value(metrics[one.path], metric)) for one in found]
+        found = [replace(one, metric=_value(one.said.metrics, metric)) for one in found]
         notes.append(f"best is the {'lowest' if mode == 'min' else 'highest'} {metric}")
+    _refuse_mixture([one for one in found if metric is None or one.metric is not None])
     if criteria.one_best_per_fold:
         chosen = []
-        for fold in dict.fromkeys(folds[one.path] for one in found):
-            group = [one for one in found if folds[one.path] == fold]
+        for fold in dict.fromkeys(one.fold for one in found):
+            group = [one for one in found if one.fold == fold]
             chosen += _best(group, 1, mode, left, f"the best of {fold.name}")
     elif criteria.best is not None:
         chosen = _best(found, criteria.best, mode, left, f"among the best {criteria.best}")
@@ -236,13 +280,11 @@ def pick(
         chosen = _last(found, criteria.last, left)
     else:
         chosen = [replace(one, why="asked for") for one in found]
-    return chosen, mode, [*notes, *_gaps(chosen)]
+    return chosen, mode, [*notes, *_gaps(chosen), *_doubts(chosen)]
 
 
 def _last(found: list[Candidate], count: int, left: list[Candidate]) -> list[Candidate]:
-    # Steps that repeat were counted within each epoch.
-    if _clock(found) == "epoch" or len({one.step for one in found}) < len(found):
-        found = sorted(found, key=lambda one: (one.epoch or 0, *age(one)))
+    found, _ = _timed(found, left)
     _enough(found, count, "last", found)
     why = f"among the last {count}"
     left += [one.left(f"not {why}") for one in found[:-count]]

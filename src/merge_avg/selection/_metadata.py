@@ -15,16 +15,16 @@ import codecs
 import contextlib
 import csv
 import io
-import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath
 from merge_avg.errors import MergeError
 from merge_avg.formats import bounded
+from merge_avg.selection._metrics import is_metric
+from merge_avg.selection._names import Metadata, read_names
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
 _LONGEST_NAME = 200  # of a metric
@@ -43,92 +43,28 @@ _EPOCH_WITHIN = ("extra_state", "train_iterator", "epoch")
 # Entries that hold metrics by name. `callback_metrics` and `logs` are what Lightning's trainer and
 # Keras-like callbacks call them; the others are common in training loops of people's own.
 _TABLES = ("metrics", "metric", "scores", "results", "callback_metrics", "logs", "eval")
-# Entries at the top that are metrics, with whatever is put before or after: val_loss, acc@1. By
-# task: losses; classification; translation and summaries; detection and segmentation; speech;
-# language models; regression; generated images. `metric` is timm's, `fitness` Ultralytics'.
-_METRIC = re.compile(
-    r"(?i)(.*[_/.-])?("
-    r"loss|error|score|metric|fitness"
-    r"|acc|accuracy|top[-_]?[15]|precision|recall|f1|auc|auroc"
-    r"|bleu|rouge[a-z0-9]*|map|miou|iou|dice|wer|cer"
-    r"|ppl|perplexity|nll|mse|mae|rmse|r2|fid|psnr|ssim"
-    r")([_/.@-].*)?"
-)
-
-# Names. Lightning's ModelCheckpoint writes pairs, epoch=3-step=1000-val_loss=0.12.ckpt. Others put
-# a number after a word: checkpoint-1000 of transformers, checkpoint12.pt of fairseq,
-# model_step_1000.pt of OpenNMT. A number that goes on after a dot, as in epoch-2.5, is not one.
-_NUMBER = r"[-+]?(?:\d+\.\d+|\d+|\.\d+)(?:[eE][-+]?\d+)?"
-_PAIR = re.compile(rf"(?i)(?P<name>[A-Za-z][\w/@.]*?)=(?P<value>{_NUMBER}|nan|inf)(?=[-_.=,]|$)")
-_NAMED = re.compile(
-    r"(?i)(?:^|[-_./])(?P<kind>step|epoch|iter|checkpoint|ckpt)s?[-_]?(?P<n>\d+)(?!\.?\d)"
-)
-# fairseq: checkpoint.best_bleu_27.5.pt and checkpoint_3_5000.pt, epoch and step.
-_FAIRSEQ_BEST = re.compile(rf"^checkpoint[._]best_(?P<name>[A-Za-z][\w/]*)_(?P<value>{_NUMBER})$")
-_FAIRSEQ = re.compile(r"^checkpoint_?(?P<epoch>\d+)_(?P<step>\d+)$")
-# EDM2: network-snapshot-0002147-0.100.pkl, thousands of images and the relative width of the EMA.
-_SNAPSHOT = re.compile(r"snapshot-(?P<step>\d+)-(?P<sigma>\d*\.\d+)$")
-_SUFFIXES = re.compile(r"(?i)(\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th))+$")
 # Columns that name a checkpoint; tables that people make by hand agree on no name for it.
 _PATHS = ("path", "file", "filename", "checkpoint", "ckpt", "name")
 _MOST_NUMBERS = 1 << 20  # in a log; a row of its own counts for four
 _MOST = 1 << 63  # no count is as large
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """Step, epoch and metrics of a checkpoint, as far as they are known."""
+def read_metadata(layout: Layout, name: Metadata | None = None) -> Metadata:
+    """Return what a scanned checkpoint says about itself, inside, beside it and by its name.
 
-    step: int | None = None  # of the optimizer; EDM2 counts thousands of images instead
-    epoch: int | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)  # by the framework's names
-    sigma: float | None = None  # the relative width of a stored power-function EMA
-    ours: bool = False  # the output of an earlier merge
-
-
-def read_metadata(layout: Layout) -> Metadata:
-    """Return what a scanned checkpoint says about itself, inside, beside it and by its name."""
+    Among the names of a run its `name` says more than alone.
+    """
     inside = _inside(dict(layout.scalars) | _scores(layout))
     state = _trainer_state(layout.path) if layout.members else Metadata()
-    name = name_metadata(layout.path)
+    name = name or read_names([layout.path])[layout.path]
     return Metadata(
         _first(inside.step, state.step, name.step),
         _first(inside.epoch, state.epoch, name.epoch),
         {**name.metrics, **state.metrics, **inside.metrics},
         name.sigma,
         any(key == PROVENANCE for key, _ in layout.metadata),
+        counted=inside.timed or state.timed,
     )
-
-
-def name_metadata(path: Path) -> Metadata:
-    """Return what a name says, in the ways of Lightning, fairseq, timm and transformers."""
-    stem = _SUFFIXES.sub("", path.name)
-    if found := _SNAPSHOT.search(stem):
-        return Metadata(int(found["step"]), sigma=float(found["sigma"]))
-    if found := _FAIRSEQ_BEST.match(stem):
-        return Metadata(metrics={found["name"]: float(found["value"])})
-    if found := _FAIRSEQ.match(stem):
-        return Metadata(int(found["step"]), int(found["epoch"]))
-    step = epoch = None
-    metrics: dict[str, float] = {}
-    for pair in _PAIR.finditer(stem):
-        name, value = pair["name"].lstrip("_-."), float(pair["value"])
-        whole = int(value) if value.is_integer() else None
-        if name.lower() in _STEPS:
-            step = whole
-        elif name.lower() in _EPOCHS:
-            epoch = whole
-        else:
-            metrics[name] = value
-    for found in _NAMED.finditer(stem):
-        number, kind = int(found["n"]), found["kind"].lower()
-        # checkpoint-1000/ of transformers counts steps, while the files checkpoint12.pt of fairseq
-        # and checkpoint-12.pth.tar of timm count epochs.
-        if kind in ("step", "iter") or (kind != "epoch" and path.is_dir()):
-            step = _first(step, number)
-        else:
-            epoch = _first(epoch, number)
-    return Metadata(step, epoch, metrics)
 
 
 def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
@@ -139,7 +75,7 @@ def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
         if isinstance(value, str) or len(name) > _LONGEST_NAME:
             continue
         table = len(path) == 2 and str(path[0]).lower() in _TABLES
-        if table or (len(path) == 1 and _METRIC.fullmatch(name)):
+        if table or (len(path) == 1 and is_metric(name)):
             metrics[name] = float(value)
     # Lightning's ModelCheckpoint keeps the name of its metric and the score side by side.
     for path, value in scalars.items():

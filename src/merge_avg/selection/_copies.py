@@ -1,0 +1,83 @@
+"""Copies: checkpoints of a run with the same weights, whatever lies around these."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from dataclasses import replace
+
+from zlib_ng import zlib_ng
+
+from merge_avg.checkpoint import Layout, TensorInfo, assign
+from merge_avg.errors import failure
+
+_PIECE = 1 << 20
+# Small weights tell nearly all checkpoints apart, at the cost of a few reads while these are
+# scanned. Those that they do not are read whole, each once, so that many cost no more than a merge.
+_FEW, _SMALL = 256, 1 << 20  # tensors, bytes
+
+
+def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
+    """Return a number that is the same for checkpoints with the same weights, and for no others.
+
+    A `rough` one takes in only names, dtypes, shapes and the smallest weights. None stands for what
+    cannot be told, or takes more reading than four times all its bytes, as views may overlap.
+
+    Raises:
+        MergeError: it holds no weights.
+    """
+    names = [(str(name).split("."), info) for name, info in assign(layout).weights.items()]
+    # A state dict may be all there is or lie in {"model": ...}, and wrappers add to each name.
+    levels = zip(*(name[:-1] for name, _ in names), strict=False)
+    cut = sum(itertools.takewhile(bool, (len(set(level)) == 1 for level in levels)))
+    names.sort(key=lambda one: one[0][cut:])
+    found: list[Hashable] = [(*name[cut:], info.dtype.name, info.shape) for name, info in names]
+    weights = [info for _, info in names]
+    if rough:
+        weights = sorted(weights, key=_span)[:_FEW]
+    room = _SMALL if rough else 4 * layout.nbytes
+    sums: dict[tuple[int, int, int], int] = {}
+    for info in weights:
+        room -= _span(info)
+        if (info.trouble or room < 0) and not rough:
+            return None
+        if room >= 0:
+            found.append(_content(layout, info, sums))
+    return hash(tuple(found))
+
+
+def _span(info: TensorInfo) -> int:
+    return (info.stop - info.start) * info.dtype.itemsize
+
+
+def _content(
+    layout: Layout, info: TensorInfo, sums: dict[tuple[int, int, int], int]
+) -> tuple[object, ...]:
+    """Return what tells a tensor's content: CRC-32 as recorded, or as read, and the strides."""
+    storage, start = info.storage, info.start
+    single = storage.ranges == (storage,)
+    if single and not storage.coded and _span(info) != storage.nbytes:
+        # Others share its storage: no recorded checksum is that of its own bytes.
+        offset, start = storage.offset + start * info.dtype.itemsize, 0
+        storage = replace(storage, offset=offset, nbytes=_span(info), crc=None)
+    found = []
+    for part in storage.ranges if info.numel else ():
+        place = part.file, part.offset, part.packed or part.nbytes
+        if part.crc is None and place not in sums:
+            sums[place] = _read(layout, *place)
+        found.append(sums[place] if part.crc is None else part.crc)
+    plain = single and info.contiguous and _span(info) == storage.nbytes
+    return tuple(found), storage.swapped, () if plain else (start, info.stride)
+
+
+def _read(layout: Layout, number: int, offset: int, nbytes: int) -> int:
+    """Return the CRC-32 of a range of a file."""
+    path, crc = layout.files[number].path, 0
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while piece := file.read(min(nbytes, _PIECE)):
+                crc, nbytes = zlib_ng.crc32(piece, crc), nbytes - len(piece)
+    except OSError as error:
+        raise failure(error, "cannot be read", path) from None
+    return crc
