@@ -1,10 +1,13 @@
 """Copies: the same weights, whatever lies around them, are counted once."""
 
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from merge_avg.formats import scan
@@ -48,7 +51,25 @@ def legacy(content, path):
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
+def deflated(content, path):
+    torch.save(content, path.with_suffix(".tmp"))
+    with (
+        zipfile.ZipFile(path.with_suffix(".tmp")) as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+
+
+def distributed(content, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        dcp.save(content, checkpoint_id=path, no_dist=True)
+
+
 WRITERS = {
+    "deflated.pt": lambda path: deflated(wrapped(1), path),
+    "step_7": lambda path: distributed({**wrapped(1), "optim": optimizer()}, path),
     "bare.pt": lambda path: torch.save(model(1), path),
     "other root.pth": lambda path: torch.save(model(1), path),
     "wrapped.pt": lambda path: torch.save(wrapped(1, epoch=3), path),

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_avg.selection._names import Metadata, is_average, read_names, series
@@ -72,6 +72,7 @@ def expected(kind, e):
 
 
 @pytest.mark.parametrize(("scheme", "alone", "run"), SCHEMES)
+@settings(max_examples=25)
 @given(epochs=st.sets(st.integers(1, 98), min_size=2, max_size=6).map(list))
 def test_steps_and_epochs(scheme, alone, run, epochs):
     """Words tell what numbers count; where none does, the number that varies in a run counts."""
@@ -108,6 +109,7 @@ def test_a_number_without_a_word_counts_what_is_asked_for():
         (("yolov8s.pt",), [(None, None)]),
         (("vit_s_16.pt",), [(None, None)]),
         (("last.ckpt",), [(None, None)]),
+        (("epoch-30-avg-2.pt", "epoch-30-avg-5.pt"), [(None, 30)] * 2),
         (("gpt-step=1e3.ckpt",), [(1000, None)]),
         (("epoch=3.0.ckpt",), [(None, 3)]),
     ],

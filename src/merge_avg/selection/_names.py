@@ -34,7 +34,7 @@ _TIMES = {
     "weak": re.compile(r"checkpoints?|ckpts?|chkpts?"),
     # Parts of a set, settings, runs.
     "other": re.compile(
-        r"folds?|cv|split|seed|rank|gpu|world|run|trial|exp|v(ersion)?|member|worker|client|part"
+        r"avg|ave|folds?|cv|split|seed|rank|gpu|world|run|trial|exp|v(ersion)?|member|worker|client|part"
         r"|shard|stage|phase|task|layers?|dim|size|bs|lr|k"
     ),
 }
