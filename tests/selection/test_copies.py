@@ -226,6 +226,14 @@ def test_a_copy_lends_its_metrics(tmp_path):
     assert names(selection) == ["checkpoint1.pt", "checkpoint2.pt"]
 
 
+def test_the_copy_that_is_named_like_the_others_is_kept(tmp_path):
+    """mmengine: best_coco_bbox_mAP_epoch_2.pth has no optimizer, and is not to be the template."""
+    for epoch in (1, 2, 3):
+        torch.save(wrapped(epoch, optimizer=optimizer()), tmp_path / f"epoch_{epoch}.pth")
+    torch.save(wrapped(2), tmp_path / "best_coco_bbox_mAP_epoch_2.pth")
+    assert names(select([tmp_path], Criteria(last=2))) == ["epoch_2.pth", "epoch_3.pth"]
+
+
 def test_copies_are_told_with_few_layouts_at_hand(tmp_path, monkeypatch):
     """Where layouts do not fit, those of suspects are scanned again, and the result is the same."""
     from merge_avg.selection import _choose

@@ -89,8 +89,14 @@ def without_copies(
         return a.path.samefile(b.path) or (told and whole(a.path) == whole(b.path))
 
     notes = []
-    # Of a checkpoint and its copy last.ckpt, the one whose name says something is kept.
-    for one in sorted(found, key=lambda one: (one.name == Metadata(), not one.said.timed)):
+    counts = Counter(series(one.path) for one in found)
+
+    def rank(one: Candidate) -> tuple[bool, bool, int]:
+        return one.name == Metadata(), not one.said.timed, -counts[series(one.path)]
+
+    # Of a checkpoint and its copies last.ckpt and best_epoch_3.pth, the one that is named like the
+    # others is kept: it may be the template.
+    for one in sorted(found, key=rank):
         others = alike.setdefault((one.rough, one.fold if per_fold else None), [])
         at = next((at for at, other in enumerate(others) if same(one, other)), None)
         if at is None:
