@@ -27,8 +27,6 @@ from merge_avg.formats.pickle.machine import SLOT, Call, Handler, Machine, Persi
 from merge_avg.formats.pickle.values import (
     Allowance,
     CutShortError,
-    DangerousPickleError,
-    Global,
     InertDict,
     Omitted,
     PickleError,
@@ -189,14 +187,6 @@ def _obj(m: Machine) -> None:
     m.make(tuple(args), function)
 
 
-def _build(m: Machine) -> None:
-    state, target = m.pop(), m.top()
-    if isinstance(target, Global):  # the class itself would change, for all of the process
-        raise DangerousPickleError(f"its pickle changes {target} itself")
-    if hasattr(target, "state"):  # as an Instance, an InertDict, and a tensor of the hooks
-        target.state = state
-
-
 def _ext(_: Machine) -> None:
     raise PickleError("the pickle names a class by a number of the extension registry")
 
@@ -270,12 +260,12 @@ _HANDLERS: dict[str, Handler] = {
     "\x93": lambda m: m.push(m.name(name=m.pop(), module=m.pop())),
     # REDUCE and NEWOBJ, NEWOBJ_EX, INST, OBJ and BUILD; persistent ids.
     **dict.fromkeys("R\x81", lambda m: m.make(m.pop(), m.pop())),
-    "\x92": lambda m: m.instance((m.pop(), m.pop())[::-1], m.pop()),
+    "\x92": lambda m: m.instance(m.kept_out((m.pop(), m.pop())[::-1]), m.pop()),
     "i": lambda m: m.make(tuple(m.items()), _named(m)),
     "o": _obj,
-    "b": _build,
+    "b": lambda m: m.build(m.pop(), m.top()),
     "P": lambda m: m.push(m.persistent(_text(m.line()))),
-    "Q": lambda m: m.push(m.persistent(m.pop())),
+    "Q": lambda m: m.push(m.persistent(m.kept_out(m.pop()))),
     **dict.fromkeys("\x82\x83\x84", _ext),
     **dict.fromkeys("\x97\x98", _buffer),
 }

@@ -15,10 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from merge_avg.formats.pickle.callables import ENUMS, verdict
+from merge_avg.formats.pickle.methods import (
+    check_call,
+    check_items,
+    check_state,
+    method_of,
+    refuse_use,
+)
 from merge_avg.formats.pickle.values import (
     GETTERS,
     Allowance,
     CutShortError,
+    DangerousPickleError,
     Global,
     InertDict,
     Instance,
@@ -67,6 +75,7 @@ class Machine:
         self.call = call
         self.allowance = allowance
         self.crafted = 0
+        self.methods = False  # whether it has got a method of an object
         self.getters = 0  # times that getattr was pushed, less the calls that name a member
         self.callables: dict[str, None] = {}  # that are not known to be inert, in order
 
@@ -226,6 +235,21 @@ class Machine:
             self.spend(2 * _ENTRY)
             self.far[index] = value
 
+    def build(self, state: Value, target: Value) -> None:
+        """Set the state of an object."""
+        if isinstance(target, Global):  # the class itself would change, for all of the process
+            raise DangerousPickleError(f"its pickle changes {target} itself")
+        if self.methods:
+            check_state(state, target, self.spend)
+        if hasattr(target, "state"):  # as an Instance, an InertDict, and a tensor of the hooks
+            target.state = state
+
+    def kept_out(self, args: Value) -> Value:
+        """Return arguments of a call, in which there may be no method."""
+        if self.methods:
+            check_call(args, self.spend)
+        return args
+
     def set(self, pairs: list[tuple[Value, Value]], target: Value) -> Value:
         """Set entries of a dict, or of an object that may be one, and return it."""
         self.spend(_ENTRY * len(pairs))
@@ -235,6 +259,8 @@ class Machine:
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Instance):
+            if self.methods:
+                check_items([part for pair in pairs for part in pair], target, self.spend)
             target.pairs.extend(pairs)
         else:
             raise TypeError(f"entries for a {type(target).__name__}")
@@ -245,6 +271,8 @@ class Machine:
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, Instance):
+            if self.methods:
+                check_items(items, target, self.spend, looked_up=True)
             target.items.extend(items)
         else:
             raise TypeError(f"items for a {type(target).__name__}")
@@ -286,6 +314,8 @@ class Machine:
             if not isinstance(args, tuple):
                 raise TypeError("arguments are not a tuple")
             self.allowance.read = self.at - self.start
+            if function not in GETTERS:
+                self.kept_out(args)
             if function.name == "_rebuild_from_type_v2" and not isinstance(args[0], Global):
                 self.notice(shown(args[0]))  # it is called
             known = self.call(function, args)
@@ -298,14 +328,20 @@ class Machine:
         """Push a call that is not made."""
         self.spend(_INSTANCE)
         if type(function) is Global and function in GETTERS:
-            if not names_a_member(args):
+            found = method_of(args)
+            if found:
+                self.methods = True
+            elif not names_a_member(args):
                 refuse("builtins", "getattr")
             self.getters -= 1
-            if str(args[0]) not in ENUMS:
-                self.notice(f"{args[0]}.{args[1]}")
+            cls, name = found or args
+            if str(cls) not in ENUMS and not (found and verdict(cls.module, cls.name) == "inert"):
+                self.notice(f"{cls}.{name}")
         elif type(function) is Instance and function.function in GETTERS:
             refuse("builtins", "getattr")  # the pickle calls what getattr returned
         elif type(function) is not Global:
+            if self.methods:
+                refuse_use("its pickle calls an object, and has a method of one")
             self.notice(shown(function))
         self.push(Instance(function, args))
 

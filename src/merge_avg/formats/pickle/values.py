@@ -123,16 +123,20 @@ class Allowance:
 
 
 # Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(class, name), and torch's metadata
-# of distributed checkpoints holds one. That exact form is allowed; every other use is refused.
+# of distributed checkpoints holds one. That exact form is allowed, and methods: see `methods`.
 GETTERS = Global("builtins", "getattr"), Global("__builtin__", "getattr")
+
+
+def names_a_class(one: Global) -> bool:
+    """Return whether a name is that of a class, since it begins with a capital letter."""
+    return one.name.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
 def names_a_member(args: Value) -> bool:
     """Return whether arguments of getattr are a class, going by its name, and a member's name."""
     match args:
         case tuple((Global() as cls, str() as name)) if name.isidentifier():
-            capital = cls.name.rpartition(".")[2].lstrip("_")[:1].isupper()
-            return capital and not name.startswith("__")
+            return names_a_class(cls) and not name.startswith("__")
     return False
 
 
@@ -140,6 +144,7 @@ def refuse(module: str, name: str) -> NoReturn:
     """Raise DangerousPickleError for a callable."""
     what = f"its pickle names {module}.{name}, which would run code when loaded"
     hint = "do not load this file; get the weights as safetensors from a source you trust"
+    hint += ", or if you made it yourself, save only its state dicts"
     if name == "_load_from_bytes":  # it unpickles in its turn, in each tensor of pickle.dump
         hint = "if you made it with pickle.dump, load it so, and save it again with torch.save"
     raise DangerousPickleError(what, hint=hint)
