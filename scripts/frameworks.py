@@ -3,6 +3,8 @@
 This makes an environment for each group of packages (transformers 4 and 5 exclude each other),
 installs the project into it, and runs the tests that are marked `frameworks`. With --samples it
 renews the frozen checkpoints in tests/data, which the default tests average without any framework.
+The writers are in tests/frameworks: makers.py, trainers.py and libraries.py use the frameworks,
+structures.py follows the sources of those that cannot be installed (the default tests run these).
 
     python scripts/frameworks.py [--constraint FILE] [--environments DIR] [--samples]
 """
@@ -18,9 +20,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Dependency groups, and the tests that each can run, as an expression of pytest's -k.
+OLDER = "composer or olmo or torchtune"
 GROUPS = {
-    "frameworks": "",
-    "frameworks-transformers4": "transformers and not sentence or accelerate or peft",
+    "frameworks": f"not ({OLDER})",
+    "frameworks-transformers4": "(transformers or accelerate or peft)"
+    " and not (sentence or accelerated)",
+    "frameworks-older": OLDER,
+}
+# These ask for older releases than they run with, so they come without what they depend on, which
+# their group lists.
+ALONE = {
+    "frameworks-older": [
+        "ai2-olmo-core>=3",
+        "cached-path>=1.8",  # OLMo-core's
+        "mosaicml>=0.32",
+        "torchao==0.13.0",  # torchtune's
+        "torchdata==0.11.0",  # torchtune's and composer's
+        "torchtune==0.6.1",
+    ]
 }
 
 
@@ -35,6 +52,8 @@ def environment(group: str, folder: Path, constraint: Path | None) -> Path:
         # torch first, so that no other package chooses one.
         subprocess.run([*pip, *limits, "torch", "torchvision"], check=True)
         subprocess.run([*pip, *limits, "-e", str(ROOT), "--group", group], check=True, cwd=ROOT)
+        for package in ALONE.get(group, []):
+            subprocess.run([*pip, *limits, "--no-deps", package], check=True)
     return python
 
 

@@ -30,6 +30,9 @@ class Maker:
         load: loads one.
         output: the name of the output, where it matters to the framework.
         stored: the dtype in the file, where the framework converts it.
+        refused: a word of the error, where the tensors have no mean of their own.
+        said: a word of the report, where the mean needs one.
+        kept: an expression that finds, in paths of tensors, those that stay the template's.
     """
 
     package: str
@@ -37,6 +40,18 @@ class Maker:
     load: Callable[[Path], Weights]
     output: str | None = None
     stored: torch.dtype | None = None
+    refused: str | None = None
+    said: str = ""
+    kept: str = r"opt|sched|rng|random"
+
+
+def refused(package: str, make: Callable[[Path, int], Path], word: str) -> Maker:
+    """Return a maker of checkpoints that have no mean."""
+
+    def load(path: Path) -> Weights:
+        raise AssertionError(path)
+
+    return Maker(package, make, load, refused=word)
 
 
 def state(module: nn.Module) -> Weights:
@@ -106,7 +121,7 @@ def _lightning(package: str, *, ema: bool = False) -> Maker:
             weights |= {f"raw {name}": value for name, value in raw.items()}
         return weights
 
-    return Maker(package, make, load, output="merged.ckpt")
+    return Maker(package, make, load, output="merged.ckpt", kept="^.'(optim|lr_|callbacks)")
 
 
 # transformers

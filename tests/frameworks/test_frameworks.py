@@ -1,28 +1,36 @@
 """Checkpoints of real frameworks, averaged by the command and loaded by the framework again."""
 
+import re
+
 import pytest
 import torch
 
+from tests.frameworks.libraries import LIBRARIES
 from tests.frameworks.makers import MAKERS
-from tests.frameworks.means import mean
-from tests.helpers import run_command
+from tests.frameworks.means import mean, tensors
+from tests.frameworks.structures import STRUCTURES
+from tests.frameworks.trainers import TRAINERS
+from tests.helpers import run_command, same_bits
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("default")]
+REAL = MAKERS | TRAINERS | LIBRARIES
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
-def test_the_framework_loads_the_mean(name, tmp_path):
-    """What the framework loads from the output is the mean of what it loads from the inputs."""
-    maker = MAKERS[name]
+def check(maker, place, run):
+    """Average three checkpoints, and compare what is loaded, and all that the files hold."""
     paths = []
     for seed in range(3):
-        folder = tmp_path / str(seed)
+        folder = place / str(seed)
         folder.mkdir()
         paths.append(maker.make(folder, seed))
-    (tmp_path / "out").mkdir()
-    out = tmp_path / "out" / (maker.output or "merged")
-    done = run_command(*paths, "-o", out)
-    assert done.returncode == 0, done.stderr
+    (place / "out").mkdir()
+    out = place / "out" / (maker.output or "merged")
+    code, said = run(*paths, "-o", out)
+    if maker.refused:
+        assert code == 1
+        assert maker.refused in said
+        return
+    assert code == 0, said
+    assert maker.said in said
     loaded = [maker.load(path) for path in paths]
     merged = maker.load(out)
     assert merged.keys() == loaded[0].keys()
@@ -31,3 +39,34 @@ def test_the_framework_loads_the_mean(name, tmp_path):
         expected = mean([one[key] for one in loaded], maker.stored)
         assert value.dtype == expected.dtype
         assert torch.equal(value, expected), key
+    held = [tensors(path) for path in paths]
+    written = tensors(out)
+    assert written.keys() == held[0].keys()
+    for key, value in written.items():
+        kept = re.search(maker.kept, key)
+        expected = held[0][key] if kept else mean([one[key] for one in held])
+        assert same_bits(value, expected), key
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", list(REAL))
+def test_the_framework_loads_the_mean(name, tmp_path):
+    """What the framework loads is the mean of what it loads from the inputs; the rest is kept."""
+
+    def run(*arguments):
+        done = run_command(*arguments)
+        return done.returncode, done.stderr
+
+    check(REAL[name], tmp_path, run)
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_what_a_framework_would_write_is_averaged(name, tmp_path, command):
+    """The tensors that the framework would load are the means; all others are the template's."""
+
+    def run(*arguments):
+        code, _, said = command(*arguments)
+        return code, said
+
+    check(STRUCTURES[name], tmp_path, run)
