@@ -111,7 +111,7 @@ def test_several_are_one_note_and_absent_files_differ_from_none(notes):
         ("classes.json", {"cat": 0, "dog": 1}, {"dog": 0, "cat": 1}, None),
         (
             "tokenizer.json",
-            {"model": "x", "added_tokens": 5},
+            {"model": "x", "added_tokens": "y"},
             {"model": [], "added_tokens": [1]},
             None,
         ),

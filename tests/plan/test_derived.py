@@ -155,6 +155,7 @@ def test_factors_are_found_in_any_spelling(writer):
         "encoder.0.weight f 16,64; encoder.2.weight f 4,16; decoder.0.weight f 16,4",
         "m.gate.weight f 176,64; m.up.weight f 176,64; m.down.weight f 64,176; e.weight f 999,64",
         "m.up.weight f 256,64; m.down.weight f 64,256; a.q.weight f 64,64; a.o.weight f 64,64",
+        "e.0.up.w f 8,64; e.0.down.w f 64,8; e.1.up.w f 8,64; e.1.down.w f 64,8",
         "a.q.weight f 64,64; a.k.weight f 16,64; a.v.weight f 16,64; a.o.weight f 64,64",
         (
             "a.q_a.weight f 8,64; a.q_b.weight f 96,8; a.kv_a.weight f 9,64; a.kv_b.weight f 96,7; "

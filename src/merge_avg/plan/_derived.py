@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations, permutations
 
 from merge_avg.checkpoint import Layout, Name, TensorInfo, TreePath
@@ -35,6 +37,7 @@ _SCALE_WORD = re.compile("scale|absmax|scb|zero", re.IGNORECASE)
 _MASK_WORD = re.compile("mask|perm", re.IGNORECASE)
 # Families of low-rank products (LoRA, LoHa, LoKr), whatever their rank and what lies beside them.
 _FAMILIES = {"lora", "loha", "hada", "lokr"}
+_FAMILY = re.compile("|".join(_FAMILIES), re.IGNORECASE)
 _LORA_A = re.compile(r"(^|[._])lora_(embedding_)?(A|down)([._]|$)", re.IGNORECASE)
 _OPPOSITES = (
     {"a", "b"},
@@ -45,6 +48,7 @@ _OPPOSITES = (
     {"w1", "w2"},
 )
 _MOST_BESIDE = 16  # matrices of a module that are looked at in pairs
+_MOST_SIBLINGS = 64  # tensors of a module that are looked at as scales of each other
 
 
 def _last(name: Name) -> str:
@@ -128,33 +132,34 @@ def low_rank(tensors: Tensors) -> frozenset[Pair]:
     pairs: set[Pair] = set()
     inner: dict[tuple[Name, Name], int] = {}  # of modules that hold nothing but pairs, the rank
     known: set[Name] = set()
-    for home, names in sorted(homes.items(), key=lambda item: -len(item[0][1].split("."))):
+    for home, names in sorted(homes.items(), key=lambda item: -item[0][1].count(".")):
         if not 1 < len(names) <= _MOST_BESIDE:
             continue
-        pairs |= {
-            frozenset(pair) for pair in combinations(names, 2) if _opposed(*pair, family=True)
-        }
+        some = [name for name in names if _FAMILY.search(name.key)]
+        pairs |= {frozenset(pair) for pair in combinations(some, 2) if _of_family(*pair)}
         products = {
             (a, b): matrices[a][0]
             for a, b in permutations(names, 2)
-            if 2 * matrices[a][0] <= min(matrices[a][1], matrices[b][0])
-            and matrices[a][0] == matrices[b][1]
+            if matrices[a][0] == matrices[b][1]
+            and 2 * matrices[a][0] <= min(matrices[a][1], matrices[b][0])
             and _bare(home, (a, b), beside)
         }
-        pairs |= _beside_full(names, products, matrices)
+        pairs |= _beside_full(names, products, matrices) if products else set()
         parted = {pair: rank for pair, rank in products.items() if known.isdisjoint(pair)}
-        if {name for pair in parted for name in pair} | known >= set(names):
+        if {*names}.difference(known, *parted) == set():
             inner |= parted
             known.update(*parted)
     # In place of full weights: nearly all matrices of an adapter are factors, whose names tell, or
     # that have one rank, which is very small.
+    inner = {pair: rank for pair, rank in inner.items() if not _upward(*pair)}
     small = {p: r for p, r in inner.items() if 8 * r <= min(matrices[p[0]][1], matrices[p[1]][0])}
     alike = small if len(inner) > 1 and len({*inner.values()}) == 1 else {}
     for some in ([pair for pair in inner if _opposed(*pair)], alike):
         if 10 * len({name for pair in some for name in pair}) >= 9 * len(matrices):
             pairs |= {frozenset(pair) for pair in some}
-    alone = {frozenset((name,)) for name in tensors if _LORA_A.search(name.key)}
-    return frozenset(pairs | {one for one in alone if not any(one < pair for pair in pairs)})
+    covered = frozenset[Name]().union(*pairs)
+    alone = {n for n in tensors if n not in covered and _LORA_A.search(n.key)}
+    return frozenset(pairs | {frozenset((name,)) for name in alone})
 
 
 def _bare(home: Home, pair: Sequence[Name], beside: Mapping[Home, int]) -> bool:
@@ -180,17 +185,37 @@ def _beside_full(
     return found
 
 
-def _opposed(a: Name, b: Name, *, family: bool = False) -> bool:
-    """Return whether two names differ by one word, and for its opposite; behind a family's name."""
-    words = [re.split(r"[._]", name.key.lower()) for name in (a, b)]
-    if len(words[0]) != len(words[1]):
-        return False
-    places = [at for at, (x, y) in enumerate(zip(*words, strict=True)) if x != y]
-    if len(places) != 1 or {word[places[0]] for word in words} not in _OPPOSITES:
-        return False
+@lru_cache(64)  # those of a module are compared in pairs
+def _words(key: str) -> list[str]:
+    return re.split(r"[._]", key.lower())
+
+
+def _differing(a: Name, b: Name) -> tuple[int, str, str] | None:
+    """Return the one word by which two names differ, as each has it, and its place."""
+    ours, theirs = _words(a.key), _words(b.key)
+    places = [at for at, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y]
+    if len(ours) != len(theirs) or len(places) != 1:
+        return None
+    return places[0], ours[places[0]], theirs[places[0]]
+
+
+def _of_family(a: Name, b: Name) -> bool:
+    """Return whether names differ by opposites, and behind the name of a family."""
     # The layers "up" and "down" may both have factors: what differs there is no factor's name.
-    behind, ahead = words[0][: places[0]], words[0][places[0] :]
-    return not family or (not _FAMILIES.isdisjoint(behind) and _FAMILIES.isdisjoint(ahead))
+    if (found := _differing(a, b)) is None or {*found[1:]} not in _OPPOSITES:
+        return False
+    words = _words(a.key)
+    return not _FAMILIES.isdisjoint(words[: found[0]]) and _FAMILIES.isdisjoint(words[found[0] :])
+
+
+def _opposed(a: Name, b: Name) -> bool:
+    """Return whether names of two factors, in the order of use, differ by opposites."""
+    return (found := _differing(a, b)) is not None and {*found[1:]} in _OPPOSITES
+
+
+def _upward(a: Name, b: Name) -> bool:
+    """Return whether names say that they lead to more dimensions and back, unlike factors."""
+    return (found := _differing(a, b)) is not None and found[1] in ("up", "out")
 
 
 def refuse_quantised(
@@ -209,14 +234,19 @@ def refuse_quantised(
     for name in tensors:
         named_alike[name.key].append(name)
     marked = any(_last(name) == "scaled_fp8" for name in tensors)  # ComfyUI's word on a whole file
+    coded = Counter(_home(name) for name, info in tensors.items() if _may_be_codes(name, info))
+    ordered = {home: sorted(names, key=str) for home, names in homes.items() if home in coded}
     for name in codes:
         info, home = tensors[name], _home(name)
-        only = sum(_may_be_codes(other, tensors[other]) for other in homes[home]) == 1
+        beside = ordered[home]
+        if len(beside) > _MOST_SIBLINGS:  # else only names tell
+            first = bisect_left(beside, str(name), key=str)
+            beside = beside[first : first + _MOST_SIBLINGS]
         scaled = (name.state_dict, name.key) in homes  # what lies below it is about it
         scaled |= marked and info.dtype.kind == "float" and len(info.shape) > 1
         scaled |= any(
-            other != name and _is_scale(other, tensors[other], name, info, only=only)
-            for other in (*homes[home], *named_alike[name.key])
+            other != name and _is_scale(other, tensors[other], name, info, only=coded[home] == 1)
+            for other in (*beside, *named_alike[name.key][:_MOST_SIBLINGS])
         )
         if scaled:
             what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
