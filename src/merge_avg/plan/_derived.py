@@ -157,8 +157,8 @@ def low_rank(tensors: Tensors) -> frozenset[Pair]:
     for some in ([pair for pair in inner if _opposed(*pair)], alike):
         if 10 * len({name for pair in some for name in pair}) >= 9 * len(matrices):
             pairs |= {frozenset(pair) for pair in some}
-    covered = frozenset[Name]().union(*pairs)
-    alone = {n for n in tensors if n not in covered and _LORA_A.search(n.key)}
+    covered = {name for pair in pairs for name in pair}
+    alone = (name for name in tensors if name not in covered and _LORA_A.search(name.key))
     return frozenset(pairs | {frozenset((name,)) for name in alone})
 
 
