@@ -13,7 +13,7 @@ import pydoc_data.topics
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -553,6 +553,16 @@ def on_text(starts: Iterable[nn.Module], steps: int = 400, **how: Any) -> Models
     return Models(text(), apart(starts, text(), steps, **({"rate": 4e-3} | how)))
 
 
+def on_turned(starts: Iterable[nn.Module], steps: int = 200, **how: Any) -> Models:
+    """Train apart on turned digits."""
+    return Models(turned(), apart(starts, turned(), steps, **how))
+
+
+def in_bf16(made: Models) -> Models:
+    """Return models to be saved in bfloat16."""
+    return replace(made, dtype=torch.bfloat16)
+
+
 def turned() -> Task:
     """Return the digits turned by a right angle, and each called by another's name."""
     task = digits()
@@ -592,6 +602,20 @@ def rates(base: nn.Module, task: Task, *chosen: float, steps: int = 200) -> Mode
         for rate, part in zip(chosen, parts, strict=True)
     ]
     return Models(task, models)
+
+
+def with_start(make: Callable[[], nn.Module], count: int, every: int) -> Models:
+    """Return states of one run, the first of them before it has learned anything."""
+    start = make()
+    found = snapshots(start, digits(), count, every)
+    return Models(found.task, [start, *found.models])
+
+
+def decays(base: nn.Module, *chosen: float) -> Models:
+    """Fine-tune a model with several weight decays."""
+    parts = zip(chosen, folds(digits(), len(chosen)), strict=True)
+    models = [fit(base, digits(), 600, decay=decay, rate=5e-3, fold=part) for decay, part in parts]
+    return Models(digits(), models)
 
 
 def shared_steps(make: Callable[[], nn.Module], steps: int, then: int = 400, **how: Any) -> Models:
@@ -797,10 +821,7 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         "MLP": lambda: Models(
             digits(),
             permuted(
-                based(mlp),
-                3,
-                [*layer("1")[:2], ("4.weight", 1)],
-                [*layer("4"), ("7.weight", 1)],
+                based(mlp), 3, [*layer("1")[:2], ("4.weight", 1)], [*layer("4"), ("7.weight", 1)]
             ),
         ),
         "feed-forward layers of a transformer": lambda: Models(
@@ -834,6 +855,15 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         ),
         "signs": lambda: Models(
             digits(), [rescaled(m, signs=True) for m in same(lambda: based(with_tanh))]
+        ),
+        "one layer of a deep MLP": lambda: Models(
+            digits(), permuted(based(partial(mlp, depth=5)), 3, [*layer("7"), ("10.weight", 1)])
+        ),
+        "feed-forward layer of one block": lambda: Models(
+            digits(),
+            permuted(
+                based(viewer), 3, [*layer("layers.1.linear1"), ("layers.1.linear2.weight", 1)]
+            ),
         ),
     },
     "drifted": {
@@ -891,9 +921,7 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         "LSTM, different": lambda: on_text(
             sharing(lambda: recurrent(nn.LSTM), ("embedding",), frozen=True)
         ),
-        "GRU, same": lambda: on_text(
-            same(lambda: freeze(recurrent(nn.GRU), ("embedding",))),
-        ),
+        "GRU, same": lambda: on_text(same(lambda: freeze(recurrent(nn.GRU), ("embedding",)))),
         "transformer, same": lambda: on_text(same(lambda: freeze(reader(), ("embedding",)))),
         "large, GRU, different": lambda: on_text(
             sharing(lambda: recurrent(nn.GRU, 4000), ("embedding",), frozen=True)
@@ -909,26 +937,22 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         ),
     },
     "factors": {
-        "low rank, different, MLP": lambda: Models(
-            turned(), apart(different(partial(low_rank, based(mlp))), turned(), 600, rate=5e-3)
+        "low rank, different, MLP": lambda: on_turned(
+            different(partial(low_rank, based(mlp))), 600, rate=5e-3
         ),
-        "low rank, different, transformer": lambda: Models(
-            turned(), apart(different(partial(low_rank, based(viewer))), turned(), 500, rate=5e-3)
+        "low rank, different, transformer": lambda: on_turned(
+            different(partial(low_rank, based(viewer))), 500, rate=5e-3
         ),
-        "low rank, same A, MLP": lambda: Models(
-            turned(), apart(same(lambda: low_rank(based(mlp))), turned(), 600, rate=5e-3)
+        "low rank, same A, MLP": lambda: on_turned(
+            same(lambda: low_rank(based(mlp))), 600, rate=5e-3
         ),
-        "low rank, same A, transformer": lambda: Models(
-            turned(), apart(same(lambda: low_rank(based(viewer))), turned(), 500, rate=5e-3)
+        "low rank, same A, transformer": lambda: on_turned(
+            same(lambda: low_rank(based(viewer))), 500, rate=5e-3
         ),
         "products of thin matrices, same": lambda: on_digits(same(factored)),
         "products of thin matrices, different": lambda: on_digits(different(factored)),
-        "adapters, different": lambda: Models(
-            turned(), apart(different(partial(adapted, based(mlp))), turned(), 500)
-        ),
-        "adapters, same": lambda: Models(
-            turned(), apart(same(lambda: adapted(based(mlp))), turned(), 500)
-        ),
+        "adapters, different": lambda: on_turned(different(partial(adapted, based(mlp))), 500),
+        "adapters, same": lambda: on_turned(same(lambda: adapted(based(mlp))), 500),
     },
     "groups": {
         "8 and 2 CNNs": lambda: on_digits(grouped(network, 8, 2), 200),
@@ -941,6 +965,12 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         "2 of 10 odd, each from its own, MLPs": lambda: on_digits(grouped(mlp, 8, 1, 1)),
         "1 of 5 odd": lambda: on_digits(grouped(layer_normed, 4, 1)),
         "3 pairs": lambda: on_digits(grouped(network, 2, 2, 2)),
+        "7 and 3 CNNs": lambda: on_digits(grouped(group_normed, 7, 3), 200),
+        "5 and 5 MLPs": lambda: on_digits(grouped(normed_mlp, 5, 5)),
+        "8 and 2 CNNs with GroupNorm": lambda: on_digits(grouped(group_normed, 8, 2), 200),
+        "8 and 2 MLPs with LayerNorm": lambda: on_digits(grouped(normed_mlp, 8, 2), 400),
+        "4 and 1 LSTMs": lambda: on_text(grouped(lambda: recurrent(nn.LSTM), 4, 1)),
+        "4 and 1 transformers": lambda: on_digits(grouped(viewer, 4, 1)),
     },
     "differences": {
         "few steps on the same task": lambda: difference(mlp, digits(), 20),
@@ -977,19 +1007,13 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         ),
     },
     "bf16": {
-        "same": lambda: Models(digits(), on_digits(same(mlp)).models, dtype=torch.bfloat16),
-        "different": lambda: Models(
-            digits(), on_digits(different(group_normed)).models, dtype=torch.bfloat16
+        "same": lambda: in_bf16(on_digits(same(mlp))),
+        "different": lambda: in_bf16(on_digits(different(group_normed))),
+        "different transformers": lambda: in_bf16(
+            on_text(different(partial(reader, "sines", "large")))
         ),
-        "different transformers": lambda: Models(
-            text(),
-            on_text(different(partial(reader, "sines", "large"))).models,
-            dtype=torch.bfloat16,
-        ),
-        "fine-tuned so little that most is equal": lambda: Models(
-            digits(),
-            on_digits(same(lambda: based(group_normed)), 10, rate=2e-5).models,
-            dtype=torch.bfloat16,
+        "fine-tuned so little that most is equal": lambda: in_bf16(
+            on_digits(same(lambda: based(group_normed)), 10, rate=2e-5)
         ),
     },
     "one run": {
@@ -1007,32 +1031,24 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         "far apart, by weight decay": lambda: snapshots(
             based(normed_mlp), digits(), 3, 800, rate=5e-3, decay=0.5
         ),
+        "with the start itself": lambda: with_start(network, 4, 100),
+        "with the start itself, MLP": lambda: with_start(mlp, 2, 200),
     },
     "fine-tunes": {
         "low rates": lambda: rates(based(network), digits(), 1e-4, 2e-4, 5e-4, 1e-3),
         "low rates, transformer": lambda: rates(read(reader), text(), 1e-4, 3e-4, 1e-3),
         "high rates": lambda: rates(based(group_normed), digits(), 3e-3, 1e-2, 3e-2),
         "high rates, MLP": lambda: rates(based(mlp), digits(), 3e-3, 1e-2, 3e-2),
-        "another task": lambda: Models(
-            turned(), apart(same(lambda: based(network)), turned(), 300)
-        ),
-        "another task, MLP": lambda: Models(
-            turned(), apart(same(lambda: based(mlp)), turned(), 300)
-        ),
+        "another task": lambda: on_turned(same(lambda: based(network)), 300),
+        "another task, MLP": lambda: on_turned(same(lambda: based(mlp)), 300),
+        "other weight decays": lambda: decays(based(mlp), 0.01, 0.1, 0.3),
+        "other weight decays, CNN": lambda: decays(based(group_normed), 0.01, 0.1, 0.5),
     },
     "little trained": {
-        "biases and norms": lambda: Models(
-            turned(),
-            apart(
-                same(
-                    lambda: freeze(based(layer_normed), ("1.", "5.", "0.bias", "4.bias"), but=True)
-                ),
-                turned(),
-            ),
+        "biases and norms": lambda: on_turned(
+            same(lambda: freeze(based(layer_normed), ("1.", "5.", "0.bias", "4.bias"), but=True)),
         ),
-        "the last layer": lambda: Models(
-            turned(), apart(same(lambda: freeze(based(mlp), ("7.",), but=True)), turned())
-        ),
+        "the last layer": lambda: on_turned(same(lambda: freeze(based(mlp), ("7.",), but=True))),
         "drawn anew: one layer": lambda: on_digits(redrawn(based(partial(mlp, depth=4)), "4")),
         "drawn anew: two layers in a row": lambda: on_digits(
             redrawn(based(partial(mlp, depth=5)), "4", "7")
@@ -1101,12 +1117,18 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
         "all but a layer": lambda: on_text(
             sharing(reader, ("embedding", "table", "layers.0", "norm", "head"))
         ),
+        "a large embedding": lambda: on_text(sharing(partial(reader, size=4000), ("embedding",))),
+        "a large embedding, GRU": lambda: on_text(
+            sharing(lambda: recurrent(nn.GRU, 4000), ("embedding",))
+        ),
     },
     "not centred": {
         "positive, different": lambda: on_digits(different(positive), 500),
         "positive, same": lambda: on_digits(same(positive), 500),
         "near the identity": lambda: on_digits(different(partial(near_identity, 0.3))),
         "less near the identity": lambda: on_digits(different(partial(near_identity, 1.0))),
+        "positive, different, trained little": lambda: on_digits(different(positive), 120),
+        "positive, same, trained little": lambda: on_digits(same(positive), 120),
     },
     "one layer": {
         "large weights": lambda: on_digits(different(partial(soft, 0.3)), 1000, rate=5e-3),
