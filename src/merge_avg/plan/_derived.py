@@ -154,9 +154,9 @@ def low_rank(tensors: Tensors) -> frozenset[Pair]:
     inner = {pair: rank for pair, rank in inner.items() if not _upward(*pair)}
     small = {p: r for p, r in inner.items() if 8 * r <= min(matrices[p[0]][1], matrices[p[1]][0])}
     alike = small if len(inner) > 1 and len({*inner.values()}) == 1 else {}
-    for some in ([pair for pair in inner if _opposed(*pair)], alike):
-        if 10 * len({name for pair in some for name in pair}) >= 9 * len(matrices):
-            pairs |= {frozenset(pair) for pair in some}
+    for factors in ([pair for pair in inner if _opposed(*pair)], list(alike)):
+        if 10 * len({name for pair in factors for name in pair}) >= 9 * len(matrices):
+            pairs |= {frozenset(pair) for pair in factors}
     covered = {name for pair in pairs for name in pair}
     alone = (name for name in tensors if name not in covered and _LORA_A.search(name.key))
     return frozenset(pairs | {frozenset((name,)) for name in alone})
