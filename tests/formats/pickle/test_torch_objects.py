@@ -416,3 +416,12 @@ def test_parts_of_a_module_that_a_function_rebuilds_are_found(tmp_path):
     net._modules["part"] = Rebuilt(rebuild, {"w": torch.ones(1)})
     net._modules["none"] = None
     assert list(infos(net, tmp_path)) == [("weight",), ("bias",), ("part", 0, "w")]
+
+
+def test_a_module_of_thousands_of_parts_is_read(tmp_path, monkeypatch):
+    """The search for scalars goes no further than it may, and refuses nothing."""
+    monkeypatch.setattr("merge_avg.formats.pickle.torch_objects._MOST_VISITS", 2000)
+    net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(30)))
+    found = objects_at(saved({"net": net, "epoch": 3}, tmp_path))
+    assert len(found.tensors) == 60
+    assert found.scalars == ((("epoch",), 3),)

@@ -11,6 +11,7 @@ and may share parts, so that it unfolds to far more than was read: each step cos
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -342,8 +343,7 @@ def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
     for _ in range(_DEEPEST_SCALAR):
         below: list[tuple[TreePath, Value]] = []
         for path, value in level:
-            children = _children(value, Allowance(limit=_MOST_VISITS * _VISIT))
-            for key, child in itertools.islice(children, _MOST_CHILDREN):
+            for key, child in itertools.islice(_nearest(value), _MOST_CHILDREN):
                 visits -= 1
                 plain = _plain(child)
                 if plain is not None:
@@ -354,6 +354,12 @@ def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
                 if not left or not visits:
                     return
         level = below
+
+
+def _nearest(value: Value) -> _Children:
+    """Yield what is in a value, and of a module with thousands of parts the first of them."""
+    with contextlib.suppress(PickleError):
+        yield from _children(value, Allowance(limit=_MOST_VISITS * _VISIT))
 
 
 def _plain(value: Value) -> Scalar | None:
