@@ -45,15 +45,16 @@ def odd(dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("route", ["loops", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("weights", [None, [1, 2, 0.123456789123], [2, -1, 1]])
 def test_what_is_the_same_everywhere_is_copied_to_the_bit(
-    merge, monkeypatch, dtype, loops, weights
+    merge, monkeypatch, dtype, route, weights
 ):
     """Infinities and NaN of any bits stay; all other elements are what they were without them."""
-    if not loops:
+    if route != "loops":
         monkeypatch.setattr(_mean, "LOOPS", None)
     options = {"weights": weights, "normalize": weights is None or min(weights) > 0}
+    options |= {"device": "cuda"} if route == "cuda" else {}
     states = [{"w": odd(dtype, seed), "v": noise(seed, 5)} for seed in range(3)]
     found, result = merge(*states, **options)
     real = [torch.view_as_real(s["w"]).view(-1) if s["w"].is_complex() else s["w"] for s in states]
@@ -200,7 +201,9 @@ def test_vectors_of_spectral_norm_are_refused_where_they_differ(merge, kind):
     states = [
         {k: v.detach() for k, v in spectral(kind, seed).state_dict().items()} for seed in (1, 2)
     ]
-    with pytest.raises(MergeError, match="is of unit length, as in spectral norm") as caught:
+    with pytest.raises(
+        MergeError, match="is of unit length, as vectors of spectral norm"
+    ) as caught:
         merge(*states)
     assert "_u' --exclude '" in str(caught.value.hint)
     found, _ = merge(*states, exclude=["*_u", "*_v"])

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What has no mean, and how to have the values that it and others give instead of them.
-_MASK, _UNIT = "is a mask of zeros and ones", "is of unit length, as in spectral norm"
+_MASK = "is a mask of zeros and ones"
+_UNIT = "is of unit length, as vectors of spectral norm and orthogonal bases are"
 _FOLDED = {
-    _MASK: "make the pruning permanent (torch.nn.utils.prune.remove)",
-    _UNIT: "remove the norm (torch.nn.utils.remove_spectral_norm)",
+    _MASK: "make the pruning permanent before saving (torch.nn.utils.prune.remove)",
+    _UNIT: "remove the parametrization before saving",
 }
+_RENEWED = ", and renew vectors of spectral norm by a forward pass in training mode"
 _SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 Places = Sequence[int] | ctypes.Array[ctypes.c_int64]  # of elements of a window, in order
 
@@ -176,8 +178,9 @@ def refuse_derived(space: Workspace) -> None:
         if kind is not None:
             lasts = {other.key.rpartition(".")[2] for other in found if found[other] == kind}
             some = " ".join(f"--exclude '*{last}'" for last in sorted(lasts)[:4])
-            what = f"tensor {str(name)!r} {kind}, which differs between the checkpoints"
-            hint = f"{_FOLDED[kind]} before saving, or keep the template's: {some}"
+            what = f"tensor {str(name)!r} {kind}, and has no mean where checkpoints differ in it"
+            hint = f"{_FOLDED[kind]}, or keep the template's with {some}"
+            hint += _RENEWED if kind == _UNIT else ""
             raise MergeError(what, where=job.layouts[0].path, hint=hint)
 
 
