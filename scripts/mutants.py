@@ -42,9 +42,11 @@ TESTS = {
     "plan/_units": "plan/test_units agreement/test_comparison",
     "plan/_budget": "plan/test_budget",
     "plan/_provenance": "plan/test_provenance",
+    "formats/safetensors": "formats/test_safetensors",
+    "arithmetic/_mean": "arithmetic/test_mean",
     "arithmetic/_weights": "arithmetic/test_weights arithmetic/test_mean",
-    "arithmetic/_sums": "arithmetic/test_torch_mean",
-    "arithmetic/torch_mean": "arithmetic/test_torch_mean",
+    "arithmetic/_sums": "arithmetic/test_sums arithmetic/test_torch_mean",
+    "arithmetic/torch_mean": "arithmetic/test_torch_mean arithmetic/test_mean",
 }
 # Lines that only word a message: they may change without a test that notices.
 WORDS = [

@@ -1,4 +1,7 @@
-"""Tensors as the compiled loops see them, and compared bit for bit."""
+"""Numbers that are hard to round, and tensors as the loops see them, compared bit for bit."""
+
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -21,3 +24,24 @@ def as_matrix(values):
     values = values.view(1, -1) if values.dim() == 1 else values
     dtype = BY_NAME[str(values.dtype).removeprefix("torch.")]
     return Matrix(values.data_ptr(), dtype, *values.shape, values.stride(0), values)
+
+
+def midpoint(chance, form):
+    """Return a number half-way between two neighbours of a format, often at its edges."""
+    top = 1 << (form.bits - 1)
+    exponent = chance.choice([form.emin, form.emin + 1, 0, 0, chance.randint(-20, 20)])
+    step = Fraction(2) ** (exponent - form.bits + 1)
+    if chance.random() < 0.3:  # subnormal
+        return Fraction(2) ** (form.emin - form.bits + 1) * (chance.randrange(top) + Fraction(1, 2))
+    if chance.random() < 0.3 and exponent > form.emin:  # below a power of two
+        return top * step - step / 4
+    return (
+        chance.choice([top, 2 * top - 1, chance.randrange(top, 2 * top)]) + Fraction(1, 2)
+    ) * step
+
+
+def narrowed(value, dtype):
+    """Return about a fraction, as a value of a dtype."""
+    size = float(value) if abs(value) < Fraction(2) ** 1000 else 0.0
+    result = torch.tensor(size, dtype=torch.float64).to(dtype).double().item()
+    return result if math.isfinite(result) else 1.0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from merge_avg import merge_checkpoints
 from merge_avg.agreement import _comparison as agreement
 from merge_avg.arithmetic import LOOPS, TILE, MeanFactory, Weights, _mean
+from merge_avg.arithmetic._kernel import KNOWN
 from merge_avg.arithmetic._mean import CompiledMean
 from merge_avg.arithmetic.torch_mean import RunningMean, TorchMean
 from merge_avg.checkpoint import BY_NAME
@@ -125,6 +126,35 @@ def test_every_dtype_tells_what_does_not_fit(dtype):
         mean.result(out, lambda number, start, stop: rows[number : number + 1, start:stop])  # noqa: B023
         assert mean.finite
         assert mean.fits == fits
+
+
+@loops
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_subnormal_numbers_are_no_zeros(factory, dtype):
+    """They are averaged, even where the thread was told to take them for zero."""
+    tiny = torch.finfo(getattr(torch, dtype)).smallest_normal / 4
+    rows = torch.tensor([[tiny], [3 * tiny]], dtype=getattr(torch, dtype))
+    out = torch.empty(1, 1, dtype=rows.dtype)
+    torch.set_flush_denormal(True)
+    try:
+        mean = type(factory)()(TWO, dtype, [dtype] * 2)
+        mean.extend(rows)
+        mean.result(out, lambda number, start, stop: rows[number : number + 1, start:stop])
+    finally:
+        torch.set_flush_denormal(False)
+    assert same(out, 2 * rows[:1])
+
+
+@needs_loops
+def test_scratch_holds_what_the_loops_write():
+    """Each sum has a float64, and each tile that is begun has its `struct known`."""
+    mean = CompiledMean(LOOPS, Weights.uniform(3))
+    for numel in (1, TILE, 500 * TILE + 1):
+        mean.extend(as_matrix(torch.ones(3, numel)))
+        assert len(mean._total) >= 8 * numel
+        assert len(mean._known) >= KNOWN * math.ceil(numel / TILE)
+        assert len(mean._room) >= 8 * 3 * TILE
+        mean.result(as_matrix(torch.empty(1, numel)), None)
 
 
 def test_means_of_one_factory_take_turns():

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import sys
 from collections import Counter
 from fractions import Fraction
 from unittest import mock
@@ -16,8 +17,8 @@ from merge_avg.arithmetic import torch_mean
 from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean, exact_mean
-from merge_avg.tuning import BLOCK
-from tests.arithmetic.helpers import same
+from merge_avg.tuning import BLOCK, CONVERTED
+from tests.arithmetic.helpers import midpoint, narrowed, same
 from tests.arithmetic.oracle import mean_of, reference
 
 DTYPES = list(FORMATS)
@@ -79,9 +80,12 @@ def test_formats_are_those_of_torch(dtype):
     cancel=st.booleans(),
     weights=st.none() | st.lists(st.sampled_from([0, 1, 2, 7, 0.1, 0.3, "1/3"]), min_size=9),
     block=st.sampled_from([7, BLOCK]),
+    converted=st.sampled_from([1, 99, CONVERTED]),
     rows=st.integers(1, 9),
 )
-def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights, block, rows):
+def test_mean_is_correctly_rounded(
+    dtype, count, spread, seed, cancel, weights, block, converted, rows
+):
     """The mean is the exact one rounded once, for every dtype, range, weight and cancellation.
 
     Nor does it matter in which blocks the elements are summed, and how many rows come at a time.
@@ -92,7 +96,7 @@ def test_mean_is_correctly_rounded(dtype, count, spread, seed, cancel, weights, 
     chosen = Weights.uniform(count)
     if weights is not None and any(weights[:count]):
         chosen = Weights.of(weights[:count])
-    with mock.patch.object(torch_mean, "BLOCK", block):
+    with mock.patch.multiple(torch_mean, BLOCK=block, CONVERTED=converted):
         mean = RunningMean(chosen)
         for start in range(0, count, rows):
             mean.extend(torch.stack(tensors[start : start + rows]))
@@ -119,6 +123,25 @@ def test_exact_mean_is_the_nearest_value(dtype):
         exact = sum(map(Fraction, row)) / 3
         assert mean_of(row, Weights.uniform(3), form) == nearest(exact, dtype)
         assert exact_mean(row, Weights.uniform(3), form) == nearest(exact, dtype)
+
+
+@given(
+    values=st.lists(
+        st.floats(allow_nan=False, allow_infinity=False)
+        | st.sampled_from([0.0, -0.0, 1.0, -1.0, sys.float_info.max, -sys.float_info.max]),
+        min_size=1,
+        max_size=4,
+    ),
+    integers=st.lists(st.integers(-9, 9) | st.integers(), min_size=4, max_size=4),
+    divisor=st.integers(1, 9) | st.integers(1),
+    form=st.sampled_from([*FORMATS.values()]),
+)
+def test_exact_means_are_those_of_fractions(values, integers, divisor, form):
+    """Any finite numbers and weights, of either sign, in any format, overflow included."""
+    weights = Weights(tuple(integers[: len(values)]), divisor)
+    assert repr(exact_mean(values, weights, form)) == repr(mean_of(values, weights, form))
+    with pytest.raises(ValueError, match="zip"):
+        exact_mean([*values, 1.0], weights, form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -225,6 +248,48 @@ def test_infinity_follows_the_sign_of_its_weight_whatever_overflows(order):
         assert mean.result(lambda i: rows[i]).tolist() == expected
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_weight_of_zero_has_a_term_too(dtype, sign):
+    """Zero times infinity is NaN, and zero times a negative number is -0, one by one as at once."""
+    weights = Weights((0, 2 * sign, 0), 3)
+    rows = torch.tensor([[math.inf, -sign], [1, -0.0 * sign], [1, -1.0]], dtype=dtype)
+    rows[0, 1] = rows[2, 1] = -1.0
+    for first in (rows.split(3), rows.split(1)):
+        mean = RunningMean(weights)
+        for some in first:
+            mean.extend(some)
+        found = mean.result(lambda i: rows[i])
+        assert found[0].isnan()
+        assert (found[1].item(), found[1].signbit().item()) == (0, True)
+
+
+@pytest.mark.parametrize("weights", [Weights.uniform(3), Weights((1 << 30, 1, 1 << 40))])
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.float64, torch.float32, torch.bfloat16])
+def test_few_numbers_are_looked_at_again(source, target, weights):
+    """Random numbers need no second look, but for means in float64 that end just beside a tie."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 500, generator=generator, dtype=torch.float64).to(source)
+    mean = RunningMean(weights, target)
+    mean.extend(rows)
+    found = mean.result(lambda number: pytest.fail("a second look"))
+    assert same(found, reference(list(rows), weights, target))
+
+
+@pytest.mark.parametrize("place", [2, 5, 9])
+def test_the_elements_in_doubt_are_the_ones_that_are_looked_at(place):
+    """A mean that float64 leaves open is settled at its own place, in whichever block that is."""
+    columns = torch.zeros(5, 10)
+    columns[:, place] = torch.tensor([2.0**30, -(2.0**30), 5.0, 5 * 2.0**-24, 2.0**-70])
+    with mock.patch.object(torch_mean, "BLOCK", 4):
+        mean = RunningMean(5)
+        mean.extend(columns)
+        found = mean.result(lambda number: columns[number])
+    assert found.nonzero().item() == place
+    assert found[place].item() == 1 + 2.0**-23
+
+
 def test_reuse_gives_independent_results():
     """One object averages one window after the other, of different sizes, into new tensors."""
     mean = RunningMean(2)
@@ -278,8 +343,16 @@ def test_wrong_use_is_a_value_error():
         mean.update(torch.ones(3))
     with pytest.raises(ValueError, match="int64"):
         RunningMean(1).update(torch.ones(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="complex64"):
-        RunningMean(1, torch.float32).update(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="int64"):
+        RunningMean(1, torch.int64).update(torch.ones(2))
+    real, imaginary = torch.ones(1), torch.ones(1) * 1j
+    with pytest.raises(ValueError, match=r"float32 cannot be torch\.complex64"):
+        RunningMean(1, torch.complex64).update(real)
+    for first, second in ((real, imaginary), (imaginary, real)):
+        mean = RunningMean(2)
+        mean.update(first)
+        with pytest.raises(ValueError, match="cannot be"):
+            mean.update(second)
 
 
 @settings(max_examples=60)
@@ -374,20 +447,6 @@ BESIDE += [["0.1234567", "0.8765433"], ["0.12345678901234567", *["0.3"] * 6], ["
 BESIDE += [[LONG, -1, 1, 1]]
 
 
-def midpoint(chance, form):
-    """Return a number half-way between two neighbours of a format, often at its edges."""
-    top = 1 << (form.bits - 1)
-    exponent = chance.choice([form.emin, form.emin + 1, 0, 0, chance.randint(-20, 20)])
-    step = Fraction(2) ** (exponent - form.bits + 1)
-    if chance.random() < 0.3:  # subnormal
-        return Fraction(2) ** (form.emin - form.bits + 1) * (chance.randrange(top) + Fraction(1, 2))
-    if chance.random() < 0.3 and exponent > form.emin:  # below a power of two
-        return top * step - step / 4
-    return (
-        chance.choice([top, 2 * top - 1, chance.randrange(top, 2 * top)]) + Fraction(1, 2)
-    ) * step
-
-
 def near_a_midpoint(chance, count, weights, source, target):
     """Return values whose mean is as near to a midpoint of the target as the source allows."""
     wanted = midpoint(chance, FORMATS[target]) * weights.total
@@ -405,13 +464,6 @@ def near_a_midpoint(chance, count, weights, source, target):
     if chance.random() < 0.5:  # to the other side, or a little further
         values[-1] = narrowed(Fraction(values[-1]) * chance.choice([-1, 2, Fraction(1, 2)]), source)
     return values
-
-
-def narrowed(value, dtype):
-    """Return about a fraction, as a value of a dtype."""
-    size = float(value) if abs(value) < Fraction(2) ** 1000 else 0.0
-    result = torch.tensor(size, dtype=torch.float64).to(dtype).double().item()
-    return result if math.isfinite(result) else 1.0
 
 
 @pytest.mark.parametrize("target", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

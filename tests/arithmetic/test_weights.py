@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from merge_avg.arithmetic._weights import Weights, is_counter, settle, unequal, values_of
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.errors import UsageError
+from merge_avg.options import MOST_BITS
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,43 @@ def test_excess_of_long_weights():
     assert Weights((1,), 1 << 905).excess == 6
 
 
+@pytest.mark.parametrize(("integers", "divisor"), [((1, 3), None), ((5, 1 << 950), 1 << 1200)])
+def test_factors_are_the_weights_over_one_power_of_two(integers, divisor):
+    """As floats, weights and their total keep their ratios, and fit 900 bits."""
+    weights = Weights(integers, divisor)
+    power = Fraction(weights.total) / Fraction(weights.factor(weights.total))
+    assert power == 1 << weights.excess
+    assert [Fraction(weights.factor(one)) * power for one in integers] == list(integers)
+
+
+LIMIT = 1 << MOST_BITS
+
+
+@pytest.mark.parametrize(
+    ("value", "normalize", "fits"),
+    [
+        (LIMIT - 1, True, True),
+        (LIMIT, True, False),
+        (Fraction(1, LIMIT - 1), True, True),
+        (Fraction(1, LIMIT), True, False),
+        (Fraction(LIMIT - 1, LIMIT - 3), False, True),
+        (Fraction(LIMIT + 1, LIMIT - 1), False, False),
+        ("1.1e-300", True, True),
+        ("1e-300", True, False),
+        ("9.9e299", True, True),
+        ("1e300", True, False),
+    ],
+)
+def test_the_longest_weights(value, normalize, fits):
+    """Integers below a power of two are taken, and that power is not; texts fit a float64."""
+    if fits:
+        weights = Weights.of([value, 1], normalize=normalize)
+        assert Fraction(*weights.integers) == Fraction(value)
+        return
+    with pytest.raises(UsageError, match=r"over 4,200 digits|not a finite"):
+        Weights.of([value, 1], normalize=normalize)
+
+
 @given(
     rows=st.integers(0, 12).flatmap(
         lambda size: st.lists(st.binary(min_size=8 * size, max_size=8 * size), min_size=2)
@@ -172,6 +210,9 @@ def test_what_becomes_of_values():
     values = [3, 4, 3]
     assert settle(values, "mean", weights) == round(Fraction(14, 4)) == 4
     assert settle([1 << 62, 1 << 62, (1 << 62) + 4], "mean", weights) == (1 << 62) + 1
+    for count in (2, 4):  # another number of values is an error, not another mean
+        with pytest.raises(ValueError, match="zip"):
+            settle([1] * count, "mean", weights)
 
 
 def test_counters_are_told_by_name_and_shape():

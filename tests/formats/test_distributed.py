@@ -284,6 +284,38 @@ def test_names_that_the_writer_flattened(tmp_path):
     assert merged["optimizer.state.exp_avg.w"].tolist() == [0] * 3
 
 
+def cut(path, *chunks):
+    """Write a vector w in chunks, as several ranks do."""
+    named = {f"part{number}": chunk for number, chunk in enumerate(chunks)}
+    dcp.save(named, checkpoint_id=path, no_dist=True)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    known, places, at = metadata.state_dict_metadata, {}, 0
+    whole = known["part0"]
+    pieces = [piece for name in named for piece in known[name].chunks]
+    for piece, (name, chunk) in zip(pieces, named.items(), strict=True):
+        key = next(key for key in metadata.storage_data if key.fqn == name)
+        changed(piece, offsets=torch.Size([at]))
+        places[type(key)("w", torch.Size([at]))] = metadata.storage_data[key]
+        at += len(chunk)
+    changed(whole, size=torch.Size([at]), chunks=pieces)
+    changed(metadata, storage_data=places, state_dict_metadata={"w": whole}, planner_data={})
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_chunks_that_are_not_plain_numbers_are_refused(tmp_path, count):
+    """Values whose sign is pending, and codes, are no numbers however many chunks there are."""
+    plain = torch.tensor([1 + 2j, 3j])
+    cut(tmp_path / "plain", *[plain] * count)
+    merge_checkpoints([tmp_path / "plain"] * 2, tmp_path / "o.pt")
+    assert torch.equal(torch.load(tmp_path / "o.pt")["w"], torch.cat([plain] * count))
+    for name, last in (("lazy", plain.conj()), ("codes", torch.ones(2).to(torch.float8_e8m0fnu))):
+        first = plain if name == "lazy" else last
+        cut(tmp_path / name, *[first, last][-count:])
+        with pytest.raises(MergeError, match=r"'w' is a .+ cannot be averaged"):
+            merge_checkpoints([tmp_path / name] * 2, tmp_path / "o.pt")
+
+
 @pytest.mark.parametrize(
     ("boxes", "fits"),
     [

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_avg import merge_checkpoints
-from merge_avg.checkpoint import BY_NAME, BY_SAFETENSORS, NewTensor
+from merge_avg.checkpoint import BY_NAME, BY_SAFETENSORS, PROVENANCE, NewTensor
 from merge_avg.errors import MergeError
 from merge_avg.formats import check, safetensors, scan
 from merge_avg.formats.safetensors import create
@@ -87,6 +89,7 @@ ATTACKS = {
     "range of one": {"a": {"dtype": "F32", "shape": [3], "data_offsets": [12]}},
     "range of texts": {"a": {"dtype": "F32", "shape": [3], "data_offsets": "ab"}},
     "half a byte": {"a": entry(0, 12, "F4", shape=[25])},
+    "half a byte again": {"a": entry(0, 1, "F4", shape=[1]), "b": entry(1, 12, "U8", shape=[11])},
     "unknown dtype": {"a": entry(0, 12, dtype="F33")},
     "dtype of a list": {"a": entry(0, 12, dtype=["F32"])},
     "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 12]}},
@@ -273,28 +276,107 @@ def test_a_header_is_parsed_once_for_equal_files(tmp_path):
     assert other.tensors[0].storage.file == 1
 
 
-@pytest.mark.parametrize("length", [2**63, 2**40, 100, 0])
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        ("wrong size", "tensor 'a' has 12 bytes, expected 8 for its shape and dtype"),
+        ("half a byte", "tensor 'a' has 12 bytes, expected whole bytes"),
+        ("reversed range", "tensor 'a' has an impossible range"),
+        ("hole", "a hole before tensor 'b'"),
+        ("overlap", "an overlap at tensor 'b'"),
+        ("past the end", "it is cut short: 85 bytes, expected 473"),
+        ("bytes after", "8 bytes follow after the last tensor"),
+    ],
+)
+def test_what_lies_is_named(tmp_path, attack, words):
+    """A message says which tensor it is, how many bytes there are, and how many there should be."""
+    path = written(tmp_path / "a.safetensors", ATTACKS[attack], bytes(12))
+    with pytest.raises(MergeError, match=re.escape(words)):
+        scan(path)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 100, 3])
 def test_header_lengths_that_lie_are_refused(tmp_path, length):
     """A header longer than the file, or than the format allows, reads nothing."""
     path = tmp_path / "a.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b"{}")
-    with pytest.raises(MergeError):
+    short = f"cut short: 10 bytes, expected {8 + length:,}"
+    with pytest.raises(MergeError, match=short if length < 2**40 else "neither a zip"):
+        scan(path)
+    path.write_bytes(bytes(8) + b"{}")
+    with pytest.raises(MergeError, match="the safetensors header is damaged"):
         scan(path)
 
 
-def test_new_files_load_and_say_pt(tmp_path):
-    """A layout is a valid file for the library, with format pt and the metadata given."""
-    tensors = [tensor("wö", "float32", (2, 3)), tensor("empty", "int8", (0,))]
-    layout = create(tensors, {"a": "b"})
-    path = tmp_path / "a.safetensors"
+@pytest.mark.parametrize(
+    ("loaded", "installed", "framework"),
+    [("torch", True, "pt"), ("numpy", True, "numpy"), ("", True, None), ("", False, None)],
+)
+def test_the_library_opens_files_by_what_is_loaded(
+    tmp_path, monkeypatch, loaded, installed, framework
+):
+    """A loaded torch or NumPy opens them; for odd headers NumPy, or torch where it lacks."""
+    usual = written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
+    odd = written(tmp_path / "b.safetensors", {"a": entry(0, 4) | {"x": 1}}, bytes(4))
+    for name in {"torch", "numpy"} - {loaded}:
+        monkeypatch.setitem(sys.modules, name, None)
+    find = (lambda name: name if name == "numpy" else None) if installed else lambda name: None
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    opened = mock.Mock(side_effect=SafetensorError)
+    monkeypatch.setattr("safetensors.safe_open", opened)
+    if framework is None:
+        scan(usual)
+        assert not opened.called
+        framework = "numpy" if installed else "pt"
+    for path in (usual, odd) if loaded else (odd,):
+        with pytest.raises(MergeError, match="the safetensors library does not accept it"):
+            scan(path)
+        opened.assert_called_with(path, framework, backend="pread")
+
+
+def created(path, layout, record=b""):
+    """Write a layout, with zeros for all tensors, and return its bytes."""
     with path.open("wb") as file:
-        for offset, data in itertools.chain(layout.opening(), layout.closing(b"", [0, 0])):
+        for offset, data in itertools.chain(layout.opening(), layout.closing(record, [0, 0])):
             file.seek(offset)
             file.write(data)
-        file.truncate(layout.nbytes(b""))
+        assert file.tell() == layout.start(record)
+        file.truncate(layout.nbytes(record))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("record", [b"", '{"source": "ö"}'.encode()])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_new_files_load_and_say_pt(tmp_path, record, recorded):
+    """A layout is a valid file for the library, with format pt, the metadata and the record."""
+    tensors = [tensor("wö", "float32", (2, 3)), tensor("empty", "int8", (0,))]
+    layout = create(tensors, {"a": "b", PROVENANCE: "of another file"}, recorded=recorded)
+    path = tmp_path / "a.safetensors"
+    raw = created(path, layout, record)
+    assert "wö".encode() in raw  # readers disagree on escapes
     assert torch.equal(load_file(path)["wö"], torch.zeros(2, 3))
+    more = {PROVENANCE: record.decode()} if record and recorded else {}
     with safe_open(path, "pt") as opened:
-        assert opened.metadata() == {"format": "pt", "a": "b"}
+        assert opened.metadata() == {"format": "pt", "a": "b"} | more
+    assert [(slot.offset, slot.nbytes) for slot in layout.slots.values()] == [(0, 24), (24, 0)]
+    assert layout.start(record) % 8 == 0
+
+
+def test_new_files_may_be_empty(tmp_path):
+    """A file without a tensor is valid, with its record too."""
+    path = tmp_path / "a.safetensors"
+    created(path, create([], {}), b"{}")
+    assert load_file(path) == {}
+    assert scan(path).tensors == ()
+
+
+def test_names_that_no_file_can_hold_are_refused():
+    """Half a character, and the name of the metadata, are no names of tensors."""
+    names = ("a", "w\ud800", "b")
+    with pytest.raises(MergeError, match=r"cannot hold the name 'w\\ud800'"):
+        create([tensor(name, "float32", (1,)) for name in names], {})
+    with pytest.raises(MergeError, match="name '__metadata__'"):
+        create([tensor("__metadata__", "float32", (1,))], {})
 
 
 def test_packed_codes_are_copied_as_they_lie(tmp_path):

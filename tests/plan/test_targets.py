@@ -196,6 +196,19 @@ def test_a_root_beside_nested_tensors_can_be_written(tmp_path, kind):
         (tmp_path / "o.pt").unlink()
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bare", "shards"])
+@pytest.mark.parametrize("part", ["conj", "imag"])
+def test_lazy_views_are_not_written_anew(tmp_path, kind, part):
+    """A new file would hold the bytes without the sign that is pending; a copy keeps both."""
+    lazy = torch.tensor([1 + 2j]).conj()
+    lazy = lazy if part == "conj" else lazy.imag
+    torch.save({"lazy": lazy, "w": torch.ones(9)}, tmp_path / "a")
+    with pytest.raises(MergeError, match=r"'lazy' is a lazy view .+ a new file cannot hold"):
+        laid_out(tmp_path / "a", kind, exclude=("lazy",))
+    merge_checkpoints([tmp_path / "a"] * 2, tmp_path / "o.pt", exclude=("lazy",))
+    assert torch.equal(torch.load(tmp_path / "o.pt")["lazy"], lazy)
+
+
 def test_copies_are_what_is_not_averaged(tmp_path):
     """In a copy, the records without weights are copied from the template."""
     torch.save(

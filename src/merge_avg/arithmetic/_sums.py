@@ -194,10 +194,7 @@ class PlainSum:
         if not self._weights.small:
             return False
         low = min(span.low for span, _ in spans)
-        used = nonzero(spans)
-        if any(span.high > low + 53 for span, _ in used):
-            return False  # and no shift below is by more than this
-        return sum(weight << max(span.high - low, 0) for span, weight in used) <= 1 << 53
+        return sum(weight << span.high - low for span, weight in nonzero(spans)) <= 1 << 53
 
 
 class WideSum:
@@ -213,7 +210,7 @@ class WideSum:
         # The sum that this one continues was rounded, or weights were: then of no element it is
         # known how near to the exact sum it is, only how near all are.
         self.loose = weights.excess > 0
-        self._high = start.to(torch.float64, copy=True)
+        self._high = start.double()
         self._low = torch.zeros_like(self._high)
         self._inexact = torch.zeros_like(self._high, dtype=torch.bool)
 

@@ -87,7 +87,7 @@ class Weights:
 
     def factor(self, integer: int) -> float:
         """Return a weight, or the total, as a float; all are scaled by the same power of two."""
-        return float(Fraction(integer, 1 << self.excess)) if self.excess else float(integer)
+        return integer / (1 << self.excess)  # rounded once
 
     def normalized(self) -> list[float]:
         """Return the weights as floats for reports; they sum to one, unless there is a divisor."""
@@ -121,10 +121,8 @@ def is_counter(name: str, numel: int, *, is_bool: bool) -> bool:
 
 
 def values_of(data: memoryview, dtype: DType) -> memoryview[int]:
-    """Return bytes as integers of a dtype; other codes count as unsigned integers of their size."""
-    # Quantized numbers have codes of their own; equal codes are equal numbers.
-    words = {1: "B", 2: "H", 4: "I", 8: "Q"}
-    return data.cast(_FORMATS.get(dtype.name, words.get(dtype.itemsize, "B")))  # type: ignore[call-overload, no-any-return]
+    """Return bytes as integers of a dtype, or as bools."""
+    return data.cast(_FORMATS[dtype.name])  # type: ignore[call-overload, no-any-return]
 
 
 def unequal(pairs: Iterable[tuple[memoryview, memoryview]], itemsize: int) -> array[int]:

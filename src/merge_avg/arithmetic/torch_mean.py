@@ -112,7 +112,7 @@ class RunningMean:
         shape = values.shape[1:]
         flat = self._flat(values)
         dtype = self._dtype if self._count else self._wanted or values.dtype
-        if values.is_complex() and dtype in FORMATS:
+        if values.is_complex() == (dtype in FORMATS):
             raise ValueError(f"a mean of {values.dtype} cannot be {dtype}")
         if self._count + len(values) > len(self._weights):
             raise ValueError(f"this is one tensor more than the {len(self._weights)} announced")

@@ -260,7 +260,8 @@ class _Metadata:
             whole = replace(whole, parts=tuple(info.storage for _, info in chunks))
         else:
             whole = replace(whole, tiles=tuple(chunks))
-        return TensorInfo(path, dtype, shape, row_major(shape), 0, whole)
+        trouble = next((info.trouble for _, info in chunks if info.trouble), None)
+        return TensorInfo(path, dtype, shape, row_major(shape), 0, whole, trouble)
 
 
 def _nothing(_: Value) -> Value:

@@ -253,6 +253,11 @@ def _created(
     tensors = []
     for name, info in weights.items():
         dtype, key = plan.result(name), name.key
+        # Codes are what they are in any file; a lazy view would lose what is pending.
+        if info.trouble and not (dtype.kind == "code" and dtype.safetensors):
+            what = f"tensor {str(name)!r} is {info.trouble}, which a new file cannot hold"
+            hint = "convert it to a plain tensor before saving"
+            raise MergeError(what, where=plan.layouts[0].where(info), hint=hint)
         unit = homes.get(name)
         if unit is None:  # it has no elements, and any storage will do
             storage = f"empty {dtype.name}" if form.views else key
