@@ -7,6 +7,7 @@ import pickle
 import sys
 import types
 import zipfile
+from random import Random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from merge_avg import merge_checkpoints
+from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.values import DangerousPickleError, PickleError
@@ -214,7 +216,7 @@ class Loader(pickle._Unpickler):
 def runs(data, loader):
     """Return whether a loader runs Evil.run for a pickle."""
     RAN.clear()
-    errors = AttributeError, TypeError, KeyError, pickle.UnpicklingError
+    errors = AttributeError, TypeError, KeyError, ValueError, IndexError, pickle.UnpicklingError
     with contextlib.suppress(*errors):  # behind the call, where what it returns does not fit
         loader(io.BytesIO(data)).load()
     return bool(RAN)
@@ -424,3 +426,62 @@ def test_the_search_for_methods_is_paid_for():
     long = METHOD + b"0](" + b"K\1" * 30_000 + b"eq\1" + (named("use") + b"h\1\x85R0") * 500
     with pytest.raises(PickleError, match="more memory"):
         read(long + b"N.")
+
+
+LOOKED_UP = ("append", "extend", "add", "items", "keys", "__setstate__", "setdefault", "function")
+VALUES = (
+    *(made(name) for name in ("Evil", "Plain", "Keeps", "Calls", "Entries", "Mapped", "Runs")),
+    *(SPACE, SGD, b"}", b"]", b")", b"K\1", b"\x8f", *[METHOD] * 5, *[FUNCTION] * 2),
+    *(named(name) for name in ("take", "use", "Takes")),
+    *(named(name, b"builtins") for name in ("map", "list", "dict")),
+    named("OrderedDict", b"collections") + b")R",
+)
+# What is done to the two values at the top of the stack, or to the one.
+STEPS = (
+    *[b"b"] * 3,
+    *[b"a", b"R", b"\x81", b"0", b"\x86", b"q\10" + b"0(h\10K\1e", b"q\10" + b"0(h\10K\1\x90"],
+    *(b"q\10" + b"0S'%b'\nh\10s" % key.encode() for key in LOOKED_UP),
+)
+ONE = (
+    *[b"\x85", b"\x85R", b"\x85\x81", b"2", b"\x85Q", b"K\1a", b"K\1b"],
+    *(b"q\10" + b"0}S'%b'\nh\10s" % key.encode() for key in LOOKED_UP),
+    *(b"q\10" + b"0" + got(b"h\10", key) for key in ("run", "function", "append")),
+)
+
+
+def program(random):
+    """Return a random pickle of objects, methods and what can be done with them."""
+    parts, depth, stored = [], 0, 0
+    for _ in range(random.randint(4, 20)):
+        kind = random.random()
+        if not depth or kind < 0.35:
+            parts += [random.choice(VALUES), b"q" + bytes([stored % 8])]
+            depth, stored = depth + 1, stored + 1
+        elif kind < 0.45:
+            parts.append(b"h" + bytes([random.randrange(min(stored, 8))]))
+            depth += 1
+        elif kind < 0.6 or depth < 2:
+            parts.append(random.choice(ONE))
+            depth += parts[-1] == b"2"
+        else:
+            parts.append(random.choice(STEPS))
+            depth -= 1
+    return b"".join(parts) + b"."
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_random_pickle_that_is_read_calls_a_method(seed):
+    """Whatever is built of objects and their methods: it is refused, or runs none of them."""
+    random, passed, ran = Random(seed), 0, 0  # noqa: S311
+    for _ in range(2000):
+        data = program(random)
+        try:
+            read(data)
+        except MergeError:
+            ran += runs(data, Fast)
+            continue
+        passed += b"getattr" in data
+        assert not runs(data, Fast), data
+        assert not runs(data, Loader), data
+    assert passed > 30
+    assert ran > 5
