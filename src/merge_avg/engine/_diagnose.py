@@ -56,6 +56,7 @@ class Diagnosis:
         What is the same in all sources, bit for bit, is copied, such as the -inf of causal masks:
         it is zero in `out` until the function that is returned is called.
         """
+        self._load_torch()
         ours: Tensor | None = None
         for k in sources:
             self._reader.again(window, k)
@@ -88,6 +89,7 @@ class Diagnosis:
 
     def overflow(self, window: Window, result: Matrix) -> None:
         """Raise for a tensor whose mean does not fit its dtype."""
+        self._load_torch()
         for name, _ in self._reached(window, ~_finite(_real(result))):
             what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
             hint = "choose a wider --dtype, such as float32 or bfloat16"
