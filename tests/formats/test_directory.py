@@ -278,6 +278,7 @@ def test_large_files_that_are_copied_unread_are_named(tmp_path):
     save_file({"w": torch.zeros(1 << 18)}, tmp_path / "model.safetensors")
     (tmp_path / "model.onnx").write_bytes(bytes(1 << 20))
     (tmp_path / "small.onnx").write_bytes(bytes(1000))
+    (tmp_path / "tokenizer.json").write_bytes(bytes(1 << 21))
     (note,) = scan(tmp_path).notes
     assert note == "'model.onnx' is copied as it is: weights in it are not averaged"
 

@@ -172,6 +172,8 @@ class Reasons:
             return _reason("a value beside state dicts, by its name", name)
         if info.shape or info.dtype.kind == "float" or info.path[:-1] in self._direct:
             return None
+        if info.trouble:  # its shape is not known: better an error than a copy without a word
+            return None
         return _reason("a number beside state dicts", name)
 
     def _learned(self, kind: Kind, info: TensorInfo, container: TreePath) -> bool:

@@ -59,6 +59,7 @@ _MODEL = re.compile(r"(?i)model|weights|ema")
 _LARGEST_LATEST = 1000
 # A file may hold weights if it has a twentieth of the bytes of those that do, and 1 MiB.
 _SHARE, _LARGE = 20, 1 << 20
+_NO_WEIGHTS = (".json", ".jsonl", ".txt", ".model", ".spm", ".csv", ".log", ".yaml")
 
 
 def scan_directory(path: Path) -> Layout:
@@ -284,12 +285,15 @@ def _holds_weights(member: Layout) -> bool:
 
 def _unread(files: Mapping[str, File], members: Mapping[str, Layout]) -> list[str]:
     """Return a note on files that are as large as weights, and are copied unread."""
-    ranges = {
-        one for layout in members.values() for i in layout.tensors for one in i.storage.ranges
-    }
-    least = max(sum(one.nbytes for one in ranges) // _SHARE, _LARGE)
     inside = {file.path for layout in members.values() for file in layout.files}
-    large = [n for n, one in files.items() if one.nbytes >= least and one.path not in inside]
+    least = max(sum(one.nbytes for one in files.values() if one.path in inside) // _SHARE, _LARGE)
+    large = [
+        name
+        for name, one in files.items()
+        if one.nbytes >= least
+        and one.path not in inside
+        and PurePosixPath(name).suffix.lower() not in _NO_WEIGHTS
+    ]
     return [f"{named(large)} is copied as it is: weights in it are not averaged"] if large else []
 
 

@@ -316,7 +316,7 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout], logs: Sequence[Path] 
 
 def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> list[str]:
     """Return notes for the user, beside those on names."""
-    notes = [note for layout in layouts for note in layout.notes]
+    notes = [*dict.fromkeys(note for layout in layouts for note in layout.notes)]
     shards = [layout for layout in layouts if not layout.members and shard_of(layout.path)]
     if shards:
         path = shards[0].path

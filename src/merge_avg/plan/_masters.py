@@ -69,6 +69,8 @@ def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:
             groups[tuple(_slot(key, names) for key in info.path)].append(info)
     for group in [one for one in groups if any(_MOMENTS.search(str(key)) for key in one)]:
         del groups[group]
+    if not groups:
+        return {}
     reader = Reader(layout, layout.path)  # which writes nothing, as nothing is decoded here
     found: dict[TreePath, Name | None] = {}
     try:
