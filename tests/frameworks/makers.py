@@ -532,7 +532,7 @@ def _deepspeed(stage: int) -> Maker:
         (path / "loaded.pt").unlink()
         return weights
 
-    return Maker("deepspeed", make, load)
+    return Maker("deepspeed", make, load, kept="base_optimizer_state")
 
 
 MAKERS = {
