@@ -93,6 +93,7 @@ def test_a_mean_takes_rows_of_memory_and_tensors(factory, whole, pack):
 def test_finite_and_fits_are_known_after_the_result(factory, whole):
     """`finite` is false for NaN until the next vectors, and `fits` for a mean that overflows."""
     mean = factory(Weights((1, 1), divisor=1), "float16", ["float16"] * 2)
+    assert (mean.finite, mean.fits) == (True, True)  # of nothing yet
     out = torch.empty(1, 2, dtype=torch.float16)
     for first, finite, fits in ((1, True, True), (math.nan, False, False), (6e4, True, False)):
         rows = torch.tensor([[first, 1.0], [6e4, 1.0]], dtype=torch.float16)
