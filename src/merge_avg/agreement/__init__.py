@@ -1,12 +1,21 @@
 """Do the checkpoints agree? Cosines between them, measured in the same reading as the mean.
 
 Workers give `Sampler`s what they read, these add products to one `Comparison`, and that turns them
-into an `Agreement`.
+into an `Agreement`, on which `judge` gives a `Verdict`.
 """
 
 from __future__ import annotations
 
 from merge_avg.agreement._comparison import Comparison, Sampler
-from merge_avg.agreement._cosines import LEAST_AGREEMENT, Agreement, TensorAgreement
+from merge_avg.agreement._cosines import Agreement, TensorAgreement
+from merge_avg.agreement._verdict import LEAST_AGREEMENT, Verdict, judge
 
-__all__ = ["LEAST_AGREEMENT", "Agreement", "Comparison", "Sampler", "TensorAgreement"]
+__all__ = [
+    "LEAST_AGREEMENT",
+    "Agreement",
+    "Comparison",
+    "Sampler",
+    "TensorAgreement",
+    "Verdict",
+    "judge",
+]

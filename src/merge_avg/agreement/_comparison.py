@@ -18,11 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from merge_avg.agreement._cosines import Agreement, TensorAgreement, agreement, agreement_about
+from merge_avg.agreement._cosines import (
+    Agreement,
+    TensorAgreement,
+    agreement,
+    agreement_about,
+    same,
+)
 from merge_avg.arithmetic import LOOPS, int64s
 from merge_avg.checkpoint import BY_NAME
 from merge_avg.io import Buffer, Matrix
-from merge_avg.plan import Piece, Unit, Window
+from merge_avg.plan import Piece, Unit, Window, is_matrix
 from merge_avg.tuning import COMPARED, WHOLE
 
 # The rule of thumb: about one element in 128, which costs next to nothing beside the reading. The
@@ -216,6 +222,8 @@ class Comparison:
                 wide = ours.tensor()
                 if kind:
                     wide -= rows.run(slice(count, count + 1)).tensor()
+                else:
+                    wide = products.learned(wide)
                 gram = grams.rows(_GROUPS * count, count, _WIDE).tensor()
                 table = sums.rows(len(self._compared), 2 * count, _WIDE).tensor()
                 products.multiply(wide, columns, gram.view(_GROUPS, count, count), table)
@@ -237,16 +245,20 @@ class Comparison:
         grams = [cells[at : at + size] for at in range(0, _GROUPS * size, size)]
         whole = sum(len(one.unit) for one in compared)
         elements = sum(one.sample.elements for one in compared)
-        return agreement(grams, self._tensors(kind, compared), whole, elements)
+        tensors = self._tensors(kind, compared)
+        if not kind and not any(map(any, grams)):
+            return same(self._count, tensors, whole, elements)
+        return agreement(grams, tensors, whole, elements)
 
     def _tensors(self, kind: int, compared: Sequence[_Compared]) -> Iterator[TensorAgreement]:
         count = self._count
         sums = self._sums[kind].bytes(16 * len(self._compared) * count).cast("d")
         for one in compared:
-            name = next(str(name) for name, info in one.unit.members if len(info.shape) > 1)
+            name, info = next(pair for pair in one.unit.members if is_matrix(pair[1]))
             at = 2 * count * one.line
             squares, products = sums[at : at + count], sums[at + count : at + 2 * count]
-            yield agreement_about(name, len(one.unit), one.sample.elements, squares, products)
+            about = str(name), info.shape, len(one.unit), one.sample.elements
+            yield agreement_about(*about, squares, products)
 
 
 class Sampler:

@@ -10,10 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# The mean cosine between matrices below which the mean of networks most likely does not work: those
-# of one run, and fine-tunes of one base, lie far above it; networks that were initialised apart lie
-# near 0, whatever they were trained on.
-LEAST_AGREEMENT = 0.5
 # A cosine of n random elements is 0 +- 1/sqrt(n): of fewer than 16 it says nothing.
 _FEW = 16
 
@@ -23,19 +19,24 @@ class TensorAgreement:
     """The agreement of checkpoints about one tensor."""
 
     name: str  # in the template; of tensors that share memory, that of one
+    shape: tuple[int, ...]
     size: int
     elements: int  # how many elements were looked at
     # The mean cosine, each pair weighted by the product of its norms; None where fewer than two
-    # checkpoints hold anything but zeros, or too few elements were looked at.
+    # checkpoints learned anything but zeros, or too few elements were looked at.
     mean: float | None
     error: float  # about the standard error of `mean`; 0 where all elements were looked at
-    norm: float  # the root mean square of the checkpoints' norms
+    # The root mean square of the checkpoints' norms, without elements that are the same in all.
+    norm: float
     distances: tuple[float, ...]  # of each checkpoint from the mean of all, over `norm`
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of checkpoints: cosines over their matrices, from a sample of the elements."""
+    """The agreement of checkpoints: cosines over their matrices, from a sample of the elements.
+
+    Elements that are the same in all checkpoints do not count: nothing was learned there.
+    """
 
     mean: float  # over all pairs of checkpoints
     error: float  # the standard error of `mean`; 0 where all elements were looked at
@@ -44,27 +45,17 @@ class Agreement:
     pairs: tuple[tuple[float | None, ...], ...]
     each: tuple[float | None, ...]  # the mean over the pairs of each checkpoint
     errors: tuple[float, ...]  # the standard error of each of these
+    norms: tuple[float, ...]  # of each checkpoint
     shrinkage: float  # the norm of the plain mean over the mean of the norms
     size: int  # how many elements each checkpoint's matrices have
     elements: int  # how many of them were looked at
     tensors: tuple[TensorAgreement, ...]  # one for each matrix, in the template's order
 
-    @property
-    def odd(self) -> int | None:
-        """Return the one checkpoint that agrees with no other, if all others agree."""
-        known = {i: value for i, value in enumerate(self.each) if value is not None}
-        if len(known) < 3:
-            return None
-        worst = min(known, key=known.__getitem__)
-        rest = [self.pairs[i][j] for i in known for j in known if j < i and worst not in (i, j)]
-        least = min((one for one in rest if one is not None), default=-1.0)
-        return worst if least >= LEAST_AGREEMENT > known[worst] else None
-
 
 def agreement(
     grams: Sequence[Sequence[float]], tensors: Iterable[TensorAgreement], size: int, elements: int
 ) -> Agreement | None:
-    """Return the agreement of checkpoints; None where there is nothing to compare.
+    """Return the agreement of checkpoints; None where fewer than two learned anything.
 
     Each Gram matrix has, row by row, the products of all checkpoints with all in one group of
     elements. There may be very many tensors: they are made last.
@@ -90,13 +81,24 @@ def agreement(
     pairs = tuple(tuple(map(_known, row)) for row in cosines)
     means = tuple(map(_known, each))
     shrinkage = math.sqrt(max(sum(gram), 0.0)) / count / (sum(norms) / count)
-    return Agreement(
-        mean, error, pairs, means, tuple(errors), shrinkage, size, elements, tuple(tensors)
-    )
+    figures = pairs, means, tuple(errors), tuple(norms), shrinkage
+    return Agreement(mean, error, *figures, size, elements, tuple(tensors))
+
+
+def same(count: int, tensors: Iterable[TensorAgreement], size: int, elements: int) -> Agreement:
+    """Return the agreement of checkpoints of which all that was looked at is the same."""
+    ones = (1.0,) * count
+    figures = (ones,) * count, ones, (0.0,) * count, (0.0,) * count, 1.0
+    return Agreement(1.0, 0.0, *figures, size, elements, tuple(tensors))
 
 
 def agreement_about(
-    name: str, size: int, elements: int, squares: Sequence[float], products: Sequence[float]
+    name: str,
+    shape: tuple[int, ...],
+    size: int,
+    elements: int,
+    squares: Sequence[float],
+    products: Sequence[float],
 ) -> TensorAgreement:
     """Return a tensor's figures from checkpoints' squared norms and products with their sum."""
     count = len(squares)
@@ -117,7 +119,8 @@ def agreement_about(
         math.sqrt(max(own - 2 / count * product + middle, 0.0) * scale)
         for own, product in zip(squares, products, strict=True)
     )
-    return TensorAgreement(name, size, elements, mean, error, math.sqrt(square / count), distances)
+    norm = math.sqrt(square / count)
+    return TensorAgreement(name, shape, size, elements, mean, error, norm, distances)
 
 
 def _cosines(gram: Sequence[float], count: int) -> list[list[float]]:

@@ -23,6 +23,13 @@ def take(rows: Tensor, runs: Iterable[int]) -> Tensor:
     return (torch.view_as_real(values).flatten(1) if values.is_complex() else values).double()
 
 
+def learned(rows: Tensor) -> Tensor:
+    """Return rows with zeros in the columns that are the same in all, where nothing was learned."""
+    first = rows[:1]
+    same = ((rows == first) | (rows.isnan() & first.isnan())).all(dim=0)
+    return rows.masked_fill(same, 0.0)
+
+
 def multiply(rows: Tensor, columns: Columns, grams: Tensor, sums: Tensor) -> None:
     """Add the products of rows of float64 with each other, as `Kernel.products` does.
 

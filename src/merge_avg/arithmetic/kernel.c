@@ -271,12 +271,26 @@ INLINE double product(const double *restrict a, const double *restrict b, size_t
     return sum;
 }
 
+/* Set columns of a tile to zero that are the same in all rows, and say which in `same`. */
+INLINE void blank(double *x, size_t count, size_t width, size_t n, uint8_t *same)
+{
+    memset(same, 1, n);
+    for (size_t i = 1; i < count; i++)
+        for (size_t j = 0; j < n; j++) /* NaN is the same as NaN */
+            same[j] &= (x[i * width + j] == x[j]) |
+                       ((x[i * width + j] != x[i * width + j]) & (x[j] != x[j]));
+    for (size_t i = 0; i < count; i++)
+        for (size_t j = 0; j < n; j++)
+            x[i * width + j] = same[j] ? 0.0 : x[i * width + j];
+}
+
 /* Add the products of rows with each other, over runs of columns.
 
    Run r is lengths[r] columns long. Its Gram matrix, times scales[r], is added to matrix groups[r]
    of `grams`; of each row its square, and its product with the sum of all, to line numbers[r] of
    `sums`. If `less` is not negative, row `less` is subtracted from the others first, which changes
-   them. The columns are cut into tiles so that all rows of one, too, stay in a cache. */
+   them. Otherwise columns that are the same in all rows count as zeros: nothing was learned there.
+   The columns are cut into tiles so that all rows of one, too, stay in a cache. */
 VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64_t less,
                                  size_t runs, const int64_t *lengths, const int64_t *groups,
                                  const int64_t *numbers, const double *scales, double *grams,
@@ -289,11 +303,14 @@ VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64
         double *line = sums + (size_t)numbers[run] * 2 * count;
         for (size_t tile = 0; tile < numel; tile += TILE / 4) {
             size_t n = numel - tile < TILE / 4 ? numel - tile : TILE / 4;
-            double *x = rows + at + tile;
-            if (less >= 0)
-                for (size_t i = 0; i < count; i++)
-                    for (size_t j = 0; j < n; j++)
-                        x[i * width + j] -= x[(size_t)less * width + j];
+            double *x = rows + at + tile, first[TILE / 4];
+            uint8_t same[TILE / 4];
+            memcpy(first, x, n * sizeof *x);
+            if (less < 0)
+                blank(x, count, width, n, same);
+            for (size_t i = 0; i < count && less >= 0; i++)
+                for (size_t j = 0; j < n; j++)
+                    x[i * width + j] -= x[(size_t)less * width + j];
             for (size_t i = 0; i < count; i++)
                 for (size_t k = 0; k <= i; k++) {
                     double value = scales[run] * product(x + i * width, x + k * width, n);
@@ -306,6 +323,9 @@ VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64
                         line[count + k] += value;
                     }
                 }
+            for (size_t i = 0; i < count && less < 0; i++) /* differences to a base may follow */
+                for (size_t j = 0; j < n; j++)
+                    x[i * width + j] = same[j] ? first[j] : x[i * width + j];
         }
         at += numel;
     }

@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath
+from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath, dotted
 
 # The key under which a scan lists what a pickled nn.Module holds beside its state dict.
 ATTRIBUTES = "attributes of a module"
@@ -143,12 +143,14 @@ class Reasons:
         # At the root a model may have been added to an optimizer's dict.
         for depth in range(len(path)) if self._optimizers else ():
             if path[:depth] in self._optimizers and (depth or _head(path[0]) in (_STATE, _GROUPS)):
-                key = top if depth else _head(path[0])
+                key = dotted(path[:depth]) if depth else _head(path[0])
                 return _reason(f"optimizer state ({_STATE} beside {_GROUPS})", key)
         for depth in range(self._named(path), len(containers)):
             kind = kind_of(path[depth])
             if kind and not self._learned(kind, info, path[: depth + 1]):
-                return _reason(f"{kind.name}, by the key {path[depth]!r}", top)
+                return _reason(
+                    f"{kind.name}, by the key {path[depth]!r}", dotted(path[: depth + 1])
+                )
         for depth, (above, below) in enumerate(itertools.pairwise(containers)):
             if above == _STATE and (isinstance(below, int) or below in self._names):
                 return _reason(f"optimizer state of {below!r}", top)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec
 
-from merge_avg.agreement import Agreement, Comparison
+from merge_avg.agreement import Agreement, Comparison, judge
 from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
@@ -178,8 +178,9 @@ def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
 def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
     """Raise MergeError where the checkpoints agree less than is asked for."""
     least = job.options.min_agreement
-    if least is not None and agreement is not None and agreement.mean < least:
-        what = f"the checkpoints agree by {agreement.mean:.3f}, and {least:g} is asked for"
+    number = None if least is None or agreement is None else judge(agreement).number
+    if least is not None and number is not None and number < least:
+        what = f"the checkpoints agree by {number:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
         raise MergeError(what, where=job.outputs[0].path, hint=hint)
 

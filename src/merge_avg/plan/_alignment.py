@@ -237,8 +237,10 @@ def _renamed(names: Iterable[Name], change: Callable[[str], str]) -> dict[Name, 
 def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None) -> None:
     """Raise MergeError for tensors that cannot be averaged, or not with each other."""
     template = layouts[0].path
+    tensors = {name: aligned.template(name) for name in aligned.rows}
+    refuse_quantised(layouts[0], tensors, aligned.skipped)
     for name, row in aligned.rows.items():
-        first = aligned.template(name)
+        first = tensors[name]
         for layout, info in zip(layouts, row, strict=True):
             if info is None or name in aligned.skipped:
                 continue
@@ -263,8 +265,6 @@ def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None
                 continue
             names = f"{info.dtype.name}, in {template} it is {first.dtype.name}"
             raise MergeError(f"tensor {str(name)!r} is {names}", where=layout.path, hint=hint)
-    tensors = {name: aligned.template(name) for name in aligned.rows}
-    refuse_quantised(layouts[0], tensors, aligned.skipped)
 
 
 def without(name: Name) -> str:

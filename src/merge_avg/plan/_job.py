@@ -237,8 +237,8 @@ def _prepared(
             what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
             raise MergeError(what, where=inputs[0])
     if masters:
-        what = "holds averaged weights in float32 and is averaged as well"
-        notes.append(f"{named(masters)} in the optimizer's state {what}")
+        what = "the float32 copies of weights in the optimizer's state are averaged as well"
+        notes.append(f"{what}: {named(masters)}")
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
     said = (*_notes(layouts, options, layout), *parts, *notes)

@@ -115,6 +115,8 @@ def _section(name: str, title: str, content: str) -> str:
 def _tiles(report: Report) -> Iterator[tuple[str, str]]:
     """Yield the headline figures, each with its label."""
     agreement = report.agreement
+    if report.verdict is not None:
+        yield report.verdict.word, f"the verdict, by {report.verdict.number:.3f}"
     if agreement is not None:
         yield f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}"
         if report.centred is not None:
@@ -155,8 +157,8 @@ def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
         looked = f"{share} matrices were looked at; the errors are standard errors of that sample"
     yield (
         "<p>The cosine between the checkpoints over their tensors of two dimensions or more: 1 is "
-        f"the same direction, 0 nothing in common; below {LEAST_AGREEMENT:g} the mean most likely "
-        f"does not work as a network. Here {looked}.</p>"
+        "the same direction, 0 nothing in common. What is the same in all does not count. From "
+        f"{LEAST_AGREEMENT:g} on checkpoints agree, if matrices in a row do. Here {looked}.</p>"
     )
     # Late, as this imports matplotlib, which a page without an agreement does not need.
     from merge_avg.report._charts import distances, heat_map, svg

@@ -60,6 +60,11 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
 
     Of the entries that are kept, at most `most` are named.
     """
+    if report.verdict is not None:
+        verdict = report.verdict
+        why = f"; {verdict.reason}" if verdict.reason else ""
+        kind: Style = "good" if verdict.word == "agree" else "doubtful"
+        yield Fact("verdict", f"{verdict.word} ({verdict.number:.3f}{why})", kind)
     parameters = f"{report.parameters:,} parameters ({', '.join(report.dtypes)})"
     done, written = ("averaged", "written") if report.result else ("would average", "would write")
     yield Fact(done, f"{counted(report.tensors['averaged'], 'tensor')}, {parameters}")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
-from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
+from merge_avg.agreement import Agreement, TensorAgreement, Verdict, judge
+from merge_avg.errors import named
 from merge_avg.options import REPORTED
 from merge_avg.report import counted
 
@@ -91,6 +92,7 @@ class Report:
     # Of the averaged inputs, to six places. None where it was not measured, or there was nothing to
     # compare; the latter also where fewer than two checkpoints differ from the base.
     agreement: Agreement | None = None
+    verdict: Verdict | None = None  # on these figures
     centred: Agreement | None = None
     result: Result | None = None  # None for a dry run
 
@@ -117,6 +119,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     inputs = tuple(_inputs(job, result, candidates))
     weights = {entry.path: entry.weight for entry in inputs}
     agreement = None if result is None else _rounded(result.agreement)
+    verdict = None if agreement is None else _rounded(judge(agreement))
     return Report(
         inputs=inputs,
         outputs=tuple(
@@ -146,10 +149,11 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         notes=(*notes, *aligned.notes, *job.notes, *_notes(job, result, used)),
         warnings=(
             *(plan.warnings if result is None else result.warnings),
-            *_strangers(agreement, [entry.path for entry in inputs if entry.averaged]),
+            *_doubts(verdict, [entry.path for entry in inputs if entry.averaged]),
         ),
         candidates=tuple((one, weights.get(str(one.path))) for one in candidates),
         agreement=agreement,
+        verdict=verdict,
         centred=None if result is None or agreement is None else _rounded(result.centred),
         result=result,
     )
@@ -194,36 +198,38 @@ def _rounded(value: Any) -> Any:
         return round(value, 6)
     if isinstance(value, tuple):
         return tuple(map(_rounded, value))
-    if isinstance(value, Agreement | TensorAgreement):
+    if isinstance(value, Agreement | TensorAgreement | Verdict):
         # A norm has a unit, so a small one must not become 0.
         names = [one.name for one in fields(value) if one.name != "norm"]
         return replace(value, **{name: _rounded(getattr(value, name)) for name in names})
     return value
 
 
-def _strangers(agreement: Agreement | None, paths: Sequence[str]) -> Iterator[str]:
-    """Yield a warning where the mean is most likely not a working network."""
-    if agreement is None:
-        return
-    number = agreement.odd
-    who = None if number is None else paths[number]
-    odd = who and f"{who} agrees with none of the others; average without it"
-    if agreement.mean < LEAST_AGREEMENT:
-        what = f"the checkpoints hardly agree (cosine {agreement.mean:.2f})"
-        other = "average checkpoints of one initialisation, or average their outputs instead"
-        yield f"{what}, so their mean is most likely no working network: {odd or other}"
-    elif odd:
-        yield odd
+def _doubts(verdict: Verdict | None, paths: Sequence[str]) -> Iterator[str]:
+    """Yield a warning where the mean may be no working network."""
+    if verdict is not None and verdict.word != "agree":
+        about = [named(verdict.tensors, 3)] if verdict.tensors else []
+        about += [named([paths[i] for i in group], 3) for group in verdict.groups]
+        listed = f" ({' | '.join(about)})" if about else ""
+        yield f"{verdict.word}: {verdict.reason}{listed}; {verdict.advice}"
+
+
+def _verdict(verdict: Verdict | None, paths: Sequence[str]) -> dict[str, Any] | None:
+    groups = () if verdict is None else verdict.groups
+    found = [[paths[i] for i in group] for group in groups]
+    return None if verdict is None else {**plain(verdict), "groups": found}
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report as plain values."""
+    bare = replace(report, candidates=(), agreement=None, centred=None)
+    bare = replace(bare, verdict=None, result=None)  # which have keys of their own
     found = {
         "merge_avg": __version__,
         "output": report.outputs[0].path,
         "dry_run": report.result is None,
         "int_policy": report.policies["int_policy"],
-        **plain(replace(report, candidates=(), agreement=None, centred=None, result=None)),
+        **plain(bare),
         "candidates": [
             {"path": str(one.path)}
             | {key: getattr(one, key) for key in (*KNOWN, "chosen", "why")}
@@ -235,6 +241,7 @@ def as_json(report: Report) -> dict[str, Any]:
         figures = _figures(report.agreement, report.averaged)
         if figures is not None:
             figures |= {"base": report.base, "centred": _figures(report.centred, report.averaged)}
+            figures |= {"verdict": _verdict(report.verdict, report.averaged)}
         found["agreement"] = figures
         found["bytes_read"] = report.result.nbytes
         found["seconds"] = round(report.result.seconds, 3)
@@ -255,7 +262,6 @@ def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | 
         "shrinkage": found.shrinkage,
         "size": found.size,
         "elements": found.elements,
-        "odd": None if found.odd is None else paths[found.odd],
         "tensors": plain(found.tensors),
     }
 
