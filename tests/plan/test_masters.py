@@ -78,7 +78,7 @@ def test_a_distributed_checkpoint_has_them_too(tmp_path):
     assert {"w", "b"} | {f"fp32_param.{n}" for n in "wb"} == {
         str(name).removeprefix("optimizer.state.") for name in job.plan.aligned.rows
     }
-    assert any("in float32" in note for note in job.notes)
+    assert any("the float32 copies" in note for note in job.notes)
 
 
 @pytest.fixture
