@@ -60,7 +60,7 @@ def judge(found: Agreement) -> Verdict:
     learned = [tensor for tensor in found.tensors if tensor.norm and tensor.mean is not None]
     rows, weakest = _rows(learned)
     number = min(found.mean, weakest)
-    groups = _groups(found)
+    groups = groups_of(found)
     share = _foreign(found, groups) if groups and len(groups[0]) > 1 else 0.0
     names = tuple(tensor.name for row in rows for tensor in row)
     if number < LEAST_AGREEMENT and all(_size(tensor) < _SMALL for tensor in learned):
@@ -120,7 +120,7 @@ def _size(tensor: TensorAgreement) -> float:
     return tensor.norm / math.sqrt(max(tensor.size, 1)) * math.sqrt(math.prod(tensor.shape[1:]))
 
 
-def _groups(found: Agreement) -> tuple[tuple[int, ...], ...]:
+def groups_of(found: Agreement) -> tuple[tuple[int, ...], ...]:
     """Return the groups of checkpoints that are connected by cosines, if there are several."""
     left = [i for i, value in enumerate(found.each) if value is not None]
     groups: list[tuple[int, ...]] = []

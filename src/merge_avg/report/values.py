@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
-from merge_avg.agreement import Agreement, TensorAgreement, Verdict, judge
+from merge_avg.agreement import Agreement, TensorAgreement, Verdict, groups_of, judge
 from merge_avg.errors import named
 from merge_avg.options import REPORTED
 from merge_avg.report import counted
@@ -200,7 +200,7 @@ def _rounded(value: Any) -> Any:
         return tuple(map(_rounded, value))
     if isinstance(value, Agreement | TensorAgreement | Verdict):
         # A norm has a unit, so a small one must not become 0.
-        names = [one.name for one in fields(value) if one.name != "norm"]
+        names = [one.name for one in fields(value) if one.name not in ("norm", "norms")]
         return replace(value, **{name: _rounded(getattr(value, name)) for name in names})
     return value
 
@@ -254,6 +254,8 @@ def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | 
     if found is None:
         return None
     each = zip(paths, found.each, found.errors, strict=True)
+    groups = groups_of(found)
+    odd = groups[1][0] if len(groups) == 2 and len(groups[1]) == 1 < len(groups[0]) else None
     return {
         "mean": found.mean,
         "error": found.error,
@@ -262,6 +264,7 @@ def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | 
         "shrinkage": found.shrinkage,
         "size": found.size,
         "elements": found.elements,
+        "odd": None if odd is None else paths[odd],
         "tensors": plain(found.tensors),
     }
 
