@@ -1,42 +1,54 @@
 """Compare what merge-avg says of checkpoints with what becomes of their mean.
 
 In each of the situations of situations.py a few models are trained, saved and averaged. The table
-shows what merge-avg says beside the score of their mean: accuracy, or perplexity of text.
+shows the verdict of merge-avg beside the score of their mean: accuracy, or perplexity of text.
 
-    python scripts/agreement.py [--keep FOLDER] [--seed NUMBER] [--set-aside yes|no] [WORD]...
+    python scripts/agreement.py [--keep FOLDER] [--seed NUMBER] [--half HALF] [WORD]...
 
 --keep saves the checkpoints as FOLDER/SITUATION/0.pt and so on, with their scores in results.json,
-and does not train again what is there. --seed trains others. --set-aside shows one half only, and
-words choose the situations whose kind or name holds one of them.
+and does not train again what is there. --seed trains others. --half shows some only, and words
+choose the situations whose kind or name holds one of them.
+
+How far to believe the counts: the rules of the verdict were made while looking at the known half.
+Two of them are owed to the other, whose first run had two broken means that passed in silence: the
+least agreement became 0.55, and a tensor of shape (n, 1) is no matrix. So that half is no longer
+quite unseen. The fresh situations are: their list was written down after the rules, and before any
+of them was trained.
 """
 
 import argparse
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from merge_avg import MergeError, merge_checkpoints
-from merge_avg.agreement import LEAST_AGREEMENT
-from situations import SITUATIONS
+from merge_avg.agreement import judge
+from situations import SITUATIONS, Half
 
-COLUMNS = "kind|networks|set aside|agreement|each (mean)|their mean|after BatchNorm|truth|warned"
+HALVES = get_args(Half)
+TRUTHS = ("works", "hurt", "broken")
+WORDS = ("agree", "drifted", "strangers", "nothing", "refused")
+COLUMNS = "kind|networks|half|agreement|number|each (mean)|their mean|after BatchNorm|truth|verdict"
+Counts = Counter[tuple[str, str, str]]
 
 
-def asked(folder: Path) -> tuple[str, str]:
-    """Return the agreement that merge-avg finds between checkpoints, and whether it warns."""
+def asked(folder: Path) -> tuple[str, str, str]:
+    """Return the agreement that merge-avg finds between checkpoints, and its verdict."""
     paths = sorted(folder.glob("*.pt"))
     with tempfile.TemporaryDirectory() as temporary:
         try:
             found = merge_checkpoints(paths, Path(temporary) / "merged.pt").agreement
-        except MergeError as error:
-            return "-", f"refused: {error}"
+        except MergeError:
+            return "", "", "refused"
     if found is None:
-        return "-", "no"
-    return f"{found.mean:.3f}", "yes" if found.mean < LEAST_AGREEMENT else "no"
+        return "", "", "nothing"
+    verdict = judge(found)
+    return f"{found.mean:.3f}", f"{verdict.number:.3f}", verdict.word
 
 
 def shown(found: dict[str, Any]) -> list[str]:
@@ -47,12 +59,25 @@ def shown(found: dict[str, Any]) -> list[str]:
     return ["" if score is None else form.format(score) for score in scores]
 
 
-def counted(counts: Counter[tuple[str, str, str]]) -> Table:
-    """Return how often each word was said of each truth, by halves."""
-    table = Table("set aside", "truth", "warned", "situations", title="both halves apart")
-    for key, count in sorted(counts.items()):
-        table.add_row(*key, str(count))
+def counted(counts: Counts) -> Table:
+    """Return how many means of each kind got which word, by halves."""
+    table = Table("half", "their mean", *WORDS, title="what is said of the means")
+    for half in HALVES:
+        for truth in TRUTHS:
+            table.add_row(half, truth, *(str(counts[half, truth, word] or "") for word in WORDS))
     return table
+
+
+def mistakes(counts: Counts) -> Iterator[str]:
+    """Yield what is wrong, by halves: of a broken mean nothing is said, or too much of another."""
+    for half in HALVES:
+        total = sum(count for (of, _, _), count in counts.items() if of == half)
+        silent = counts[half, "broken", "agree"] + counts[half, "broken", "nothing"]
+        called = counts[half, "works", "strangers"]
+        yield (
+            f"{half}, {total} situations: broken and silent: {silent}; "
+            f"working and called strangers: {called}"
+        )
 
 
 def main() -> None:
@@ -60,27 +85,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set-aside", choices=["yes", "no"])
+    parser.add_argument("--half", choices=HALVES)
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
-    counts: Counter[tuple[str, str, str]] = Counter()
+    counts: Counts = Counter()
     table = Table(*COLUMNS.split("|"), title="scores on held-out data: accuracy, or perplexity")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         for situation in SITUATIONS:
             title = f"{situation.kind}: {situation.name}"
-            aside = "yes" if situation.set_aside else "no"
             if options.words and not any(word in title for word in options.words):
                 continue
-            if options.set_aside not in {None, aside}:
+            if options.half not in {None, situation.half}:
                 continue
             found = situation.keep(folder, options.seed)
-            agreement, warned = asked(folder / situation.folder)
-            scores = shown(found)
-            row = situation.kind, situation.name, aside, agreement, *scores, found["truth"], warned
-            table.add_row(*row)
-            counts[aside, found["truth"], warned] += 1
-    Console(width=170).print(table, counted(counts))
+            *figures, word = asked(folder / situation.folder)
+            row = situation.kind, situation.name, situation.half, *figures, *shown(found)
+            table.add_row(*row, found["truth"], word)
+            counts[situation.half, found["truth"], word] += 1
+    console = Console(width=170)
+    console.print(table, counted(counts))
+    for line in mistakes(counts):
+        console.print(line)
 
 
 if __name__ == "__main__":
