@@ -150,7 +150,12 @@ def _different(layout: Layout, differences: Sequence[_Difference], version: str)
     if first.slot is not None:
         # A slot has the name of a storage in the template, whose archive may be called otherwise.
         wanted = first.slot.rpartition("/")[2]
-        found = (i for i in layout.tensors if i.storage.name.rpartition("/")[2] == wanted)
+        found = (
+            info
+            for info in layout.tensors
+            for part in info.storage.ranges
+            if part.name.rpartition("/")[2] == wanted and layout.files[part.file].path == first.file
+        )
         info = next(found, None)
         where = f"tensor {dotted(info.path)!r}" if info else f"record {first.slot!r}"
     what = f"{total:,} bytes are not what its inputs give, the first at {first.offset:,} in {where}"
