@@ -33,9 +33,8 @@ from merge_avg.selection._metadata import STATE, Log, read_log, read_metadata
 from merge_avg.selection._names import CLOCKS, is_average, read_names
 from merge_avg.selection._schemes import phema, resolve
 
-# A layout takes about 500 bytes for each tensor, so those kept take at most 32 MiB. That is enough
-# for 100 checkpoints of 600 tensors; a run of many large ones must not fill the memory with layouts
-# of which few are used.
+# A layout takes about 500 bytes for each tensor: those kept take 32 MiB. A run of many large
+# checkpoints must not fill the memory with layouts of which few are used.
 _MOST_TENSORS = 1 << 16
 # Files beside the checkpoints of a run that end as checkpoints do: states of a training, as torch,
 # Accelerate and transformers' Trainer save them.
@@ -65,8 +64,7 @@ class _Layouts(dict[Path, Layout]):
     def __missing__(self, path: Path) -> Layout:
         layout = self[path] = scan(path)
         self.tensors += len(layout.tensors)
-        # The oldest goes first: runs are scanned in order, and it is mostly the last checkpoints of
-        # a run that are chosen.
+        # The oldest goes first: it is mostly the last checkpoints of a run that are chosen.
         while self.tensors > _MOST_TENSORS:
             self.tensors -= len(self.pop(next(iter(self))).tensors)
         return layout
@@ -149,18 +147,16 @@ def _select(
     seen: list[Candidate] = []
     for place, paths, many in places:
         for path in paths:
-            one = Candidate(path, name=names[path])
+            fold = _fold_of(path, place if many else path.parent)
+            one = Candidate(path, name=names[path], fold=fold)
             try:
-                one = _read(one, layouts)
+                one = _read(one, layouts, log)
             except MergeError as error:
                 if not many or isinstance(error.__context__, PermissionError):  # it may be one
                     raise
                 # A run holds other files too. Only what the user named has to be a checkpoint.
                 seen.append(one.left(f"no checkpoint: {error.what}"))
                 continue
-            metrics = {**one.said.metrics, **log.of(path, one.said)}
-            one = replace(one, said=replace(one.said, metrics=metrics))
-            one = replace(one, fold=_fold_of(path, place if many else path.parent))
             if one.said.ours or (output.exists() and path.samefile(output)):
                 one = one.left("an earlier output of merge-avg")
             elif is_average(path):
@@ -181,13 +177,11 @@ def _select(
     return [*chosen, *by_age(left)], [*notes, *more], mode
 
 
-def _read(one: Candidate, layouts: _Layouts) -> Candidate:
-    """Return a candidate with what it says, and a rough sum of its weights, if it has some."""
-    try:
-        layout = layouts[one.path]
-        said = read_metadata(layout, one.name)
-    except OSError as error:
-        raise MergeError(error.strerror or str(error), where=one.path) from None
+def _read(one: Candidate, layouts: _Layouts, log: Log) -> Candidate:
+    """Return a candidate with what is known of it, and a rough sum of its weights, if any."""
+    layout = layouts[one.path]
+    said = read_metadata(layout, one.name)
+    said = replace(said, metrics={**said.metrics, **log.of(one.path, said)})
     one = replace(one, step=said.step, epoch=said.epoch, said=said)
     try:
         return replace(one, rough=sum_of(layout, rough=True))
