@@ -19,7 +19,8 @@ of them was trained.
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,21 +35,32 @@ HALVES = get_args(Half)
 TRUTHS = ("works", "hurt", "broken")
 WORDS = ("agree", "drifted", "strangers", "nothing", "refused")
 COLUMNS = "kind|networks|half|agreement|number|each (mean)|their mean|after BatchNorm|truth|verdict"
-Counts = Counter[tuple[str, str, str]]
 
 
-def asked(folder: Path) -> tuple[str, str, str]:
-    """Return the agreement that merge-avg finds between checkpoints, and its verdict."""
+@dataclass(frozen=True)
+class Asked:
+    """What became of a mean, and what merge-avg says, with figures unless that is nothing."""
+
+    kind: str
+    half: str
+    truth: str
+    word: str
+    agreement: float | None = None
+    number: float | None = None
+
+
+def asked(folder: Path) -> tuple[str, float | None, float | None]:
+    """Return the verdict of merge-avg on checkpoints, their agreement and the verdict's number."""
     paths = sorted(folder.glob("*.pt"))
     with tempfile.TemporaryDirectory() as temporary:
         try:
             found = merge_checkpoints(paths, Path(temporary) / "merged.pt").agreement
         except MergeError:
-            return "", "", "refused"
+            return "refused", None, None
     if found is None:
-        return "", "", "nothing"
+        return "nothing", None, None
     verdict = judge(found)
-    return f"{found.mean:.3f}", f"{verdict.number:.3f}", verdict.word
+    return verdict.word, found.mean, verdict.number
 
 
 def shown(found: dict[str, Any]) -> list[str]:
@@ -59,23 +71,32 @@ def shown(found: dict[str, Any]) -> list[str]:
     return ["" if score is None else form.format(score) for score in scores]
 
 
-def counted(counts: Counts) -> Table:
-    """Return how many means of each kind got which word, by halves."""
-    table = Table("half", "their mean", *WORDS, title="what is said of the means")
-    for half in HALVES:
-        for truth in TRUTHS:
-            table.add_row(half, truth, *(str(counts[half, truth, word] or "") for word in WORDS))
+def words(chosen: Sequence[Asked]) -> str:
+    """Return how often each word was said, in words."""
+    counts = Counter(one.word for one in chosen)
+    return ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word])
+
+
+def counted(found: Sequence[Asked], name: str) -> Table:
+    """Return what was said of the means that work, are hurt and are broken, by kind or half."""
+    table = Table(name, "situations", "number", *TRUTHS)
+    for value in dict.fromkeys(getattr(one, name) for one in found):
+        chosen = [one for one in found if getattr(one, name) == value]
+        numbers = sorted(one.number for one in chosen if one.number is not None)
+        span = f"{numbers[0]:.2f} to {numbers[-1]:.2f}" if numbers else ""
+        said = (words([one for one in chosen if one.truth == truth]) for truth in TRUTHS)
+        table.add_row(value, str(len(chosen)), span, *said)
     return table
 
 
-def mistakes(counts: Counts) -> Iterator[str]:
+def mistakes(found: Sequence[Asked]) -> Iterator[str]:
     """Yield what is wrong, by halves: of a broken mean nothing is said, or too much of another."""
     for half in HALVES:
-        total = sum(count for (of, _, _), count in counts.items() if of == half)
-        silent = counts[half, "broken", "agree"] + counts[half, "broken", "nothing"]
-        called = counts[half, "works", "strangers"]
+        said = Counter((one.truth, one.word) for one in found if one.half == half)
+        silent = said["broken", "agree"] + said["broken", "nothing"]
+        called = said["works", "strangers"]
         yield (
-            f"{half}, {total} situations: broken and silent: {silent}; "
+            f"{half}, {said.total()} situations: broken and silent: {silent}; "
             f"working and called strangers: {called}"
         )
 
@@ -88,7 +109,7 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES)
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
-    counts: Counts = Counter()
+    said: list[Asked] = []
     table = Table(*COLUMNS.split("|"), title="scores on held-out data: accuracy, or perplexity")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -99,13 +120,14 @@ def main() -> None:
             if options.half not in {None, situation.half}:
                 continue
             found = situation.keep(folder, options.seed)
-            *figures, word = asked(folder / situation.folder)
-            row = situation.kind, situation.name, situation.half, *figures, *shown(found)
+            word, *figures = asked(folder / situation.folder)
+            said.append(Asked(situation.kind, situation.half, found["truth"], word, *figures))
+            cells = ("" if figure is None else f"{figure:.3f}" for figure in figures)
+            row = situation.kind, situation.name, situation.half, *cells, *shown(found)
             table.add_row(*row, found["truth"], word)
-            counts[situation.half, found["truth"], word] += 1
     console = Console(width=170)
-    console.print(table, counted(counts))
-    for line in mistakes(counts):
+    console.print(table, counted(said, "kind"), counted(said, "half"))
+    for line in mistakes(said):
         console.print(line)
 
 

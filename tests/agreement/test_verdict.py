@@ -83,13 +83,16 @@ def test_two_in_a_row_are_doubtful(means):
 
 
 def test_two_that_are_all_there_is_are_strangers():
-    """Where nothing else was learned, or is there, two in a row are the whole network."""
+    """Where there is nothing else, two in a row are the whole network; after a frozen part not."""
     assert judge(picture(stack(0.0, 0.1))).word == "strangers"
+    frozen = tensor("frozen", (64, 64), None, 0.0)
+    assert judge(picture([frozen, *stack(0.0, 0.1)])).word == "drifted"
 
 
 def test_one_alone_is_a_mean_of_what_it_computes():
     """A single matrix between parts that agree, such as a fresh linear head, is no doubt."""
-    for means in ((0.9, 0.0, 0.9), (0.9, 0.9, 0.0), (0.0, 0.9, 0.9)):
+    alone = ((0.9, 0.0, 0.9), (0.9, 0.9, 0.0), (0.0, 0.9, 0.9), (0.0, 0.9, 0.0, 0.9, 0.0))
+    for means in alone:
         found = judge(picture(stack(*means), mean=0.7))
         assert (found.word, found.number) == ("agree", 0.7)
     found = judge(picture(stack(0.0)))
@@ -110,6 +113,7 @@ def test_parallel_heads_do_not_feed_each_other():
         ((192, 64), (64, 64), (10, 64)),  # a GRU's, and queries, keys and values
         ((16, 1, 3, 3), (32, 16, 3, 3), (10, 512)),  # convolutions, and a classifier of all places
         ((16, 1, 3, 3), (16, 16, 1, 1), (16, 1, 3, 3)),  # depthwise ones
+        ((128, 32), (32, 64), (10, 32)),  # a gated layer
         ((64, 32), (48, 64), (10, 48)),
     ],
 )
