@@ -159,7 +159,7 @@ class Options:
         metavar="CHECKPOINT",
     )
     min_agreement: float | None = option(
-        None, "Refuse checkpoints whose matrices agree less (mean cosine).", metavar="X"
+        None, "Refuse checkpoints whose verdict has a lower number.", metavar="X"
     )
     agreement: bool = option(True, "Measure how far checkpoints agree.")
     hashes: bool = option(True, "Record hashes of the checkpoints.")
