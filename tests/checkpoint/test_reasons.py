@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merge_avg.checkpoint import assign, dotted, is_kept
+from merge_avg.checkpoint import assign, dotted, kind_of
 from merge_avg.formats import scan
 
 W = {"w": torch.ones(2)}
@@ -116,6 +116,9 @@ METRICS = [
     "epoch",
     "f1",
     "mAP",
+    "mIoU",
+    "loss2",
+    "val_reward",
 ]
 
 
@@ -156,6 +159,6 @@ def test_bytes_of_another_form_are_no_random_state(tmp_path):
 
 def test_names_of_absurd_length_mean_nothing(tmp_path):
     """Neither do names of thousands of parts: looking into them would take their square."""
-    assert not is_kept("x" * 300 + "_optimizer")
+    assert not kind_of("x" * 300 + "_optimizer")
     name = ".".join(["optimizer"] * 300)
     assert roles({"w": W["w"], f"{name}.w": W["w"]}, tmp_path)[0] == [f"{name}.w", "w"]

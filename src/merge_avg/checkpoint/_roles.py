@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath, dotted
-from merge_avg.checkpoint._reasons import Reason, Reasons, is_kept
+from merge_avg.checkpoint._reasons import Reason, Reasons, kind_of
 from merge_avg.errors import MergeError, named
 
 
@@ -76,7 +76,7 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
         if held == ["state"] and "param_groups" in layout.others:
             what = "it holds an optimizer's state and no weights"
         hint = "pass checkpoints that hold a model's state dict, or name one with --key"
-        arrays = [dotted(one) for one, _ in layout.arrays if not any(map(is_kept, one))]
+        arrays = [dotted(one) for one, _ in layout.arrays if not any(map(kind_of, one))]
         if arrays:
             what = f"its weights are NumPy arrays ({named(arrays)}), not tensors"
             hint = "save them again as tensors: torch.from_numpy makes one of an array"

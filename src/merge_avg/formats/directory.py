@@ -31,7 +31,6 @@ from merge_avg.checkpoint import (
     TreePath,
     assign,
     dotted,
-    is_kept,
     kind_of,
 )
 from merge_avg.errors import MergeError, failure, named
@@ -230,7 +229,7 @@ def _members(
                 layout = scan_file(file, number, strict=name.endswith(".safetensors"))
             except MergeError:
                 # An optimizer's file and the like may be whatever it likes.
-                if not any(map(is_kept, _path_of(name))):
+                if not any(map(kind_of, _path_of(name))):
                     raise
         if layout is not None:
             callables += layout.callables

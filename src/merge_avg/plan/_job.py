@@ -22,7 +22,7 @@ from merge_avg.checkpoint import (
     TensorInfo,
     assign,
     dotted,
-    is_kept,
+    kind_of,
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
@@ -342,7 +342,7 @@ def _array_notes(layouts: Sequence[Layout], output: OutputLayout) -> Iterator[st
     differ = [
         dotted(path)
         for path, digest in layouts[0].arrays
-        if not any(is_kept(key) or path[:depth] in optimizers for depth, key in enumerate(path))
+        if not any(kind_of(key) or path[:depth] in optimizers for depth, key in enumerate(path))
         and any(other.get(path, digest) != digest for other in others)
     ]
     if differ:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from merge_avg.checkpoint import direction, turned
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Bounds, Criteria, Mode
-from merge_avg.selection._metrics import direction, turned
 from merge_avg.selection._names import CLOCKS, Clock, Metadata, series
 
 

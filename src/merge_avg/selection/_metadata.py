@@ -20,11 +20,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath
+from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath, is_metric
 from merge_avg.errors import MergeError
 from merge_avg.formats import bounded
 from merge_avg.io import Reader
-from merge_avg.selection._metrics import is_metric
 from merge_avg.selection._names import Metadata, read_names
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log

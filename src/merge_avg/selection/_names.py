@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from merge_avg.selection._metrics import is_metric, words
+from merge_avg.checkpoint import is_metric, words
 
 Clock = Literal["step", "epoch"]
 CLOCKS: tuple[Clock, ...] = get_args(Clock)
