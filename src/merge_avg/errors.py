@@ -30,6 +30,10 @@ class MergeError(ValueError):
         return type(self)(self.what, where=self.where or where, hint=self.hint)
 
 
+class MergeWarning(UserWarning):
+    """What may make a mean meaningless, such as models that have nothing in common."""
+
+
 class UsageError(MergeError):
     """Options that contradict themselves or the number of inputs, whatever the files hold."""
 

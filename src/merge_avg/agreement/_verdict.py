@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merge_avg.agreement._cosines import Agreement, TensorAgreement
+from merge_avg.errors import named
 
 Word = Literal["agree", "drifted", "strangers"]
 
@@ -53,6 +54,15 @@ class Verdict:
     advice: str = ""
     tensors: tuple[str, ...] = ()  # those that have nothing in common
     groups: tuple[tuple[int, ...], ...] = ()  # of checkpoints, the largest first; if not one
+
+    def doubts(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return a warning where the mean may be no working network; checkpoints have names."""
+        if self.word == "agree":
+            return ()
+        about = [named(self.tensors, 3)] if self.tensors else []
+        about += [named([names[i] for i in group], 3) for group in self.groups]
+        listed = f" ({' | '.join(about)})" if about else ""
+        return (f"{self.word}: {self.reason}{listed}; {self.advice}",)
 
 
 def judge(found: Agreement) -> Verdict:
