@@ -49,8 +49,7 @@ class Roles:
 def assign(layout: Layout, key: str | None = None) -> Roles:
     """Return the roles of tensors, where those below the dotted path `key`, if any, are weights.
 
-    Raises:
-        MergeError: there are no weights, none below `key`, or two have the same name.
+    MergeError where there are no weights, none below `key`, or two of the same name.
     """
     reasons = Reasons(layout)
     found = {info.path: reasons.why_kept(info) for info in layout.tensors}

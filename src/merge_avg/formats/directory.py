@@ -64,9 +64,8 @@ _NO_WEIGHTS = (".json", ".jsonl", ".txt", ".model", ".spm", ".csv", ".log", ".ya
 def scan_directory(path: Path) -> Layout:
     """Return the layout of a checkpoint directory.
 
-    Raises:
-        MergeError: a file in it cannot be read or is damaged, shards are missing or hold a tensor
-            twice, or it holds no checkpoint or several.
+    MergeError where a file in it cannot be read or is damaged, shards are missing or hold a tensor
+    twice, or it holds no checkpoint or several.
     """
     files, notes = _walk(path)
     # An output has a provenance file of its own: that of the template is never copied.
@@ -349,11 +348,7 @@ def shard_of(path: Path) -> int | None:
 
 
 def read_index(file: File) -> dict[str, Any]:
-    """Return the index of a sharded checkpoint, whose `weight_map` leads from tensors to files.
-
-    Raises:
-        MergeError: the file is damaged, or not an index.
-    """
+    """Return the index of a sharded checkpoint, whose `weight_map` leads from tensors to files."""
     raw = bounded.read(file.path)
     try:
         index = bounded.loads(raw)

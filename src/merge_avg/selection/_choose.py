@@ -79,9 +79,8 @@ def choose(
 ) -> Choice:
     """Choose checkpoints, and their weights in each average.
 
-    Raises:
-        UsageError: the options do not fit each other, or a metric has no direction.
-        MergeError: there are fewer checkpoints than asked for, or one does not say what is needed.
+    UsageError where options do not fit each other, or a metric has no direction; MergeError where
+    there are fewer checkpoints than asked for, or one does not say what is needed.
     """
     asked = [weighting.weights, weighting.scheme, weighting.sigma]
     if sum(one is not None for one in asked) > 1:
@@ -126,10 +125,9 @@ def _select(
 ) -> tuple[list[Candidate], list[str], Mode | None]:
     """Return all candidates, the chosen ones first; notes; and the direction of the metric.
 
-    Files and checkpoint directories that are named one by one are all taken, in their order, where
-    nothing else is asked for. What is found in a run's directory or by a pattern is sorted by step,
-    epoch and name; copies of one checkpoint count once, and neither earlier outputs nor the
-    `output` of this merge count.
+    What is named one by one is all taken, in its order, where nothing else is asked for. What is
+    found in a run's directory or by a pattern is sorted by step, epoch and name; copies of one
+    checkpoint count once, and neither earlier outputs nor the `output` of this merge count.
     """
     check(criteria)
     runs = not criteria.empty or len(arguments) == 1
@@ -193,10 +191,8 @@ def _read(one: Candidate, layouts: _Layouts, log: Log) -> Candidate:
 
 def _fold_of(path: Path, run: Path) -> Path:
     """Return the folder that tells folds apart: fold*/ below or above, or that of the argument."""
-    below = path.relative_to(run).parts if path.is_relative_to(run) else ()
-    if len(below) > 1 and _FOLD.match(below[0]):
-        return run / below[0]
-    return next((parent for parent in path.parents if _FOLD.match(parent.name)), run)
+    below = [one for one in path.parents if one.parent == run]
+    return next((one for one in (*below, *path.parents) if _FOLD.match(one.name)), run)
 
 
 def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
@@ -207,11 +203,11 @@ def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     """
     # A file may be called a[1].pt: only what does not exist is a pattern.
     if not os.path.lexists(place) and glob.has_magic(str(place)):
-        names = sorted(_matching(str(place)), key=natural)
+        paths = sorted(_matching(place), key=lambda path: natural(str(path)))
         _refuse_unlisted(place.parts)
-        if not names:
+        if not paths:
             raise MergeError("no file matches the pattern", where=place)
-        return [Path(name) for name in names], True
+        return paths, True
     if runs and place.is_dir():
         # A Trainer's folder may hold its final model beside checkpoint-N/. As a run it stands for
         # these folders; the files of the final model are not checkpoints of their own.
@@ -222,8 +218,8 @@ def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     return [place], False
 
 
-def _matching(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - any root
+def _matching(pattern: Path) -> list[Path]:
+    return [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207 - any root
 
 
 def _refuse_unlisted(parts: Sequence[str]) -> None:
@@ -231,11 +227,11 @@ def _refuse_unlisted(parts: Sequence[str]) -> None:
     # glob passes over what it cannot look into.
     for count in range(1, len(parts)):
         if glob.has_magic(parts[count]) or parts[count - 1] == "**":
-            for folder in filter(os.path.isdir, _matching(str(Path(*parts[:count])))):
+            for folder in filter(Path.is_dir, _matching(Path(*parts[:count]))):
                 try:
                     os.scandir(folder).close()
                 except OSError as error:
-                    raise failure(error, "cannot be listed", Path(folder)) from None
+                    raise failure(error, "cannot be listed", folder) from None
 
 
 def _of_run(folder: Path) -> Iterator[Path]:

@@ -22,9 +22,7 @@ def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
 
     A `rough` one takes in only names, dtypes, shapes and the smallest weights. None stands for what
     cannot be told, or takes more reading than four times all its bytes, as views may overlap.
-
-    Raises:
-        MergeError: it holds no weights.
+    MergeError where it holds no weights.
     """
     names = [(str(name).split("."), info) for name, info in assign(layout).weights.items()]
     # A state dict may be all there is or lie in {"model": ...}, and wrappers add to each name.
