@@ -18,6 +18,7 @@ of them was trained.
 
 import argparse
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from merge_avg import MergeError, merge_checkpoints
+from merge_avg import MergeError, MergeWarning, merge_checkpoints
 from merge_avg.agreement import judge
 from situations import SITUATIONS, Half
 
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES)
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
+    warnings.simplefilter("ignore", MergeWarning)  # the table says it
     said: list[Asked] = []
     table = Table(*COLUMNS.split("|"), title="scores on held-out data: accuracy, or perplexity")
     with tempfile.TemporaryDirectory() as temporary:
