@@ -34,7 +34,7 @@ from merge_avg.checkpoint._layout import (
     row_major,
 )
 from merge_avg.checkpoint._metrics import direction, is_metric, turned, words
-from merge_avg.checkpoint._reasons import ATTRIBUTES, Reason, kind_of
+from merge_avg.checkpoint._reasons import ATTRIBUTES, kind_of
 from merge_avg.checkpoint._roles import Kept, Name, Roles, assign
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
     "Literal",
     "Name",
     "NewTensor",
-    "Reason",
     "RecordFile",
     "Roles",
     "Scalar",

@@ -64,8 +64,8 @@ class Storage:
     file: int = 0  # its number in the checkpoint
     packed: int | None = None  # the size that it takes in the file, if it is deflated (RFC 1951)
     swapped: int = 1  # the size of its words if they are big-endian
-    # If it is not a range itself: the storages it consists of, one after the other, or the tensors,
-    # each with the index of its first element in the tensor that they tile.
+    # If it is not a range itself: the storages it consists of, one after the other, or the tensors
+    # that tile it, each with the index of its first element.
     parts: tuple[Storage, ...] = ()
     tiles: tuple[tuple[tuple[int, ...], TensorInfo], ...] = ()
 
@@ -206,8 +206,7 @@ class Archive:
 
 def _geometry(shape: Iterable[int], stride: Iterable[int]) -> tuple[tuple[int, int], ...]:
     # Torch leaves the step of a dimension with one element at whatever it was.
-    pairs = zip(shape, stride, strict=True)
-    return tuple((extent, step) for extent, step in pairs if extent != 1)
+    return tuple(pair for pair in zip(shape, stride, strict=True) if pair[0] != 1)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

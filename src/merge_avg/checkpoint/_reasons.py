@@ -6,9 +6,8 @@ holds tensors, and frameworks choose its name as they like.
     1  it lies in an optimizer's master weights                      a weight
     2  `state` lies beside `param_groups` in a dict above it         optimizer state
     3  a key above it stands for state: `STATE`, or                  kept
-       `AROUND`, but not a second tensor of a weight's name          kept
-       `LEARNED_TOO`, if no floats of one or more dimensions         kept
-       lie below that key
+       `AROUND`, but not a second tensor of a weight's name, or
+       `LEARNED_TOO`, if no floats of one or more dimensions lie below that key
     4  it is a slot of a parameter: ("state", 3 or "conv.weight")    optimizer state
     5  its name is a state's, then the name of another tensor        optimizer state
     6  it has the form of the state of torch's generator             random-number state
@@ -24,7 +23,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -43,10 +41,6 @@ class Kind:
     pattern: re.Pattern[str]
     around: bool = False  # whether weights may lie among it
     learned_too: bool = False  # whether it may be a learned module
-
-
-def _kinds(rows: Mapping[str, str], **more: bool) -> tuple[Kind, ...]:
-    return tuple(Kind(name, re.compile(f"(?i){text}"), **more) for name, text in rows.items())
 
 
 _OPTIMIZER = "optimizer state"
@@ -75,7 +69,11 @@ LEARNED_TOO = {
     "counters": r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates",
     "times": r"timestamps?|(.*_)?time",
 }
-_KINDS = (*_kinds(STATE), *_kinds(AROUND, around=True), *_kinds(LEARNED_TOO, learned_too=True))
+_KINDS = tuple(
+    Kind(name, re.compile(f"(?i){text}"), rows is AROUND, rows is LEARNED_TOO)
+    for rows in (STATE, AROUND, LEARNED_TOO)
+    for name, text in rows.items()
+)
 _OPT = re.compile(r"(?i)(.*_)?opts?(_.*)?")  # names that models have too
 # What training loops call single numbers beside state dicts, other than metrics.
 _SETTING = re.compile(r"(?i)best(_.*)?|lr|learning_rate|weight_decay|momentum|seed")
@@ -146,10 +144,7 @@ class Reasons:
         return self._flat(path) or self._random(info)
 
     def why_stray(self, info: TensorInfo, above: set[TreePath]) -> Reason | None:
-        """Return why a value beside state dicts is kept, as in {"model": {...}, "loss": ...}.
-
-        `above` are the containers that have state dicts below them.
-        """
+        """Return why a value is kept that lies in one of the dicts `above` state dicts."""
         # Where no state dict lies below, {"scale": ...} is itself one, and its values are weights.
         name = str(info.path[-1])
         if info.path[:-1] not in above or info.learned:
@@ -157,9 +152,9 @@ class Reasons:
         single = info.numel == 1 and len(info.shape) < 2
         if kind_of(name) or (single and (is_metric(name) or _SETTING.fullmatch(name))):
             return _reason("a value beside state dicts, by its name", name)
-        if info.shape or info.dtype.kind == "float" or info.path[:-1] in self._direct:
-            return None
-        if info.trouble:  # its shape is not known: better an error than a copy without a word
+        # Where there is trouble its shape is not known: better an error than a copy without a word.
+        unsure = info.shape or info.dtype.kind == "float" or info.trouble
+        if unsure or info.path[:-1] in self._direct:
             return None
         return _reason("a number beside state dicts", name)
 
@@ -167,9 +162,8 @@ class Reasons:
         """Return whether a tensor is learned, although a key above it stands for state."""
         if kind.learned_too:
             return container in self._vectors
-        if not kind.around or not info.shape:
-            return False
-        return self._forms[info.path[-1], info.shape] > 1 or self._alone
+        again = self._alone or self._forms[info.path[-1], info.shape] > 1
+        return bool(kind.around and info.shape and again)
 
     def _flat(self, path: TreePath) -> Reason | None:
         """Return the reason of optimizer.state.exp_avg.decoder.w, beside a tensor decoder.w."""

@@ -53,7 +53,7 @@ _OF_ONE = re.compile(
     r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
 # What names may tell where a file's content leaves a doubt, and names that tell of weights too.
-_TOLD = ("optimizer state", "learning-rate schedule", "random-number state")
+_TOLD = {"optimizer state", "learning-rate schedule", "random-number state"}
 _MODEL = re.compile(r"(?i)model|weights|ema")
 _LARGEST_LATEST = 1000
 # A file may hold weights if it has a twentieth of the bytes of those that do, and 1 MiB.
@@ -254,21 +254,22 @@ def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
     Megatron-LM, best_metric_model.pth of MONAI. Only if an optimizer's file, say, looks like a
     state dict, beside files that surely are one, its name breaks the tie.
     """
-    kinds = {name: [kind_of(key) for key in _place(name, one)] for name, one in members.items()}
-    plain = {name for name, found in kinds.items() if not any(found)}
-    surely = any(_holds_weights(members[name]) for name in plain)
+    told = {
+        name: {kind.name for key in _place(name, one) if (kind := kind_of(key))}
+        for name, one in members.items()
+    }
+    surely = any(_holds_weights(one) for name, one in members.items() if not told[name])
     kept, notes = set(), []
-    for name in members.keys() - plain:
-        told = any(kind and kind.name in _TOLD for kind in kinds[name])
+    for name in filter(told.get, members):
         doubt = _holds_weights(members[name])
-        if doubt and not (surely and told and not _MODEL.search(name)):
+        if doubt and not (surely and told[name] & _TOLD and not _MODEL.search(name)):
             continue
         kept.add(name)
         if doubt:
             key = dotted(_place(name, members[name]))
             what = "is kept for its name, though it may hold weights"
             notes.append(f"{members[name].path} {what}: --key {key} averages it")
-    return kept, sorted(notes)
+    return kept, notes
 
 
 def _holds_weights(member: Layout) -> bool:

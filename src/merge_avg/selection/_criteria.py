@@ -44,6 +44,11 @@ class Candidate:
     fold: Path = Path()  # the folder of its fold
     rough: int | None = None  # a rough sum of its weights
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Return its epoch and step, -1 for what is not known."""
+        return (-1 if self.epoch is None else self.epoch, -1 if self.step is None else self.step)
+
     def left(self, why: str) -> Candidate:
         """Return it as one that is left out."""
         return replace(self, chosen=False, why=why)
@@ -58,14 +63,14 @@ def by_age(found: Iterable[Candidate]) -> Found:
     Epochs come first where steps are not known of all, or repeat, as they do within epochs.
     """
     found = list(found)
-    steps = [one.step for one in found if one.said.timed]
-    within = None in steps or len(set(steps)) < len(steps)
-    within &= all(one.epoch is not None for one in found if one.said.timed)
+    timed = [one for one in found if one.said.timed]
+    steps = {one.step for one in timed}
+    within = None in steps or len(steps) < len(timed)
+    within &= all(one.epoch is not None for one in timed)
 
     def age(one: Candidate) -> tuple[object, ...]:
-        counts = (one.epoch, one.step) if within else (one.step, one.epoch)
-        known = [-1 if count is None else count for count in counts]
-        return not one.said.timed, known, natural(str(one.path))
+        moment = one.moment if within else one.moment[::-1]
+        return not one.said.timed, moment, natural(str(one.path))
 
     return sorted(found, key=age)
 
@@ -183,12 +188,8 @@ def _told(found: Found, name: str, left: Found) -> Found:
 
 def _twins(found: Found) -> Iterator[tuple[Candidate, Candidate]]:
     """Yield pairs of checkpoints of one run, and of the same step or epoch."""
-
-    def moment(one: Candidate) -> tuple[object, ...]:
-        counts = (-1 if count is None else count for count in (one.epoch, one.step))
-        return str(one.fold), *counts
-
-    for a, b in itertools.pairwise(sorted(found, key=moment)):
+    ordered = sorted(found, key=lambda one: (str(one.fold), one.moment))
+    for a, b in itertools.pairwise(ordered):
         if a.fold == b.fold and _same_time(a, b):
             yield a, b
 
@@ -209,7 +210,8 @@ def _doubts(chosen: Found) -> Iterator[str]:
         numbers = {getattr(one, clock) for one in chosen}
         pairs = [] if None in numbers else list(itertools.pairwise(sorted(numbers)))
         # Where a single checkpoint is missing, the distance is twice the smallest: no gap yet.
-        gaps = [(a, b) for a, b in pairs if b - a > 2 * min(d - c for c, d in pairs)]
+        nearest = min((b - a for a, b in pairs), default=0)
+        gaps = [(a, b) for a, b in pairs if b - a > 2 * nearest]
         if gaps:
             a, b = gaps[0]
             yield f"there is a gap between {clock} {a} and {clock} {b} of those chosen"
@@ -248,16 +250,13 @@ def _value(metrics: Mapping[str, float], metric: str) -> float | None:
     """
     if metric in metrics:
         return metrics[metric]
-    plain = {name: _plain(name) for name in metrics}
-    same = [name for name in plain if plain[name] == _plain(metric)]
+    plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in metrics}
+    wanted = re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_")
+    same = [name for name in plain if plain[name] == wanted]
     # The loss is not what neg_loss tells, which is best where it is high.
-    end = f"_{_plain(metric)}"
-    ending = [n for n in plain if plain[n].endswith(end) and not turned(plain[n][: -len(end)])]
+    ending = [name for name, one in plain.items() if one.endswith(f"_{wanted}")]
+    ending = [name for name in ending if not turned(plain[name].removesuffix(wanted))]
     return next((metrics[alike[0]] for alike in (same, ending) if len(alike) == 1), None)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def pick(found: Found, criteria: Criteria, left: Found) -> tuple[Found, Mode | None, list[str]]:

@@ -66,23 +66,22 @@ def read_metadata(layout: Layout, name: Metadata | None = None) -> Metadata:
 def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
     """Return what the numbers and texts beside the tensors say."""
     metrics: dict[str, float] = {}
+    monitored: dict[str, float] = {}
     for path, value in scalars.items():
         name = str(path[-1])
-        if isinstance(value, str) or len(name) > _LONGEST_NAME:
-            continue
         table = len(path) == 2 and str(path[0]).lower() in _TABLES
-        if table or (len(path) == 1 and is_metric(name)):
+        if isinstance(value, str):
+            # Lightning's ModelCheckpoint keeps the name of its metric and the score side by side.
+            score = scalars.get((*path[:2], "current_score"))
+            callback = len(path) == 3 and path[::2] == ("callbacks", "monitor")
+            if callback and isinstance(score, int | float):
+                monitored.setdefault(value, float(score))
+        elif len(name) <= _LONGEST_NAME and (table or (len(path) == 1 and is_metric(name))):
             metrics[name] = float(value)
-    # Lightning's ModelCheckpoint keeps the name of its metric and the score side by side.
-    for path, value in scalars.items():
-        score = scalars.get((*path[:2], "current_score"))
-        named = len(path) == 3 and path[::2] == ("callbacks", "monitor")
-        if named and isinstance(value, str) and isinstance(score, int | float):
-            metrics.setdefault(value, float(score))
     updates = [value for path, value in scalars.items() if (path[0], path[-1]) == _UPDATES]
     steps = [*(scalars.get((name,)) for name in _STEPS), *reversed(updates)]
     epochs = [*(scalars.get((name,)) for name in _EPOCHS), scalars.get(_EPOCH_WITHIN)]
-    return Metadata(_first(*map(_whole, steps)), _first(*map(_whole, epochs)), metrics)
+    return Metadata(_first(*map(_whole, steps)), _first(*map(_whole, epochs)), monitored | metrics)
 
 
 def _scores(layout: Layout) -> dict[TreePath, Scalar]:
@@ -109,19 +108,17 @@ def _whole(value: object) -> int | None:
 
 def _trainer_state(folder: Path) -> Metadata:
     """Return what transformers' Trainer wrote beside a checkpoint."""
-    path = folder / STATE
     try:
-        state = bounded.loads(bounded.read(path)) if path.is_file() else {}
-    except (OSError, ValueError):  # a MergeError is one too
-        return Metadata()  # a broken state must not keep weights from being averaged
+        state = bounded.loads(bounded.read(folder / STATE))
+    except ValueError:  # none, or a broken one: it must not keep weights from being averaged
+        return Metadata()
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
     # The log holds the whole run up to here: only rows of this very step are of this checkpoint.
     for row in _objects(state.get("log_history")):
         if _whole(row.get("step")) in (None, step):
             metrics |= _numbers(row)
-    for name in _STEPS + _EPOCHS:
-        metrics.pop(name, None)
+    metrics = {name: metrics[name] for name in metrics if name not in _STEPS + _EPOCHS}
     return Metadata(step, _whole(state.get("epoch")), metrics)
 
 
