@@ -224,7 +224,7 @@ class Series:
 
     lasts: tuple[int, ...] = option(
         (),
-        "The last N by step or epoch; given twice, two averages.",
+        "The last N by step or epoch; twice: two averages.",
         metavar="N",
         names=("--last",),
     )
