@@ -31,9 +31,9 @@ Word = Literal["agree", "drifted", "strangers"]
 # apart is 0, plus what positive values and few elements add.
 LEAST_AGREEMENT = 0.55
 _NOTHING = 0.25
-# Matrices in a row that have nothing in common: with three there are two layers of other units.
+# Matrices in a row that have nothing in common, and layers of other units between them.
 _ROW = 2
-_LONG_ROW = 3
+_LAYERS = 2
 # The norm of what does not belong, over that of what does, in the mean: below a fifth it is noise
 # that a network bears, as it does rounding to few bits; from two fifths on it is half of a mean of
 # two with one stranger.
@@ -81,9 +81,15 @@ def judge(found: Agreement) -> Verdict:
     if share >= _NOISE:
         word: Word = "strangers" if share >= _HALF else "drifted"
         reason = "the checkpoints fall into groups that have nothing in common"
-        return Verdict(word, number, reason, "average those of one group", groups=groups)
-    longest = max(map(len, rows), default=0)
-    if longest >= _LONG_ROW or (rows and longest == len(found.tensors)):
+        few = "average without it" if list(map(len, groups[1:])) == [1] else None
+        return Verdict(word, number, reason, few or "average those of one group", groups=groups)
+    # Matrices may read from a stream of a width that runs through the network, and write to it. If
+    # others of that width agree, it is the same stream, and no layer of other units.
+    agreeing = [t for t in found.tensors if t.mean is None or t.mean >= LEAST_AGREEMENT]
+    shared = {extent for tensor in agreeing for extent in tensor.shape[:2]}
+    others = [sum(one.shape[1] not in shared for one in row[1:]) for row in rows]
+    whole = any(len(row) == len(found.tensors) for row in rows)
+    if whole or max(others, default=0) >= _LAYERS:
         reason = "matrices in a row have nothing in common, so the units between them are others"
         advice = "average checkpoints of one initialisation, or average their outputs instead"
         return Verdict("strangers", number, reason, advice, names)
