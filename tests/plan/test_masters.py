@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import Name
-from merge_avg.engine import merge_checkpoints
 from merge_avg.formats import scan
 from merge_avg.options import Options
 from merge_avg.plan import prepare, roles_of
