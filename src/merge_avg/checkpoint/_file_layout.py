@@ -42,11 +42,10 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """The layout of one output file.
+    """The layout of one output file, which all outputs of a merge share.
 
-    All outputs of a merge share their layouts, and differ only in their provenance records. A
-    record is known in full when everything has been read; until then a draft of the same length
-    stands for it. A format whose files depend on the record or on checksums overrides the methods.
+    They differ in their provenance records only, each known when everything has been read; until
+    then a draft of the same length stands for it. Formats that have it inside override the methods.
     """
 
     size: int  # without a record

@@ -38,7 +38,7 @@ from merge_avg.formats import bounded, scan_file, set_format
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+_SHARD = re.compile(r"\A(.+)-(\d{5})-of-(\d{5})\Z")
 SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
 # Folders that no program reads a checkpoint from: what is in them is not even copied.
 _IGNORED = frozenset((".git", ".cache", ".ipynb_checkpoints", "__pycache__"))
@@ -123,14 +123,11 @@ def is_one(path: Path) -> bool:
 
 
 def leads_out(root: Path, path: Path) -> bool:
-    """Return whether a file of a directory is a link that leads out of it.
-
-    In the cache of Hugging Face's hub a snapshot consists of links to the blobs beside it.
-    """
+    """Return whether a file of a directory is a link that leads out of it, and not to a blob."""
     if not path.is_symlink():
         return False
-    # REPOSITORY/snapshots/REVISION/unet/model.safetensors -> ../../../blobs/HASH. The folder itself
-    # is not resolved, as it may be a link to anywhere.
+    # In the cache of Hugging Face's hub a snapshot consists of links to the blobs beside it:
+    # REPOSITORY/snapshots/REVISION/unet/model.safetensors -> ../../../blobs/HASH.
     home = root.resolve()
     snapshots = (one for one in home.parents if one.name == "snapshots")
     blobs = (one.parent / "blobs" for one in snapshots)
@@ -250,9 +247,8 @@ def _path_of(name: str) -> TreePath:
 def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
     """Return the files whose names say that they hold no weights and are right, and notes.
 
-    A file that holds a state dict is weights whatever it is called: model_optim_rng.pt of
-    Megatron-LM, best_metric_model.pth of MONAI. Only if an optimizer's file, say, looks like a
-    state dict, beside files that surely are one, its name breaks the tie.
+    A state dict is weights whatever its file is called: model_optim_rng.pt of Megatron-LM. Only if
+    an optimizer's file looks like one, beside files that surely are one, its name breaks the tie.
     """
     told = {
         name: {kind.name for key in _place(name, one) if (kind := kind_of(key))}
@@ -338,8 +334,7 @@ def is_index(name: str) -> bool:
 
 def unsharded(stem: str) -> str:
     """Return a file's name, already without its ending, without the number of a shard."""
-    shard = _SHARD.fullmatch(stem)
-    return shard[1] if shard else stem
+    return _SHARD.sub(r"\1", stem)
 
 
 def shard_of(path: Path) -> int | None:

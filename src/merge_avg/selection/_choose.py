@@ -36,11 +36,9 @@ from merge_avg.selection._schemes import phema, resolve
 # A layout takes about 500 bytes for each tensor: those kept take 32 MiB. A run of many large
 # checkpoints must not fill the memory with layouts of which few are used.
 _MOST_TENSORS = 1 << 16
-# Files beside the checkpoints of a run that end as checkpoints do: states of a training, as torch,
-# Accelerate and transformers' Trainer save them.
+# States of a training beside the checkpoints of a run, by torch, Accelerate and transformers.
 _BESIDE = re.compile(r"(?i)optimizer|scheduler|scaler|rng_state|random_states|training_args")
-# Folders of a run that hold checkpoints: lightning_logs/version_0/checkpoints/ of Lightning,
-# checkpoints/ and ckpt/ of many, and one for each fold of a cross-validation.
+# Folders of a run that hold checkpoints: Lightning's, those of many, and one for each fold.
 _FOLDERS = re.compile(r"(?i)checkpoints?|ckpts?|(fold|version)[-_]?\d+|lightning_logs")
 _FOLD = re.compile(r"(?i)fold")
 
@@ -130,6 +128,7 @@ def _select(
     checkpoint count once, and neither earlier outputs nor the `output` of this merge count.
     """
     check(criteria)
+    # Several directories with nothing else asked for are checkpoints, whatever is in them.
     runs = not criteria.empty or len(arguments) == 1
     try:
         places = [(Path(place), *expand(Path(place), runs=runs)) for place in arguments]
@@ -198,8 +197,7 @@ def _fold_of(path: Path, run: Path) -> Path:
 def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     """Return the checkpoints that an argument stands for, and whether it may stand for many.
 
-    With `runs`, a directory may be a run. Several directories that are named one by one, with
-    nothing else asked for, are checkpoints: files of different names in them belong together.
+    With `runs` a directory may be a run, and otherwise is one checkpoint.
     """
     # A file may be called a[1].pt: only what does not exist is a pattern.
     if not os.path.lexists(place) and glob.has_magic(str(place)):
@@ -297,10 +295,8 @@ def outputs(
         raise UsageError(f"{len(groups)} averages need as many outputs, not {pattern}", hint=hint)
     table: dict[Path, tuple[Weight, ...]] = {}
     for name, chosen in groups.items():
-        row: list[Weight] = [0] * count
-        for index, weight in zip(chosen, weigh(chosen), strict=True):
-            row[index] = weight
+        weights = dict(zip(chosen, weigh(chosen), strict=True))
         # Without a series the average has no name, and the path is taken as it is.
         path = Path(str(pattern).replace("{name}", name)) if name else pattern
-        table[path] = tuple(row)
+        table[path] = tuple(weights.get(index, 0) for index in range(count))
     return table

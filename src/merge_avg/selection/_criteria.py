@@ -227,15 +227,15 @@ def _doubts(chosen: Found) -> Iterator[str]:
 def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | None]:
     """Return the metric that decides, if one does, and whether lower or higher is better."""
     metric = criteria.metric
-    if criteria.best is None and not criteria.one_best_per_fold and metric is None:
-        return None, None
-    if metric is None:
+    if metric is None and (criteria.best is not None or criteria.one_best_per_fold):
         names = sorted(known - {"step", "epoch"})
         if len(names) != 1:
             listed = named(names, 8) if names else "none"
             hint = "name the one that decides with --metric"
             raise UsageError(f"what is best depends on a metric; known are {listed}", hint=hint)
         metric = names[0]
+    if metric is None:
+        return None, None
     mode = criteria.mode or direction(metric)
     if mode is None:
         hint = "say --mode min or --mode max"

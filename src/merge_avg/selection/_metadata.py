@@ -112,13 +112,12 @@ def _trainer_state(folder: Path) -> Metadata:
         state = bounded.loads(bounded.read(folder / STATE))
     except ValueError:  # none, or a broken one: it must not keep weights from being averaged
         return Metadata()
-    step = _whole(state.get("global_step"))
-    metrics: dict[str, float] = {}
     # The log holds the whole run up to here: only rows of this very step are of this checkpoint.
+    log, step = Log(), _whole(state.get("global_step"))
     for row in _objects(state.get("log_history")):
-        if _whole(row.get("step")) in (None, step):
-            metrics |= _numbers(row)
-    metrics = {name: metrics[name] for name in metrics if name not in _STEPS + _EPOCHS}
+        log.add(row)
+    rows = log.get(("step", step), {})
+    metrics = {name: rows[name] for name in rows if name not in _STEPS + _EPOCHS}
     return Metadata(step, _whole(state.get("epoch")), metrics)
 
 
@@ -193,5 +192,4 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _objects(log: object) -> list[Mapping[str, Any]]:
-    """Return the rows of a log in JSON."""
     return [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []

@@ -73,12 +73,10 @@ def phema(snapshots: Sequence[tuple[float, float]], sigma: float) -> tuple[Fract
 
     Each snapshot is the step and the relative width of a stored EMA; `sigma`, the width asked for,
     lies between 0 and 0.28. A power-function EMA at step T has the profile
-    p(t) = (g + 1) t^g / T^(g+1) over training steps 0 to T, and the relative width sigma. The
-    weights minimise the squared distance between the sum of the stored profiles and the one asked
-    for, at the last step stored. They may be negative. They are divided by their sum, as every
-    profile has the integral 1, so that what never changed stays as it is. Source: Karras et al.
-    2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2 and
-    appendix C (arXiv:2312.02696).
+    p(t) = (g + 1) t^g / T^(g+1) over training steps 0 to T. The weights, some perhaps negative,
+    minimise the squared distance between the sum of the stored profiles and the one asked for at
+    the last step stored. They are divided by their sum, as every profile has the integral 1: what
+    never changed stays as it is. Source: Karras et al. 2024 (arXiv:2312.02696), appendix C.
     """
     if len(set(snapshots)) < len(snapshots):
         raise UsageError("two stored averages have the same step and width", hint="name each once")
