@@ -109,7 +109,7 @@ def test_small_numbers_without_a_scale_pass(text):
         ((64, 1), (64, 32), True, True),
         ((1, 1, 32), (64, 32), True, False),
         ((2, 4), (64, 32), True, True),
-        ((2, 3), (256, 300), True, True),  # the last block of 128 is shorter
+        ((2, 3), (256, 301), True, False),  # the last block of 128 is shorter
         ((2, 7), (256, 300), False, False),
         ((2, 3, 4), (256, 300), False, False),
         ((1, 1), (64, 32), True, True),

@@ -190,8 +190,7 @@ class RunningMean:
 
     def _column(self, values: Tensor, places: Tensor) -> Tensor:
         flat = self._flat(values.unsqueeze(0))[0]
-        column = _indexable(flat)[places].view(flat.dtype)
-        return (column if column.dtype in WORDS else column.to(torch.float32)).double()
+        return _indexable(flat)[places].view(flat.dtype).double()
 
     def _settle(self, places: Tensor, target: Format, revisit: Revisit) -> Tensor:
         """Return the means of a few elements, which are looked at once more in every tensor."""

@@ -261,6 +261,7 @@ HOSTILE = {
     + (b"(" + META + b"\x89" + ORDERED + b"q\2tRq\3" + b"0h\2K\0" + METHOD + b"s0")
     + (named("use_hook") + b"h\3\x85R"),
     "argument_kept": named("Kept") + SHARED + b"\x85\x81q\3" + LATER + b"h\3}b",
+    "items_of_namespace": PLAIN + SPACE + state(items=METHOD) + b"bb",
     "own_items": PLAIN + EVIL + b"q\1" + state(items=got(b"h\1")) + b"bb",
     "own_items_of_pair": PLAIN + b"N" + EVIL + b"q\1" + state(items=got(b"h\1")) + b"b\x86b",
     "beside_own": made("Runs")
@@ -337,7 +338,7 @@ def test_it_is_the_method_that_is_refused(name):
         got(named("copyreg._reconstructor"[8:], b"copyreg") + b"(cm\nf\nN" + b"tR", "run"),
         named("getattr", b"builtins") + b"(" + EVIL + b"S'run'\nNtR",
         named("getattr", b"builtins") + b")" + state(a=EVIL) + b"\x92",
-        ORDERED + b"q\1}q\2b0h\2S'items'\n" + METHOD + b"s0" + SPACE + b"h\1b",
+        b"}q\1}q\2b0h\2S'items'\n" + METHOD + b"s0" + SPACE + b"h\1b",
         METHOD + b"}b",  # which would change the function
         METHOD + b"K\1a",
         METHOD + b"K\1K\1s",
