@@ -1,42 +1,67 @@
 """Compare what merge-avg says of checkpoints with what becomes of their mean.
 
 In each of the situations of situations.py a few models are trained, saved and averaged. The table
-shows what merge-avg says beside the score of their mean: accuracy, or perplexity of text.
+shows the verdict of merge-avg beside the score of their mean: accuracy, or perplexity of text.
 
-    python scripts/agreement.py [--keep FOLDER] [--seed NUMBER] [--set-aside yes|no] [WORD]...
+    python scripts/agreement.py [--keep FOLDER] [--seed NUMBER] [--half HALF] [WORD]...
 
 --keep saves the checkpoints as FOLDER/SITUATION/0.pt and so on, with their scores in results.json,
-and does not train again what is there. --seed trains others. --set-aside shows one half only, and
-words choose the situations whose kind or name holds one of them.
+and does not train again what is there. --seed trains others. --half shows some only, and words
+choose the situations whose kind or name holds one of them.
+
+How far to believe the counts: the rules of the verdict were made while looking at the known half.
+Two of them are owed to the other, whose first run had two broken means that passed in silence: the
+least agreement became 0.55, and a tensor of shape (n, 1) is no matrix. So that half is no longer
+quite unseen. The fresh situations are: their list was written down after the rules, and before any
+of them was trained.
 """
 
 import argparse
 import tempfile
+import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from merge_avg import MergeError, merge_checkpoints
-from merge_avg.agreement import LEAST_AGREEMENT
-from situations import SITUATIONS
+from merge_avg import MergeError, MergeWarning, merge_checkpoints
+from merge_avg.agreement import judge
+from situations import SITUATIONS, Half
 
-COLUMNS = "kind|networks|set aside|agreement|each (mean)|their mean|after BatchNorm|truth|warned"
+HALVES = get_args(Half)
+TRUTHS = ("works", "hurt", "broken")
+WORDS = ("agree", "drifted", "strangers", "nothing", "refused")
+COLUMNS = "kind|networks|half|agreement|number|each (mean)|their mean|after BatchNorm|truth|verdict"
 
 
-def asked(folder: Path) -> tuple[str, str]:
-    """Return the agreement that merge-avg finds between checkpoints, and whether it warns."""
+@dataclass(frozen=True)
+class Asked:
+    """What became of a mean, and what merge-avg says, with figures unless that is nothing."""
+
+    kind: str
+    half: str
+    truth: str
+    word: str
+    agreement: float | None = None
+    number: float | None = None
+
+
+def asked(folder: Path) -> tuple[str, float | None, float | None]:
+    """Return the verdict of merge-avg on checkpoints, their agreement and the verdict's number."""
     paths = sorted(folder.glob("*.pt"))
     with tempfile.TemporaryDirectory() as temporary:
         try:
             found = merge_checkpoints(paths, Path(temporary) / "merged.pt").agreement
-        except MergeError as error:
-            return "-", f"refused: {error}"
+        except MergeError:
+            return "refused", None, None
     if found is None:
-        return "-", "no"
-    return f"{found.mean:.3f}", "yes" if found.mean < LEAST_AGREEMENT else "no"
+        return "nothing", None, None
+    verdict = judge(found)
+    return verdict.word, found.mean, verdict.number
 
 
 def shown(found: dict[str, Any]) -> list[str]:
@@ -47,12 +72,34 @@ def shown(found: dict[str, Any]) -> list[str]:
     return ["" if score is None else form.format(score) for score in scores]
 
 
-def counted(counts: Counter[tuple[str, str, str]]) -> Table:
-    """Return how often each word was said of each truth, by halves."""
-    table = Table("set aside", "truth", "warned", "situations", title="both halves apart")
-    for key, count in sorted(counts.items()):
-        table.add_row(*key, str(count))
+def words(chosen: Sequence[Asked]) -> str:
+    """Return how often each word was said, in words."""
+    counts = Counter(one.word for one in chosen)
+    return ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word])
+
+
+def counted(found: Sequence[Asked], name: str) -> Table:
+    """Return what was said of the means that work, are hurt and are broken, by kind or half."""
+    table = Table(name, "situations", "number", *TRUTHS)
+    for value in dict.fromkeys(getattr(one, name) for one in found):
+        chosen = [one for one in found if getattr(one, name) == value]
+        numbers = sorted(one.number for one in chosen if one.number is not None)
+        span = f"{numbers[0]:.2f} to {numbers[-1]:.2f}" if numbers else ""
+        said = (words([one for one in chosen if one.truth == truth]) for truth in TRUTHS)
+        table.add_row(value, str(len(chosen)), span, *said)
     return table
+
+
+def mistakes(found: Sequence[Asked]) -> Iterator[str]:
+    """Yield what is wrong, by halves: of a broken mean nothing is said, or too much of another."""
+    for half in HALVES:
+        said = Counter((one.truth, one.word) for one in found if one.half == half)
+        silent = said["broken", "agree"] + said["broken", "nothing"]
+        called = said["works", "strangers"]
+        yield (
+            f"{half}, {said.total()} situations: broken and silent: {silent}; "
+            f"working and called strangers: {called}"
+        )
 
 
 def main() -> None:
@@ -60,27 +107,30 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set-aside", choices=["yes", "no"])
+    parser.add_argument("--half", choices=HALVES)
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
-    counts: Counter[tuple[str, str, str]] = Counter()
+    warnings.simplefilter("ignore", MergeWarning)  # the table says it
+    said: list[Asked] = []
     table = Table(*COLUMNS.split("|"), title="scores on held-out data: accuracy, or perplexity")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         for situation in SITUATIONS:
             title = f"{situation.kind}: {situation.name}"
-            aside = "yes" if situation.set_aside else "no"
             if options.words and not any(word in title for word in options.words):
                 continue
-            if options.set_aside not in {None, aside}:
+            if options.half not in {None, situation.half}:
                 continue
             found = situation.keep(folder, options.seed)
-            agreement, warned = asked(folder / situation.folder)
-            scores = shown(found)
-            row = situation.kind, situation.name, aside, agreement, *scores, found["truth"], warned
-            table.add_row(*row)
-            counts[aside, found["truth"], warned] += 1
-    Console(width=170).print(table, counted(counts))
+            word, *figures = asked(folder / situation.folder)
+            said.append(Asked(situation.kind, situation.half, found["truth"], word, *figures))
+            cells = ("" if figure is None else f"{figure:.3f}" for figure in figures)
+            row = situation.kind, situation.name, situation.half, *cells, *shown(found)
+            table.add_row(*row, found["truth"], word)
+    console = Console(width=170)
+    console.print(table, counted(said, "kind"), counted(said, "half"))
+    for line in mistakes(said):
+        console.print(line)
 
 
 if __name__ == "__main__":

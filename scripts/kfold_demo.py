@@ -122,7 +122,7 @@ def main(directory: Path) -> None:
     soup = directory / "soup.pt"
     Path(f"{soup}.soup.jsonl").unlink(missing_ok=True)
     score = f'"{sys.executable}" "{Path(__file__).resolve()}" --evaluate {{}}'
-    merge(*paths, "-o", soup, "--soup", "greedy", "--eval", score, "--mode", "max")
+    merge("soup", *paths, "-o", soup, "--eval", score, "--mode", "max")
 
     each = [outputs(loaded(path), held_out) for path in paths]
     rows = [(f"fold {fold}", accuracy(predicted, truth)) for fold, predicted in enumerate(each)]

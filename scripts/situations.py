@@ -2,8 +2,9 @@
 
 Each situation is a few lines of KINDS, at the end: models of one shape are started, then trained
 apart on scikit-learn's digits or on the characters of Python's documentation. What becomes of
-their mean is measured, never assumed. Every second situation of each kind is set aside: rules about
-when a mean works are made while looking at the others only.
+their mean is measured, never assumed. Every second situation of KINDS is set aside: rules about
+when a mean works are made while looking at the others, the known ones. Those of FRESH were written
+down after the rules, before any of them was trained.
 """
 
 import copy
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -23,9 +24,11 @@ from torch.optim.swa_utils import update_bn
 from kfold_demo import network
 from small_models import (
     LowRank,
+    Recurrent,
     Residual,
     State,
     Task,
+    Transformer,
     deep_head,
     depthwise,
     digits,
@@ -42,12 +45,14 @@ from small_models import (
     positive,
     reader,
     recurrent,
+    rows,
     soft,
     text,
     tiny_matrices,
     turned,
     viewer,
     weight_normed,
+    weight_normed_cnn,
     with_tanh,
 )
 
@@ -181,13 +186,17 @@ def combined(states: list[State], weights: list[float]) -> State:
     return result
 
 
+# Fresh ones are a third: see above.
+Half = Literal["known", "set aside", "fresh"]
+
+
 @dataclass(frozen=True)
 class Situation:
     """A way in which models came about."""
 
     kind: str
     name: str
-    set_aside: bool
+    half: Half
     make: Callable[[], Models]
 
     @property
@@ -208,7 +217,8 @@ class Situation:
         states = made.states()
         for number, state in enumerate(states):
             torch.save({"model": state}, folder / f"{number}.pt")
-        found = {"kind": self.kind, "name": self.name, "set_aside": self.set_aside} | judged(made)
+        about = {"kind": self.kind, "name": self.name, "set_aside": self.half != "known"}
+        found = about | judged(made)
         results.write_text(json.dumps(found, indent=1) + "\n")
         return found
 
@@ -404,6 +414,42 @@ def redrawn(base: nn.Module, *names: str, count: int = 3) -> list[nn.Module]:
             part.reset_parameters()
         models.append(model)
     return models
+
+
+def with_new_heads(
+    base: nn.Module, make: Callable[[], nn.Module], count: int = 3
+) -> list[nn.Module]:
+    """Return copies of a transformer, each with a head of its own."""
+    models: list[nn.Module] = []
+    for _ in range(count):
+        model = cast(Transformer, copy.deepcopy(base))
+        model.head = cast(nn.Linear, make())
+        models.append(model)
+    return models
+
+
+def with_new_blocks(base: nn.Module, count: int = 3) -> list[nn.Module]:
+    """Return copies of a transformer, each with a last block of its own."""
+    models = []
+    for _ in range(count):
+        model = copy.deepcopy(base)
+        fresh = viewer().state_dict()
+        blocks = {name: value for name, value in fresh.items() if name.startswith("layers.1.")}
+        model.load_state_dict(blocks, strict=False)
+        models.append(model)
+    return models
+
+
+def other_heads(model: nn.Module) -> nn.Module:
+    """Return a copy of a transformer whose attention has its heads in another order."""
+    model = copy.deepcopy(model)
+    order = torch.randperm(4)
+    for name, value in model.state_dict().items():
+        if "self_attn.in_proj" in name:
+            value.copy_(value.unflatten(0, (3, 4, 8))[:, order].reshape(value.shape))
+        elif "self_attn.out_proj.weight" in name:
+            value.copy_(value.unflatten(1, (4, 8))[:, order].flatten(1))
+    return model
 
 
 def difference(make: Callable[[], nn.Module], task: Task, steps: int, **how: Any) -> Models:
@@ -782,10 +828,53 @@ KINDS: dict[str, dict[str, Callable[[], Models]]] = {
     },
 }
 
+# A new one would not be fresh: write another list, and say when.
+FRESH: dict[str, dict[str, Callable[[], Models]]] = {
+    "differences": {
+        "strangers, transformer": lambda: Models(
+            digits(), on_digits(different(viewer)).models, base=viewer()
+        ),
+        "strangers to a trained base, BatchNorm": lambda: Models(
+            digits(), on_digits(different(network)).models, base=based(network)
+        ),
+    },
+    "weight norm": {"different, CNN": lambda: on_digits(different(weight_normed_cnn))},
+    "heads": {
+        "deep on a fine-tuned transformer": lambda: on_digits(
+            with_new_heads(based(viewer), partial(deep_head, 32))
+        ),
+        "linear on a fine-tuned transformer": lambda: on_digits(
+            with_new_heads(based(viewer), lambda: nn.Linear(32, 10))
+        ),
+    },
+    "blocks": {
+        "the last of a fine-tuned transformer": lambda: on_digits(with_new_blocks(based(viewer)))
+    },
+    "groups": {
+        "6 and 2 GRUs": lambda: on_text(grouped(lambda: recurrent(nn.GRU), 6, 2)),
+        "4, 3 and 2 deep MLPs": lambda: on_digits(grouped(partial(mlp, depth=4), 4, 3, 2)),
+    },
+    "drifted": {
+        "depthwise convolutions": lambda: on_digits(same(depthwise), 1000, rate=1e-2),
+        "LSTM of digits": lambda: on_digits(
+            same(lambda: Recurrent(rows(), nn.LSTM)), 1000, rate=1e-2
+        ),
+    },
+    "permuted": {
+        "heads of attention": lambda: Models(
+            text(), [other_heads(model) for model in same(lambda: read(reader))]
+        )
+    },
+}
+
 SITUATIONS = [
-    Situation(kind, name, number % 2 == 1, make)
+    Situation(kind, name, "set aside" if number % 2 else "known", make)
     for kind, members in KINDS.items()
     for number, (name, make) in enumerate(members.items())
+] + [
+    Situation(kind, name, "fresh", make)
+    for kind, members in FRESH.items()
+    for name, make in members.items()
 ]
 
 # Attention's fast path reads the weights of layers that LowRank replaces.

@@ -157,6 +157,14 @@ def weight_normed() -> nn.Sequential:
     return model
 
 
+def weight_normed_cnn() -> nn.Sequential:
+    """Return a network of two convolutions, with matrices stored so too."""
+    model = group_normed()
+    for layer in (model[0], model[4], model[8]):
+        weight_norm(layer)
+    return model
+
+
 class Transformer(nn.Module):
     """A transformer of two layers, for digits (a row is a token) or text.
 

@@ -1,6 +1,7 @@
 """merge_avg.errors: one exception, with its parts."""
 
 import errno
+import pickle
 
 import pytest
 
@@ -9,9 +10,10 @@ from merge_avg.errors import MergeError, UsageError, failure, named
 
 
 def test_a_message_begins_with_its_file():
-    """The text has the path where there is one; the hint is apart."""
+    """The message has the path where there is one; the text has the hint on the next line."""
     error = MergeError("it is damaged", where="a.pt", hint="fetch it again")
-    assert str(error) == "a.pt: it is damaged"
+    assert error.message == "a.pt: it is damaged"
+    assert str(error) == "a.pt: it is damaged\nhint: fetch it again"
     assert (error.what, error.where, error.hint) == ("it is damaged", "a.pt", "fetch it again")
     assert str(MergeError("nothing to do")) == "nothing to do"
     assert merge_avg.MergeError is MergeError
@@ -23,8 +25,15 @@ def test_a_path_is_added_once():
     """A lower layer's error gets the path that its caller knows, unless it names one already."""
     error = UsageError("it is damaged", hint="fetch it again").at("a.pt")
     assert type(error) is UsageError
-    assert (str(error), error.hint) == ("a.pt: it is damaged", "fetch it again")
-    assert str(error.at("b.pt")) == "a.pt: it is damaged"
+    assert (error.message, error.hint) == ("a.pt: it is damaged", "fetch it again")
+    assert error.at("b.pt").message == "a.pt: it is damaged"
+
+
+def test_an_error_crosses_processes():
+    """Pickled by a pool of processes, an error keeps its parts, and says them once."""
+    error = pickle.loads(pickle.dumps(UsageError("it is wrong", where="a.pt", hint="mend it")))
+    assert type(error) is UsageError
+    assert str(error) == "a.pt: it is wrong\nhint: mend it"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +49,7 @@ def test_a_path_is_added_once():
 def test_what_the_system_refused_is_said_in_its_words(code, hint):
     """The reason is the system's; where a next step is known, it is the hint."""
     error = failure(OSError(code, "no luck", "a.pt"))
-    assert str(error) == "a.pt: cannot be read or written (no luck)"
+    assert error.message == "a.pt: cannot be read or written (no luck)"
     assert (error.hint is None) if hint is None else (hint in error.hint)
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,22 @@ def test_the_tensor_that_differs_is_named(tmp_path):
     out.write_bytes(data)
     with pytest.raises(MergeError, match=r"tensor 'state_dict.layer1.weight'"):
         verify_output(out)
+
+
+def test_the_tensor_of_the_right_shard_is_named(tmp_path):
+    """Storages of torch's shards have the same names: that of the file which differs counts."""
+    for fold in range(2):
+        (tmp_path / str(fold)).mkdir()
+        for number in (1, 2, 3):
+            name = f"pytorch_model-0000{number}-of-00003.bin"
+            torch.save({f"w{number}": torch.full((50,), 1.0 + fold)}, tmp_path / str(fold) / name)
+    merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    shard = tmp_path / "out" / "pytorch_model-00002-of-00003.bin"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw.replace(struct.pack("<f", 1.5), struct.pack("<f", 2.5), 1))
+    with pytest.raises(MergeError, match="in tensor 'w2'") as caught:
+        verify_output(tmp_path / "out")
+    assert caught.value.where == str(shard)
 
 
 def test_all_bytes_that_differ_are_counted(tmp_path):

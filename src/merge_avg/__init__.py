@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError, MergeWarning, UsageError
 
 if TYPE_CHECKING:
     from merge_avg.arithmetic import Weights
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AverageModelMerger",
     "MergeError",
+    "MergeWarning",
     "Result",
     "RunningMean",
     "UsageError",

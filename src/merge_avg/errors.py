@@ -11,11 +11,12 @@ class MergeError(ValueError):
     """Checkpoints that cannot be averaged as asked, or files that cannot be read or written.
 
     `what` says what is wrong, `where` names the file, and `hint` the next step; these two may be
-    None.
+    None. `str(error)` is the `message`, which is the first two, and the hint on a line of its own.
     """
 
-    # The parts are kept apart for whoever shows them: the command prints the hint on a line of its
-    # own, and where="..." lets a caller add the path that a lower layer did not know.
+    # The parts are kept apart for whoever shows them: the command prints the message and the hint,
+    # the library says both in its own words, and where="..." lets a caller add the path that a
+    # lower layer did not know.
 
     def __init__(
         self, what: str, *, where: str | os.PathLike[str] | None = None, hint: str | None = None
@@ -23,11 +24,23 @@ class MergeError(ValueError):
         self.what = what
         self.where = os.fspath(where) if where is not None else None
         self.hint = hint
-        super().__init__(what if self.where is None else f"{self.where}: {what}")
+        super().__init__(what)
+
+    @property
+    def message(self) -> str:
+        """Return what is wrong with which file, in one line."""
+        return self.what if self.where is None else f"{self.where}: {self.what}"
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
     def at(self, where: str | os.PathLike[str]) -> MergeError:
         """Return the same error about a file, unless it names one already."""
         return type(self)(self.what, where=self.where or where, hint=self.hint)
+
+
+class MergeWarning(UserWarning):
+    """What may make a mean meaningless, such as models that have nothing in common."""
 
 
 class UsageError(MergeError):

@@ -159,7 +159,7 @@ class Options:
         metavar="CHECKPOINT",
     )
     min_agreement: float | None = option(
-        None, "Refuse checkpoints whose matrices agree less (mean cosine).", metavar="X"
+        None, "Refuse checkpoints whose verdict has a lower number.", metavar="X"
     )
     agreement: bool = option(True, "Measure how far checkpoints agree.")
     hashes: bool = option(True, "Record hashes of the checkpoints.")
@@ -224,7 +224,7 @@ class Series:
 
     lasts: tuple[int, ...] = option(
         (),
-        "The last N by step or epoch; given twice, two averages.",
+        "The last N by step or epoch; twice: two averages.",
         metavar="N",
         names=("--last",),
     )

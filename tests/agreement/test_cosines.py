@@ -58,7 +58,7 @@ def test_a_tensor_has_its_figures():
     squares = rows.square().sum(dim=1)
     products = rows @ rows.sum(dim=0)
     found, other = (
-        agreement_about("w", 50, elements, squares.tolist(), products.tolist())
+        agreement_about("w", (5, 10), 50, elements, squares.tolist(), products.tolist())
         for elements in (50, 9)
     )
     norms = squares.sqrt()

@@ -372,6 +372,33 @@ def test_products_are_those_of_torch(lengths, less):
     assert torch.equal(rows[:4, : sum(lengths)], wide) != less
 
 
+@needs_loops
+@pytest.mark.parametrize("numel", [1, 255, 256, 257, 900])
+def test_columns_that_are_the_same_count_as_zeros(numel):
+    """In every tile, NaN and both zeros among them; and the rows are as before for differences."""
+    generator = torch.Generator().manual_seed(numel)
+    rows = torch.randn(4, numel, generator=generator, dtype=torch.float64)
+    same_ones = torch.rand(numel, generator=generator) < 0.5
+    same_ones[numel // 2] = True
+    rows[:3, same_ones] = rows[0, same_ones]
+    rows[:3, numel // 2] = math.nan
+    rows[:3, 0] = torch.tensor([0.0, -0.0, 0.0]).double() if numel > 1 else math.nan
+    before, columns = rows.clone(), ((numel,), (0,), (0,), (1.0,))
+    found, expected = (
+        (torch.zeros(1, 3, 3).double(), torch.zeros(1, 6).double()) for _ in range(2)
+    )
+    products.multiply(products.learned(rows[:3]), columns, *expected)
+    LOOPS.products(as_matrix(rows[:3]), -1, columns, *(one.data_ptr() for one in found))
+    assert expected[0].isfinite().all()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    different = (before[:3] != before[0]).any(dim=0) & ~before[:3].isnan().all(dim=0)
+    learned = before[:3, different]
+    torch.testing.assert_close(found[0][0], learned @ learned.T, rtol=1e-12, atol=1e-12)
+    assert torch.equal(rows.nan_to_num(9.0), before.nan_to_num(9.0))
+    assert torch.equal(rows.isnan(), before.isnan())
+
+
 def test_without_a_library_there_are_no_loops(tmp_path):
     """A library that is missing, made for another machine, or a different one is ignored."""
     (tmp_path / "_kernel.so").write_bytes(b"\x7fELF of another machine")

@@ -1,15 +1,11 @@
 """merge_avg.cli._app: what the command takes, and what it asks of a task."""
 
-import os
+import json
 import subprocess
 import sys
-import textwrap
 
 import pytest
-
-from tests.helpers import run_command
-
-HELP = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+import torch
 
 
 def test_dry_run_and_help_import_no_torch(folds, tmp_path):
@@ -18,7 +14,7 @@ def test_dry_run_and_help_import_no_torch(folds, tmp_path):
         "import sys\nfrom merge_avg.cli import main\ntry:\n    main()\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy'} & set(sys.modules), 'imported'\n"
     )
-    for arguments in ([*folds, "-o", "out.pt", "--dry-run"], ["--help"], ["--version"]):
+    for arguments in ([*folds, "-o", "out.pt", "--dry-run"], ["--help"], ["soup", "-h"]):
         command = [sys.executable, "-c", code, *arguments]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert not (tmp_path / "out.pt").exists()
@@ -34,22 +30,6 @@ def test_help_imports_no_task(tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     packages = {name.split(".")[1] for name in done.stderr.split()}
     assert packages <= {"cli", "errors", "options", "report", "_version"}
-
-
-def test_an_option_is_explained_in_two_lines(tmp_path):
-    """On 80 columns no option's help takes more than two lines, beside a default."""
-    text = run_command("--help", cwd=tmp_path, env=HELP).stdout.partition("Options:\n")[2]
-    lines = [line[34:] if line.startswith(" " * 34) else line for line in text.splitlines()]
-    entries = [[]]
-    for line in lines:
-        if line.startswith("  -"):
-            entries.append([line[34:]] if line[32:34] == "  " and line[34:] else [])
-        else:
-            entries[-1].append(line)
-    assert len(entries) > 40
-    for entry in entries:
-        told = " ".join(entry).partition("[default")[0]
-        assert len(textwrap.wrap(told, 46)) <= 2, told
 
 
 def test_the_version_needs_no_checkpoints(command):
@@ -84,3 +64,68 @@ def test_a_template_by_path(command, folds):
     assert err.startswith("error: 2: ")
     code, out, err = command(*folds, "-o", "out.pt", "--template", "2", "--dry-run")
     assert (code, out) == (0, "")
+
+
+# The commands beside the merge.
+
+
+def test_a_command_does_what_its_option_did(command, folds):
+    """verify and inspect print what --verify and --inspect do, which say the new word as well."""
+    assert command(*folds, "-o", "out.pt", "-q") == (0, "out.pt\n", "")
+    for name, arguments in {"verify": ["out.pt"], "inspect": ["out.pt", "--json"]}.items():
+        new, old = command(name, *arguments), command(f"--{name}", *arguments)
+        note = f"note: --{name} is now a command, merge-avg {name}; the option will go\n"
+        assert (new[0], old) == (0, (0, new[1], note + new[2]))
+        assert command(f"--{name}", "-q", *arguments)[2] == ""
+
+
+def test_a_soup_is_a_command(command, folds):
+    """Soup needs no --soup; with it, the old spelling gives the same and says the new word."""
+    scored = ["--eval", "echo 1 #", "--mode", "max", "--json", "--overwrite"]
+    code, out, err = command("soup", *folds, "-o", "s.pt", *scored)
+    assert (code, json.loads(out)["members"]) == (0, folds)
+    assert "note:" not in err
+    assert torch.load("s.pt")["model"]["w"].tolist() == [1.0] * 4
+    code, old, err = command(*folds, "-o", "s.pt", "--soup", "greedy", *scored)
+    assert (code, json.loads(old)["members"]) == (0, folds)
+    assert err.startswith("note: --soup is now a command, merge-avg soup; the option will go\n")
+    assert "a soup needs" in command("soup", *folds, "-o", "t.pt", "--mode", "max")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "o.pt", "--key", "model"],
+        ["verify", "o.pt", "--dry-run"],
+        ["inspect", "o.pt", "--quiet"],
+        ["inspect", "o.pt", "--threads", "1"],
+        ["soup", "o.pt", "-o", "s.pt", "--dtype", "float16"],
+        ["soup", "o.pt", "-o", "s.pt", "--min-agreement", "0.5"],
+        ["soup", "o.pt", "-o", "s.pt", "--prefixes"],
+        ["o.pt", "--install-completions"],
+    ],
+)
+def test_a_command_has_only_the_options_that_it_takes(command, arguments):
+    """An option that would do nothing is wrong usage."""
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert "o such option" in err
+
+
+@pytest.mark.parametrize("name", ["verify", "inspect", "soup"])
+def test_a_checkpoint_called_like_a_command(command, folds, tmp_path, name):
+    """The first word is the command whatever files there are; ./ before it makes it a path."""
+    (tmp_path / folds[0]).rename(tmp_path / name)
+    code, out, _ = command(name, folds[1], "-o", "out.pt")
+    assert (code, out, (tmp_path / "out.pt").exists()) == (2, "", False)
+    assert command(f"./{name}", folds[1], "-o", "out.pt", "-q") == (0, "out.pt\n", "")
+    assert command(folds[1], name, "-o", "again.pt", "-q") == (0, "again.pt\n", "")
+
+
+def test_a_command_takes_no_empty_path(command):
+    """A variable that is not set does not stand for the current directory."""
+    for name in ("verify", "inspect"):
+        assert command(name, "")[::2] == (
+            2,
+            "error: a path is empty\nhint: is a variable of the shell not set?\n",
+        )

@@ -136,7 +136,8 @@ def test_the_command_has_every_option():
     command = typer.main.get_command(app)
     classes = (Options, Criteria, Series, Weighting, SoupOptions, Action, Display)
     declared = {name for cls in classes for name, one in meanings(cls) if one.command}
-    assert {one.name for one in command.params} - declared == {"checkpoints", "output", "version"}
+    others = {"checkpoints", "output", "version", "install_completion", "show_completion"}
+    assert {one.name for one in command.params} - declared == others
     assert declared <= {one.name for one in command.params}
 
 
@@ -146,3 +147,16 @@ def test_no_two_options_are_spelled_alike():
     assert len(spelled) == len(set(spelled))
     assert {"-o", "-w", "-q", "--last", "--no-hashes", "--max-memory", "--json"} <= set(spelled)
     assert "--hashes" not in spelled
+
+
+def test_only_some_of_the_options():
+    """A command may have a few options of a class; the others are as the class has them."""
+    seen = []
+
+    def command(*, options: Options, display: Display) -> None:
+        seen.append((options, display))
+
+    made = expanded(command, {"threads", "as_json"})
+    assert list(inspect.signature(made).parameters) == ["threads", "as_json"]
+    made(threads=3, as_json=None)
+    assert seen == [(Options(threads=3), Display())]

@@ -3,15 +3,17 @@
 import math
 import os
 import subprocess
+import warnings
 import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_avg import MergeError, UsageError, merge_checkpoints
+from merge_avg import MergeError, MergeWarning, UsageError, merge_checkpoints
 from merge_avg.options import Options
 from merge_avg.plan import prepare
+from tests.helpers import noise
 
 
 def state(i):
@@ -436,3 +438,40 @@ def test_of_several_outputs_none_is_written_where_one_would_be_lost(tmp_path, ex
     assert come.read_bytes() == b"theirs"
     assert (tmp_path / "x.pt").exists() == exists
     assert len(list(tmp_path.iterdir())) == 2 + exists
+
+
+def unrelated(folder, count=2):
+    """Save checkpoints that have nothing in common, and return their paths."""
+    paths = [folder / f"{fold}.pt" for fold in range(count)]
+    for fold, path in enumerate(paths):
+        torch.save({f"{k}.weight": noise(9 * fold + k, 40, 40) for k in range(4)}, path)
+    return paths
+
+
+def test_unrelated_checkpoints_are_warned_of(tmp_path):
+    """The doubt about the mean is in the result, and raised as a warning at the caller's line."""
+    with pytest.warns(MergeWarning, match="nothing in common") as caught:
+        result = merge_checkpoints(unrelated(tmp_path), tmp_path / "out.pt")
+    assert result.verdict.word == "strangers"
+    assert [str(one.message) for one in caught] == list(result.warnings)
+    assert result.warnings[0].startswith("strangers: ")
+    assert caught[0].filename == __file__
+
+
+def test_checkpoints_that_agree_are_not_warned_of(tmp_path, recwarn):
+    """Of relatives there is no warning, and without figures no verdict."""
+    paths = unrelated(tmp_path, 1) * 2
+    result = merge_checkpoints(paths, tmp_path / "out.pt")
+    assert (result.verdict.word, result.warnings) == ("agree", ())
+    assert merge_checkpoints(paths, tmp_path / "b.pt", agreement=False).verdict is None
+    assert not recwarn.list
+
+
+def test_the_command_raises_no_warning(tmp_path, command):
+    """The command has the doubt in its report, and raises no warning of Python's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, _, err = command(*unrelated(tmp_path), "-o", "out.pt")
+    assert code == 0
+    assert "nothing in common" in err
+    assert "MergeWarning" not in err

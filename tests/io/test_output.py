@@ -380,7 +380,7 @@ def test_outputs_that_are_directories(tmp_path):
             refuse_output(tmp_path / "file", directory=True, overwrite=overwrite)
         refuse_output(tmp_path / "empty", directory=True, overwrite=overwrite)
         refuse_output(tmp_path / "new", directory=True, overwrite=overwrite)
-    with pytest.raises(MergeError, match=r": the output exists already$") as caught:
+    with pytest.raises(MergeError, match=r"(?m): the output exists already$") as caught:
         refuse_output(tmp_path / "full", directory=True, overwrite=False)
     assert caught.value.where == str(tmp_path / "full")
     refuse_output(tmp_path / "full", directory=True, overwrite=True)

@@ -128,14 +128,16 @@ def test_failures_name_the_file(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     reader = opened(path)
-    for name, says in (("open", "opened"), ("preadv", "read")):
+    for name, verb in (("open", "opened"), ("preadv", "read")):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, fail)
-            with pytest.raises(MergeError, match=rf": cannot be {says} \({os.strerror(code)}\)$"):
+            says = rf"(?m): cannot be {verb} \({os.strerror(code)}\)$"
+            with pytest.raises(MergeError, match=says):
                 reader.read(memoryview(bytearray(4)), Storage("all", 0, 4), 0)
     reader.close()
     monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(MergeError, match=rf"/a: cannot be written \({os.strerror(code)}\)$") as got:
+    says = rf"(?m)/a: cannot be written \({os.strerror(code)}\)$"
+    with pytest.raises(MergeError, match=says) as got:
         write_fully(0, memoryview(b"0123"), 0, path)
     assert (got.value.hint is not None) == (code == errno.ENOSPC)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import BY_NAME, Name, Storage, TensorInfo
-from merge_avg.engine import merge_checkpoints
 from merge_avg.formats import scan
 from merge_avg.options import Options
 from merge_avg.plan import prepare, roles_of

@@ -9,7 +9,7 @@ from merge_avg.report._charts import distances, heat_map, layers, svg
 
 def tensor(name, norm, *distances):
     """Return the figures of a tensor; only its norm and distances are drawn."""
-    return TensorAgreement(name, 100, 100, 0.5, 0.0, norm, distances)
+    return TensorAgreement(name, (10, 10), 100, 100, 0.5, 0.0, norm, distances)
 
 
 def texts(picture):

@@ -52,6 +52,7 @@ def test_it_tells_all(tmp_path):
     figures = report.agreement
     for mean in (*figures.each, *report.centred.each):
         assert f"{mean:.3f}" in text
+    assert f"{report.verdict.word} the verdict, by {report.verdict.number:.3f}" in text
     for what in ("a warning of the test", *report.notes, "layers.2.weight", "0.4", "int_policy"):
         assert what in text
     ids = {attributes.get("id") for _, attributes in elements.found}

@@ -56,7 +56,8 @@ def test_everything_is_told(tmp_path, monkeypatch, width):
     assert "keptfrom[red]a[bold]b.pt:epoch" in flat
     assert "isnottobeaveragedandiskeptfromthetemplate" in flat
     assert "warning" in flat
-    assert "hardlyagree" in flat
+    assert "verdictstrangers(" in flat
+    assert "strangers:thecheckpointsfallintogroupsthathavenothingincommon('[red]a[bold]" in flat
 
 
 @pytest.mark.parametrize("width", [40, 100])

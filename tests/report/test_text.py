@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from merge_avg.agreement import LEAST_AGREEMENT
 from merge_avg.errors import MergeError
 from merge_avg.report.text import (
     append,
@@ -151,12 +152,8 @@ def test_precision(tmp_path):
 
 def test_cosines_have_a_style():
     """Below the mark a cosine is doubtful, and one that is not known is neither."""
-    assert [style(value) for value in (0.5, 0.499, -1.0, None)] == [
-        "good",
-        "doubtful",
-        "doubtful",
-        "",
-    ]
+    values = (LEAST_AGREEMENT, LEAST_AGREEMENT - 0.001, -1.0, None)
+    assert [style(value) for value in values] == ["good", "doubtful", "doubtful", ""]
 
 
 def test_the_least_agreeing_come_first(tmp_path):
@@ -318,6 +315,19 @@ def test_a_table_of_what_was_averaged(tmp_path):
     assert len(re.findall(r"^\| .*a\.pt \| .*B \| 0\.5 \|$", text, re.MULTILINE)) == 1
     assert "- written: " in text
     assert "- averaged: 1 tensor, 5 parameters (float32)" in text
+
+
+def test_the_verdict_comes_first(tmp_path):
+    """The first fact is the word with its number, and the reason where there is one."""
+    paths = relatives(tmp_path, count=2, layers=9)
+    label, value = said(report_of(paths, tmp_path / "o.pt"))[0]
+    assert (label, re.sub(r"0\.\d{3}", "0.9", value)) == ("verdict", "agree (0.9)")
+    states = ({f"w{i}": noise(10 * n + i, 30, 30) for i in range(3)} for n in range(2))
+    report = report_of(save(tmp_path, *states), tmp_path / "o.pt")
+    label, value = said(report)[0]
+    assert label == "verdict"
+    assert value == f"strangers ({report.verdict.number:.3f}; {report.verdict.reason})"
+    assert not dict(said(report_of(paths, tmp_path / "o.pt", dry_run=True))).get("verdict")
 
 
 def test_the_agreement_is_told(tmp_path):

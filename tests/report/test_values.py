@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import merge_avg
+from merge_avg.agreement import judge
 from merge_avg.options import REPORTED, Criteria, Options, Series, Weighting
 from merge_avg.plan import prepare
 from merge_avg.report.values import ReportedOutput, as_json, describe, plain
@@ -23,6 +24,7 @@ PLANNED = """
 """.split()
 RUN = "agreement bytes_read seconds differing nonfinite".split()
 FIGURES = "mean error each pairs shrinkage size elements odd tensors".split()
+VERDICT = "word number reason advice tensors groups".split()
 NESTED = {
     "inputs": ["path", "format", "bytes", "averaged", "weight", "hash"],
     "outputs": ["path", "weights"],
@@ -51,10 +53,11 @@ def test_a_run_has_its_keys(values):
     assert list(values["tensors"]) == ["averaged", "integers", "kept"]
     assert sorted(values["policies"]) == POLICIES == sorted(REPORTED)
     agreement = values["agreement"]
-    assert list(agreement) == [*FIGURES, "base", "centred"]
+    assert list(agreement) == [*FIGURES, "base", "centred", "verdict"]
+    assert list(agreement["verdict"]) == VERDICT
     assert list(agreement["centred"]) == FIGURES
     assert list(agreement["each"][0]) == ["path", "mean", "error"]
-    keys = ["name", "size", "elements", "mean", "error", "norm", "distances"]
+    keys = ["name", "shape", "size", "elements", "mean", "error", "norm", "distances"]
     assert list(agreement["tensors"][0]) == keys
 
 
@@ -223,13 +226,47 @@ def test_figures_are_rounded(tmp_path):
         values += [value for tensor in figures.tensors for value in tensor.distances]
         assert values == [round(value, 6) for value in values]
     assert any(tensor.norm != round(tensor.norm, 6) for tensor in report.agreement.tensors)
+    assert any(norm != round(norm, 6) for norm in report.agreement.norms)
+    verdict = report.verdict
+    assert verdict.number == round(verdict.number, 6)
     assert report.base == as_json(report)["agreement"]["base"] == str(tmp_path / "base.pt")
 
 
-def test_the_one_that_does_not_belong_is_named_in_a_warning(tmp_path):
-    """Where all others agree, the advice is to leave that one out."""
+@pytest.mark.parametrize(("scale", "word"), [(1, "drifted"), (2, "strangers"), (0.3, "agree")])
+def test_the_one_that_does_not_belong_is_named(tmp_path, scale, word):
+    """Where all others agree that one is apart; how much of it the mean has makes the word."""
     states = [{"w": noise(0, 30, 30) + noise(n, 30, 30) / 9} for n in (1, 2, 3)]
-    paths = save(tmp_path, *states, {"w": noise(9, 30, 30)})
+    paths = save(tmp_path, *states, {"w": scale * noise(9, 30, 30)})
     report = report_of(paths, tmp_path / "o.pt")
-    (warning,) = report.warnings
-    assert warning.endswith(f"{paths[3]} agrees with none of the others; average without it")
+    found = as_json(report)["agreement"]
+    assert found["verdict"]["word"] == word
+    assert found["odd"] == str(paths[3])
+    texts = [str(path) for path in paths]
+    assert found["verdict"]["groups"] == ([] if word == "agree" else [texts[:3], texts[3:]])
+    assert len(report.warnings) == (word != "agree")
+    for warning in report.warnings:
+        assert warning.startswith(f"{word}: the checkpoints fall into groups")
+        assert warning.endswith(f" | {texts[3]!r}); average those of one group")
+
+
+def test_small_weights_are_judged_like_large_ones(tmp_path):
+    """The figures that are judged are not rounded to nothing where weights have a small unit."""
+    states = [{"w": 1e-9 * noise(n // 2, 30, 30) + 1e-10 * noise(n + 5, 30, 30)} for n in range(4)]
+    report = report_of(save(tmp_path, *states), tmp_path / "o.pt")
+    assert min(report.agreement.norms) > 0
+    assert report.verdict == judge(report.agreement)
+
+
+def test_the_verdict_of_a_run(tmp_path):
+    """A merge that is measured has one, and its names are those of the inputs; a plan has none."""
+    states = [{f"w{i}": noise(10 * n + i, 30, 30) for i in range(3)} for n in range(2)]
+    paths = save(tmp_path, *states)
+    found = as_json(report_of(paths, tmp_path / "o.pt"))["agreement"]
+    assert found["verdict"]["word"] == "strangers"
+    assert found["verdict"]["tensors"] == ["w0", "w1", "w2"]
+    assert found["verdict"]["groups"] == []
+    assert found["odd"] is None
+    for options in ({"agreement": False}, {"dry_run": True}):
+        report = report_of(paths, tmp_path / "o.pt", **options)
+        assert report.verdict is None
+        assert report.warnings == ()

@@ -1,4 +1,4 @@
-"""scripts/agreement.py warns of networks whose mean is broken, and of no others."""
+"""scripts/agreement.py: the verdict tells networks whose mean is broken from the others."""
 
 import json
 import os
@@ -19,8 +19,8 @@ CHOSEN = [
 
 
 @pytest.mark.large
-def test_the_warning_fires_for_the_broken_ones(tmp_path):
-    """The warning comes where the mean of real networks lost what they learned, and only there."""
+def test_strangers_are_the_broken_ones(tmp_path):
+    """The word is strangers where the mean of real networks lost what they learned, only there."""
     pytest.importorskip("sklearn")
     done = subprocess.run(
         [sys.executable, SCRIPT, "--keep", tmp_path, *CHOSEN],
@@ -30,16 +30,18 @@ def test_the_warning_fires_for_the_broken_ones(tmp_path):
         # Threads gain little on networks this small, and wait for each other on a busy machine.
         env=os.environ | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
     )
-    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.count("│") == 10]
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.count("│") == 11]
     found = {f"{row[0].strip()}: {row[1].strip()}": [cell.strip() for cell in row] for row in rows}
     assert set(found) == set(CHOSEN)
     assert [found[title][-2:] for title in CHOSEN] == [
-        ["works", "no"],
-        ["broken", "yes"],
-        ["broken", "yes"],
-        ["works", "no"],
-        ["works", "no"],
+        ["works", "agree"],
+        ["broken", "strangers"],
+        ["broken", "strangers"],
+        ["works", "agree"],
+        ["works", "agree"],
     ]
+    last = "situations: broken and silent: 0; working and called strangers: 0"
+    assert f"known, 5 {last}" in done.stdout
     results = json.loads((tmp_path / "permuted-channels-of-a-cnn" / "results.json").read_text())
     assert results["truth"] == "broken"
     assert len(list((tmp_path / "permuted-channels-of-a-cnn").glob("*.pt"))) == 5

@@ -136,9 +136,9 @@ def test_large_weights_are_read_only_where_small_ones_are_the_same(tmp_path, mon
         torch.save(content, tmp_path / f"{name}.pt")
     read = []
 
-    def counting(layout, number, offset, nbytes, real=_copies._read):
-        read.append(nbytes)
-        return real(layout, number, offset, nbytes)
+    def counting(layout, part, real=_copies._read):
+        read.append(part.nbytes)
+        return real(layout, part)
 
     monkeypatch.setattr(_copies, "_read", counting)
     rough, _ = sums(*(tmp_path / f"{name}.safetensors" for name in "abc"))

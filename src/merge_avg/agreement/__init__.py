@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from merge_avg.agreement._comparison import Comparison, Sampler
 from merge_avg.agreement._cosines import Agreement, TensorAgreement
-from merge_avg.agreement._verdict import LEAST_AGREEMENT, Verdict, judge
+from merge_avg.agreement._verdict import LEAST_AGREEMENT, Verdict, groups_of, judge
 
 __all__ = [
     "LEAST_AGREEMENT",
@@ -17,5 +17,6 @@ __all__ = [
     "Sampler",
     "TensorAgreement",
     "Verdict",
+    "groups_of",
     "judge",
 ]

@@ -62,7 +62,7 @@ class Sample:
 
     def before(self, place: int) -> int:
         """Return how many of the elements before a place are looked at."""
-        if self.taken == _BLOCK:
+        if self.taken == _BLOCK:  # it is looked at whole
             return place
         last = self.size // _BLOCK * _BLOCK
         inside = min(min(place, last) % (self.every * _SPAN), _SPAN)
@@ -122,6 +122,7 @@ class _Compared:
     unit: Unit
     line: int  # its number among those that are compared
     sample: Sample
+    elements: int  # how many are looked at
     first: int  # how many elements of earlier ones are looked at
     scale: float  # how many elements one that is looked at stands for
 
@@ -157,10 +158,10 @@ class Comparison:
         self._compared: dict[int, _Compared] = {}  # by the unit's number
         first = 0
         for unit, sample in zip(found, samples([len(unit) for unit in found], count), strict=True):
-            scale = len(unit) / sample.elements
-            line = len(self._compared)
-            self._compared[unit.number] = _Compared(unit, line, sample, first, scale)
-            first += sample.elements
+            elements = sample.elements  # once: a model may have thousands of tiny matrices
+            what = unit, len(self._compared), sample, elements, first, len(unit) / elements
+            self._compared[unit.number] = _Compared(*what)
+            first += elements
         self.empty = not found  # there is nothing to compare
         self._stretch = max(first // _STRETCHES, 1)
         # Of the checkpoints themselves, and of their differences to the base.
@@ -244,7 +245,7 @@ class Comparison:
         cells = self._grams[kind].bytes(8 * _GROUPS * size).cast("d")
         grams = [cells[at : at + size] for at in range(0, _GROUPS * size, size)]
         whole = sum(len(one.unit) for one in compared)
-        elements = sum(one.sample.elements for one in compared)
+        elements = sum(one.elements for one in compared)
         tensors = self._tensors(kind, compared)
         if not kind and not any(map(any, grams)):
             return same(self._count, tensors, whole, elements)
@@ -257,7 +258,7 @@ class Comparison:
             name, info = next(pair for pair in one.unit.members if is_matrix(pair[1]))
             at = 2 * count * one.line
             squares, products = sums[at : at + count], sums[at + count : at + 2 * count]
-            about = str(name), info.shape, len(one.unit), one.sample.elements
+            about = str(name), info.shape, len(one.unit), one.elements
             yield agreement_about(*about, squares, products)
 
 

@@ -7,8 +7,10 @@ a time: the delete-a-group jackknife (Kott 2001).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from merge_avg.brief import Brief
 
 # A cosine of n random elements is 0 +- 1/sqrt(n): of fewer than 16 it says nothing.
 _FEW = 16
@@ -31,8 +33,8 @@ class TensorAgreement:
     distances: tuple[float, ...]  # of each checkpoint from the mean of all, over `norm`
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Brief):
     """The agreement of checkpoints: cosines over their matrices, from a sample of the elements.
 
     Elements that are the same in all checkpoints do not count: nothing was learned there.
@@ -50,6 +52,12 @@ class Agreement:
     size: int  # how many elements each checkpoint's matrices have
     elements: int  # how many of them were looked at
     tensors: tuple[TensorAgreement, ...]  # one for each matrix, in the template's order
+
+    def brief(self) -> Iterator[tuple[str, str]]:
+        """Yield the mean cosine, and what it is of."""
+        yield type(self).__name__, f"{self.mean:.3f} +- {self.error:.1g} (mean cosine)"
+        of = f"{len(self.each):,} checkpoints' {len(self.tensors):,} matrices"
+        yield "of", f"{of}, {self.elements:,} of {self.size:,} elements"
 
 
 def agreement(

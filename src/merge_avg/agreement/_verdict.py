@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merge_avg.agreement._cosines import Agreement, TensorAgreement
+from merge_avg.errors import named
 
 Word = Literal["agree", "drifted", "strangers"]
 
@@ -30,9 +31,9 @@ Word = Literal["agree", "drifted", "strangers"]
 # apart is 0, plus what positive values and few elements add.
 LEAST_AGREEMENT = 0.55
 _NOTHING = 0.25
-# Matrices in a row that have nothing in common: with three there are two layers of other units.
+# Matrices in a row that have nothing in common, and layers of other units between them.
 _ROW = 2
-_LONG_ROW = 3
+_LAYERS = 2
 # The norm of what does not belong, over that of what does, in the mean: below a fifth it is noise
 # that a network bears, as it does rounding to few bits; from two fifths on it is half of a mean of
 # two with one stranger.
@@ -54,13 +55,22 @@ class Verdict:
     tensors: tuple[str, ...] = ()  # those that have nothing in common
     groups: tuple[tuple[int, ...], ...] = ()  # of checkpoints, the largest first; if not one
 
+    def doubts(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return a warning where the mean may be no working network; checkpoints have names."""
+        if self.word == "agree":
+            return ()
+        about = [named(self.tensors, 3)] if self.tensors else []
+        about += [named([names[i] for i in group], 3) for group in self.groups]
+        listed = f" ({' | '.join(about)})" if about else ""
+        return (f"{self.word}: {self.reason}{listed}; {self.advice}",)
+
 
 def judge(found: Agreement) -> Verdict:
     """Return the verdict on checkpoints that were compared."""
     learned = [tensor for tensor in found.tensors if tensor.norm and tensor.mean is not None]
     rows, weakest = _rows(learned)
     number = min(found.mean, weakest)
-    groups = _groups(found)
+    groups = groups_of(found)
     share = _foreign(found, groups) if groups and len(groups[0]) > 1 else 0.0
     names = tuple(tensor.name for row in rows for tensor in row)
     if number < LEAST_AGREEMENT and all(_size(tensor) < _SMALL for tensor in learned):
@@ -71,9 +81,15 @@ def judge(found: Agreement) -> Verdict:
     if share >= _NOISE:
         word: Word = "strangers" if share >= _HALF else "drifted"
         reason = "the checkpoints fall into groups that have nothing in common"
-        return Verdict(word, number, reason, "average those of one group", groups=groups)
-    longest = max(map(len, rows), default=0)
-    if longest >= _LONG_ROW or (rows and longest == len(found.tensors)):
+        few = "average without it" if list(map(len, groups[1:])) == [1] else None
+        return Verdict(word, number, reason, few or "average those of one group", groups=groups)
+    # Matrices may read from a stream of a width that runs through the network, and write to it. If
+    # others of that width agree, it is the same stream, and no layer of other units.
+    agreeing = [t for t in found.tensors if t.mean is None or t.mean >= LEAST_AGREEMENT]
+    shared = {extent for tensor in agreeing for extent in tensor.shape[:2]}
+    others = [sum(one.shape[1] not in shared for one in row[1:]) for row in rows]
+    whole = any(len(row) == len(found.tensors) for row in rows)
+    if whole or max(others, default=0) >= _LAYERS:
         reason = "matrices in a row have nothing in common, so the units between them are others"
         advice = "average checkpoints of one initialisation, or average their outputs instead"
         return Verdict("strangers", number, reason, advice, names)
@@ -120,7 +136,7 @@ def _size(tensor: TensorAgreement) -> float:
     return tensor.norm / math.sqrt(max(tensor.size, 1)) * math.sqrt(math.prod(tensor.shape[1:]))
 
 
-def _groups(found: Agreement) -> tuple[tuple[int, ...], ...]:
+def groups_of(found: Agreement) -> tuple[tuple[int, ...], ...]:
     """Return the groups of checkpoints that are connected by cosines, if there are several."""
     left = [i for i, value in enumerate(found.each) if value is not None]
     groups: list[tuple[int, ...]] = []

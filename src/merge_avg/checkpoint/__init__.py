@@ -33,7 +33,8 @@ from merge_avg.checkpoint._layout import (
     impossible,
     row_major,
 )
-from merge_avg.checkpoint._reasons import ATTRIBUTES, METRIC, Reason, is_kept, kind_of
+from merge_avg.checkpoint._metrics import direction, is_metric, turned, words
+from merge_avg.checkpoint._reasons import ATTRIBUTES, kind_of
 from merge_avg.checkpoint._roles import Kept, Name, Roles, assign
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
     "BY_STORAGE",
     "CONVERTIBLE",
     "LARGEST_PROVENANCE",
-    "METRIC",
     "PROVENANCE",
     "PROVENANCE_FILE",
     "TEMPLATE",
@@ -58,7 +58,6 @@ __all__ = [
     "Literal",
     "Name",
     "NewTensor",
-    "Reason",
     "RecordFile",
     "Roles",
     "Scalar",
@@ -67,9 +66,12 @@ __all__ = [
     "TensorInfo",
     "TreePath",
     "assign",
+    "direction",
     "dotted",
     "impossible",
-    "is_kept",
+    "is_metric",
     "kind_of",
     "row_major",
+    "turned",
+    "words",
 ]

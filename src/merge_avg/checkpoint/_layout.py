@@ -20,11 +20,9 @@ from pathlib import Path
 
 from merge_avg.checkpoint._dtypes import DType
 
-# In the metadata of a checkpoint, the provenance record of the merge that made it.
-PROVENANCE = "merge_avg"
+PROVENANCE = "merge_avg"  # in the metadata of a checkpoint, the record of the merge that made it
 PROVENANCE_FILE = "merge_avg.json"  # the same, as a file of a directory or a record of an archive
-# Bytes. No merge writes a longer record, and whoever reads one holds it in memory.
-LARGEST_PROVENANCE = 1 << 24
+LARGEST_PROVENANCE = 1 << 24  # bytes: no merge writes more, and whoever reads one holds it
 
 _LARGEST = 1 << 63
 _MOST_DIMENSIONS = 64
@@ -66,8 +64,8 @@ class Storage:
     file: int = 0  # its number in the checkpoint
     packed: int | None = None  # the size that it takes in the file, if it is deflated (RFC 1951)
     swapped: int = 1  # the size of its words if they are big-endian
-    # If it is not a range itself: the storages it consists of, one after the other, or the tensors,
-    # each with the index of its first element in the tensor that they tile.
+    # If it is not a range itself: the storages it consists of, one after the other, or the tensors
+    # that tile it, each with the index of its first element.
     parts: tuple[Storage, ...] = ()
     tiles: tuple[tuple[tuple[int, ...], TensorInfo], ...] = ()
 
@@ -117,10 +115,7 @@ class TensorInfo:
     @property
     def contiguous(self) -> bool:
         """Return whether its elements lie one after the other, in row-major order."""
-        usual = row_major(self.shape)
-        if self.stride == usual or not self.numel:
-            return True
-        return self.geometry == _geometry(self.shape, usual)
+        return not self.numel or self.geometry == _geometry(self.shape, row_major(self.shape))
 
     @property
     def overlaps_itself(self) -> bool:
@@ -137,10 +132,8 @@ class TensorInfo:
     @property
     def dense(self) -> bool:
         """Return whether it has every element from its first to its last, each once."""
-        if not self.numel:
-            return True
         once = not self.overlaps_itself and all(step for _, step in self.geometry)
-        return once and self.numel == self.stop - self.start
+        return not self.numel or (once and self.numel == self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -159,11 +152,9 @@ class Layout:
     members: tuple[Layout | None, ...] = ()
     notes: tuple[str, ...] = ()  # for the user, one sentence each
     scalars: tuple[tuple[TreePath, Scalar], ...] = ()  # numbers and short texts beside the tensors
-    # What a loader of a copy would call, as its pickles name it, and what is not known to be inert;
-    # with the number of the file.
+    # What a loader of a copy would call that is not known to be inert, with the file's number.
     callables: tuple[tuple[int, str], ...] = ()
-    # Whether it is a file of a set, whose tensors have names from the root of the set and can be
-    # written only together.
+    # Whether it is a file of a set, whose tensors have names from the root of the set.
     set_member: bool = False
     # Dicts that hold `state` beside `param_groups`, as the state of an optimizer does.
     optimizers: tuple[TreePath, ...] = ()
@@ -215,14 +206,12 @@ class Archive:
 
 def _geometry(shape: Iterable[int], stride: Iterable[int]) -> tuple[tuple[int, int], ...]:
     # Torch leaves the step of a dimension with one element at whatever it was.
-    pairs = zip(shape, stride, strict=True)
-    return tuple((extent, step) for extent, step in pairs if extent != 1)
+    return tuple(pair for pair in zip(shape, stride, strict=True) if pair[0] != 1)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a contiguous tensor of this shape, in elements."""
-    strides = []
-    step = 1
+    strides, step = [], 1
     for extent in reversed(shape):
         strides.append(step)
         step *= max(extent, 1)

@@ -6,9 +6,8 @@ holds tensors, and frameworks choose its name as they like.
     1  it lies in an optimizer's master weights                      a weight
     2  `state` lies beside `param_groups` in a dict above it         optimizer state
     3  a key above it stands for state: `STATE`, or                  kept
-       `AROUND`, but not a second tensor of a weight's name          kept
-       `LEARNED_TOO`, if no floats of one or more dimensions         kept
-       lie below that key
+       `AROUND`, but not a second tensor of a weight's name, or
+       `LEARNED_TOO`, if no floats of one or more dimensions lie below that key
     4  it is a slot of a parameter: ("state", 3 or "conv.weight")    optimizer state
     5  its name is a state's, then the name of another tensor        optimizer state
     6  it has the form of the state of torch's generator             random-number state
@@ -24,11 +23,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from merge_avg.checkpoint._layout import Key, Layout, TensorInfo, TreePath, dotted
+from merge_avg.checkpoint._metrics import is_metric
 
 # The key under which a scan lists what a pickled nn.Module holds beside its state dict.
 ATTRIBUTES = "attributes of a module"
@@ -36,7 +35,7 @@ ATTRIBUTES = "attributes of a module"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What containers hold whose keys match a pattern."""
+    """What containers hold whose keys match a pattern, in any letter case."""
 
     name: str
     pattern: re.Pattern[str]
@@ -44,50 +43,39 @@ class Kind:
     learned_too: bool = False  # whether it may be a learned module
 
 
-def _kinds(rows: Iterable[tuple[str, str]], **more: bool) -> tuple[Kind, ...]:
-    return tuple(Kind(name, re.compile(text, re.IGNORECASE), **more) for name, text in rows)
-
-
-# Keys of containers, in any letter case, and what those hold.
-STATE = (
-    ("optimizer state", r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*"),
-    ("learning-rate schedule", r".*sched.*"),
-    ("random-number state", r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*"),
-    ("settings", r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments"),
-    ("metrics", r"metrics?|history|logs?"),
-    ("what a pickled module holds beside its state dict", re.escape(ATTRIBUTES)),
-)
-# The same where weights may lie as well: an EMA that a callback keeps is known by the names of the
-# weights, and where there are no other weights, these are.
-AROUND = (
-    ("callback state", r"callbacks?|callback_.*"),
-    ("loop state", r"loops?|(.*_)?loop|trainer(_state)?"),
-    ("data order", r"dataloader.*|dl_state_dict.*|datamodule.*"),
-    ("the best so far", r"best_(metric|fitness|epoch|step).*"),
-)
-# The same for keys that may stand for a learned module as well: a loss with class centers, a score
-# network, a sampler of points. What frameworks keep there are single numbers and integers.
-LEARNED_TOO = (
-    ("gradient scaler", r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state"),
-    ("data order", r"samplers?(_\d+|_state.*)?"),
-    ("metrics", r"loss(es)?|(.*_)?(loss|acc|accuracy|score)"),
-    ("counters", r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates"),
-    ("times", r"timestamps?|(.*_)?time"),
-)
-_KINDS = (*_kinds(STATE), *_kinds(AROUND, around=True), *_kinds(LEARNED_TOO, learned_too=True))
-# What training loops call single numbers beside state dicts, with whatever is put before or after:
-# val_loss, acc@1, best_prec1. By task: losses; classification; translation and summaries; detection
-# and segmentation; speech; language models; regression; generated images. `metric` is timm's,
-# `fitness` Ultralytics'.
-METRIC = re.compile(
-    r"(?i)(.*[_/.-])?("
-    r"loss|error|score|metric|fitness"
-    r"|acc|accuracy|top[-_]?[15]|prec|precision|recall|f1|auc|auroc"
-    r"|bleu|rouge[a-z0-9]*|map|miou|iou|dice|wer|cer"
-    r"|ppl|perplexity|nll|mse|mae|rmse|r2|fid|psnr|ssim"
-    r")\d?([_/.@-].*)?"
+_OPTIMIZER = "optimizer state"
+STATE = {
+    _OPTIMIZER: r"optim|.*optim(izer)?s?(_.*)?|.*_optimizer|opt_state.*",
+    "learning-rate schedule": r".*sched.*",
+    "random-number state": r"(.*_)?rng(_.*)?|(.*_)?random_states?(_.*)?|np_random.*",
+    "settings": r"hyper_?parameters|h_?params|(.*_)?args|cfg|config|arguments",
+    "metrics": r"metrics?|history|logs?",
+    "what a pickled module holds beside its state dict": re.escape(ATTRIBUTES),
+}
+# An EMA that a callback keeps is known by the names of the weights; and where there are no other
+# weights, these are.
+AROUND = {
+    "callback state": r"callbacks?|callback_.*",
+    "loop state": r"loops?|(.*_)?loop|trainer(_state)?",
+    "data order": r"dataloader.*|dl_state_dict.*|datamodule.*",
+    "the best so far": r"best_(metric|fitness|epoch|step).*",
+}
+# A loss with class centers, a score network, a sampler of points; what frameworks keep under these
+# keys are single numbers and integers.
+LEARNED_TOO = {
+    "gradient scaler": r"(.*_)?(grad_?)?scaler(_.*)?|amp|native_amp_scaling_state",
+    "data order": r"samplers?(_\d+|_state.*)?",
+    "metrics": r"loss(es)?|(.*_)?(loss|acc|accuracy|score)",
+    "counters": r"epochs?|(global_)?steps?|iter(ation|ator)?s?|n_?updates",
+    "times": r"timestamps?|(.*_)?time",
+}
+_KINDS = tuple(
+    Kind(name, re.compile(f"(?i){text}"), rows is AROUND, rows is LEARNED_TOO)
+    for rows in (STATE, AROUND, LEARNED_TOO)
+    for name, text in rows.items()
 )
 _OPT = re.compile(r"(?i)(.*_)?opts?(_.*)?")  # names that models have too
+# What training loops call single numbers beside state dicts, other than metrics.
 _SETTING = re.compile(r"(?i)best(_.*)?|lr|learning_rate|weight_decay|momentum|seed")
 # Averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
 _MASTERS = re.compile(r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups")
@@ -113,15 +101,10 @@ _reason = lru_cache(maxsize=4096)(Reason)  # an optimizer has three tensors of e
 
 @lru_cache(maxsize=4096)
 def kind_of(key: Key) -> Kind | None:
-    """Return what a container of such a key holds; None where it may be anything."""
+    """Return what a container of such a key, or a file, holds; None where it may be anything."""
     if not isinstance(key, str) or len(key) > _LONGEST:
         return None
     return next((kind for kind in _KINDS if kind.pattern.fullmatch(key)), None)
-
-
-def is_kept(key: Key) -> bool:
-    """Return whether what lies below a key of a container, or in a file of that name, is kept."""
-    return kind_of(key) is not None
 
 
 class Reasons:
@@ -135,46 +118,43 @@ class Reasons:
 
     def why_kept(self, info: TensorInfo) -> Reason | None:
         """Return why a tensor is kept by what lies above it; None for a weight or a stray."""
-        path = info.path
-        containers = path[:-1]
+        path, containers, top = info.path, info.path[:-1], str(info.path[0])
         if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
             return None
-        top = str(path[0])
         # At the root a model may have been added to an optimizer's dict.
+        head = top.partition(".")[0]
         for depth in range(len(path)) if self._optimizers else ():
-            if path[:depth] in self._optimizers and (depth or _head(path[0]) in (_STATE, _GROUPS)):
-                key = dotted(path[:depth]) if depth else _head(path[0])
-                return _reason(f"optimizer state ({_STATE} beside {_GROUPS})", key)
-        for depth in range(self._named(path), len(containers)):
-            kind = kind_of(path[depth])
-            if kind and not self._learned(kind, info, path[: depth + 1]):
+            if path[:depth] in self._optimizers and (depth or head in (_STATE, _GROUPS)):
                 return _reason(
-                    f"{kind.name}, by the key {path[depth]!r}", dotted(path[: depth + 1])
+                    f"{_OPTIMIZER} ({_STATE} beside {_GROUPS})", dotted(path[:depth]) or head
                 )
+        # What a file of weights is called counts for nothing.
+        named = next((n for n in range(len(path), 0, -1) if path[:n] in self._files), 0)
+        for depth in range(named, len(containers)):
+            kind, container = kind_of(path[depth]), path[: depth + 1]
+            if kind and not self._learned(kind, info, container):
+                return _reason(f"{kind.name}, by the key {path[depth]!r}", dotted(container))
         for depth, (above, below) in enumerate(itertools.pairwise(containers)):
             if above == _STATE and (isinstance(below, int) or below in self._names):
-                return _reason(f"optimizer state of {below!r}", top)
+                return _reason(f"{_OPTIMIZER} of {below!r}", top)
             # {"opt": {"exp_avg": {"conv.weight": ...}}}; an OPT model would have its names here.
             slot = depth + 2 == len(containers) and _OPT.fullmatch(str(above)[:_LONGEST])
             if slot and self._names[path[-1]] > 1:
-                return _reason(f"optimizer state of {path[-1]!r}", top)
+                return _reason(f"{_OPTIMIZER} of {path[-1]!r}", top)
         return self._flat(path) or self._random(info)
 
     def why_stray(self, info: TensorInfo, above: set[TreePath]) -> Reason | None:
-        """Return why a value beside state dicts is kept, as in {"model": {...}, "loss": ...}.
-
-        `above` are the containers that have state dicts below them.
-        """
+        """Return why a value is kept that lies in one of the dicts `above` state dicts."""
         # Where no state dict lies below, {"scale": ...} is itself one, and its values are weights.
         name = str(info.path[-1])
         if info.path[:-1] not in above or info.learned:
             return None
         single = info.numel == 1 and len(info.shape) < 2
-        if kind_of(name) or (single and (METRIC.fullmatch(name) or _SETTING.fullmatch(name))):
+        if kind_of(name) or (single and (is_metric(name) or _SETTING.fullmatch(name))):
             return _reason("a value beside state dicts, by its name", name)
-        if info.shape or info.dtype.kind == "float" or info.path[:-1] in self._direct:
-            return None
-        if info.trouble:  # its shape is not known: better an error than a copy without a word
+        # Where there is trouble its shape is not known: better an error than a copy without a word.
+        unsure = info.shape or info.dtype.kind == "float" or info.trouble
+        if unsure or info.path[:-1] in self._direct:
             return None
         return _reason("a number beside state dicts", name)
 
@@ -182,33 +162,31 @@ class Reasons:
         """Return whether a tensor is learned, although a key above it stands for state."""
         if kind.learned_too:
             return container in self._vectors
-        if not kind.around or not info.shape:
-            return False
-        return self._forms[info.path[-1], info.shape] > 1 or self._alone
-
-    def _named(self, path: TreePath) -> int:
-        """Return how many keys of a path are the name of a file that holds weights."""
-        return next((n for n in range(len(path), 0, -1) if path[:n] in self._files), 0)
+        again = self._alone or self._forms[info.path[-1], info.shape] > 1
+        return bool(kind.around and info.shape and again)
 
     def _flat(self, path: TreePath) -> Reason | None:
         """Return the reason of optimizer.state.exp_avg.decoder.w, beside a tensor decoder.w."""
-        parts = str(path[-1]).split(".")
+        # Few names have the word, and looking at the parts of all takes a tenth of a merge's time.
+        name = str(path[-1])
+        parts = name.split(".") if "opt" in name.lower() else []
         for at, part in enumerate(parts[:-1] if len(parts) < _LONGEST else ()):
             kind, rest = kind_of(part), parts[at + 1 :]
             opt = _OPT.fullmatch(part[:_LONGEST]) and rest[0] == _STATE
-            if not opt and (kind is None or kind.name != STATE[0][0]):
+            if not opt and (kind is None or kind.name != _OPTIMIZER):
                 continue
             for start in range(len(rest)):
                 # Before or after what the slot is called: state.exp_avg.w, and state.w.exp_avg.
-                for name in (".".join(rest[start:]), ".".join(rest[start:-1])):
-                    if name in self._names:
-                        return _reason(f"optimizer state of {name!r}", ".".join(parts[: at + 1]))
+                for one in (".".join(rest[start:]), ".".join(rest[start:-1])):
+                    if one in self._names:
+                        return _reason(f"optimizer state of {one!r}", ".".join(parts[: at + 1]))
         return None
 
     def _random(self, info: TensorInfo) -> Reason | None:
         form, path = (info.dtype.name, info.shape), info.path
         beside = form == _DEVICE_GENERATOR and {path[:-1], path[:-2]} & self._generators
-        if form == _GENERATOR or beside or _RANDOM.fullmatch(str(path[-1])[:_LONGEST]):
+        named = "rng" in (name := str(path[-1]).lower()) and _RANDOM.fullmatch(name[:_LONGEST])
+        if form == _GENERATOR or beside or named:
             return _reason("random-number state, by its form or name", str(path[0]))
         return None
 
@@ -222,22 +200,17 @@ class Reasons:
         return Counter((info.path[-1], info.shape) for info in self._tensors if info.path)
 
     @cached_property
-    def _vectors(self) -> frozenset[TreePath]:
-        """Return the containers that hold floats of one dimension or more, at any depth."""
-        floats = (i.path for i in self._tensors if i.shape and i.dtype.kind == "float")
-        return frozenset(path[:n] for path in floats for n in range(1, len(path)))
-
-    @cached_property
     def _direct(self) -> frozenset[TreePath]:
         """Return the containers that hold floats of one dimension or more themselves."""
         floats = (i.path[:-1] for i in self._tensors if i.shape and i.dtype.kind == "float")
         return frozenset(floats)
 
     @cached_property
+    def _vectors(self) -> frozenset[TreePath]:
+        """Return the containers that hold such floats at any depth."""
+        return frozenset(path[:n] for path in self._direct for n in range(1, len(path) + 1))
+
+    @cached_property
     def _generators(self) -> frozenset[TreePath]:
         found = (i.path for i in self._tensors if (i.dtype.name, i.shape) == _GENERATOR)
         return frozenset(path[:-1] for path in found)
-
-
-def _head(key: Key) -> str:
-    return str(key).partition(".")[0]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath, dotted
-from merge_avg.checkpoint._reasons import Reason, Reasons, is_kept
+from merge_avg.checkpoint._reasons import Reason, Reasons, kind_of
 from merge_avg.errors import MergeError, named
 
 
@@ -49,8 +49,7 @@ class Roles:
 def assign(layout: Layout, key: str | None = None) -> Roles:
     """Return the roles of tensors, where those below the dotted path `key`, if any, are weights.
 
-    Raises:
-        MergeError: there are no weights, none below `key`, or two have the same name.
+    MergeError where there are no weights, none below `key`, or two of the same name.
     """
     reasons = Reasons(layout)
     found = {info.path: reasons.why_kept(info) for info in layout.tensors}
@@ -64,7 +63,8 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     chosen = [info for info in layout.tensors if found[info.path] is None]
     if key is not None:
         # Whatever the user names counts, even what would be kept. The root has the name "".
-        below = [info for info in layout.tensors if _is_below(info.path, key)]
+        below = [info for info in layout.tensors if dotted(info.path).startswith(f"{key}.")]
+        below = below if key else [info for info in layout.tensors if len(info.path) == 1]
         if not below:
             have = sorted({dotted(info.path[:-1]) for info in chosen} - {""})
             hint = f"its state dicts are {named(have, 8)}" if have else "it is itself a state dict"
@@ -76,32 +76,23 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
         if held == ["state"] and "param_groups" in layout.others:
             what = "it holds an optimizer's state and no weights"
         hint = "pass checkpoints that hold a model's state dict, or name one with --key"
-        arrays = [dotted(one) for one, _ in layout.arrays if not any(map(is_kept, one))]
+        arrays = [dotted(one) for one, _ in layout.arrays if not any(map(kind_of, one))]
         if arrays:
             what = f"its weights are NumPy arrays ({named(arrays)}), not tensors"
             hint = "save them again as tensors: torch.from_numpy makes one of an array"
         raise MergeError(what, where=layout.path, hint=hint)
     weights: dict[Name, TensorInfo] = {}
     for info in chosen:
-        name = _name(info)
-        if name in weights:
-            raise MergeError(f"two tensors are called {str(name)!r}", where=layout.path)
-        weights[name] = info
+        if weights.setdefault(_name(info), info) is not info:
+            raise MergeError(f"two tensors are called {str(_name(info))!r}", where=layout.path)
     averaged = {info.path for info in chosen}
-    why = {
-        info.path: found[info.path] or Reason("it is not below --key", str(info.path[0]))
-        for info in layout.tensors
-        if info.path not in averaged
-    }
+    rest = (path for path in found if path not in averaged)
+    why = {path: found[path] or Reason("it is not below --key", str(path[0])) for path in rest}
     return Roles(weights, tuple(_summary(layout.tensors, why)), why)
 
 
 def _name(info: TensorInfo) -> Name:
     return Name(info.path[:-1], str(info.path[-1]))
-
-
-def _is_below(path: TreePath, key: str) -> bool:
-    return dotted(path).startswith(f"{key}.") if key else len(path) == 1
 
 
 def _summary(tensors: Iterable[TensorInfo], why: Mapping[TreePath, Reason]) -> Iterable[Kept]:

@@ -45,7 +45,7 @@ def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> 
         try:
             append(Path(page), markdown(report))
         except MergeError as error:  # the merge itself is done
-            say(f"note: {error}")
+            say(f"note: {error.message}")
     paths = [] if dry_run else [str(output.path) for output in job.outputs]
     try:
         if display.page is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -23,14 +23,12 @@ from merge_avg.options import Meaning, Recipe, meanings, option
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """Tasks other than a merge."""
+    """What to do: but for the dry run, tasks that have commands of their own."""
 
-    inspect: bool = option(False, "List what is in the checkpoints, and average nothing.")
-    verify: bool = option(
-        False, "Derive earlier outputs from their inputs again, and compare every byte."
-    )
+    inspect: bool = option(False, "The command inspect, as it was called before.")
+    verify: bool = option(False, "The command verify, as it was called before.")
     inputs: Path | None = option(
-        None, "Where the inputs are that --verify looks for.", metavar="DIR"
+        None, "Where the inputs lie now, if they were moved.", metavar="DIR"
     )
     dry_run: bool = option(False, "Say what would be done, and write nothing.")
 
@@ -41,7 +39,7 @@ class SoupOptions:
 
     recipe: Recipe | None = option(
         None,
-        "Add checkpoints one at a time, and keep what does not hurt --eval.",
+        "The command soup, as it was called before.",
         names=("--soup",),
     )
     evaluation: str | None = option(
@@ -61,7 +59,7 @@ class Display:
 
     page: Path | None = option(
         None,
-        "Write a page of what was done, with the agreement as pictures.",
+        "Write a page of what was done, with charts.",
         metavar="FILE.html",
         names=("--report",),
     )
@@ -71,13 +69,17 @@ class Display:
     )
 
 
-def expanded(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that has a parameter for each option in place of one for their class."""
+def expanded(function: Callable[..., None], only: Collection[str] = ()) -> Callable[..., None]:
+    """Return a function that has a parameter for each option in place of one for their class.
+
+    With `only`, it has these options; the others keep their defaults.
+    """
     declared = inspect.signature(function, eval_str=True).parameters.values()
     classes = {one.name: one.annotation for one in declared if is_dataclass(one.annotation)}
     flat: list[inspect.Parameter] = []
     for one in declared:
-        flat += _parameters(one.annotation) if one.name in classes else [one]
+        kept = _parameters(one.annotation) if one.name in classes else [one]
+        flat += [each for each in kept if one is each or not only or each.name in only]
 
     @functools.wraps(function)
     def called(**values: Any) -> None:
@@ -128,7 +130,7 @@ def _instance(cls: Any, values: dict[str, Any]) -> Any:
     """Return the options of a class, whose values are taken out of those of all."""
     given: dict[str, Any] = {}
     for name, meaning, default in _options(cls):
-        value = values.pop(name)
+        value = values.pop(name, None)
         if default is True:
             given[name] = not value
         elif value is not None:

@@ -134,7 +134,7 @@ def _fail(error: MergeError | OSError | MemoryError) -> int:
         error = failure(error)
     elif isinstance(error, MemoryError):
         error = MergeError("there is not enough memory", hint="lower --max-memory or --threads")
-    say(f"error: {error}")
+    say(f"error: {error.message}")
     if error.hint:
         say(f"hint: {error.hint}")
     return 2 if isinstance(error, UsageError) else 3 if isinstance(error, WrittenError) else 1

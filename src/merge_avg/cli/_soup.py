@@ -1,4 +1,4 @@
-"""The command with --soup: a live table of evaluations on a terminal, plain lines elsewhere."""
+"""The command soup: a live table of evaluations on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def make_soup(
         raise UsageError("a soup is the plain mean of its members", hint=hint)
     command, key = asked.evaluation, asked.eval_json
     if asked.recipe is None or command is None or mode is None:
-        hint = "write --soup greedy --eval 'python eval.py {}' --mode max"
-        raise UsageError("a soup needs --soup, --eval and --mode", hint=hint)
+        hint = "write merge-avg soup ... --eval 'python eval.py {}' --mode max"
+        raise UsageError("a soup needs the command soup, --eval and --mode", hint=hint)
     if len(choice.outputs) > 1:
         raise UsageError("a soup is one output", hint="leave out --leave-one-out or --prefixes")
     (output,) = choice.outputs

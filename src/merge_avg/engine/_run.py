@@ -10,18 +10,21 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec
 
-from merge_avg.agreement import Agreement, Comparison, judge
+from merge_avg.agreement import Agreement, Comparison, Verdict, judge
+from merge_avg.brief import Brief
 from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
-from merge_avg.errors import MergeError, failure
+from merge_avg.errors import MergeError, MergeWarning, failure, named
 from merge_avg.io import Output, Reader, Scratch, Sink
 from merge_avg.options import Location, Options, Outputs, meanings
 from merge_avg.plan import Hashes, Job, OutputSpec, batches, prepare, without_collector
@@ -32,8 +35,8 @@ _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|can't start new threa
 Opened = Callable[[OutputSpec], contextlib.AbstractContextManager[Sink]]
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Brief):
     """The result of a merge.
 
     Attributes:
@@ -59,6 +62,28 @@ class Result:
     centred: Agreement | None
     compared: tuple[int, ...]
     hashes: Hashes | None
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Return the files or directories that were written."""
+        return tuple(output.path for output in self.job.outputs)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Return whether the mean works as a network, as far as the agreement tells."""
+        return None if self.agreement is None else judge(self.agreement)
+
+    def brief(self) -> Iterator[tuple[str, str]]:
+        """Yield what was averaged, and what is to be known of it."""
+        what = f"{len(self.job.averaged):,} checkpoints averaged into {named(self.outputs)}"
+        yield type(self).__name__, what
+        yield "read", f"{self.nbytes:,} bytes in {self.seconds:.2f} s"
+        if (verdict := self.verdict) is not None:
+            yield "verdict", f"{verdict.word} ({verdict.number:.3f})"
+        for label, names in (("differing", self.differing), ("nonfinite", self.nonfinite)):
+            if names:
+                yield label, named(names, 3)
+        yield from (("warning", text) for text in self.warnings)
 
 
 def run(
@@ -127,7 +152,11 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         agreement = comparison.result()
         _refuse_strangers(job, agreement)
         hashes = total(job, findings)
-        cosine = None if agreement is None else agreement.mean
+        cosine, doubts = None, tuple[str, ...]()
+        if agreement is not None:
+            names = [str(job.layouts[number].path) for number in compared]
+            cosine, doubts = agreement.mean, judge(agreement).doubts(names)
+        lora = job.plan.warnings if any(map(findings.varying.issuperset, job.plan.factors)) else ()
         for sink, output in zip(sinks, job.outputs, strict=True):
             sink.complete(job.record(output, hashes, cosine))
         # Not before all are complete, so that an error leaves none of the outputs.
@@ -139,7 +168,7 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         time.perf_counter() - started,
         tuple(sorted(findings.differing)),
         tuple(sorted(findings.nonfinite)),
-        job.plan.warnings if any(findings.varying.issuperset(p) for p in job.plan.factors) else (),
+        (*lora, *doubts),
         agreement,
         comparison.centred(),
         compared,
@@ -320,4 +349,7 @@ def merge_checkpoints(
         MergeError: nothing was written; the message names the file and the tensor.
         UsageError: the options do not fit each other.
     """
-    return run(prepare(paths, output, options), options.progress)
+    result = run(prepare(paths, output, options), options.progress)
+    for text in result.warnings:
+        warnings.warn(text, MergeWarning, stacklevel=3)
+    return result

@@ -27,11 +27,7 @@ _COSTS = {b"{": 350, b"[": 100, b",": 70, b":": 70}
 
 
 def read(path: Path, largest: int = LARGEST) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        MergeError: it cannot be read, or is longer than `largest` bytes.
-    """
+    """Return the content of a file; MergeError where it is longer than `largest` bytes."""
     try:
         with path.open("rb") as file:
             # Sparse files need no reading to be refused. Devices and pipes have the size zero.
@@ -45,11 +41,7 @@ def read(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def sketch(path: Path) -> tuple[bytes, int]:
-    """Return the first bytes of a file, and a hash of all of it; memory is bounded.
-
-    Raises:
-        MergeError: it cannot be read.
-    """
+    """Return the first bytes of a file, and a hash of all of it; memory is bounded."""
     try:
         with path.open("rb") as file:
             head = file.read(_BLOCK)
@@ -64,8 +56,7 @@ def sketch(path: Path) -> tuple[bytes, int]:
 def loads(raw: bytes, per_byte: int = 0) -> dict[str, Any]:
     """Return the object that a JSON text in UTF-8 holds.
 
-    Raises:
-        ValueError: the text holds none, names a key twice, or would take too much memory.
+    ValueError where it holds none, names a key twice, or would take too much memory.
     """
     costs = sum(raw.count(mark) * nbytes for mark, nbytes in _COSTS.items())
     # Where a single character is outside of Latin-1, all others take two or four bytes, and each

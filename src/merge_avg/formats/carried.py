@@ -21,9 +21,7 @@ _ZIP = b"PK\x03\x04"
 def callables_of(stamp: File, number: int = 0) -> tuple[str, ...]:
     """Return what a loader of a file would call that is not known to be inert.
 
-    Raises:
-        DangerousPickleError: the file names a callable that is known to run code.
-        OSError: it cannot be read.
+    DangerousPickleError where the file names a callable that is known to run code.
     """
     if stamp.path.suffix.lower() in _CODE:
         return (f"the code in {stamp.path.name}",)

@@ -31,7 +31,6 @@ from merge_avg.checkpoint import (
     TreePath,
     assign,
     dotted,
-    is_kept,
     kind_of,
 )
 from merge_avg.errors import MergeError, failure, named
@@ -39,7 +38,7 @@ from merge_avg.formats import bounded, scan_file, set_format
 
 INDEX = ".index.json"
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
-_SHARD = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
 # Folders that no program reads a checkpoint from: what is in them is not even copied.
 _IGNORED = frozenset((".git", ".cache", ".ipynb_checkpoints", "__pycache__"))
@@ -54,7 +53,7 @@ _OF_ONE = re.compile(
     r"|((diffusion_)?pytorch_model|model|adapter_model|params)\.(bin|safetensors|pt)"
 )
 # What names may tell where a file's content leaves a doubt, and names that tell of weights too.
-_TOLD = ("optimizer state", "learning-rate schedule", "random-number state")
+_TOLD = {"optimizer state", "learning-rate schedule", "random-number state"}
 _MODEL = re.compile(r"(?i)model|weights|ema")
 _LARGEST_LATEST = 1000
 # A file may hold weights if it has a twentieth of the bytes of those that do, and 1 MiB.
@@ -65,9 +64,8 @@ _NO_WEIGHTS = (".json", ".jsonl", ".txt", ".model", ".spm", ".csv", ".log", ".ya
 def scan_directory(path: Path) -> Layout:
     """Return the layout of a checkpoint directory.
 
-    Raises:
-        MergeError: a file in it cannot be read or is damaged, shards are missing or hold a tensor
-            twice, or it holds no checkpoint or several.
+    MergeError where a file in it cannot be read or is damaged, shards are missing or hold a tensor
+    twice, or it holds no checkpoint or several.
     """
     files, notes = _walk(path)
     # An output has a provenance file of its own: that of the template is never copied.
@@ -108,9 +106,7 @@ def scan_directory(path: Path) -> Layout:
         *made,
         callables=callables,
         optimizers=tuple((*prefix, *at) for prefix, one in pairs for at in one.optimizers),
-        arrays=tuple(
-            ((*prefix, *at), digest) for prefix, one in pairs for at, digest in one.arrays
-        ),
+        arrays=tuple(((*prefix, *at), sum_) for prefix, one in pairs for at, sum_ in one.arrays),
         named_files=tuple(prefixes[name] for name in members if name not in named_so),
     )
 
@@ -158,10 +154,11 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
     for folder, folders, names in os.walk(root, onerror=refuse):
         here = Path(folder)
         for name in sorted(folders):
-            if name in _IGNORED or (here / name).is_symlink() or (here == root and name in nested):
+            link = (here / name).is_symlink()
+            if link or name in _IGNORED or (here == root and name in nested):
                 folders.remove(name)
-                if (here / name).is_symlink():
-                    notes.append(f"{here / name} is a link to a directory and is left out")
+            if link:
+                notes.append(f"{here / name} is a link to a directory and is left out")
         folders.sort()
         for name in names:
             file = here / name
@@ -210,17 +207,15 @@ def _members(
     """Return the layouts of the files that hold tensors, in their order, and `Layout.callables`."""
     members: dict[str, Layout] = {}
     callables: list[tuple[int, str]] = []
-    names = list(files)
-    for name in names:
-        found = set_format(PurePosixPath(name).name)
-        if found is not None:
-            folder = PurePosixPath(name).parent
+    names, paths = list(files), [PurePosixPath(name) for name in files]
+    for path in paths:
+        if found := set_format(path.name):
             inside = {
-                PurePosixPath(other).name: (number, file)
-                for number, (other, file) in enumerate(files.items())
-                if PurePosixPath(other).parent == folder
+                other.name: (number, files[names[number]])
+                for number, other in enumerate(paths)
+                if other.parent == path.parent
             }
-            scanned = found.code.scan_set(root / folder, inside)
+            scanned = found.code.scan_set(root / path.parent, inside)
             members |= {names[number]: layout for number, layout in scanned.items()}
             callables += (one for layout in scanned.values() for one in layout.callables)
     for number, (name, file) in enumerate(files.items()):
@@ -233,12 +228,12 @@ def _members(
                 layout = scan_file(file, number, strict=name.endswith(".safetensors"))
             except MergeError:
                 # An optimizer's file and the like may be whatever it likes.
-                if not any(map(is_kept, _path_of(name))):
+                if not any(map(kind_of, _path_of(name))):
                     raise
-        if layout is not None and layout.tensors:
-            members[name] = layout
         if layout is not None:
             callables += layout.callables
+            if layout.tensors:
+                members[name] = layout
         elif not leads_out(root, file.path):
             from merge_avg.formats.carried import callables_of  # most directories need none of it
 
@@ -259,20 +254,22 @@ def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
     Megatron-LM, best_metric_model.pth of MONAI. Only if an optimizer's file, say, looks like a
     state dict, beside files that surely are one, its name breaks the tie.
     """
-    kinds = {name: [kind_of(key) for key in _place(name, one)] for name, one in members.items()}
-    plain = {name for name, found in kinds.items() if not any(found)}
-    surely = any(_holds_weights(members[name]) for name in plain)
+    told = {
+        name: {kind.name for key in _place(name, one) if (kind := kind_of(key))}
+        for name, one in members.items()
+    }
+    surely = any(_holds_weights(one) for name, one in members.items() if not told[name])
     kept, notes = set(), []
-    for name in members.keys() - plain:
-        told = any(kind and kind.name in _TOLD for kind in kinds[name])
-        if not _holds_weights(members[name]):
-            kept.add(name)
-        elif surely and told and not _MODEL.search(name):
-            kept.add(name)
+    for name in filter(told.get, members):
+        doubt = _holds_weights(members[name])
+        if doubt and not (surely and told[name] & _TOLD and not _MODEL.search(name)):
+            continue
+        kept.add(name)
+        if doubt:
             key = dotted(_place(name, members[name]))
             what = "is kept for its name, though it may hold weights"
             notes.append(f"{members[name].path} {what}: --key {key} averages it")
-    return kept, sorted(notes)
+    return kept, notes
 
 
 def _holds_weights(member: Layout) -> bool:
@@ -290,9 +287,7 @@ def _unread(files: Mapping[str, File], members: Mapping[str, Layout]) -> list[st
     large = [
         name
         for name, one in files.items()
-        if one.nbytes >= least
-        and one.path not in inside
-        and PurePosixPath(name).suffix.lower() not in _NO_WEIGHTS
+        if one.nbytes >= least and one.path not in inside and not name.lower().endswith(_NO_WEIGHTS)
     ]
     return [f"{named(large)} is copied as it is: weights in it are not averaged"] if large else []
 
@@ -304,23 +299,18 @@ def _place(name: str, member: Layout) -> TreePath:
 
 def _prefixes(members: Mapping[str, Layout], kept: Collection[str]) -> dict[str, TreePath]:
     """Return for each file the path that its tensors are at in the directory's tree."""
-    # `pytorch_model.bin` and `model.safetensors` are the same state dict by two names, so that a
-    # checkpoint of one can be averaged with one of the other. Where it is the only one, it needs no
-    # prefix: then a directory can be averaged with a single file too.
+    # `pytorch_model.bin` and `model.safetensors` are the same state dict by two names. Where it is
+    # the only one it needs no prefix, so that a directory can be averaged with a single file too.
     prefixes: dict[str, TreePath] = {}
     families: dict[TreePath, str] = {}
     for name, member in members.items():
-        path = _place(name, member)
-        if member.set_member:
-            prefixes[name] = path
-            continue
-        suffix = PurePosixPath(name).suffix
-        plain = (*path[:-1], str(path[-1]).replace("pytorch_model", "model"))
-        # Where both lie in one directory, the second needs a name of its own.
-        if families.setdefault(plain, suffix) != suffix:
-            plain = (*path[:-1], f"{path[-1]}{suffix}")
-            families[plain] = suffix
-        prefixes[name] = plain
+        path, suffix = _place(name, member), PurePosixPath(name).suffix
+        if not member.set_member:
+            plain = (*path[:-1], str(path[-1]).replace("pytorch_model", "model"))
+            # Where both lie in one directory, the second needs a name of its own.
+            own = families.setdefault(plain, suffix) != suffix
+            path = (*path[:-1], f"{path[-1]}{suffix}") if own else plain
+        prefixes[name] = path
     # Optimizers and the like lie aside: they do not make a directory one of several state dicts.
     weights = {prefix for name, prefix in prefixes.items() if name not in kept}
     return {name: () if weights == {prefix} else prefix for name, prefix in prefixes.items()}
@@ -329,12 +319,10 @@ def _prefixes(members: Mapping[str, Layout], kept: Collection[str]) -> dict[str,
 def _check_shards(root: Path, names: Iterable[str]) -> None:
     """Raise MergeError where the names of shards say that there are more."""
     found: dict[tuple[str, str, str], set[int]] = {}
-    for name in names:
-        path = PurePosixPath(name)
-        shard = _SHARD.fullmatch(path.stem)
-        if shard:
-            key = (str(path.parent / shard["base"]), shard["count"], path.suffix)
-            found.setdefault(key, set()).add(int(shard["number"]))
+    for path in map(PurePosixPath, names):
+        if shard := _SHARD.fullmatch(path.stem):
+            key = (str(path.parent / shard[1]), shard[3], path.suffix)
+            found.setdefault(key, set()).add(int(shard[2]))
     for (base, count, suffix), numbers in found.items():
         lacking = sorted(set(range(1, int(count) + 1)) - numbers)
         if lacking:
@@ -351,38 +339,32 @@ def is_index(name: str) -> bool:
 def unsharded(stem: str) -> str:
     """Return a file's name, already without its ending, without the number of a shard."""
     shard = _SHARD.fullmatch(stem)
-    return shard["base"] if shard else stem
+    return shard[1] if shard else stem
 
 
 def shard_of(path: Path) -> int | None:
     """Return the number of shards, if a file's name says that it is one of several."""
     shard = _SHARD.fullmatch(path.stem)
-    return int(shard["count"]) if shard and int(shard["count"]) > 1 else None
+    return int(shard[3]) if shard and int(shard[3]) > 1 else None
 
 
 def read_index(file: File) -> dict[str, Any]:
-    """Return the index of a sharded checkpoint, whose `weight_map` leads from tensors to files.
-
-    Raises:
-        MergeError: the file is damaged, or not an index.
-    """
+    """Return the index of a sharded checkpoint, whose `weight_map` leads from tensors to files."""
     raw = bounded.read(file.path)
     try:
         index = bounded.loads(raw)
-        match index:
-            case {"weight_map": dict() as table} if all(
-                isinstance(value, str) for value in table.values()
-            ):
-                return index
     except ValueError as error:
         raise MergeError(f"the index is damaged ({error})", where=file.path) from None
-    raise MergeError("an index without a weight_map", where=file.path)
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise MergeError("an index without a weight_map", where=file.path)
+    return index
 
 
 def _check_index(files: Mapping[str, File], name: str, members: Mapping[str, Layout]) -> None:
     """Raise MergeError where an index and the shards beside it contradict each other."""
-    keys: dict[str, set[str]] = {}
     where, hint = files[name].path, "fetch the checkpoint again"
+    keys = {one: {dotted(info.path) for info in held.tensors} for one, held in members.items()}
     for key, file in read_index(files[name])["weight_map"].items():
         whole = (PurePosixPath(name).parent / file).as_posix()
         # An index may name files anywhere: only those of the checkpoint are ever opened.
@@ -390,9 +372,6 @@ def _check_index(files: Mapping[str, File], name: str, members: Mapping[str, Lay
             far = ".." in PurePosixPath(file).parts or file.startswith("/")
             what = f"it names the file {file!r}, which is {'outside' if far else 'missing'}"
             raise MergeError(what, where=where, hint=hint)
-        if whole not in keys:
-            member = members.get(whole)
-            keys[whole] = {dotted(info.path) for info in member.tensors} if member else set()
-        if key not in keys[whole]:
+        if key not in keys.get(whole, ()):
             what = f"it says that {key!r} is in {file}, which does not hold it"
             raise MergeError(what, where=where, hint=hint)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
+from merge_avg.brief import Brief
 from merge_avg.checkpoint import (
     CONVERTIBLE,
     PROVENANCE,
@@ -22,7 +23,7 @@ from merge_avg.checkpoint import (
     TensorInfo,
     assign,
     dotted,
-    is_kept,
+    kind_of,
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
@@ -48,8 +49,8 @@ class OutputSpec:
     weights: Weights
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, repr=False)
+class Job(Brief):
     """A merge that is ready to run."""
 
     outputs: tuple[OutputSpec, ...]
@@ -61,6 +62,11 @@ class Job:
     notes: tuple[str, ...]  # for the user, one sentence each
     base: int | None  # the number of the checkpoint that the others were fine-tuned from
     version: str  # of merge-avg, in the provenance records
+
+    def brief(self) -> Iterator[tuple[str, str]]:
+        """Yield what is to be averaged into what."""
+        outputs = named(output.path for output in self.outputs)
+        yield type(self).__name__, f"{len(self.averaged):,} checkpoints to average into {outputs}"
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -342,7 +348,7 @@ def _array_notes(layouts: Sequence[Layout], output: OutputLayout) -> Iterator[st
     differ = [
         dotted(path)
         for path, digest in layouts[0].arrays
-        if not any(is_kept(key) or path[:depth] in optimizers for depth, key in enumerate(path))
+        if not any(kind_of(key) or path[:depth] in optimizers for depth, key in enumerate(path))
         and any(other.get(path, digest) != digest for other in others)
     ]
     if differ:

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from merge_avg.brief import Brief
 from merge_avg.checkpoint import Name, Roles, TensorInfo, dotted
+from merge_avg.errors import named
 from merge_avg.formats import scan
 from merge_avg.plan import Masters, roles_of
-from merge_avg.report import aligned, shown
+from merge_avg.report import aligned, counted, shown
 from merge_avg.report.values import plain
 from merge_avg.selection import read_metadata
 
@@ -32,8 +34,8 @@ class Tensor:
     trouble: str | None = None  # why it cannot be averaged, as in "a sparse tensor"
 
 
-@dataclass(frozen=True)
-class Contents:
+@dataclass(frozen=True, repr=False)
+class Contents(Brief):
     """A checkpoint, and what it or its name says of it."""
 
     path: str
@@ -46,6 +48,13 @@ class Contents:
     others: tuple[str, ...]  # entries without tensors
     callables: tuple[str, ...]  # that loading it calls, and that are not known to be harmless
     tensors: tuple[Tensor, ...]  # in the order of its files
+
+    def brief(self) -> Iterator[tuple[str, str]]:
+        """Yield what kind of checkpoint it is, and what a merge does with how many tensors."""
+        yield type(self).__name__, next(lines(self))
+        for role, count in Counter(one.role for one in self.tensors).items():
+            names = named([one.name for one in self.tensors if one.role == role], 3)
+            yield role, f"{counted(count, 'tensor')}: {names}"
 
 
 def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:

@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
-from merge_avg.agreement import Agreement, TensorAgreement, Verdict, judge
-from merge_avg.errors import named
+from merge_avg.agreement import Agreement, TensorAgreement, Verdict, groups_of, judge
 from merge_avg.options import REPORTED
 from merge_avg.report import counted
 
@@ -147,10 +146,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         memory=job.budget.nbytes,
         policies={key: getattr(job.options, key) for key in REPORTED},
         notes=(*notes, *aligned.notes, *job.notes, *_notes(job, result, used)),
-        warnings=(
-            *(plan.warnings if result is None else result.warnings),
-            *_doubts(verdict, [entry.path for entry in inputs if entry.averaged]),
-        ),
+        warnings=plan.warnings if result is None else result.warnings,
         candidates=tuple((one, weights.get(str(one.path))) for one in candidates),
         agreement=agreement,
         verdict=verdict,
@@ -186,7 +182,7 @@ def _notes(job: Job, result: Result | None, used: Sequence[tuple[Name, str]]) ->
         what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
         how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
         yield f"{what}; {how}"
-    if result is not None and job.plan.factors and not result.warnings:
+    if result is not None and job.plan.factors and result.warnings[:1] != job.plan.warnings:
         # (B1 A + B2 A) / 2 is the mean of B times A. With two different A it is not.
         yield "every LoRA factor A is the same, so this is the mean of what the adapters do"
 
@@ -200,18 +196,9 @@ def _rounded(value: Any) -> Any:
         return tuple(map(_rounded, value))
     if isinstance(value, Agreement | TensorAgreement | Verdict):
         # A norm has a unit, so a small one must not become 0.
-        names = [one.name for one in fields(value) if one.name != "norm"]
+        names = [one.name for one in fields(value) if one.name not in ("norm", "norms")]
         return replace(value, **{name: _rounded(getattr(value, name)) for name in names})
     return value
-
-
-def _doubts(verdict: Verdict | None, paths: Sequence[str]) -> Iterator[str]:
-    """Yield a warning where the mean may be no working network."""
-    if verdict is not None and verdict.word != "agree":
-        about = [named(verdict.tensors, 3)] if verdict.tensors else []
-        about += [named([paths[i] for i in group], 3) for group in verdict.groups]
-        listed = f" ({' | '.join(about)})" if about else ""
-        yield f"{verdict.word}: {verdict.reason}{listed}; {verdict.advice}"
 
 
 def _verdict(verdict: Verdict | None, paths: Sequence[str]) -> dict[str, Any] | None:
@@ -254,6 +241,8 @@ def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | 
     if found is None:
         return None
     each = zip(paths, found.each, found.errors, strict=True)
+    groups = groups_of(found)
+    odd = groups[1][0] if len(groups) == 2 and len(groups[1]) == 1 < len(groups[0]) else None
     return {
         "mean": found.mean,
         "error": found.error,
@@ -262,6 +251,7 @@ def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | 
         "shrinkage": found.shrinkage,
         "size": found.size,
         "elements": found.elements,
+        "odd": None if odd is None else paths[odd],
         "tensors": plain(found.tensors),
     }
 

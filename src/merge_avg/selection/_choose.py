@@ -33,9 +33,8 @@ from merge_avg.selection._metadata import STATE, Log, read_log, read_metadata
 from merge_avg.selection._names import CLOCKS, is_average, read_names
 from merge_avg.selection._schemes import phema, resolve
 
-# A layout takes about 500 bytes for each tensor, so those kept take at most 32 MiB. That is enough
-# for 100 checkpoints of 600 tensors; a run of many large ones must not fill the memory with layouts
-# of which few are used.
+# A layout takes about 500 bytes for each tensor: those kept take 32 MiB. A run of many large
+# checkpoints must not fill the memory with layouts of which few are used.
 _MOST_TENSORS = 1 << 16
 # Files beside the checkpoints of a run that end as checkpoints do: states of a training, as torch,
 # Accelerate and transformers' Trainer save them.
@@ -65,8 +64,7 @@ class _Layouts(dict[Path, Layout]):
     def __missing__(self, path: Path) -> Layout:
         layout = self[path] = scan(path)
         self.tensors += len(layout.tensors)
-        # The oldest goes first: runs are scanned in order, and it is mostly the last checkpoints of
-        # a run that are chosen.
+        # The oldest goes first: it is mostly the last checkpoints of a run that are chosen.
         while self.tensors > _MOST_TENSORS:
             self.tensors -= len(self.pop(next(iter(self))).tensors)
         return layout
@@ -81,9 +79,8 @@ def choose(
 ) -> Choice:
     """Choose checkpoints, and their weights in each average.
 
-    Raises:
-        UsageError: the options do not fit each other, or a metric has no direction.
-        MergeError: there are fewer checkpoints than asked for, or one does not say what is needed.
+    UsageError where options do not fit each other, or a metric has no direction; MergeError where
+    there are fewer checkpoints than asked for, or one does not say what is needed.
     """
     asked = [weighting.weights, weighting.scheme, weighting.sigma]
     if sum(one is not None for one in asked) > 1:
@@ -128,10 +125,9 @@ def _select(
 ) -> tuple[list[Candidate], list[str], Mode | None]:
     """Return all candidates, the chosen ones first; notes; and the direction of the metric.
 
-    Files and checkpoint directories that are named one by one are all taken, in their order, where
-    nothing else is asked for. What is found in a run's directory or by a pattern is sorted by step,
-    epoch and name; copies of one checkpoint count once, and neither earlier outputs nor the
-    `output` of this merge count.
+    What is named one by one is all taken, in its order, where nothing else is asked for. What is
+    found in a run's directory or by a pattern is sorted by step, epoch and name; copies of one
+    checkpoint count once, and neither earlier outputs nor the `output` of this merge count.
     """
     check(criteria)
     runs = not criteria.empty or len(arguments) == 1
@@ -149,18 +145,16 @@ def _select(
     seen: list[Candidate] = []
     for place, paths, many in places:
         for path in paths:
-            one = Candidate(path, name=names[path])
+            fold = _fold_of(path, place if many else path.parent)
+            one = Candidate(path, name=names[path], fold=fold)
             try:
-                one = _read(one, layouts)
+                one = _read(one, layouts, log)
             except MergeError as error:
                 if not many or isinstance(error.__context__, PermissionError):  # it may be one
                     raise
                 # A run holds other files too. Only what the user named has to be a checkpoint.
                 seen.append(one.left(f"no checkpoint: {error.what}"))
                 continue
-            metrics = {**one.said.metrics, **log.of(path, one.said)}
-            one = replace(one, said=replace(one.said, metrics=metrics))
-            one = replace(one, fold=_fold_of(path, place if many else path.parent))
             if one.said.ours or (output.exists() and path.samefile(output)):
                 one = one.left("an earlier output of merge-avg")
             elif is_average(path):
@@ -181,13 +175,11 @@ def _select(
     return [*chosen, *by_age(left)], [*notes, *more], mode
 
 
-def _read(one: Candidate, layouts: _Layouts) -> Candidate:
-    """Return a candidate with what it says, and a rough sum of its weights, if it has some."""
-    try:
-        layout = layouts[one.path]
-        said = read_metadata(layout, one.name)
-    except OSError as error:
-        raise MergeError(error.strerror or str(error), where=one.path) from None
+def _read(one: Candidate, layouts: _Layouts, log: Log) -> Candidate:
+    """Return a candidate with what is known of it, and a rough sum of its weights, if any."""
+    layout = layouts[one.path]
+    said = read_metadata(layout, one.name)
+    said = replace(said, metrics={**said.metrics, **log.of(one.path, said)})
     one = replace(one, step=said.step, epoch=said.epoch, said=said)
     try:
         return replace(one, rough=sum_of(layout, rough=True))
@@ -199,10 +191,8 @@ def _read(one: Candidate, layouts: _Layouts) -> Candidate:
 
 def _fold_of(path: Path, run: Path) -> Path:
     """Return the folder that tells folds apart: fold*/ below or above, or that of the argument."""
-    below = path.relative_to(run).parts if path.is_relative_to(run) else ()
-    if len(below) > 1 and _FOLD.match(below[0]):
-        return run / below[0]
-    return next((parent for parent in path.parents if _FOLD.match(parent.name)), run)
+    below = [one for one in path.parents if one.parent == run]
+    return next((one for one in (*below, *path.parents) if _FOLD.match(one.name)), run)
 
 
 def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
@@ -213,11 +203,11 @@ def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     """
     # A file may be called a[1].pt: only what does not exist is a pattern.
     if not os.path.lexists(place) and glob.has_magic(str(place)):
-        names = sorted(_matching(str(place)), key=natural)
+        paths = sorted(_matching(place), key=lambda path: natural(str(path)))
         _refuse_unlisted(place.parts)
-        if not names:
+        if not paths:
             raise MergeError("no file matches the pattern", where=place)
-        return [Path(name) for name in names], True
+        return paths, True
     if runs and place.is_dir():
         # A Trainer's folder may hold its final model beside checkpoint-N/. As a run it stands for
         # these folders; the files of the final model are not checkpoints of their own.
@@ -228,8 +218,8 @@ def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
     return [place], False
 
 
-def _matching(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - any root
+def _matching(pattern: Path) -> list[Path]:
+    return [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207 - any root
 
 
 def _refuse_unlisted(parts: Sequence[str]) -> None:
@@ -237,11 +227,11 @@ def _refuse_unlisted(parts: Sequence[str]) -> None:
     # glob passes over what it cannot look into.
     for count in range(1, len(parts)):
         if glob.has_magic(parts[count]) or parts[count - 1] == "**":
-            for folder in filter(os.path.isdir, _matching(str(Path(*parts[:count])))):
+            for folder in filter(Path.is_dir, _matching(Path(*parts[:count]))):
                 try:
                     os.scandir(folder).close()
                 except OSError as error:
-                    raise failure(error, "cannot be listed", Path(folder)) from None
+                    raise failure(error, "cannot be listed", folder) from None
 
 
 def _of_run(folder: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from zlib_ng import zlib_ng
 
-from merge_avg.checkpoint import Layout, TensorInfo, assign
+from merge_avg.checkpoint import Layout, Storage, TensorInfo, assign
 from merge_avg.errors import failure
 
 _PIECE = 1 << 20
@@ -22,9 +22,7 @@ def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
 
     A `rough` one takes in only names, dtypes, shapes and the smallest weights. None stands for what
     cannot be told, or takes more reading than four times all its bytes, as views may overlap.
-
-    Raises:
-        MergeError: it holds no weights.
+    MergeError where it holds no weights.
     """
     names = [(str(name).split("."), info) for name, info in assign(layout).weights.items()]
     # A state dict may be all there is or lie in {"model": ...}, and wrappers add to each name.
@@ -36,13 +34,12 @@ def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
     if rough:
         weights = sorted(weights, key=_span)[:_FEW]
     room = _SMALL if rough else 4 * layout.nbytes
-    sums: dict[tuple[int, int, int], int] = {}
     for info in weights:
         room -= _span(info)
         if (info.trouble or room < 0) and not rough:
             return None
         if room >= 0:
-            found.append(_content(layout, info, sums))
+            found.append(_content(layout, info))
     return hash(tuple(found))
 
 
@@ -50,9 +47,7 @@ def _span(info: TensorInfo) -> int:
     return (info.stop - info.start) * info.dtype.itemsize
 
 
-def _content(
-    layout: Layout, info: TensorInfo, sums: dict[tuple[int, int, int], int]
-) -> tuple[object, ...]:
+def _content(layout: Layout, info: TensorInfo) -> tuple[object, ...]:
     """Return what tells a tensor's content: CRC-32 as recorded, or as read, and the strides."""
     storage, start = info.storage, info.start
     single = storage.ranges == (storage,)
@@ -60,22 +55,20 @@ def _content(
         # Others share its storage: no recorded checksum is that of its own bytes.
         offset, start = storage.offset + start * info.dtype.itemsize, 0
         storage = replace(storage, offset=offset, nbytes=_span(info), crc=None)
-    found = []
-    for part in storage.ranges if info.numel else ():
-        place = part.file, part.offset, part.packed or part.nbytes
-        if part.crc is None and place not in sums:
-            sums[place] = _read(layout, *place)
-        found.append(sums[place] if part.crc is None else part.crc)
+    sums = [
+        _read(layout, part) if part.crc is None else part.crc
+        for part in (storage.ranges if info.numel else ())
+    ]
     plain = single and info.contiguous and _span(info) == storage.nbytes
-    return tuple(found), storage.swapped, () if plain else (start, info.stride)
+    return tuple(sums), storage.swapped, () if plain else (start, info.stride)
 
 
-def _read(layout: Layout, number: int, offset: int, nbytes: int) -> int:
+def _read(layout: Layout, part: Storage) -> int:
     """Return the CRC-32 of a range of a file."""
-    path, crc = layout.files[number].path, 0
+    path, nbytes, crc = layout.files[part.file].path, part.packed or part.nbytes, 0
     try:
         with path.open("rb") as file:
-            file.seek(offset)
+            file.seek(part.offset)
             while piece := file.read(min(nbytes, _PIECE)):
                 crc, nbytes = zlib_ng.crc32(piece, crc), nbytes - len(piece)
     except OSError as error:

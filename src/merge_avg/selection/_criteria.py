@@ -1,6 +1,6 @@
 """Candidates, and which of them are asked for: some steps or epochs, the last, or the best.
 
-Each function returns the candidates that stay. Those that go are added to `left`, with the reason.
+Each function returns the candidates that stay, and adds those that go to `left`, with the reason.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from merge_avg.checkpoint import direction, turned
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Bounds, Criteria, Mode
-from merge_avg.selection._metrics import direction, turned
 from merge_avg.selection._names import CLOCKS, Clock, Metadata, series
 
 
@@ -44,41 +44,45 @@ class Candidate:
     fold: Path = Path()  # the folder of its fold
     rough: int | None = None  # a rough sum of its weights
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Return its epoch and step, -1 for what is not known."""
+        return (-1 if self.epoch is None else self.epoch, -1 if self.step is None else self.step)
+
     def left(self, why: str) -> Candidate:
         """Return it as one that is left out."""
         return replace(self, chosen=False, why=why)
 
 
-def by_age(found: Iterable[Candidate]) -> list[Candidate]:
+Found = list[Candidate]
+
+
+def by_age(found: Iterable[Candidate]) -> Found:
     """Return candidates by step, epoch and name; those that tell neither number come last.
 
     Epochs come first where steps are not known of all, or repeat, as they do within epochs.
     """
     found = list(found)
-    steps = [one.step for one in found if one.said.timed]
-    within = None in steps or len(set(steps)) < len(steps)
-    within &= all(one.epoch is not None for one in found if one.said.timed)
+    timed = [one for one in found if one.said.timed]
+    steps = {one.step for one in timed}
+    within = None in steps or len(steps) < len(timed)
+    within &= all(one.epoch is not None for one in timed)
 
     def age(one: Candidate) -> tuple[object, ...]:
-        counts = (one.epoch, one.step) if within else (one.step, one.epoch)
-        known = [-1 if count is None else count for count in counts]
-        return not one.said.timed, known, natural(str(one.path))
+        moment = one.moment if within else one.moment[::-1]
+        return not one.said.timed, moment, natural(str(one.path))
 
     return sorted(found, key=age)
 
 
 def without_copies(
-    found: Sequence[Candidate],
-    whole: Callable[[Path], int | None],
-    left: list[Candidate],
-    *,
-    per_fold: bool = False,
-) -> tuple[list[Candidate], list[str]]:
+    found: Found, whole: Callable[[Path], int | None], left: Found, *, per_fold: bool = False
+) -> tuple[Found, list[str]]:
     """Return each checkpoint once, the oldest first, and a note for each copy.
 
     Those with the same rough sum of weights are told apart by the `whole` one.
     """
-    alike: dict[object, list[Candidate]] = {}
+    alike: dict[object, Found] = {}
     whole = functools.cache(whole)
 
     def same(a: Candidate, b: Candidate) -> bool:
@@ -124,30 +128,34 @@ def check(criteria: Criteria) -> None:
         number = getattr(criteria, name)
         if number is not None and number < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {number}", hint="give one or more")
-    if criteria.last is not None and (criteria.best is not None or criteria.one_best_per_fold):
-        raise UsageError("--last and the best exclude each other", hint="give one of them")
-    if criteria.best is not None and criteria.one_best_per_fold:
-        raise UsageError("--best and --one-best-per-fold exclude each other", hint="give one")
+    if sum(map(bool, (criteria.last, criteria.best, criteria.one_best_per_fold))) > 1:
+        what = "--last, --best and --one-best-per-fold exclude each other"
+        raise UsageError(what, hint="give one of them")
 
 
-def _within(found: list[Candidate], criteria: Criteria, left: list[Candidate]) -> list[Candidate]:
+def _keep(found: Found, wanted: Iterable[bool], why: str, left: Found) -> Found:
+    """Return the wanted ones; `why` the others are left out."""
+    pairs = list(zip(found, wanted, strict=True))
+    left += [one.left(why) for one, kept in pairs if not kept]
+    return [one for one, kept in pairs if kept]
+
+
+def _within(found: Found, criteria: Criteria, left: Found) -> Found:
     """Return those whose step and epoch are asked for, and that lie far enough apart."""
     for name, bounds in (("step", criteria.steps), ("epoch", criteria.epochs)):
         if bounds is None:
             continue
-        found = _told(found, name, left)
-        kept = [one for one in found if _inside(getattr(one, name), bounds)]
-        if not kept:
-            what = f"no checkpoint has a {name} that is asked for: there are {_names(found)}"
+        known = _told(found, name, left)
+        inside = [_inside(getattr(one, name), bounds) for one in known]
+        found = _keep(known, inside, f"its {name} is not asked for", left)
+        if not found:
+            what = f"no checkpoint has a {name} that is asked for: there are {_names(known)}"
             raise MergeError(what)
-        others = (one for one in found if not _inside(getattr(one, name), bounds))
-        left += [one.left(f"{name} {getattr(one, name)} is not asked for") for one in others]
-        found = kept
     if criteria.min_interval is None:
         return found
     # From the newest back, each that lies far enough from the last one kept.
     found, clock = _timed(found, left)
-    spaced: list[Candidate] = []
+    spaced: Found = []
     for one in reversed(found):
         if spaced and getattr(spaced[-1], clock) - getattr(one, clock) < criteria.min_interval:
             left.append(one.left("too near to the next one"))
@@ -158,55 +166,35 @@ def _within(found: list[Candidate], criteria: Criteria, left: list[Candidate]) -
 
 def _inside(number: int, bounds: Bounds) -> bool:
     first, last, every = bounds
-    low, high = first is None or number >= first, last is None or number <= last
-    return low and high and number % (every or 1) == 0
+    high = math.inf if last is None else last
+    return (first or 0) <= number <= high and number % (every or 1) == 0
 
 
-def _timed(found: list[Candidate], left: list[Candidate]) -> tuple[list[Candidate], Clock]:
+def _timed(found: Found, left: Found) -> tuple[Found, Clock]:
     """Return those that tell a step, or an epoch if more tell that, and which it is."""
     steps, epochs = (sum(getattr(one, name) is not None for one in found) for name in CLOCKS)
     clock: Clock = "step" if steps and steps >= epochs else "epoch"
     return by_age(_told(found, clock, left)), clock
 
 
-def _told(found: list[Candidate], name: str, left: list[Candidate]) -> list[Candidate]:
+def _told(found: Found, name: str, left: Found) -> Found:
     """Return those that tell their step or epoch; raise MergeError where none does."""
-    kept = [one for one in found if getattr(one, name) is not None]
-    if not kept:
+    told = [getattr(one, name) is not None for one in found]
+    if not any(told):
         hint = f"put it into the name, as in {name}=3.pt, or leave out the option"
         raise MergeError(f"its {name} is not known", where=found[0].path, hint=hint)
-    left += [one.left(f"its {name} is not known") for one in found if getattr(one, name) is None]
-    return kept
+    return _keep(found, told, f"its {name} is not known", left)
 
 
-def _gaps(chosen: Sequence[Candidate]) -> Iterator[str]:
-    """Yield a note where neighbours lie much further from each other than others do."""
-    for name in ("epoch", "step"):
-        numbers = [getattr(one, name) for one in chosen]
-        if len(numbers) < 3 or None in numbers:
-            continue
-        pairs = [(a, b) for a, b in itertools.pairwise(sorted(numbers)) if b > a]
-        nearest = min((b - a for a, b in pairs), default=0)
-        for a, b in pairs:
-            # Where a single checkpoint is missing, the distance is twice the smallest: no gap yet.
-            if b - a > 2 * nearest:
-                yield f"there is a gap between {name} {a} and {name} {b} of those chosen"
-                return
-
-
-def _twins(found: Iterable[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:
+def _twins(found: Found) -> Iterator[tuple[Candidate, Candidate]]:
     """Yield pairs of checkpoints of one run, and of the same step or epoch."""
-
-    def moment(one: Candidate) -> tuple[object, ...]:
-        counts = (-1 if count is None else count for count in (one.epoch, one.step))
-        return str(one.fold), *counts
-
-    for a, b in itertools.pairwise(sorted(found, key=moment)):
+    ordered = sorted(found, key=lambda one: (str(one.fold), one.moment))
+    for a, b in itertools.pairwise(ordered):
         if a.fold == b.fold and _same_time(a, b):
             yield a, b
 
 
-def _refuse_mixture(found: Sequence[Candidate]) -> None:
+def _refuse_mixture(found: Found) -> None:
     """Raise MergeError where series of names go through the same steps or epochs: G_1 and D_1."""
     counts = Counter(series(one.path) for one in found)
     for a, b in _twins(found):
@@ -216,11 +204,21 @@ def _refuse_mixture(found: Sequence[Candidate]) -> None:
             raise MergeError(what, where=b.path.parent, hint=hint)
 
 
-def _doubts(chosen: Sequence[Candidate]) -> Iterator[str]:
-    """Yield notes on those that may not belong together."""
-    for a, b in itertools.islice(_twins(chosen), 1):
-        when = f"step {a.step}" if a.epoch is None else f"epoch {a.epoch}"
-        yield f"{a.path.name} and {b.path.name} are both of {when}, with other weights"
+def _doubts(chosen: Found) -> Iterator[str]:
+    """Yield notes on those that may not belong together, and where some may be missing."""
+    for clock in reversed(CLOCKS):
+        numbers = {getattr(one, clock) for one in chosen}
+        pairs = [] if None in numbers else list(itertools.pairwise(sorted(numbers)))
+        # Where a single checkpoint is missing, the distance is twice the smallest: no gap yet.
+        nearest = min((b - a for a, b in pairs), default=0)
+        gaps = [(a, b) for a, b in pairs if b - a > 2 * nearest]
+        if gaps:
+            a, b = gaps[0]
+            yield f"there is a gap between {clock} {a} and {clock} {b} of those chosen"
+            break
+    for x, y in itertools.islice(_twins(chosen), 1):
+        when = f"step {x.step}" if x.epoch is None else f"epoch {x.epoch}"
+        yield f"{x.path.name} and {y.path.name} are both of {when}, with other weights"
     mute = [one.path.name for one in chosen if not one.said.timed and one.metric is None]
     if 0 < len(mute) < len(chosen):
         yield f"unlike others, {named(mute)} says neither step nor epoch, and counts as much"
@@ -252,21 +250,16 @@ def _value(metrics: Mapping[str, float], metric: str) -> float | None:
     """
     if metric in metrics:
         return metrics[metric]
-    plain = {name: _plain(name) for name in metrics}
-    same = [name for name in plain if plain[name] == _plain(metric)]
+    plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in metrics}
+    wanted = re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_")
+    same = [name for name in plain if plain[name] == wanted]
     # The loss is not what neg_loss tells, which is best where it is high.
-    end = f"_{_plain(metric)}"
-    ending = [n for n in plain if plain[n].endswith(end) and not turned(plain[n][: -len(end)])]
+    ending = [name for name, one in plain.items() if one.endswith(f"_{wanted}")]
+    ending = [name for name in ending if not turned(plain[name].removesuffix(wanted))]
     return next((metrics[alike[0]] for alike in (same, ending) if len(alike) == 1), None)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def pick(
-    found: list[Candidate], criteria: Criteria, left: list[Candidate]
-) -> tuple[list[Candidate], Mode | None, list[str]]:
+def pick(found: Found, criteria: Criteria, left: Found) -> tuple[Found, Mode | None, list[str]]:
     """Return those asked for of candidates by age, the direction of the metric, and notes."""
     found = _within(found, criteria, left)
     metric, mode = _deciding({name for one in found for name in one.said.metrics}, criteria)
@@ -283,40 +276,34 @@ def pick(
     elif criteria.best is not None:
         chosen = _best(found, criteria.best, mode, left, f"among the best {criteria.best}")
     elif criteria.last is not None:
-        chosen = _last(found, criteria.last, left)
+        timed, _ = _timed(found, left)
+        _enough(timed, criteria.last, "last", timed)
+        chosen = _take(timed, timed[-criteria.last :], left, f"among the last {criteria.last}")
     else:
         chosen = [replace(one, why="asked for") for one in found]
-    return chosen, mode, [*notes, *_gaps(chosen), *_doubts(chosen)]
+    return chosen, mode, [*notes, *_doubts(chosen)]
 
 
-def _last(found: list[Candidate], count: int, left: list[Candidate]) -> list[Candidate]:
-    found, _ = _timed(found, left)
-    _enough(found, count, "last", found)
-    why = f"among the last {count}"
-    left += [one.left(f"not {why}") for one in found[:-count]]
-    return [replace(one, why=why) for one in found[-count:]]
-
-
-def _best(
-    found: list[Candidate], count: int, mode: Mode | None, left: list[Candidate], why: str
-) -> list[Candidate]:
-    known: list[Candidate] = []
-    for one in found:
-        if one.metric is None or math.isnan(one.metric):
-            lacking = "is not known" if one.metric is None else "is not a number"
-            left.append(one.left(f"its metric {lacking}"))
-        else:
-            known.append(one)
+def _best(found: Found, count: int, mode: Mode | None, left: Found, why: str) -> Found:
+    told = [one.metric is not None for one in found]
+    known = _keep(found, told, "its metric is not known", left)
+    numbers = [not math.isnan(one.metric or 0) for one in known]
+    known = _keep(known, numbers, "its metric is not a number", left)
     _enough(known, count, "best", found)
     sign = 1 if mode == "max" else -1
     # Of equals, the later one counts: sorting is stable, and `found` is sorted by age.
     ranked = sorted(known, key=lambda one: sign * (one.metric or 0.0))
-    winners = {one.path for one in ranked[-count:]}
-    left += [one.left(f"not {why}") for one in known if one.path not in winners]
-    return [replace(one, why=why) for one in known if one.path in winners]
+    return _take(known, ranked[-count:], left, why)
 
 
-def _enough(known: list[Candidate], count: int, what: str, found: list[Candidate]) -> None:
+def _take(found: Found, winners: Found, left: Found, why: str) -> Found:
+    """Return the winners, by age, and `why` they are."""
+    paths = {one.path for one in winners}
+    kept = _keep(found, [one.path in paths for one in found], f"not {why}", left)
+    return [replace(one, why=why) for one in kept]
+
+
+def _enough(known: Found, count: int, what: str, found: Found) -> None:
     if len(known) < count:
         noun = "checkpoint" if len(known) == 1 else "checkpoints"
         where = " with the metric" if what == "best" else ""
@@ -325,5 +312,5 @@ def _enough(known: list[Candidate], count: int, what: str, found: list[Candidate
         raise MergeError(f"the {what} {count} are asked for, and {there}", hint=hint)
 
 
-def _names(found: Sequence[Candidate]) -> str:
+def _names(found: Found) -> str:
     return named([one.path.name for one in found], 8)

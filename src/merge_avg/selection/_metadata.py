@@ -20,28 +20,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath
+from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath, is_metric
 from merge_avg.errors import MergeError
 from merge_avg.formats import bounded
-from merge_avg.selection._metrics import is_metric
+from merge_avg.io import Reader
 from merge_avg.selection._names import Metadata, read_names
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
 _LONGEST_NAME = 200  # of a metric
 
-# Entries at the top of a checkpoint, or in its name. `global_step`: Lightning, and the state of
-# transformers' Trainer; `num_updates`: fairseq; `iteration`: Megatron-LM, detectron2; the others
-# are what people call it in training loops of their own. Where there are several the first counts:
-# Lightning's global_step is a step of the optimizer, and a `step` beside it may be anything.
+# Entries at the top of a checkpoint; of several the first counts. `global_step`: Lightning, whose
+# `step` beside it may be anything, and the state of transformers' Trainer; `num_updates`: fairseq;
+# `iteration`: Megatron-LM, detectron2; the others: training loops of people's own.
 _STEPS = ("global_step", "num_updates", "step", "iteration", "iter", "n_updates")
-# `epoch`: Lightning, timm, Ultralytics, torchvision's references; `current_epoch`: Lightning's name
-# for it on a trainer, which other loops have taken over.
 _EPOCHS = ("epoch", "current_epoch")
 # fairseq keeps both further in: a list of optimizers, the last of which counts, and the iterator.
 _UPDATES = ("optimizer_history", "num_updates")
 _EPOCH_WITHIN = ("extra_state", "train_iterator", "epoch")
-# Entries that hold metrics by name. `callback_metrics` and `logs` are what Lightning's trainer and
-# Keras-like callbacks call them; the others are common in training loops of people's own.
+# Entries that hold metrics by name: Lightning's trainer, Keras-like callbacks, loops of one's own.
 _TABLES = ("metrics", "metric", "scores", "results", "callback_metrics", "logs", "eval")
 # Columns that name a checkpoint; tables that people make by hand agree on no name for it.
 _PATHS = ("path", "file", "filename", "checkpoint", "ckpt", "name")
@@ -70,39 +66,36 @@ def read_metadata(layout: Layout, name: Metadata | None = None) -> Metadata:
 def _inside(scalars: Mapping[TreePath, Scalar]) -> Metadata:
     """Return what the numbers and texts beside the tensors say."""
     metrics: dict[str, float] = {}
+    monitored: dict[str, float] = {}
     for path, value in scalars.items():
         name = str(path[-1])
-        if isinstance(value, str) or len(name) > _LONGEST_NAME:
-            continue
         table = len(path) == 2 and str(path[0]).lower() in _TABLES
-        if table or (len(path) == 1 and is_metric(name)):
-            metrics[name] = float(value)
-    # Lightning's ModelCheckpoint keeps the name of its metric and the score side by side.
-    for path, value in scalars.items():
-        if len(path) == 3 and path[0] == "callbacks" and path[2] == "monitor":
+        if isinstance(value, str):
+            # Lightning's ModelCheckpoint keeps the name of its metric and the score side by side.
             score = scalars.get((*path[:2], "current_score"))
-            if isinstance(value, str) and isinstance(score, int | float):
-                metrics.setdefault(value, float(score))
+            callback = len(path) == 3 and path[::2] == ("callbacks", "monitor")
+            if callback and isinstance(score, int | float):
+                monitored.setdefault(value, float(score))
+        elif len(name) <= _LONGEST_NAME and (table or (len(path) == 1 and is_metric(name))):
+            metrics[name] = float(value)
     updates = [value for path, value in scalars.items() if (path[0], path[-1]) == _UPDATES]
     steps = [*(scalars.get((name,)) for name in _STEPS), *reversed(updates)]
     epochs = [*(scalars.get((name,)) for name in _EPOCHS), scalars.get(_EPOCH_WITHIN)]
-    return Metadata(_first(*map(_whole, steps)), _first(*map(_whole, epochs)), metrics)
+    return Metadata(_first(*map(_whole, steps)), _first(*map(_whole, epochs)), monitored | metrics)
 
 
 def _scores(layout: Layout) -> dict[TreePath, Scalar]:
     """Return the scores of Lightning's callbacks: tensors of one number, all that is read here."""
     found: dict[TreePath, Scalar] = {}
     for info in layout.tensors:
-        path, storage = info.path, info.storage
         form = {"float32": "<f", "float64": "<d"}.get(info.dtype.name)
-        score = len(path) == 3 and path[::2] == ("callbacks", "current_score")
-        if not score or form is None or info.shape or storage.coded or info.trouble:
+        score = len(info.path) == 3 and info.path[::2] == ("callbacks", "current_score")
+        if not score or form is None or info.shape or info.storage.coded or info.trouble:
             continue
-        with layout.where(info).open("rb") as file:
-            file.seek(storage.offset + info.start * info.dtype.itemsize)
-            raw = file.read(info.dtype.itemsize)
-        if len(raw) == info.dtype.itemsize:
-            found[path] = struct.unpack(form, raw)[0]
+        raw = bytearray(info.dtype.itemsize)
+        with contextlib.closing(Reader(layout, layout.path.parent)) as reader:
+            reader.read(memoryview(raw), info.storage, info.start * len(raw))
+        found[info.path] = struct.unpack(form, raw)[0]
     return found
 
 
@@ -115,19 +108,17 @@ def _whole(value: object) -> int | None:
 
 def _trainer_state(folder: Path) -> Metadata:
     """Return what transformers' Trainer wrote beside a checkpoint."""
-    path = folder / STATE
     try:
-        state = bounded.loads(bounded.read(path)) if path.is_file() else {}
-    except (OSError, ValueError):  # a MergeError is one too
-        return Metadata()  # a broken state must not keep weights from being averaged
+        state = bounded.loads(bounded.read(folder / STATE))
+    except ValueError:  # none, or a broken one: it must not keep weights from being averaged
+        return Metadata()
     step = _whole(state.get("global_step"))
     metrics: dict[str, float] = {}
     # The log holds the whole run up to here: only rows of this very step are of this checkpoint.
     for row in _objects(state.get("log_history")):
         if _whole(row.get("step")) in (None, step):
             metrics |= _numbers(row)
-    for name in _STEPS + _EPOCHS:
-        metrics.pop(name, None)
+    metrics = {name: metrics[name] for name in metrics if name not in _STEPS + _EPOCHS}
     return Metadata(step, _whole(state.get("epoch")), metrics)
 
 
@@ -202,5 +193,5 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _objects(log: object) -> list[Mapping[str, Any]]:
-    """Return the rows of a log in JSON, which is a list of objects."""
+    """Return the rows of a log in JSON."""
     return [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from merge_avg.selection._metrics import is_metric, words
+from merge_avg.checkpoint import is_metric, words
 
 Clock = Literal["step", "epoch"]
 CLOCKS: tuple[Clock, ...] = get_args(Clock)
@@ -28,15 +28,13 @@ CLOCKS: tuple[Clock, ...] = get_args(Clock)
 _NUMBER = re.compile(
     r"(?i)(?<==)[-+]?(?:(?:\d+\.\d+|\d+|\.\d+)(?:e[-+]?\d+)?|nan|inf)|\d+(?:\.\d+)*"
 )
+# Of the others, parts of a set, settings and runs.
 _TIMES = {
-    "step": re.compile(r"steps?|iters?|iterations?|it|itr|updates?|ba|s"),
-    "epoch": re.compile(r"epochs?|ep|e"),
-    "weak": re.compile(r"checkpoints?|ckpts?|chkpts?"),
-    # Parts of a set, settings, runs.
-    "other": re.compile(
-        r"avg|ave|folds?|cv|split|seed|rank|gpu|world|run|trial|exp|v(ersion)?|member|worker|client|part"
-        r"|shard|stage|phase|task|layers?|dim|size|bs|lr|k"
-    ),
+    "step": r"steps?|iter(ation)?s?|it|itr|updates?|ba|s",
+    "epoch": r"epochs?|ep|e",
+    "weak": r"checkpoints?|ch?kpts?",
+    "other": r"avg|ave|folds?|cv|split|seed|rank|gpu|world|run|trial|exp|v(ersion)?|member|worker"
+    r"|client|part|shard|stage|phase|task|layers?|dim|size|bs|lr|k",
 }
 _AFTER = re.compile(r"[-_.]?([A-Za-z]+)(?![A-Za-z]|[-_.=]*\d)")
 _NAME = re.compile(r"(?:.*best[_.])?([A-Za-z][\w/@.]*?)[-_.=]*$")
@@ -158,7 +156,7 @@ def _labels(stem: str, varying: Sequence[bool]) -> Iterator[tuple[str, str]]:
 
 def _kind(word: str, *, single: bool = False) -> str:
     # Single letters count where they vary, as in RVC's name_e50_s4000.pth.
-    known = (kind for kind, one in _TIMES.items() if one.fullmatch(word))
+    known = (kind for kind, text in _TIMES.items() if re.fullmatch(text, word))
     return next(known, "") if single or len(word) > 1 else ""
 
 

@@ -25,12 +25,10 @@ def resolve(
     if scheme == "linear":
         return tuple(Fraction(number) for number in range(1, count + 1))
     if scheme == "1-sqrt":
-        # The mean of x_1 ... x_N is x_1 plus the updates between neighbours, update j (from x_j to
-        # x_{j+1}) scaled by the sum of the weights after j. For a decay g of the learning rate from
-        # 1 to 0, that scale is to be g(j / N) = 1 - sqrt(j / N). So the weights are
-        # c_j = g((j-1) / N) - g(j / N), which are non-negative and sum to 1. Sources: Haegele et
-        # al. 2024 (arXiv:2405.18392) for the shape of the decay, WSM (Tian et al. 2025,
-        # arXiv:2507.17634) for merging in its place.
+        # The mean of x_1 ... x_N is x_1 plus updates, that from x_j to x_{j+1} scaled by the sum of
+        # the weights after j. For a decay of the learning rate it is to be g(j/N) = 1 - sqrt(j/N),
+        # so that the weights are g((j-1)/N) - g(j/N). Sources: Haegele et al. (arXiv:2405.18392)
+        # for the decay, WSM (Tian et al. 2025, arXiv:2507.17634) for merging in its place.
         curve = [Fraction(1 - math.sqrt(j / count)) for j in range(count + 1)]
         return tuple(a - b for a, b in itertools.pairwise(curve))
     if scheme == "metric":

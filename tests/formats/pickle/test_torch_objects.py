@@ -14,6 +14,7 @@ from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.tensors import Tensor, TorchHooks
 from merge_avg.formats.pickle.torch_objects import key_of, objects_at, scalars_near, values_below
 from merge_avg.formats.pickle.values import Allowance, PickleError
+from tests.helpers import quick
 
 
 def tree(data):
@@ -446,3 +447,12 @@ def test_a_module_of_thousands_of_parts_is_read(tmp_path, monkeypatch):
     found = objects_at(saved({"net": net, "epoch": 3}, tmp_path))
     assert len(found.tensors) == 60
     assert found.scalars == ((("epoch",), 3),)
+
+
+@pytest.mark.parametrize("layers", quick([500, 5_000, 50_000], 500))
+def test_a_module_of_many_layers_is_read(tmp_path, layers):
+    """A module that is saved whole takes more memory than a state dict, and not too much."""
+    net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(layers)))
+    found = objects_at(saved({"net": net, "epoch": 3}, tmp_path))
+    assert len(found.tensors) == 2 * layers
+    assert found.scalars[0] == (("epoch",), 3)

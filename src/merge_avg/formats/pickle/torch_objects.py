@@ -310,8 +310,9 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
         unsaved = unsaved if isinstance(unsaved, set) else set()
         inside = above | {id(module)}
         # Names take the most memory, since each begins with those of all the modules above.
-        entries = sum(len(state[kind]) for kind in _MODULE) + len(state)
-        allowance.spend((_OPENED + len(prefix)) * entries + 100 * len(inside))
+        entries = sum(len(state[kind]) for kind in _MODULE)
+        allowance.spend(_OPENED + (_VISIT + len(prefix)) * entries + 100 * len(inside))
+        allowance.spend(_VISIT * len(state))
         for kind in ("_parameters", "_buffers"):
             for key, child in state[kind].items():
                 name = _paid(key, allowance, prefix)

@@ -18,7 +18,7 @@ _HIGHER = re.compile(
     r"|rouge\w*|top\d+|prec\d*|precision|recall\d*|r2|fitness|ndcg|mrr|kappa|mcc|reward|success|"
     + _LIKELY
 )
-_METRIC = re.compile(rf"scores?|metrics?|returns?|{_LOWER.pattern}|{_HIGHER.pattern}")
+_METRIC = re.compile(rf"(scores?|metrics?|returns?|{_LOWER.pattern}|{_HIGHER.pattern})\d?")
 _TURNED = re.compile(r"neg(ative|ated)?|minus|inv(erse)?|reciprocal")
 # What is made of a metric: no direction follows from the name.
 _UNCLEAR = re.compile(
@@ -42,8 +42,8 @@ def words(name: str) -> list[str]:
 
 
 def is_metric(name: str) -> bool:
-    """Return whether a word of a name is that of a metric."""
-    return any(map(_METRIC.fullmatch, words(name)))
+    """Return whether a word of a name is that of a metric, in any letter case: mAP, mIoU."""
+    return any(map(_METRIC.fullmatch, (*words(name), *words(name.lower()))))
 
 
 def turned(name: str) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from merge_avg.selection._metrics import direction, is_metric, words
+from merge_avg.checkpoint._metrics import direction, is_metric, words
 
 DIRECTIONS = {
     "min": """loss val_loss val/loss valLoss eval_wer perplexity logloss log_loss val_rmse mape nll

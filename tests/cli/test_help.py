@@ -1,0 +1,73 @@
+"""merge_avg.cli._help: what a command says of itself."""
+
+import os
+import re
+import textwrap
+
+import pytest
+import typer
+
+from merge_avg.cli._app import app
+from merge_avg.cli._help import COMMANDS, QUESTIONS
+from tests.helpers import run_command
+
+NAMES = " ".join(QUESTIONS.values()).split()
+
+
+def shown(*command, columns=80):
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "dumb", "NO_COLOR": "1"}
+    done = run_command(*command, "--help", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_every_option_has_its_place():
+    """Each option of the command answers one question, and the help has each but the former."""
+    params = typer.main.get_command(app).params
+    options = {one.name for one in params if one.param_type_name == "option"} | {"help"}
+    assert len(NAMES) == len(set(NAMES))
+    assert options - set(NAMES) == {"inspect", "verify", "recipe"}
+    assert set(NAMES) <= options
+    text = "\n".join(shown())
+    for one in params:
+        if one.param_type_name == "option":
+            assert (max(one.opts, key=len) in text) != one.hidden, one.name
+
+
+def test_everyday_options_fit_on_a_screen():
+    """Usage, arguments and the first group take 24 lines of 80 columns, and no line is longer."""
+    lines = shown()
+    assert lines[0] == "Usage: merge-avg CHECKPOINT... -o OUTPUT [OPTIONS]"
+    assert max(map(len, lines)) <= 80
+    assert lines.index("Which checkpoints:") <= 25
+    assert lines[23].startswith("  -h, --help")
+    assert any("verify, inspect and soup" in line for line in lines[:24])
+
+
+def test_an_option_is_explained_in_two_lines():
+    """On 80 columns no option's help takes more than two lines, beside a default."""
+    text = "\n".join(shown()).partition("Options:\n")[2].partition("Commands,")[0]
+    entries = re.findall(r"^  (-\S.*(?:\n {28}.*)*)", text, re.MULTILINE)
+    assert len(entries) > 40
+    for entry in entries:
+        told = " ".join(re.split(r"\s{2,}|\n", entry)[1:]).partition("[default")[0]
+        assert told
+        assert len(textwrap.wrap(told, 50)) <= 2, told
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_is_as_wide_as_the_terminal(name):
+    """A wider terminal has fewer and longer lines; a narrow one none that is longer than it."""
+    wide, narrow = (shown(*name.split(), columns=columns) for columns in (150, 60))
+    assert 80 < max(map(len, wide)) <= 150
+    assert len(wide) < len(narrow)
+    options = [line for line in narrow if line.startswith(" " * 28)]
+    assert max(map(len, options)) <= 60
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_ends_with_exit_codes(name):
+    """Each command has a help of its own, that ends with the exit codes."""
+    lines = shown(*name.split())
+    assert lines[0].startswith(f"Usage: {f'merge-avg {name}'.strip()} ")
+    assert lines[-2].startswith("  Exit codes: 0 done, 1 refused")
