@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_avg.engine._device import HostLane
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Matrix
 
 
-class CudaLane:
-    """A GPU's lane: two slots in turn, copies on one stream and arithmetic on another.
-
-    Raises:
-        MergeError: the device has no memory left for it.
-    """
+class CudaLane(HostLane):
+    """A GPU's lane: two slots in turn, copies on one stream and arithmetic on another."""
 
     slots = 2
 
@@ -73,11 +70,7 @@ class CudaLane:
 
 
 def find_device(name: str) -> tuple[str, int | None]:
-    """Return the device of a name such as "cuda:1", and the bytes that are free on it if a GPU.
-
-    Raises:
-        MergeError: there is no such device.
-    """
+    """Return the device of a name such as "cuda:1", and the bytes that are free on it if a GPU."""
     try:
         device = torch.device(name)
     except RuntimeError:

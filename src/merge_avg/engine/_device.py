@@ -8,23 +8,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from merge_avg.io import Buffer, Matrix, Stack
 
 T = TypeVar("T")
 
 
-class Lane(Protocol):
-    """One worker's way to the device, with room for so many things at a time."""
+class HostLane:
+    """One worker's way to the device, with room for `slots` things at a time.
 
-    slots: int
+    This is the CPU's: what was read is where it is needed, and there is nothing to wait for.
+    """
 
-    def room(self, slot: int) -> Buffer:
+    slots = 1
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = Buffer(nbytes)
+
+    def room(self, slot: int) -> Buffer:  # noqa: ARG002 - there is one
         """Return host memory to fill, once nothing reads from it any more."""
+        return self._buffer
 
-    def send(self, slot: int, rows: Matrix) -> Stack:
+    def send(self, slot: int, rows: Matrix) -> Stack:  # noqa: ARG002
         """Start a copy of what lies in a slot to the device, and return where it goes."""
+        return rows
 
     def arrived(self, slot: int) -> None:
         """Let arithmetic that is asked for from now on wait for the copy."""
@@ -37,14 +45,11 @@ class Lane(Protocol):
 
 
 def travel(
-    lane: Lane, items: Iterable[T], fill: Callable[[T, Buffer], Matrix]
+    lane: HostLane, items: Iterable[T], fill: Callable[[T, Buffer], Matrix]
 ) -> Iterator[tuple[T, Stack]]:
     """Yield each item with its elements on the device, while the next is read.
 
-    Args:
-        lane: the way to the device.
-        items: what is to be read.
-        fill: reads an item into a slot's memory, and returns where its elements lie.
+    `fill` reads an item into a slot's memory, and returns where its elements lie.
     """
     ahead: deque[tuple[int, T, Stack]] = deque()
 
@@ -67,31 +72,7 @@ def travel(
         yield from use()
 
 
-class HostLane:
-    """The CPU's lane: what was read is where it is needed."""
-
-    slots = 1
-
-    def __init__(self, nbytes: int) -> None:
-        self._buffer = Buffer(nbytes)
-
-    def room(self, slot: int) -> Buffer:  # noqa: ARG002 - there is one
-        return self._buffer
-
-    def send(self, slot: int, rows: Matrix) -> Stack:  # noqa: ARG002
-        return rows
-
-    def arrived(self, slot: int) -> None:
-        pass
-
-    def release(self, slot: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def make_lane(nbytes: int, device: str) -> Lane:
+def make_lane(nbytes: int, device: str) -> HostLane:
     """Return the lane of a device, for `nbytes` bytes at a time."""
     if device == "cpu":
         return HostLane(nbytes)

@@ -20,7 +20,7 @@ from merge_avg.engine._reading import WindowReader, counted, length, part
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Matrix, same
-from merge_avg.plan import Piece, Unit, Window, without
+from merge_avg.plan import Piece, Unit, Window, spans, without
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 _MASK = "is a mask of zeros and ones"
 _UNIT = "is of unit length, as vectors of spectral norm and orthogonal bases are"
 _FOLDED = {
-    _MASK: "make the pruning permanent before saving (torch.nn.utils.prune.remove)",
-    _UNIT: "remove the parametrization before saving",
+    _MASK: "make the pruning permanent before saving (torch.nn.utils.prune.remove), or {}",
+    _UNIT: "remove the parametrization before saving, or {}, "
+    "and renew vectors of spectral norm by a forward pass in training mode",
 }
-_RENEWED = ", and renew vectors of spectral norm by a forward pass in training mode"
 _SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
 Places = Sequence[int] | ctypes.Array[ctypes.c_int64]  # of elements of a window, in order
 
@@ -64,24 +64,21 @@ class Diagnosis:
             values = _real(self._reader.room().rows(1, length(window), source.dtype))
             bad = ~_finite(values)
             if self._options.allow_nonfinite:
-                names = (str(name) for name, _ in self._reached(window, bad))
-                self._findings.nonfinite.update(names)
+                self._findings.nonfinite.update(str(name) for name, _ in self._reached(window, bad))
                 continue
             theirs = _special(values, bad, _real(out).dtype)
             ours = theirs if ours is None else ours
-            odd = theirs != ours
             for number, special in ((sources[0], ours), (k, theirs)):
-                for name, count in self._reached(window, odd & (special != 0)):
-                    some = f"{count:,} elements of a window"
-                    what = f"tensor {str(name)!r} holds NaN or infinity ({some})"
+                for name, count in self._reached(window, (theirs != ours) & (special != 0)):
+                    what = f"tensor {str(name)!r} holds NaN or infinity"
+                    what += f" ({count:,} elements of a window)"
                     where = self._paths[window[0].unit.sources[number].checkpoint]
                     hint = "--allow-nonfinite averages it all the same"
                     raise MergeError(what, where=where, hint=hint)
         if ours is None:
             return None
-        numbers = ours.view(_real(out).dtype)
-        names = (str(name) for name, _ in self._reached(window, numbers.isnan()))
-        self._findings.nonfinite.update(names)  # nobody means to have NaN
+        nan = ours.view(_real(out).dtype).isnan()  # which nobody means to have
+        self._findings.nonfinite.update(str(name) for name, _ in self._reached(window, nan))
         words, places = _real(out).view(ours.dtype), ours.nonzero().flatten()
         bits = ours[places]
         words[places] = 0
@@ -101,38 +98,29 @@ class Diagnosis:
         `places` are elements of the window; adding `shift` gives elements of the unit's storage.
         """
         for name, info, _ in _touched(piece.unit, places, shift):
-            is_bool = info.dtype.kind == "bool"
             # Counters of steps and batches always differ: a merge that refused them would be of
             # no use to anyone who trains with batch norm.
-            counts = is_counter(name.key, info.numel, is_bool=is_bool)
+            counts = is_counter(name.key, info.numel, is_bool=info.dtype.kind == "bool")
             if self._options.int_policy == "error" and not counts:
                 place = next(place for place in places if _covers(info, place + shift))
-                raise self._unequal(window, place, name, info)
+                one = part(window, place, place + 1)
+                (_, ours), *others = (
+                    (source.checkpoint, values_of(self._reader.again(one, k), info.dtype)[0])
+                    for k, source in enumerate(piece.unit.sources)
+                )
+                where, theirs = next(pair for pair in others if pair[1] != ours)
+                found = f"holds {theirs}, in {self._paths[0]} {ours}"
+                what = f"the {info.dtype.name} tensor {str(name)!r} {found}"
+                hint = "--int-policy template, max or mean says what integers become"
+                hint += f"; {without(name)} keeps the template's"
+                raise MergeError(what, where=self._paths[where], hint=hint)
             self._findings.differing.add(str(name))
 
-    def _unequal(self, window: Window, place: int, name: Name, info: TensorInfo) -> MergeError:
-        values = []
-        for k, source in enumerate(window[0].unit.sources):
-            data = self._reader.again(part(window, place, place + 1), k)
-            values.append((source.checkpoint, values_of(data, info.dtype)[0]))
-        ours = values[0][1]
-        where, theirs = next((c, v) for c, v in values if v != ours)
-        found = f"holds {theirs}, in {self._paths[0]} {ours}"
-        what = f"the {info.dtype.name} tensor {str(name)!r} {found}"
-        hint = "--int-policy template, max or mean says what integers become"
-        hint += f"; {without(name)} keeps the template's"
-        return MergeError(what, where=self._paths[where], hint=hint)
-
     def _reached(self, window: Window, bad: Tensor) -> Iterator[tuple[Name, int]]:
-        """Yield the tensors of a window that reach chosen elements, and how many of them.
-
-        Complex numbers have two flags each.
-        """
-        bad = bad.view(length(window), -1).any(dim=1)
-        at = 0
-        for piece in window:
-            found = bad[at : at + piece.stop - piece.start].nonzero().flatten()
-            at += piece.stop - piece.start
+        """Yield the tensors of a window that reach chosen elements, and how many of them."""
+        bad = bad.view(length(window), -1).any(dim=1)  # complex numbers have two flags each
+        for piece, start, stop in spans(window):
+            found = bad[start:stop].nonzero().flatten()
             # As it lies in memory: Python's own integers would take five times as much.
             places = (ctypes.c_int64 * len(found)).from_address(found.data_ptr())
             shift = piece.start + piece.unit.start
@@ -141,7 +129,6 @@ class Diagnosis:
 
 
 def _real(row: Matrix) -> Tensor:
-    """Return a row of numbers as real ones."""
     import torch
 
     values = row.tensor()[0]
@@ -170,20 +157,19 @@ def refuse_derived(space: Workspace) -> None:
     space.load_torch()
     job, buffer = space.job, Buffer(_SETTLED * space.job.plan.itemsize)
     reader = WindowReader(space, (), lambda: buffer)
-    found: dict[Name, str | None] = {}
+    found: dict[Name, str] = {}
     for unit in job.plan.units:
         for name, info in unit.members:
-            certain = job.plan.derived.get(name)
-            if certain is not None and name in space.findings.varying:
-                found[name] = _UNIT if certain else _kind(unit, info, reader, job.averaged)
+            if name in space.findings.varying and name in job.plan.derived:
+                certain = job.plan.derived[name]
+                kind = _UNIT if certain else _kind(unit, info, reader, job.averaged)
+                found |= {name: kind} if kind else {}
     for name, kind in found.items():
-        if kind is not None:
-            lasts = {other.key.rpartition(".")[2] for other in found if found[other] == kind}
-            some = " ".join(f"--exclude '*{last}'" for last in sorted(lasts)[:4])
-            what = f"tensor {str(name)!r} {kind}, and has no mean where checkpoints differ in it"
-            hint = f"{_FOLDED[kind]}, or keep the template's with {some}"
-            hint += _RENEWED if kind == _UNIT else ""
-            raise MergeError(what, where=job.layouts[0].path, hint=hint)
+        lasts = {other.key.rpartition(".")[2] for other in found if found[other] == kind}
+        some = " ".join(f"--exclude '*{last}'" for last in sorted(lasts)[:4])
+        what = f"tensor {str(name)!r} {kind}, and has no mean where checkpoints differ in it"
+        hint = _FOLDED[kind].format(f"keep the template's with {some}")
+        raise MergeError(what, where=job.layouts[0].path, hint=hint)
 
 
 def _kind(
@@ -192,24 +178,23 @@ def _kind(
     """Return what the values of a tensor are in all checkpoints, if one of `_FOLDED`."""
     kinds = {_MASK, _UNIT} if len(unit) == info.numel else set[str]()
     columns = 1 if info.numel == max(info.shape, default=1) else min(info.shape)
-    for k, source in enumerate(unit.sources):
-        squares = 0.0
+    for k in (k for k, source in enumerate(unit.sources) if source.checkpoint in averaged):
+        squares, dtype = 0.0, unit.sources[k].dtype
         for start in range(0, len(unit), _SETTLED):
-            if source.checkpoint not in averaged or not kinds:
-                break
+            if not kinds:
+                return None
             stop = min(start + _SETTLED, len(unit))
             reader.again((Piece(unit, start, stop),), k)
-            values = reader.room().rows(1, stop - start, source.dtype).tensor()[0].double()
+            values = reader.room().rows(1, stop - start, dtype).tensor()[0].double()
             squares += float(values.square().sum())
             if not bool(((values == 0) | (values == 1)).all()):
                 kinds.discard(_MASK)
             if squares > 2 * columns:
                 kinds.discard(_UNIT)
-        else:
-            # Of orthonormal columns, each has the length 1. Narrow dtypes round that.
-            if abs(squares / columns - 1) > (1e-4 if source.dtype.itemsize > 2 else 2e-2):
-                kinds.discard(_UNIT)
-    return next(iter(sorted(kinds)), None)
+        # Of orthonormal columns, each has the length 1. Narrow dtypes round that.
+        if abs(squares / columns - 1) > (1e-4 if dtype.itemsize > 2 else 2e-2):
+            kinds.discard(_UNIT)
+    return min(kinds, default=None)
 
 
 def _touched(unit: Unit, places: Places, shift: int) -> Iterator[tuple[Name, TensorInfo, int]]:
@@ -254,21 +239,16 @@ class Integers:
         ours = self._reader.read(window, 0, self._out)
         size = window[0].unit.dtype.itemsize
         places = unequal(self._pairs(window, ours), size)
-        found: list[tuple[Piece, slice, array[int]]] = []
-        at = 0
-        for piece in window if places else ():
-            span = slice(at, at + piece.stop - piece.start)
-            at = span.stop
-            some = places[bisect_left(places, span.start) : bisect_left(places, span.stop)]
-            if some:
-                shift = piece.unit.start + piece.start - span.start
+        found: list[tuple[Piece, int, int, array[int]]] = []
+        for piece, start, stop in spans(window) if places else ():
+            if some := places[bisect_left(places, start) : bisect_left(places, stop)]:
+                shift = piece.unit.start + piece.start - start
                 self._diagnosis.differing(window, piece, some, shift)
-                found.append((piece, span, some))
+                found.append((piece, start, stop, some))
         for number in range(len(self._rows)):
-            if self._policy in ("max", "mean"):
-                for piece, span, some in found:
-                    data = ours[span.start * size : span.stop * size]
-                    self._settle(number, piece, [place - span.start for place in some], data)
+            for piece, start, stop, some in found if self._policy in ("max", "mean") else ():
+                data = ours[start * size : stop * size]
+                self._settle(number, piece, [place - start for place in some], data)
             yield number
 
     def _pairs(self, window: Window, ours: memoryview) -> Iterator[tuple[memoryview, memoryview]]:

@@ -18,7 +18,7 @@ from xxhash import xxh3_128, xxh3_128_intdigest
 from merge_avg.agreement import Sampler
 from merge_avg.checkpoint import Name
 from merge_avg.engine._workspace import Findings, Workspace
-from merge_avg.plan import Hashes, Job, Piece, Unit, Window
+from merge_avg.plan import Hashes, Job, Piece, Unit, Window, spans
 
 # Bytes of the template in a chunk. Recorded hashes depend on it: it can never change. Most windows
 # are as large, so that a window is one chunk and is hashed in one call.
@@ -53,9 +53,8 @@ def _seed(unit: int, number: int) -> int:
 
 def _spans(window: Window) -> Iterator[_Span]:
     """Cut a window into parts of chunks: start, stop, seed, and whether it begins and ends one."""
-    at = 0
-    for piece in window:
-        unit, start, length = piece.unit, piece.start, chunk(piece.unit)
+    for piece, begin, _ in spans(window):
+        unit, at, start, length = piece.unit, begin, piece.start, chunk(piece.unit)
         while start < piece.stop:
             number, inside = divmod(start, length)
             stop = min(start - inside + length, piece.stop)
@@ -78,8 +77,6 @@ class Hasher:
         self._on = job.options.hashes
         # By checkpoint, the hash of a chunk that the next windows complete.
         self._begun: dict[int, xxh3_128] = {}
-        self._unit: Unit | None = None
-        self._spans: list[_Span] = []
 
     def begin(self, window: Window) -> None:
         """Find the chunks of a window: they are the same in all sources."""
@@ -87,8 +84,6 @@ class Hasher:
 
     def see(self, k: int, data: memoryview) -> None:
         """Add the hashes of the window's chunks as source number k has them."""
-        if self._unit is None:
-            return
         source = self._unit.sources[k]
         found = self._digests(self._spans, data, source.dtype.itemsize, source.checkpoint)
         self._sums[source.checkpoint] += found
@@ -144,31 +139,24 @@ class DerivedWatch:
         self._findings = findings
         self._names = watched(job)
         self._averaged = frozenset(job.averaged)  # a base may have others
-        self._unit: Unit | None = None
-        self._spans: list[tuple[int, int, frozenset[Name]]] = []
-        self._first: dict[int, int] = {}  # by the start of a span, its digest
 
     def begin(self, window: Window) -> None:
         """Find such values in a window."""
-        self._unit, self._spans, self._first = window[0].unit, [], {}
-        at = 0
-        for piece in window if self._unit.kind == "mean" else ():
-            end = at + piece.stop - piece.start
+        self._spans: list[tuple[int, int, frozenset[Name]]] = []
+        self._first: dict[int, int] = {}  # by the start of a span, its digest
+        self._unit = window[0].unit
+        for piece, start, stop in spans(window) if self._unit.kind == "mean" else ():
             if names := self._names.intersection(name for name, _ in piece.unit.members):
-                self._spans.append((at, end, names))
-            at = end
+                self._spans.append((start, stop, names))
 
     def see(self, k: int, data: memoryview) -> None:
         """Compare them with those of the first source."""
-        if self._unit is None or not self._spans:
-            return
         source = self._unit.sources[k]
-        if source.checkpoint in self._averaged:
-            size = source.dtype.itemsize
-            for start, stop, names in self._spans:
-                digest = xxh3_128_intdigest(data[start * size : stop * size])
-                if self._first.setdefault(start, digest) != digest:
-                    self._findings.varying.update(names)
+        size = source.dtype.itemsize
+        for start, stop, names in self._spans if source.checkpoint in self._averaged else ():
+            digest = xxh3_128_intdigest(data[start * size : stop * size])
+            if self._first.setdefault(start, digest) != digest:
+                self._findings.varying.update(names)
 
     def close(self) -> None:
         """Do nothing: differences have been reported."""

@@ -9,6 +9,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from itertools import islice
 
 from merge_avg.plan import Job
 
@@ -34,9 +35,7 @@ def read_ahead(job: Job) -> None:
 def _ask(job: Job) -> None:
     fds: dict[str, int] = {}
     try:
-        for number, (path, offset) in enumerate(steps(job)):
-            if number * _STEP >= _MOST:
-                return
+        for path, offset in islice(steps(job), _MOST // _STEP):
             if path not in fds:
                 fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             if not _cached(fds[path], offset):
@@ -68,7 +67,6 @@ def steps(job: Job) -> Iterator[tuple[str, int]]:
 
 
 def _cached(fd: int, offset: int) -> bool:
-    """Return whether a byte can be read without the disk."""
     with contextlib.suppress(BlockingIOError):
         os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
         return True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from merge_avg.arithmetic import Mean, MeanFactory, Weights
 from merge_avg.engine._observers import Observer
 from merge_avg.engine._workspace import Workspace
 from merge_avg.io import Buffer, Matrix, Tap
-from merge_avg.plan import Piece, Unit, Window
+from merge_avg.plan import Piece, Unit, Window, spans
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,18 @@ def counted(unit: Unit, weights: Weights) -> Sequence[int]:
 
 def _groups(unit: Unit, sources: Sequence[int], most: int) -> Iterator[Sequence[int]]:
     """Cut a unit's sources where the dtype changes, and into groups of at most `most`."""
-    start = 0
-    for k in range(1, len(sources) + 1):
-        first = unit.sources[sources[start]].dtype
-        ends = k == len(sources) or unit.sources[sources[k]].dtype != first
-        if ends or k - start >= max(most, 1):
-            yield sources[start:k]
-            start = k
+    for _, alike in groupby(sources, lambda k: unit.sources[k].dtype):
+        group = list(alike)
+        yield from (group[at : at + most] for at in range(0, len(group), most))
 
 
 def _runs(group: Sequence[int], wanted: Sequence[int]) -> Iterator[slice]:
     """Yield the rows of a group that are wanted, as runs of neighbours."""
     chosen = set(wanted)
-    start = 0
-    for row in range(len(group) + 1):
-        if row == len(group) or group[row] not in chosen:
-            if start < row:
-                yield slice(start, row)
-            start = row + 1
+    for inside, rows in groupby(range(len(group)), lambda row: group[row] in chosen):
+        if inside:
+            first, *more = rows
+            yield slice(first, first + 1 + len(more))
 
 
 class WindowReader:
@@ -179,12 +174,8 @@ def length(window: Window) -> int:
 
 def part(window: Window, start: int, stop: int) -> Window:
     """Return elements `start` to `stop` of a window as a window."""
-    pieces = []
-    at = 0
-    for piece in window:
-        end = at + piece.stop - piece.start
-        if start < end and at < stop:
-            first, last = piece.start + max(start - at, 0), piece.stop - max(end - stop, 0)
-            pieces.append(Piece(piece.unit, first, last))
-        at = end
-    return tuple(pieces)
+    return tuple(
+        Piece(one.unit, one.start + max(start - at, 0), one.stop - max(end - stop, 0))
+        for one, at, end in spans(window)
+        if start < end and at < stop
+    )

@@ -28,11 +28,7 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 
 def restride(space: Workspace) -> None:
-    """Copy tensors into the template's geometry, and map what units need beside their windows.
-
-    Raises:
-        MergeError: two tensors that have to share elements differ.
-    """
+    """Copy tensors into the template's geometry, and map what units need beside their windows."""
     job, scratch = space.job, space.scratch
     for one in job.plan.restrides:
         reader = space.readers[one.checkpoint]
@@ -70,11 +66,7 @@ def restride_results(space: Workspace) -> None:
 
 
 def restride_input(scratch: Scratch, reader: Reader, one: Restride, tied_in: Path) -> None:
-    """Copy tensors of a checkpoint into another geometry, as the plan says.
-
-    Raises:
-        MergeError: two tensors that have to share elements differ.
-    """
+    """Copy tensors of a checkpoint into another geometry; those that share elements must agree."""
     room = _mapped(scratch, one.offset, one.nbytes).zero_()
     # Behind it: which elements a tensor was copied to already, and the tensor's own bytes.
     behind = aligned_to_page(one.offset + one.nbytes)

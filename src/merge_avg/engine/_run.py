@@ -122,7 +122,12 @@ def run(
 
 def _run(job: Job, findings: Findings, opened: Opened) -> Result:
     started = time.perf_counter()
-    job, device = _on_device(job)
+    device = job.options.device
+    if device != "cpu":
+        from merge_avg.engine._cuda import find_device
+
+        device, free = find_device(device)
+        job = replace(job, budget=job.budget.fitting(free)) if free else job
     compared = job.averaged if job.options.agreement else ()
     comparison = Comparison(compared, job.plan.units, job.base)
     with contextlib.ExitStack() as stack:
@@ -176,29 +181,16 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
     )
 
 
-def _on_device(job: Job) -> tuple[Job, str]:
-    """Return the job with a budget that fits its device, and the device."""
-    if job.options.device == "cpu":
-        return job, "cpu"
-    from merge_avg.engine._cuda import find_device
-
-    device, free = find_device(job.options.device)
-    return replace(job, budget=job.budget.fitting(free)) if free else job, device
-
-
 def _restrides(job: Job) -> bool:
     """Return whether a tensor, or a result, lies otherwise than in the template: seldom."""
-    units = zip(job.plan.units, job.layout.targets, strict=True)
-    return bool(job.plan.restrides) or any(
-        unit.holed or any(target.view is not None for target in targets) for unit, targets in units
-    )
+    viewed = any(target.view is not None for some in job.layout.targets for target in some)
+    return bool(job.plan.restrides) or viewed or any(unit.holed for unit in job.plan.units)
 
 
 def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
     """Yield what there is to do: the windows of all units that go anywhere, then the copies."""
-    placed = [u for u, targets in zip(job.plan.units, job.layout.targets, strict=True) if targets]
-    largest = max(map(chunk, placed), default=1)
-    for batch in batches(placed, job.budget.window, largest):
+    placed = [unit for unit in job.plan.units if job.layout.targets[unit.number]]
+    for batch in batches(placed, job.budget.window, max(map(chunk, placed), default=1)):
         yield functools.partial(Worker.fill, batch=batch)
     for index, (number, record) in enumerate(job.layout.copies):
         yield functools.partial(Worker.copy, index=index, number=number, record=record)
@@ -206,8 +198,7 @@ def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
 
 def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
     """Raise MergeError where the checkpoints agree less than is asked for."""
-    least = job.options.min_agreement
-    number = None if least is None or agreement is None else judge(agreement).number
+    least, number = job.options.min_agreement, judge(agreement).number if agreement else None
     if least is not None and number is not None and number < least:
         what = f"the checkpoints agree by {number:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
@@ -252,9 +243,8 @@ def in_parallel(
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """Let signals wait while threads begin: an exception in between would leave locks behind."""
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    )
+    held = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield
     finally:

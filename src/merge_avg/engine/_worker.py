@@ -13,7 +13,7 @@ from merge_avg.engine._observers import Hasher, observers
 from merge_avg.engine._reading import Recipes, WindowReader, length, part
 from merge_avg.engine._workspace import Workspace
 from merge_avg.io import Buffer, Matrix
-from merge_avg.plan import Piece, Window
+from merge_avg.plan import Piece, Window, spans
 
 
 class Worker:
@@ -24,9 +24,6 @@ class Worker:
 
     def __init__(self, space: Workspace) -> None:
         self._space = space
-        self._sinks = space.sinks
-        self._targets = space.job.layout.targets
-        self._results, self._masks = space.results, space.masks
         budget = space.job.budget
         self._nbytes = budget.window * budget.rows * budget.itemsize
         self._lane = make_lane(self._nbytes, space.device)
@@ -51,28 +48,23 @@ class Worker:
                 results = self._integers.results(window)
             else:
                 results = self._means(window)
-            data = self._out.bytes(length(window) * unit.dtype.itemsize)
+            size = unit.dtype.itemsize
+            data = self._out.bytes(length(window) * size)
             for number in results:
                 self._restore(window, first=not number)
-                at = 0
-                for piece in window:
-                    nbytes = (piece.stop - piece.start) * unit.dtype.itemsize
-                    self._write(number, piece, data[at : at + nbytes])
-                    at += nbytes
+                for piece, start, stop in spans(window):
+                    self._write(number, piece, data[start * size : stop * size])
 
     def copy(self, index: int, number: int, record: Storage) -> None:
-        """Copy a record of the template that holds no weights into a file of each output.
+        """Copy a record of the template that holds no weights into file `number` of each output.
 
-        Args:
-            index: its number among all that are copied.
-            number: the number of the file.
-            record: where it lies in the template.
+        `index` is its number among all that are copied.
         """
         with self._kept.copying(index) as seen:
             for at in range(0, record.nbytes, self._nbytes):
                 data = self._lane.room(0).bytes(min(self._nbytes, record.nbytes - at))
                 self._space.readers[0].read(data, record, at)
-                for sink in self._sinks:
+                for sink in self._space.sinks:
                     sink.write(number, record.name, at, data)
                 seen(data)
                 self._space.findings.count(len(data))
@@ -122,8 +114,8 @@ class Worker:
 
     def _restore(self, window: Window, *, first: bool) -> None:
         """Give elements that belong to no tensor, but to what is kept, the template's values."""
-        masks = self._masks
-        if not masks or all(piece.unit.number not in masks for piece in window):
+        masks = self._space.masks
+        if all(piece.unit.number not in masks for piece in window):
             return
         from merge_avg.engine._restride import restore
 
@@ -131,28 +123,23 @@ class Worker:
         data = self._reader.again(window, 0)
         out = self._out.rows(1, length(window), unit.dtype).tensor()[0]
         theirs = self._lane.room(0).rows(1, length(window), source.dtype).tensor()[0]
-        at = 0
-        for piece in window:
-            span = slice(at, at + piece.stop - piece.start)
-            at = span.stop
-            mask = masks.get(piece.unit.number)
-            if mask is not None:
-                size = source.dtype.itemsize
+        size = source.dtype.itemsize
+        for piece, start, stop in spans(window):
+            if (mask := masks.get(piece.unit.number)) is not None:
                 if first:
-                    self._kept.keep(piece, data[span.start * size : span.stop * size])
-                restore(out[span], theirs[span], mask, piece.start)
+                    self._kept.keep(piece, data[start * size : stop * size])
+                restore(out[start:stop], theirs[start:stop], mask, piece.start)
 
     def _write(self, number: int, piece: Piece, data: memoryview) -> None:
-        """Write a piece of an output to where its targets say."""
         unit = piece.unit
         size = unit.dtype.itemsize
         # Strided results wait in the scratch file until they are whole; see _restride.
-        if unit.number in self._results:
-            result = self._results[unit.number][number]
+        if unit.number in self._space.results:
+            result = self._space.results[unit.number][number]
             result[piece.start * size : piece.stop * size] = data
-        for target in self._targets[unit.number]:
+        for target in self._space.job.layout.targets[unit.number]:
             start, stop = max(piece.start, target.start), min(piece.stop, target.stop)
             if target.view is None and start < stop:
                 some = data[(start - piece.start) * size : (stop - piece.start) * size]
                 at = target.at + (start - target.start) * size
-                self._sinks[number].write(target.file, target.slot, at, some)
+                self._space.sinks[number].write(target.file, target.slot, at, some)

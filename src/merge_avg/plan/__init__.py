@@ -8,7 +8,7 @@ headers tell of an error shows here, before hours of reading.
 from __future__ import annotations
 
 from merge_avg.plan._alignment import without
-from merge_avg.plan._budget import Piece, Window, batches
+from merge_avg.plan._budget import Piece, Window, batches, spans
 from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
 from merge_avg.plan._masters import Masters, roles_of
 from merge_avg.plan._provenance import Hashes, Record, read_record
@@ -33,6 +33,7 @@ __all__ = [
     "read_record",
     "refuse_inputs",
     "roles_of",
+    "spans",
     "without",
     "without_collector",
 ]

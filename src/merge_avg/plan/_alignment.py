@@ -56,21 +56,17 @@ def align(
 
     What the shell patterns do not choose is kept from the template, whatever the others have. Those
     that are `masters` of a weight are chosen with it.
-
-    Raises:
-        MergeError: state dicts or names do not match, and `missing` is "error"; or no tensor is
-            chosen.
     """
     if len(include) + len(exclude) > _MOST_PATTERNS:
         hint = "write one that fits many names"
         raise UsageError(f"there are more than {_MOST_PATTERNS:,} patterns", hint=hint)
 
     def chosen(one: Mapping[Name, TensorInfo]) -> dict[Name, TensorInfo]:
-        weights = ((name, (masters or {}).get(name) or name) for name in one)
         return {
-            name: one[name]
-            for name, weight in weights
-            if is_chosen(weight, include, exclude) and not _OPAQUE.fullmatch(name.key)
+            name: info
+            for name, info in one.items()
+            if is_chosen((masters or {}).get(name) or name, include, exclude)
+            and not _OPAQUE.fullmatch(name.key)
         }
 
     notes: list[str] = []
@@ -92,21 +88,18 @@ def align(
         lacking = [name for name in template if name not in column]
         extra = [name for name in column if name not in template]
         if missing == "error" and (lacking or extra):
-            what = f"it has {named(extra)}, which {paths[0]} lacks"
-            if lacking:
-                what = f"it lacks {named(lacking)}, which {paths[0]} has"
+            has = f"it has {named(extra)}, which {paths[0]} lacks"
+            what = f"it lacks {named(lacking)}, which {paths[0]} has" if lacking else has
             hint = "--missing skip keeps such tensors from the template, --missing available "
             hint += "averages them where they are present"
             raise MergeError(what, where=path, hint=hint)
         left_out.update(map(str, extra))
     if left_out:
         notes.append(f"{named(sorted(left_out))} is not in the template and is left out")
-    incomplete = [name for name in template if any(name not in column for column in columns)]
-    if incomplete:
-        skip = missing == "skip"
-        lot = "kept from the template" if skip else "averaged where it is present"
+    if incomplete := [name for name in template if any(name not in one for one in columns)]:
+        lot = "kept from the template" if missing == "skip" else "averaged where it is present"
         notes.append(f"{named(incomplete)} is not in every checkpoint and is {lot}")
-        kept += incomplete if skip else []
+        kept += incomplete if missing == "skip" else []
     skipped = frozenset(kept)
     # What is kept has the template as its only source: whether others have it does not matter.
     rows = {
@@ -118,18 +111,17 @@ def align(
 
 def is_chosen(name: Name, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Return whether a tensor is included, and not excluded, by its key or by its whole name."""
-    texts = (name.key, str(name))
-
-    def fits(patterns: Sequence[str]) -> bool:
-        return any(map(_one_of(tuple(patterns)).match, texts))
-
-    return (not include or fits(include)) and not (exclude and fits(exclude))
+    included, excluded = (
+        any(map(_one_of(tuple(patterns)).match, (name.key, str(name))))
+        for patterns in (include, exclude)
+    )
+    return (included or not include) and not excluded
 
 
 @lru_cache
 def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
     # As one expression: a thousand patterns and 20,000 names would take 20 s in a loop.
-    return re.compile("|".join(map(translate, patterns)))
+    return re.compile("|".join(map(translate, patterns)) or "(?!)")  # which fits nothing
 
 
 def match(
@@ -138,11 +130,7 @@ def match(
     path: Path,
     other: Mapping[Name, TensorInfo],
 ) -> tuple[dict[Name, TensorInfo], str | None]:
-    """Return the other checkpoint's tensors under the template's names, and a note if they differ.
-
-    Raises:
-        MergeError: it has other state dicts.
-    """
+    """Return the other checkpoint's tensors under the template's names; a note if they differ."""
     if template.keys() == other.keys():
         return dict(other), None
     if {name.state_dict for name in _short(template)} != {n.state_dict for n in _short(other)}:
@@ -190,9 +178,9 @@ def _dropped_ties(
     # safetensors holds no ties: of tied weights, such as an embedding and the head, save_model and
     # transformers write one. Which one is theirs to choose, and it need not be the template's.
     places = {place(template[name]): short for short, name in ours.items() if short in theirs}
-    absent = [short for short in ours if short not in theirs]
-    found = {ours[short]: places.get(place(template[ours[short]])) for short in absent}
-    return {name: other[theirs[short]] for name, short in found.items() if short is not None}
+    absent = (name for short, name in ours.items() if short not in theirs)
+    found = ((name, places.get(place(template[name]))) for name in absent)
+    return {name: other[theirs[short]] for name, short in found if short is not None}
 
 
 def place(info: TensorInfo) -> tuple[object, ...]:
@@ -288,18 +276,18 @@ def check_shared(
         return
     template = layouts[0].path
     names = [name for name, _ in members]
-    pair = named([str(name) for name in names], 2)
+    pair = named(names, 2)
     if len({info.dtype for _, info in members}) > 1:
         raise MergeError(f"{pair} view the same bytes as different dtypes", where=template)
     kept = aligned.skipped.intersection(names)
     if kept and len(kept) < len(names):
-        shared = named([str(name) for name in names if name not in kept])
+        shared = named(name for name in names if name not in kept)
         what = f"{named(sorted(map(str, kept)))} is to be kept, but shares memory with {shared}"
         hint = "keep all tensors that share memory, or none"
         raise MergeError(what, where=template, hint=hint)
     for number, layout in enumerate(layouts):
         infos = [aligned.rows[name][number] for name in names]
-        absent = [str(name) for name, info in zip(names, infos, strict=True) if info is None]
+        absent = [name for name, info in zip(names, infos, strict=True) if info is None]
         if 0 < len(absent) < len(names):
             what = f"{named(absent)}, which shares memory with other tensors in the template"
             raise MergeError(f"it lacks {what}", where=layout.path, hint="use --missing skip")

@@ -45,12 +45,11 @@ def notes_beside(layouts: Sequence[Layout]) -> Iterator[str]:
             for other in others if known else ():
                 theirs = _tokens(name, other.path)
                 ids |= {i for i in known.keys() | theirs if known.get(i) != theirs.get(i)}
-    if differing:
-        many = "differ between the checkpoints; the template's are kept"
-        what = f"{named(differing, _MOST_NAMES)} {many}"
-        if len(differing) == 1:
-            what = f"{differing[0]} differs between the checkpoints; the template's is kept"
-        yield what
+    if len(differing) == 1:
+        yield f"{differing[0]} differs between the checkpoints; the template's is kept"
+    elif differing:
+        what = "differ between the checkpoints; the template's are kept"
+        yield f"{named(differing, _MOST_NAMES)} {what}"
     if ids:
         first, last = min(ids), max(ids)
         some = f"token ids {first} to {last} mean" if len(ids) > 1 else f"token id {first} means"
@@ -64,14 +63,13 @@ def _differ(name: str, ours: File, others: Sequence[File]) -> bool:
     suffix = PurePosixPath(name).suffix.lower()
     if not suffix or suffix in _PROSE:
         return False
-    if max(ours.nbytes, *(other.nbytes for other in others)) > bounded.LARGEST:
-        return any(other.nbytes != ours.nbytes for other in others)
+    resized = any(other.nbytes != ours.nbytes for other in others)
+    if max(file.nbytes for file in (ours, *others)) > bounded.LARGEST:
+        return resized
     head, digest = bounded.sketch(ours.path)
     if (b"\0" in head and suffix not in _TOKENIZERS) or _PROGRESS.search(head):
         return False
-    return any(other.nbytes != ours.nbytes for other in others) or any(
-        bounded.sketch(other.path)[1] != digest for other in others
-    )
+    return resized or any(bounded.sketch(other.path)[1] != digest for other in others)
 
 
 def _tokens(name: str, path: Path) -> Mapping[int, str]:
@@ -91,7 +89,6 @@ def _tokens(name: str, path: Path) -> Mapping[int, str]:
 
 
 def _pairs(table: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
-    """Yield ids with their tokens."""
     match table:
         case {"model": {"vocab": dict() as vocab}}:
             yield from _pairs(vocab)

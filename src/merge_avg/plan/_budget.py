@@ -9,6 +9,7 @@ anything is read. tests/plan/test_budget.py compares it with that of real proces
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -84,9 +85,9 @@ class Budget:
         compared += 36 * wide * max(COMPARED, self.checkpoints)
         block = min(self.window, BLOCK) * _BLOCK_BYTES * wide
         worker = self.window * (_WINDOW_BYTES * wide + sums) + block + read + compared
-        tensors = _tensors(self.entries, self.checkpoints)
+        tensors, known = _known(self.entries, self.checkpoints)
         each = _OUTPUT_BYTES + tensors * _CRC_BYTES + self.long * _SUM_BYTES
-        known = _known(self.entries, self.checkpoints) + (self.outputs - 1) * each
+        known += (self.outputs - 1) * each
         return _FIXED + known + self.pairs * _PAIR_BYTES + self.threads * worker
 
     def fitting(self, free: int) -> Budget:
@@ -101,13 +102,10 @@ class Budget:
         return fit
 
 
-def _tensors(entries: int, checkpoints: int) -> int:
-    return -(-entries // max(checkpoints, 1))  # of each checkpoint, when all have as many
-
-
-def _known(entries: int, checkpoints: int) -> int:
-    """Return the bytes of all that is known of tensors before anything is read."""
-    return entries * _ENTRY_BYTES + _tensors(entries, checkpoints) * _TENSOR_BYTES
+def _known(entries: int, checkpoints: int) -> tuple[int, int]:
+    """Return how many tensors each checkpoint has, and the bytes of all that is known of them."""
+    tensors = -(-entries // max(checkpoints, 1))  # when all have as many
+    return tensors, entries * _ENTRY_BYTES + tensors * _TENSOR_BYTES
 
 
 def plan_budget(
@@ -124,22 +122,17 @@ def plan_budget(
 
     The default is 64 MiB, or 32 MiB a thread where that is more, and what is known of very many
     tensors and pairs; and a thread for each core. `lengths` are those of tensors, in elements.
-
-    Raises:
-        UsageError: `threads` is below one, or absurd.
-        MergeError: the budget is too small for one thread; the hint says how much would do.
     """
     if threads is not None and not 1 <= threads <= _MOST_ASKED:
         hint = f"give a number from 1 to {_MOST_ASKED:,}"
         raise UsageError("the number of threads is out of range", hint=hint)
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
-    buffers += max(_known(entries, checkpoints) - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)
-    total = buffers if max_memory is None else max_memory
+    buffers += max(_known(entries, checkpoints)[1] - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)
     long = sum(length > _LEAST_WINDOW for length in lengths)
     least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints, long, pairs)
     for budget in _tried(least, workers):
-        if budget.nbytes <= total:
+        if budget.nbytes <= (buffers if max_memory is None else max_memory):
             return budget
     hint = f"give at least --max-memory {-(-least.nbytes // 1024)}KiB"
     if pairs * _PAIR_BYTES > _DEFAULT:
@@ -175,6 +168,13 @@ class Piece:
 Window = tuple[Piece, ...]
 
 
+def spans(window: Window) -> Iterator[tuple[Piece, int, int]]:
+    """Yield the pieces of a window, and where in it each begins and ends."""
+    at = 0
+    for piece in window:
+        yield piece, at, (at := at + piece.stop - piece.start)
+
+
 def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
     """Yield the units cut and packed into windows of at most `limit` elements.
 
@@ -184,19 +184,19 @@ def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
     # Whole windows of one unit are the fast case: one read per checkpoint, into one row of one
     # matrix, and its hash is that of one chunk. What is left of each unit would cost as much as a
     # whole window for a few elements: a model has many biases and norms. So rests share windows.
-    open_: dict[object, list[Piece]] = {}
-    sizes: dict[object, int] = {}
+    open_: dict[object, list[Piece]] = defaultdict(list)
+    sizes: dict[object, int] = defaultdict(int)
     for unit in units:
         start = len(unit) // limit * limit
         yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
         if start == len(unit):
             continue
         alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
-        if sizes.get(alike, 0) + len(unit) - start > limit:
+        if sizes[alike] + len(unit) - start > limit:
             yield tuple(open_.pop(alike))
-            del sizes[alike]
-        open_.setdefault(alike, []).append(Piece(unit, start, len(unit)))
-        sizes[alike] = sizes.get(alike, 0) + len(unit) - start
+            sizes[alike] = 0
+        open_[alike].append(Piece(unit, start, len(unit)))
+        sizes[alike] += len(unit) - start
     yield from (tuple(pieces) for pieces in open_.values())
 
 

@@ -17,9 +17,8 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import combinations, permutations
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import chain, combinations, permutations
 
 from merge_avg.checkpoint import Layout, Name, TensorInfo, TreePath
 from merge_avg.errors import MergeError, named
@@ -37,16 +36,10 @@ _SCALE_WORD = re.compile("scale|absmax|scb|zero", re.IGNORECASE)
 _MASK_WORD = re.compile("mask|perm", re.IGNORECASE)
 # Families of low-rank products (LoRA, LoHa, LoKr), whatever their rank and what lies beside them.
 _FAMILIES = {"lora", "loha", "hada", "lokr"}
-_FAMILY = re.compile("|".join(_FAMILIES), re.IGNORECASE)
-_LORA_A = re.compile(r"(^|[._])lora_(embedding_)?(A|down)([._]|$)", re.IGNORECASE)
-_OPPOSITES = (
-    {"a", "b"},
-    {"down", "up"},
-    {"in", "out"},
-    {"left", "right"},
-    {"u", "v"},
-    {"w1", "w2"},
-)
+_FAMILY = re.compile(rf"(?i)((?:.*[._])?(?:{'|'.join(_FAMILIES)}))((?:[._].*)?)")
+_LORA_A = re.compile(r"(?i)(^|[._])lora_(embedding_)?(A|down)([._]|$)")
+# Words by which the names of two factors differ.
+_SIDE = re.compile(r"(?i)(?:(?<=[._])|^)(a|b|down|up|in|out|left|right|u|v|w1|w2)(?=[._]|$)")
 _MOST_BESIDE = 16  # matrices of a module that are looked at in pairs
 _MOST_SIBLINGS = 64  # tensors of a module that are looked at as scales of each other
 
@@ -55,11 +48,14 @@ def _last(name: Name) -> str:
     return name.key.rpartition(".")[2]
 
 
+def _module(name: Name) -> Home:
+    return name.state_dict, name.key.rpartition(".")[0]
+
+
 def _home(name: Name) -> Home:
-    """Return the module that a tensor belongs to."""
-    module = name.key.rpartition(".")[0]
+    state_dict, module = _module(name)
     parametrized = _PARAMETRIZED.fullmatch(module)
-    return name.state_dict, parametrized[1] if parametrized else module
+    return state_dict, parametrized[1] if parametrized else module
 
 
 def _by_home(tensors: Tensors) -> dict[Home, list[Name]]:
@@ -80,18 +76,16 @@ def unit_or_mask(tensors: Tensors) -> dict[Name, bool]:
     """Return what may be of unit length, or a mask: the values tell, unless it is certain."""
     found: dict[Name, bool] = {}
     for home, names in _by_home(tensors).items():
-        lengths: set[int] = set()
-        for name in names:
-            info = tensors[name]
-            if (matrix := _matrix(info)) is not None and max(info.shape) < info.numel:
-                # A transposed convolution has its rows in the second dimension.
-                lengths |= {*matrix, info.shape[1], info.numel // info.shape[1]}
+        wide = [i for i in map(tensors.__getitem__, names) if _matrix(i) and max(i.shape) < i.numel]
+        # A transposed convolution has its rows in the second dimension.
+        rows = [(info.numel, extent) for info in wide for extent in info.shape[:2]]
+        lengths = {length for numel, extent in rows for length in (extent, numel // extent)}
         spelled = {_last(name) for name in names}
         for name in names:
             info, last = tensors[name], _last(name)
             if info.dtype.kind != "float":
                 continue
-            inner = name.key.rpartition(".")[0] != home[1]  # in X.0 of a parametrization of X
+            inner = _module(name) != home  # in X.0 of a parametrization of X
             vector = 1 < info.numel == max(info.shape, default=1) and info.numel in lengths
             if inner or _MASK_WORD.search(last) or (vector and not _OWN.fullmatch(last)):
                 stem = last.removesuffix("_u").removesuffix("_v")
@@ -109,9 +103,9 @@ def parts_note(tensors: Tensors) -> Iterator[str]:
         stems = {last[:-2] for last in spelled if last.endswith("_g")}
         found += [f"{module}.{stem}".lstrip(".") for stem in stems if f"{stem}_v" in spelled]
         # A weight times a mask that is the same everywhere has the mean that it should.
-        if not spelled.isdisjoint(("original", "original0")) and _PARAMETRIZATIONS.search(module):
-            masked = any(map(_MASK_WORD.search, spelled))
-            found += () if masked else (_PARAMETRIZATIONS.sub("", module),)
+        parts = () if any(map(_MASK_WORD.search, spelled)) else ("original", "original0")
+        if _PARAMETRIZATIONS.search(module) and not spelled.isdisjoint(parts):
+            found.append(_PARAMETRIZATIONS.sub("", module))
     if found:
         what = "is computed from parts, as by weight norm, and the mean is that of the parts"
         yield f"{named(found)} {what}: for that of weights, fold them into these before saving"
@@ -119,103 +113,75 @@ def parts_note(tensors: Tensors) -> Iterator[str]:
 
 def low_rank(tensors: Tensors) -> frozenset[Pair]:
     """Return the pairs of factors; a factor A alone where its product has another shape."""
+    pairs = {*_named_factors(tensors)}
+    matrices = {name: matrix for name, info in tensors.items() if (matrix := _matrix(info))}
+    held = Counter(_module(name) for name, info in tensors.items() if info.numel > 1)
     homes: dict[Home, list[Name]] = defaultdict(list)
-    beside: dict[Home, int] = defaultdict(int)  # tensors of more than one element in a module
-    matrices: dict[Name, tuple[int, int]] = {}
-    for name, info in tensors.items():
+    for name in matrices:
         parents = name.key.split(".")[:-1]
-        beside[name.state_dict, ".".join(parents)] += info.numel > 1
-        if (matrix := _matrix(info)) is not None:
-            matrices[name] = matrix
-            for depth in range(len(parents), max(len(parents) - 3, -1), -1):
-                homes[name.state_dict, ".".join(parents[:depth])].append(name)
-    pairs: set[Pair] = set()
+        for depth in range(len(parents), max(len(parents) - 3, -1), -1):
+            homes[name.state_dict, ".".join(parents[:depth])].append(name)
     inner: dict[tuple[Name, Name], int] = {}  # of modules that hold nothing but pairs, the rank
     known: set[Name] = set()
     for home, names in sorted(homes.items(), key=lambda item: -item[0][1].count(".")):
         if not 1 < len(names) <= _MOST_BESIDE:
             continue
-        some = [name for name in names if _FAMILY.search(name.key)]
-        pairs |= {frozenset(pair) for pair in combinations(some, 2) if _of_family(*pair)}
         products = {
-            (a, b): matrices[a][0]
+            (a, b): (matrices[b][0], matrices[a][1])
             for a, b in permutations(names, 2)
             if matrices[a][0] == matrices[b][1]
             and 2 * matrices[a][0] <= min(matrices[a][1], matrices[b][0])
-            and _bare(home, (a, b), beside)
+            and _bare(home, (a, b), held)
         }
-        pairs |= _beside_full(names, products, matrices) if products else set()
-        parted = {pair: rank for pair, rank in products.items() if known.isdisjoint(pair)}
-        if {*names}.difference(known, *parted) == set():
-            inner |= parted
+        for full in names if products else ():
+            shapes = matrices[full], matrices[full][::-1]
+            some = [pair for pair, product in products.items() if product in shapes]
+            # The two layers of a bottleneck have another one between or beside them.
+            if {*chain(*some)} == {*names} - {full}:
+                pairs |= {*map(frozenset, some)}
+        parted = [pair for pair in products if known.isdisjoint(pair)]
+        if {*chain(*parted)} == {*names} - known:
+            inner |= {(a, b): matrices[a][0] for a, b in parted}
             known.update(*parted)
     # In place of full weights: nearly all matrices of an adapter are factors, whose names tell, or
     # that have one rank, which is very small.
-    inner = {pair: rank for pair, rank in inner.items() if not _upward(*pair)}
-    small = {p: r for p, r in inner.items() if 8 * r <= min(matrices[p[0]][1], matrices[p[1]][0])}
-    alike = small if len(inner) > 1 and len({*inner.values()}) == 1 else {}
-    for factors in ([pair for pair in inner if _opposed(*pair)], list(alike)):
-        if 10 * len({name for pair in factors for name in pair}) >= 9 * len(matrices):
-            pairs |= {frozenset(pair) for pair in factors}
-    covered = {name for pair in pairs for name in pair}
-    alone = (name for name in tensors if name not in covered and _LORA_A.search(name.key))
-    return frozenset(pairs | {frozenset((name,)) for name in alone})
+    opposed = {(a, b) for a, b in inner if _sides(a.key)[0] == _sides(b.key)[0]}
+    # Layers that lead to more dimensions and back are none.
+    upward = {(a, b) for a, b in opposed if _sides(a.key)[1] in ("up", "out")}
+    inner = {pair: rank for pair, rank in inner.items() if pair not in upward}
+    small = [p for p, r in inner.items() if 8 * r <= min(matrices[p[0]][1], matrices[p[1]][0])]
+    alike = small if len(inner) > 1 and len({*inner.values()}) == 1 else []
+    for factors in (opposed - upward, alike):
+        if 10 * len({*chain(*factors)}) >= 9 * len(matrices):
+            pairs |= {*map(frozenset, factors)}
+    return frozenset(pairs)
 
 
-def _bare(home: Home, pair: Sequence[Name], beside: Mapping[Home, int]) -> bool:
+def _named_factors(tensors: Tensors) -> Iterator[Pair]:
+    """Yield pairs of factors of one family whose names differ by opposites behind its name."""
+    groups: dict[tuple[TreePath, str, str], list[Name]] = defaultdict(list)
+    for name, info in tensors.items():
+        # The layers "up" and "down" may both have factors: what differs there is no factor's name.
+        family = _FAMILY.fullmatch(name.key)
+        rest, side = _sides(family[2] if family else "")
+        if family and side and (_matrix(info) or _LORA_A.search(name.key)):
+            groups[name.state_dict, family[1], rest].append(name)
+    for names in groups.values():
+        if len(names) > 1:
+            yield from map(frozenset, combinations(names[:_MOST_BESIDE], 2))
+        elif _LORA_A.search(names[0].key):
+            yield frozenset(names)
+
+
+def _sides(key: str) -> tuple[str, str]:
+    """Return a name without the words for one side or the other, and the last of these."""
+    return _SIDE.sub("*", key), (_SIDE.findall(key) or [""])[-1].lower()
+
+
+def _bare(home: Home, pair: Sequence[Name], held: Mapping[Home, int]) -> bool:
     """Return whether factors have modules that hold nothing else, unless they lie in `home`."""
-    # The layers of a bottleneck have biases.
-    modules = [(name.state_dict, name.key.rpartition(".")[0]) for name in pair]
-    return all(one == home or beside[one] == modules.count(one) for one in modules)
-
-
-def _beside_full(
-    names: Sequence[Name],
-    products: Iterable[tuple[Name, Name]],
-    matrices: Mapping[Name, tuple[int, int]],
-) -> set[Pair]:
-    """Return the pairs whose product has the shape of the one other matrix of a module."""
-    found: set[Pair] = set()
-    for full in names:
-        shapes = matrices[full], matrices[full][::-1]
-        some = [pair for pair in products if (matrices[pair[1]][0], matrices[pair[0]][1]) in shapes]
-        # The two layers of a bottleneck have another one between or beside them.
-        if {name for pair in some for name in pair} == {*names} - {full}:
-            found |= {frozenset(pair) for pair in some}
-    return found
-
-
-@lru_cache(64)  # those of a module are compared in pairs
-def _words(key: str) -> list[str]:
-    return re.split(r"[._]", key.lower())
-
-
-def _differing(a: Name, b: Name) -> tuple[int, str, str] | None:
-    """Return the one word by which two names differ, as each has it, and its place."""
-    ours, theirs = _words(a.key), _words(b.key)
-    places = [at for at, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y]
-    if len(ours) != len(theirs) or len(places) != 1:
-        return None
-    return places[0], ours[places[0]], theirs[places[0]]
-
-
-def _of_family(a: Name, b: Name) -> bool:
-    """Return whether names differ by opposites, and behind the name of a family."""
-    # The layers "up" and "down" may both have factors: what differs there is no factor's name.
-    if (found := _differing(a, b)) is None or {*found[1:]} not in _OPPOSITES:
-        return False
-    words = _words(a.key)
-    return not _FAMILIES.isdisjoint(words[: found[0]]) and _FAMILIES.isdisjoint(words[found[0] :])
-
-
-def _opposed(a: Name, b: Name) -> bool:
-    """Return whether names of two factors, in the order of use, differ by opposites."""
-    return (found := _differing(a, b)) is not None and {*found[1:]} in _OPPOSITES
-
-
-def _upward(a: Name, b: Name) -> bool:
-    """Return whether names say that they lead to more dimensions and back, unlike factors."""
-    return (found := _differing(a, b)) is not None and found[1] in ("up", "out")
+    modules = [*map(_module, pair)]  # the layers of a bottleneck have biases
+    return all(one == home or held[one] == modules.count(one) for one in modules)
 
 
 def refuse_quantised(
@@ -226,7 +192,7 @@ def refuse_quantised(
     Codes are float8 or small integers, as other tensors are too (GPTQ packs them into int32). What
     gives them away is a scale beside or below them: their mean would be of codes of other scales.
     """
-    codes = [n for n, info in tensors.items() if n not in skipped and _may_be_codes(n, info)]
+    codes = [name for name, info in tensors.items() if _may_be_codes(name, info)]
     if not codes:
         return
     homes = _by_home(tensors)
@@ -234,14 +200,13 @@ def refuse_quantised(
     for name in tensors:
         named_alike[name.key].append(name)
     marked = any(_last(name) == "scaled_fp8" for name in tensors)  # ComfyUI's word on a whole file
-    coded = Counter(_home(name) for name, info in tensors.items() if _may_be_codes(name, info))
-    ordered = {home: sorted(names, key=str) for home, names in homes.items() if home in coded}
-    for name in codes:
+    coded = Counter(map(_home, codes))
+    ordered = {home: sorted(homes[home], key=str) for home in coded}
+    for name in (one for one in codes if one not in skipped):
         info, home = tensors[name], _home(name)
         beside = ordered[home]
-        if len(beside) > _MOST_SIBLINGS:  # else only names tell
-            first = bisect_left(beside, str(name), key=str)
-            beside = beside[first : first + _MOST_SIBLINGS]
+        if len(beside) > _MOST_SIBLINGS:
+            beside = beside[bisect_left(beside, str(name), key=str) :][:_MOST_SIBLINGS]
         scaled = (name.state_dict, name.key) in homes  # what lies below it is about it
         scaled |= marked and info.dtype.kind == "float" and len(info.shape) > 1
         scaled |= any(
@@ -271,9 +236,7 @@ def _is_scale(name: Name, info: TensorInfo, codes: Name, coded: TensorInfo, *, o
     if dtype.itemsize == 1 and dtype.name != "float8_e8m0fnu":  # powers of two, also as uint8
         blocks = len(info.shape) > 1 and info.shape == coded.shape[:-1]
         return dtype.name == coded.dtype.name == "uint8" and blocks
-    if dtype.kind not in ("float", "code") or not _FAMILIES.isdisjoint(
-        re.split(r"[._]", name.key.lower())
-    ):
+    if dtype.kind not in ("float", "code") or _FAMILY.fullmatch(name.key):
         return False
     told |= last.startswith(_last(codes))
     if coded.dtype.itemsize > 1:
@@ -290,9 +253,8 @@ def _scales_blocks(ours: Sequence[int], theirs: Sequence[int]) -> bool:
     wide = [extent for extent in ours if extent > 1]
     if len(wide) == 1 and len(theirs) > 1 and wide[0] < math.prod(theirs):
         return wide[0] in (theirs[0], theirs[-1])
-    pairs = list(zip(ours, theirs, strict=False))
-    fits = all(a and (b % a == 0 or a == -(-b // 128)) for a, b in pairs)
-    return len(ours) == len(theirs) and tuple(ours) != tuple(theirs) and fits
+    fits = (a and (b % a == 0 or a == -(-b // 128)) for a, b in zip(ours, theirs, strict=False))
+    return len(ours) == len(theirs) and ours != theirs and all(fits)
 
 
 def _scales_packed(ours: Sequence[int], theirs: Sequence[int]) -> bool:

@@ -121,11 +121,6 @@ def prepare(
     The options' weights are those of a single output; several come with weights of their own. Where
     the output exists and is to be compared, `made_by` is the version that made it. Checkpoints that
     have been scanned already are not scanned again: `layouts` has them.
-
-    Raises:
-        UsageError: the options do not fit each other or the number of checkpoints.
-        MergeError: a checkpoint cannot be read or does not match the others, or the output cannot
-            be written.
     """
     inputs = [Path(path) for path in paths]
     asked = _asked(inputs, outputs, options)
@@ -151,13 +146,13 @@ def prepare(
             specs.append(OutputSpec(path, Weights.of(numbers, normalize=options.normalize)))
         with without_collector():
             job = _prepared(inputs, tuple(specs), options, made_by or __version__, layouts or {})
+            directory = job.layout.directory
             # An output to compare with exists, and is not written.
-            for output in job.outputs if made_by is None else ():
-                refuse_inputs(output.path, job.layouts)
-                directory = job.layout.directory
-                refuse_output(output.path, directory=directory, overwrite=options.overwrite)
-                if directory and output.path.is_dir():
-                    refuse_loss(output.path, job.layout.files)
+            for path in asked if made_by is None else ():
+                refuse_inputs(path, job.layouts)
+                refuse_output(path, directory=directory, overwrite=options.overwrite)
+                if directory and path.is_dir():
+                    refuse_loss(path, job.layout.files)
             return job
     except OSError as error:  # a name too long, a directory that may not be looked into
         raise failure(error) from None
@@ -166,7 +161,6 @@ def prepare(
 def _asked(
     inputs: Sequence[Path], outputs: Outputs, options: Options
 ) -> Mapping[Path, Sequence[Weight]]:
-    """Return the outputs with the weights of the inputs for each."""
     if not isinstance(outputs, Mapping):
         asked = {Path(outputs): options.weights or [1] * len(inputs)}
     elif options.weights is not None:
@@ -180,8 +174,8 @@ def _asked(
         if len(weights) != len(inputs):
             counts = f"{len(weights)} weights for {len(inputs)} checkpoints"
             raise UsageError(counts, hint="give one weight per checkpoint, in the same order")
-    first, *more = asked
-    for path in more:
+    first = next(iter(asked))
+    for path in asked:
         if path.suffix != first.suffix:
             hint = "averages that are made in one run have one format"
             raise UsageError(f"{first.name} and {path.name} end differently", hint=hint)
@@ -254,15 +248,12 @@ def _prepared(
 def _based(
     plan: Plan, path: Path, template: Mapping[Name, TensorInfo], key: str | None
 ) -> tuple[Plan, list[str]]:
-    """Return the plan with a base, and notes for the user."""
     layout = scan(path).source
-    theirs = assign(layout, key).weights
-    weights, note = match(plan.layouts[0].path, template, path, theirs)
+    weights, note = match(plan.layouts[0].path, template, path, assign(layout, key).weights)
     based = with_base(plan, layout, weights)
     # The base's source is the last of each unit that it could be compared with.
     matrices = [unit for unit in based.units if unit.is_matrix]
-    number = len(plan.layouts)
-    lacking = sum(unit.sources[-1].checkpoint != number for unit in matrices)
+    lacking = sum(unit.sources[-1].checkpoint != len(plan.layouts) for unit in matrices)
     notes = [note] if note else []
     if matrices and lacking == len(matrices):
         hint = "the base is the checkpoint that the others were fine-tuned from"
@@ -282,8 +273,7 @@ def _template_first(
         return places
     text = str(template)
     # A file that is called 3 wins over the third checkpoint, unless an int asks for that one.
-    named_so = not isinstance(template, int) and Path(template).exists()
-    if text.isdecimal() and not named_so:
+    if text.isdecimal() and (isinstance(template, int) or not Path(text).exists()):
         index = int(text) - 1
         if not 0 <= index < len(inputs):
             hint = f"give a number from 1 to {len(inputs)}, or the path of a checkpoint"
@@ -304,28 +294,27 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout], logs: Sequence[Path] 
     """Raise MergeError where the output is an input, lies within one, or holds one."""
     inputs = [(layout.path, [file.path for file in layout.files]) for layout in layouts]
     for path, files in (*inputs, *((log, [log]) for log in logs)):
-        relation = None
         if target.exists() and target.samefile(path):
             relation = "is"
         elif path.is_dir() and target.resolve().is_relative_to(path.resolve()):
             relation = "lies in"
-        elif target.is_dir():
-            whole = target.resolve()
-            if any(one.resolve().is_relative_to(whole) for one in (path, *files)):
-                relation = "holds"
+        elif target.is_dir() and any(
+            one.resolve().is_relative_to(target.resolve()) for one in (path, *files)
+        ):
+            relation = "holds"
         elif target.is_file() and any(target.samefile(file) for file in files):
             relation = "is a part of"
-        if relation is not None:
-            hint = "choose another output; inputs are never written to"
-            raise MergeError(f"the output {relation} the input {path}", where=target, hint=hint)
+        else:
+            continue
+        hint = "choose another output; inputs are never written to"
+        raise MergeError(f"the output {relation} the input {path}", where=target, hint=hint)
 
 
 def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> list[str]:
     """Return notes for the user, beside those on names."""
     notes = [*dict.fromkeys(note for layout in layouts for note in layout.notes)]
-    shards = [layout for layout in layouts if not layout.members and shard_of(layout.path)]
-    if shards:
-        path = shards[0].path
+    shards = (layout.path for layout in layouts if not layout.members and shard_of(layout.path))
+    if path := next(shards, None):
         what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
         notes.append(f"{path} is {what}")
     if output.directory:
@@ -352,8 +341,8 @@ def _array_notes(layouts: Sequence[Layout], output: OutputLayout) -> Iterator[st
         and any(other.get(path, digest) != digest for other in others)
     ]
     if differ:
-        many = len(differ) > 1
-        what = "are NumPy arrays that differ" if many else "is a NumPy array that differs"
-        kept = "the template's are kept" if many else "the template's is kept"
-        kept = kept if output.whole else "the output has none"
-        yield f"{named(differ)} {what} between the checkpoints; {kept}"
+        what = "is a NumPy array that differs", "the template's is kept"
+        if len(differ) > 1:
+            what = "are NumPy arrays that differ", "the template's are kept"
+        kept = what[1] if output.whole else "the output has none"
+        yield f"{named(differ)} {what[0]} between the checkpoints; {kept}"

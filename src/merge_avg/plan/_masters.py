@@ -31,34 +31,22 @@ Masters = Mapping[Name, Name | None]  # masters, each with the weight that it is
 
 
 def roles_of(layouts: Sequence[Layout], key: str | None = None) -> tuple[list[Roles], Masters]:
-    """Return the roles of checkpoints, in which masters are weights if all have the same ones.
-
-    Raises:
-        MergeError: there are no weights, or a file cannot be read.
-    """
+    """Return the roles of checkpoints, in which masters are weights if all have the same ones."""
     roles = [assign(layout, key) for layout in layouts]
     found = _masters(layouts[0], roles[0]) if key is None else {}
-    if not found or not all(_has(layout, found, layouts[0]) for layout in layouts[1:]):
+    alike = [
+        {info.path: (info.dtype, info.shape) for info in one.tensors if info.path in found}
+        for one in (layouts if found else ())
+    ]
+    if not found or any(one != alike[0] for one in alike):
         return roles, {}
     roles = [one.promoted(layout, found) for one, layout in zip(roles, layouts, strict=True)]
     return roles, {Name(path[:-1], str(path[-1])): weight for path, weight in found.items()}
 
 
-def _has(layout: Layout, found: Mapping[TreePath, object], template: Layout) -> bool:
-    """Return whether a checkpoint has tensors like the template's at the paths of its masters."""
-    ours, theirs = (
-        {info.path: (info.dtype, info.shape) for info in one.tensors if info.path in found}
-        for one in (template, layout)
-    )
-    return ours == theirs
-
-
 def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:
-    ours = {
-        name: info
-        for name, info in roles.weights.items()
-        if info.dtype.name in _DTYPES and info.shape
-    }
+    weights = roles.weights.items()
+    ours = {name: i for name, i in weights if i.dtype.name in _DTYPES and i.shape}
     shapes = {(info.shape, info.dtype.name) for info in ours.values()}
     # What belongs together, such as one slot of every parameter, is masters as a whole or not.
     groups: dict[TreePath, list[TensorInfo]] = defaultdict(list)
@@ -66,9 +54,9 @@ def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:
     for info in layout.tensors if ours else ():
         reason = roles.reasons.get(info.path)
         if reason and reason.text.startswith("optimizer") and info.dtype.name == "float32":
-            groups[tuple(_slot(key, names) for key in info.path)].append(info)
-    for group in [one for one in groups if any(_MOMENTS.search(str(key)) for key in one)]:
-        del groups[group]
+            group = tuple(_slot(key, names) for key in info.path)
+            if not any(_MOMENTS.search(str(key)) for key in group):
+                groups[group].append(info)
     if not groups:
         return {}
     reader = Reader(layout, layout.path)  # which writes nothing, as nothing is decoded here
@@ -83,18 +71,14 @@ def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:
             dtypes = _DTYPES if called_so else _DTYPES[:2]
             # Zeros say nothing: a bias may be zero, and so are moments before the first step.
             telling = [
-                [
-                    (i.shape, dtype, first)
-                    for dtype in dtypes
-                    if any(first := _first(reader, i, dtype))
-                ]
+                [(i.shape, one, bits) for one in dtypes if any(bits := _first(reader, i, one))]
                 for i in infos
                 if any((i.shape, dtype) in shapes for dtype in dtypes)
             ]
-            weights = [next((known[one] for one in some if one in known), None) for some in telling]
-            silent = (not some or w for w, some in zip(weights, telling, strict=True))
-            if len(telling) == len(infos) and any(weights) and all(silent):
-                found |= {info.path: weight for info, weight in zip(infos, weights, strict=True)}
+            named = [next((known[one] for one in some if one in known), None) for some in telling]
+            silent = (not some or name for name, some in zip(named, telling, strict=True))
+            if len(telling) == len(infos) and any(named) and all(silent):
+                found |= {info.path: name for info, name in zip(infos, named, strict=True)}
     finally:
         reader.close()
     return found

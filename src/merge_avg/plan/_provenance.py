@@ -118,11 +118,7 @@ class Record:
 
 
 def read_record(layout: Layout) -> Record:
-    """Return the provenance record of an output.
-
-    Raises:
-        MergeError: the output has none, or it is damaged.
-    """
+    """Return the provenance record of an output, which may have none, or a damaged one."""
     text = dict(layout.metadata).get(PROVENANCE)
     if text is None:
         what = "it does not say what it was made of"
@@ -163,8 +159,7 @@ def _input(value: Any, weight: Fraction) -> RecordedInput:
 
 def _checked(name: str, value: Any) -> Any:
     """Return the recorded value of an option, if it is of the type of the option's default."""
-    default = getattr(Options(), name)
-    allowed = choices(Options, name)
+    default, allowed = getattr(Options(), name), choices(Options, name)
     if allowed and value not in allowed:
         raise ValueError("an unknown option")
     if isinstance(default, bool):

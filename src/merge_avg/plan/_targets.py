@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -82,12 +82,7 @@ class OutputLayout:
 def lay_out(
     path: Path, plan: Plan, weights: Mapping[Name, TensorInfo], options: Options
 ) -> OutputLayout:
-    """Return the layout of the outputs, of which one goes to the path; the weights are in order.
-
-    Raises:
-        UsageError: the name or the options do not say which format to write.
-        MergeError: the format cannot hold the result.
-    """
+    """Return the layout of the outputs, of which one goes to the path; the weights are in order."""
     # The ending decides between safetensors and pickles; between the two kinds of pickles, and for
     # names without an ending, the template does. A copy keeps what else the template holds.
     template, asked = plan.layouts[0], format_for(path.suffix)
@@ -109,7 +104,6 @@ def lay_out(
         elif template.format == asked.name:
             return _copied(plan)  # it is a bare state dict already
         weights = _chosen(plan, weights)
-        _refuse_several(weights)
         targets: list[list[Target]] = [[] for _ in plan.units]
         file = _created(asked or _PICKLED, plan, weights, targets)
         return OutputLayout({FILE: file}, tuple(map(tuple, targets)))
@@ -144,18 +138,13 @@ def _copied(plan: Plan) -> OutputLayout:
         files[PROVENANCE_FILE] = RecordFile()
     # In a copy every slot has the name of its storage: units go where their storages are.
     targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
-    callables = _callables(template, range(len(template.files)))
-    return OutputLayout(files, targets, whole=True, callables=callables)
-
-
-def _callables(template: Layout, numbers: Collection[int]) -> tuple[str, ...]:
-    """Return the callables in files that an output carries on, by their numbers."""
-    return tuple(dict.fromkeys(name for number, name in template.callables if number in numbers))
+    callables = dict.fromkeys(name for _, name in template.callables)
+    return OutputLayout(files, targets, whole=True, callables=(*callables,))
 
 
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
     """Raise MergeError where a tensor that is kept shares a storage that gets another dtype."""
-    pairs = ((name, plan.aligned.template(name)) for name in plan.aligned.rows if converted)
+    pairs = ((name, plan.aligned.template(name)) for name in plan.aligned.rows)
     changed = {info.path for name, info in pairs if plan.result(name) != info.dtype}
     template = plan.layouts[0]
     for info in template.tensors if converted else ():
@@ -168,20 +157,18 @@ def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
 def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
     """Yield where a unit goes in a copy of the template."""
     storage, size = unit.storage, unit.dtype.itemsize
-    if storage.tiles:
-        for _, info in unit.members:
-            for tile, view in tiled(info, replace(info, start=info.start - unit.start)):
-                # Its bytes would have to be put in the tile's order once more; torch writes none.
-                if not tile.contiguous:
-                    hint = "write one file: end the output's name in .safetensors or .pt"
-                    what = f"the chunk {tile.storage.name!r} has strides"
-                    raise MergeError(what, where=template.where(tile), hint=hint)
-                home, at = tile.storage, tile.start * size
-                yield Target(view.start, view.stop, home.file, home.name, at, view)
-        return
+    for _, info in unit.members if storage.tiles else ():
+        for tile, view in tiled(info, replace(info, start=info.start - unit.start)):
+            # Its bytes would have to be put in the tile's order once more; torch writes none.
+            if not tile.contiguous:
+                hint = "write one file: end the output's name in .safetensors or .pt"
+                what = f"the chunk {tile.storage.name!r} has strides"
+                raise MergeError(what, where=template.where(tile), hint=hint)
+            home, at = tile.storage, tile.start * size
+            yield Target(view.start, view.stop, home.file, home.name, at, view)
     # The parts of a storage are of its dtype in the template, and of the result's in the output.
     start = 0
-    for part in storage.ranges:
+    for part in () if storage.tiles else storage.ranges:
         stop = start + part.nbytes // unit.sources[0].dtype.itemsize
         first, last = max(start, unit.start), min(stop, unit.stop)
         if first < last:
@@ -191,7 +178,6 @@ def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
 
 
 def _verbatim(template: Layout, number: int) -> FileLayout:
-    """Return the layout of a copy of one of the template's files, byte for byte."""
     nbytes, path = template.files[number].nbytes, template.files[number].path
     # Whoever made such a link could have any file of this machine copied.
     if template.members and template.members[number] is None and leads_out(template.path, path):
@@ -220,21 +206,18 @@ def _as_json(value: object) -> FileLayout:
 def _chosen(plan: Plan, weights: Mapping[Name, TensorInfo]) -> Mapping[Name, TensorInfo]:
     """Return the weights without the state dicts of which none is averaged, if some is of others.
 
-    A new file has one state dict. Whoever excludes all of another leaves it out.
+    A new file has one state dict. Whoever excludes all of another leaves it out; else it is an
+    error.
     """
-    some = {name.state_dict for name in weights if name not in plan.aligned.skipped}
-    return {name: info for name, info in weights.items() if name.state_dict in some} or weights
-
-
-def _refuse_several(weights: Mapping[Name, TensorInfo]) -> None:
-    """Raise MergeError for the weights of several state dicts: a new file holds one."""
-    dicts = {name.state_dict for name in weights}
+    dicts = {name.state_dict for name in weights if name not in plan.aligned.skipped}
+    dicts = dicts or {name.state_dict for name in weights}
     if len(dicts) > 1:
         found = named(sorted(map(dotted, dicts)), 8)
         hint = "name the one to write with --key, or leave the others out with --exclude"
         if () in dicts:
             hint += "; the root is --key ''"
         raise MergeError(f"it can hold one state dict, not {found}", hint=hint)
+    return {name: info for name, info in weights.items() if name.state_dict in dicts}
 
 
 def _created(
@@ -286,7 +269,6 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     template = plan.layouts[0]
     targets: list[list[Target]] = [[] for _ in plan.units]
     weights = _chosen(plan, weights)
-    _refuse_several(weights)
     replaced = {part.file for info in weights.values() for part in info.storage.ranges}
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)
@@ -315,20 +297,17 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
         carried.add(number)
     files[PROVENANCE_FILE] = RecordFile()
     whole = bool(template.members) and not any(m and m.set_member for m in template.members)
-    callables = _callables(template, carried)
-    return OutputLayout(files, tuple(map(tuple, targets)), whole, callables)
+    callables = dict.fromkeys(name for number, name in template.callables if number in carried)
+    return OutputLayout(files, tuple(map(tuple, targets)), whole, (*callables,))
 
 
 def _shard_name(template: Layout, replaced: set[int]) -> tuple[str, Format, str]:
     """Return the name of shards up to their number, their format, and their ending."""
-    names: set[tuple[str, str]] = set()
-    formats: set[str] = set()
-    for number in replaced if template.members else ():
-        path, member = PurePosixPath(relative(template, number)), template.members[number]
-        names.add((str(path.parent / unsharded(path.stem)), path.suffix))
-        formats.add(member.format if member else "")
+    paths = [PurePosixPath(relative(template, k)) for k in replaced if template.members]
+    names = {(str(path.parent / unsharded(path.stem)), path.suffix) for path in paths}
     creatable = {one.name for one in FORMATS if one.suffixes}
-    if len(names) == 1 and formats <= creatable:
+    members = (template.members[k] for k in replaced if template.members)
+    if len(names) == 1 and all(one and one.format in creatable for one in members):
         ((base, suffix),) = names
         return base, format_for(suffix) or _PICKLED, suffix
     return "model", _PLAIN, _PLAIN.suffixes[0]
@@ -339,10 +318,10 @@ def _cut(plan: Plan, weights: Mapping[Name, TensorInfo], limit: int) -> Sequence
     # Files cannot share a storage: apart, tensors that are tied would be written twice, and no
     # longer tied when they are loaded.
     homes = _homes(plan)
-    together: dict[object, list[Name]] = {}
+    together: dict[object, list[Name]] = defaultdict(list)
     for name in weights:
         unit = homes.get(name)
-        together.setdefault(name if unit is None else unit.number, []).append(name)
+        together[name if unit is None else unit.number].append(name)
     shards: list[list[Name]] = [[]]
     held = 0
     for names in together.values():

@@ -151,13 +151,7 @@ def is_matrix(info: TensorInfo) -> bool:
 
 
 def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:
-    """Plan a merge of checkpoints, the template first.
-
-    All averaged float tensors get the dtype; by default each keeps that of the template.
-
-    Raises:
-        MergeError: tensors of the same name differ in shape or dtype, or cannot be averaged.
-    """
+    """Plan a merge; averaged float tensors get the dtype, and by default the template's."""
     check_tensors(layouts, aligned, dtype)
     storages: dict[Storage, list[Member]] = {}
     for name in aligned.rows:
@@ -270,20 +264,15 @@ def _unit(
         dtype = None
     stop = max(info.stop for _, info in members)
     unit = Unit(kind, first.storage, first.start, stop, _result(first, dtype), tuple(members), ())
-    sources = []
-    for number in range(len(layouts)):
+    sources: list[Source] = []
+    for number, layout in enumerate(layouts):
         infos = [info for name in names if (info := aligned.rows[name][number]) is not None]
-        if infos:
-            source = _source(number, unit, infos, restrides)
-            sources.append(source)
-            for name, info in members:
-                # It has one place for several of the elements to copy.
-                if source.storage is None and info.overlaps_itself:
-                    what = (
-                        f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
-                    )
-                    hint = "save it as .contiguous()"
-                    raise MergeError(what, where=layouts[number].path, hint=hint)
+        sources += [_source(number, unit, infos, restrides)] if infos else []
+        # It has one place for several of the elements to copy.
+        folded = (name for name, info in members if info.overlaps_itself)
+        if infos and sources[-1].storage is None and (name := next(folded, None)):
+            what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
+            raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
     return replace(unit, sources=tuple(sources))
 
 
@@ -295,13 +284,24 @@ def _source(
     if _direct(unit.members, infos):
         shift = infos[0].start - unit.members[0][1].start
         return Source(number, dtype, infos[0].storage, (unit.start + shift) * dtype.itemsize)
-    pairs = tuple(
-        (name, part, view)
+    pairs = (
+        (name, info, replace(ours, start=ours.start - unit.start))
         for (name, ours), info in zip(unit.members, infos, strict=True)
-        for part, view in tiled(info, replace(ours, start=ours.start - unit.start))
     )
-    restrides.append(Restride(number, pairs, _end(restrides), len(unit) * dtype.itemsize))
-    return Source(number, dtype, None, restrides[-1].offset)
+    return Source(number, dtype, None, _copy(restrides, number, pairs, len(unit) * dtype.itemsize))
+
+
+def _copy(
+    restrides: list[Restride],
+    number: int,
+    copied: Iterable[tuple[Name, TensorInfo, TensorInfo]],
+    nbytes: int,
+    tied_in: int = 0,
+) -> int:
+    """Add a copy of tensors to what there is to do first, and return where it will lie."""
+    pairs = tuple((name, *one) for name, info, view in copied for one in tiled(info, view))
+    restrides.append(Restride(number, pairs, _end(restrides), nbytes, tied_in))
+    return restrides[-1].offset
 
 
 def tiled(info: TensorInfo, view: TensorInfo) -> Iterator[tuple[TensorInfo, TensorInfo]]:
@@ -355,12 +355,8 @@ def _tie(aligned: Aligned, restrides: list[Restride]) -> None:
             for other in everyone:
                 a, b = rows[first][other], row[other]
                 if a and b and (a.storage, a.start) != (b.storage, b.start):
-                    pairs = tuple(
-                        (called, part, view)
+                    pairs = (
+                        (called, one, replace(one, start=0, stride=row_major(one.shape)))
                         for called, one in ((first, a), (name, b))
-                        for part, view in tiled(
-                            one, replace(one, start=0, stride=row_major(one.shape))
-                        )
                     )
-                    nbytes = a.numel * a.dtype.itemsize
-                    restrides.append(Restride(other, pairs, _end(restrides), nbytes, number))
+                    _copy(restrides, other, pairs, a.numel * a.dtype.itemsize, number)

@@ -62,12 +62,7 @@ def load(
 ) -> Loaded:
     """Read the pickle that begins at `start` of `data`, and leave the bytes around it alone.
 
-    The allowance pays for every object.
-
-    Raises:
-        PickleError: the pickle is damaged.
-        CutShortError: it continues past the end of the data.
-        DangerousPickleError: it names a callable that is known to be dangerous.
+    The allowance pays for every object. What is wrong with the pickle is a PickleError.
     """
     machine = Machine(data, start, persistent, call, allowance or Allowance())
     try:
@@ -170,8 +165,7 @@ def _pairs(m: Machine) -> list[tuple[Value, Value]]:
 
 
 def _additems(m: Machine) -> None:
-    items = m.members()
-    target = m.top()
+    items, target = m.members(), m.top()
     if isinstance(target, set):
         target.update(items)
     else:
@@ -187,12 +181,11 @@ def _obj(m: Machine) -> None:
     m.make(tuple(args), function)
 
 
-def _ext(_: Machine) -> None:
-    raise PickleError("the pickle names a class by a number of the extension registry")
+def _refused(what: str) -> Handler:
+    def handler(_: Machine) -> None:
+        raise PickleError(f"the pickle {what}")
 
-
-def _buffer(_: Machine) -> None:
-    raise PickleError("the pickle needs buffers that lie outside of it")
+    return handler
 
 
 # Arguments are evaluated from left to right: what is on top of the stack comes first.
@@ -266,8 +259,10 @@ _HANDLERS: dict[str, Handler] = {
     "b": lambda m: m.build(m.pop(), m.top()),
     "P": lambda m: m.push(m.persistent(_text(m.line()))),
     "Q": lambda m: m.push(m.persistent(m.kept_out(m.pop()))),
-    **dict.fromkeys("\x82\x83\x84", _ext),
-    **dict.fromkeys("\x97\x98", _buffer),
+    **dict.fromkeys(
+        "\x82\x83\x84", _refused("names a class by a number of the extension registry")
+    ),
+    **dict.fromkeys("\x97\x98", _refused("needs buffers that lie outside of it")),
 }
 # Lists, since a lookup by number is the quickest.
 TABLE = [_HANDLERS.get(chr(code)) for code in range(256)]

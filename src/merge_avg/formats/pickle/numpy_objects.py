@@ -20,6 +20,7 @@ from xxhash import xxh3_128_hexdigest
 from merge_avg.formats.pickle.values import Allowance, Global, Instance, Omitted, Value, shown
 
 _NUMBERS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}  # codes of the dtypes of scalars
+_FLOATS = ("f", "c", "ml_dtypes.bfloat", "ml_dtypes.float")  # ml_dtypes names them by classes
 _MOST_DIMENSIONS = 64
 _HASHED = 16  # bytes that are hashed in the time that a byte of the allowance stands for
 
@@ -38,22 +39,18 @@ def number_of(value: Instance) -> int | float | None:
 def digest_of(value: Instance, allowance: Allowance) -> str | None:
     """Return a digest of an array of floats or complex numbers, and None for anything else."""
     match value:
-        case Instance(Global(name="_reconstruct"), state=(_, shape, dtype, order, raw)):
+        case Instance(Global(name="_reconstruct"), state=(_, tuple() as shape, dtype, order, raw)):
             pass
-        case Instance(Global(name="_frombuffer"), (raw, dtype, shape, order)):
+        case Instance(Global(name="_frombuffer"), (raw, dtype, tuple() as shape, order)):
             pass
         case _:
             return None
-    match dtype:
-        case Instance(args=(code, *_), state=(_, endian, *_)):
+    match dtype, _bytes(raw):
+        case Instance(args=(code, *_), state=(_, endian, *_)), bytes() as raw:
             known = shown(code)
-            # Those of ml_dtypes, such as bfloat16, are named by their classes.
-            if not known.startswith(("f", "c", "ml_dtypes.bfloat", "ml_dtypes.float")):
-                return None
         case _:
             return None
-    raw = _bytes(raw)
-    if raw is None or not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
+    if not known.startswith(_FLOATS) or len(shape) > _MOST_DIMENSIONS:
         return None
     allowance.spend(len(raw) // _HASHED)
     sides = ",".join(map(shown, shape))

@@ -105,6 +105,11 @@ class Tensor:
     state: Value = None  # attributes of its own
     args: Value = None  # what it was made of, in which lists and dicts may change
 
+    @property
+    def reach(self) -> int:
+        """Return how many bytes its storage has to have."""
+        return self.info.stop * self.info.dtype.itemsize if self.info.numel else 0
+
     def parameter(self) -> Tensor:
         """Return the same tensor as a Parameter; others may view it as a plain one."""
         return Tensor(replace(self.info, learned=True), self.state)
@@ -146,9 +151,7 @@ class TorchHooks:
         self.classes.append(ClassSpan(cls.start, cls.stop, name, key))
         start = 0
         match pid[5:]:
-            case ((_, first, _),) if _is_number(first):
-                start = first
-            case ((_, _, _),):
+            case ((_, start, _),) if not _is_number(start):
                 raise PickleError(f"storage {key!r} is a view of another in an unknown way")
         # Tensors of two dtypes may share the bytes of one storage.
         same = (stored.dtype, start) == (dtype, 0)
@@ -197,7 +200,11 @@ def _like_torch(args: tuple[Value, ...], allowance: Allowance) -> Tensor | None:
     if len(args) < at + 4:
         return None
     stored, start, *sizes = args[at : at + 4]
-    shape, stride = (_plain_size(one) for one in sizes)
+    size = Global("torch", "Size")
+    shape, stride = (
+        one.args[0] if isinstance(one, Instance) and one.function == size and one.args else one
+        for one in sizes
+    )
     others = [*args[:at], *args[at + 4 :]]
     for one in [one for one in others if isinstance(one, dict | list | tuple)]:
         allowance.spend(_VISIT * len(one))
@@ -208,23 +215,14 @@ def _like_torch(args: tuple[Value, ...], allowance: Allowance) -> Tensor | None:
         tensor = _tensor(stored, start, shape, stride, dtypes[0] if dtypes else None, bits)
     except PickleError:
         return None
-    info = tensor.info
     # A scale, or more tensors, give the numbers another meaning; where those have 8 bits, any
     # other number may.
-    odd = (float, Stored, Tensor, Instance)
-    codes = info.dtype.kind == "int" and info.dtype.itemsize == 1
-    if any(isinstance(one, odd) or (codes and type(one) in (int, str)) for one in others):
-        return None
-    same = stored.dtype in (None, info.dtype)
-    fits = info.stop * info.dtype.itemsize <= stored.storage.nbytes or not info.numel
-    return tensor if len(dtypes) < 2 and same and fits else None
-
-
-def _plain_size(value: Value) -> Value:
-    match value:
-        case Instance(Global("torch", "Size"), (inner,)):
-            return inner
-    return value
+    odd: set[type] = {float, Stored, Tensor, Instance}
+    if tensor.info.dtype.kind == "int" and tensor.info.dtype.itemsize == 1:
+        odd |= {int, str}
+    plain = len(dtypes) < 2 and odd.isdisjoint(map(type, others))
+    same = stored.dtype in (None, tensor.info.dtype)
+    return tensor if plain and same and tensor.reach <= stored.storage.nbytes else None
 
 
 def _subclass(args: tuple[Value, ...]) -> str:
@@ -247,9 +245,9 @@ def _tensor(
     if trouble:
         raise PickleError(f"a tensor on storage {name!r} has {trouble}")
     # Conjugation and negation may be pending: then the bytes are not yet those of the tensor.
-    bits = metadata if isinstance(metadata, dict) else {}
-    flipped = [bit for bit in ("conj", "neg") if bits.get(bit)]
-    trouble = f"a lazy view (its {flipped[0]} bit is set)" if flipped else None
+    for bit in ("conj", "neg"):
+        if isinstance(metadata, dict) and metadata.get(bit):
+            trouble = trouble or f"a lazy view (its {bit} bit is set)"
     if element.kind == "code":
         trouble = f"a tensor of {element.name} codes"
     shape, stride = tuple(shape), tuple(stride)
@@ -261,19 +259,14 @@ def _is_number(value: Value) -> bool:
 
 
 def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType]) -> bytes:
-    """Return a checkpoint's pickle with new dtypes for some storages, by their names.
-
-    Raises:
-        MergeError: a storage has no class that says its dtype.
-    """
+    """Return a checkpoint's pickle with new dtypes for some storages, by their names."""
     # A frame tells the length of what follows, which changes. Readers need no frames: without them
     # they read opcode by opcode.
     edits = [(at, at + 9, b"") for at in archive.frames]
     # Every class is spelled out where it was put on the stack, since a memo entry can serve
     # storages that change and storages that do not.
     for span in archive.classes:
-        cls = span.cls
-        name = f"{archive.prefix}{span.storage}"
+        cls, name = span.cls, f"{archive.prefix}{span.storage}"
         if name in changed:
             storage = changed[name].storage
             if storage is None or cls.endswith("UntypedStorage"):

@@ -87,11 +87,7 @@ def _moved(i: TensorInfo, path: TreePath, storage: Storage) -> TensorInfo:
 
 
 def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
-    """Read the pickle of torch that begins at byte `start`, without running it.
-
-    Raises:
-        MergeError: the pickle is damaged or dangerous, or a tensor reaches outside its storage.
-    """
+    """Read the pickle of torch that begins at byte `start`, without running it."""
     allowance = Allowance(density)
     hooks = TorchHooks(allowance)
     loaded = load(data, start, persistent=hooks.persistent, call=hooks.call, allowance=allowance)
@@ -99,30 +95,30 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     optimizers: list[TreePath] = []
     arrays: list[tuple[TreePath, str]] = []
     for path, value in values_below(root, allowance):
-        if not isinstance(value, Tensor):
-            if _is_optimizer(value):
-                allowance.spend(150 + 8 * len(path))
-                optimizers.append(path)
-            elif isinstance(value, Instance) and len(arrays) < _MOST_ARRAYS:
-                digest = digest_of(value, allowance)
-                if digest is not None:
-                    allowance.spend(250 + 8 * len(path))
-                    arrays.append((path, digest))
-            continue
-        allowance.spend(150 + 8 * len(path))
-        info = _moved(value.info, path, value.info.storage)
-        # Torch would refuse it too, but only when it loads the file.
-        reach = info.stop * info.dtype.itemsize if info.numel else 0
-        if info.storage is not NOWHERE and reach > info.storage.nbytes:
-            name = dotted(path)
-            raise MergeError(f"tensor {name!r} reaches outside its storage {info.storage.name!r}")
-        infos.append(info)
+        if isinstance(value, Tensor):
+            allowance.spend(150 + 8 * len(path))
+            info = _moved(value.info, path, value.info.storage)
+            # Torch would refuse it too, but only when it loads the file.
+            if info.storage is not NOWHERE and value.reach > info.storage.nbytes:
+                what = f"tensor {dotted(path)!r} reaches outside its storage {info.storage.name!r}"
+                raise MergeError(what)
+            infos.append(info)
+        elif _is_optimizer(value):
+            allowance.spend(150 + 8 * len(path))
+            optimizers.append(path)
+        elif (
+            isinstance(value, Instance)
+            and len(arrays) < _MOST_ARRAYS
+            and (digest := digest_of(value, allowance))
+        ):
+            allowance.spend(250 + 8 * len(path))
+            arrays.append((path, digest))
     with_tensors = {info.path[0] for info in infos if info.path}
     keys = map(key_of, root) if isinstance(root, dict) else ()
     others = tuple(_paid(key, allowance) for key in keys if key not in with_tensors)
-    pickled = (tuple(hooks.classes), loaded.frames, loaded.nbytes)
-    found = (tuple(scalars_near(root)), loaded.callables)
-    held = (tuple(optimizers), tuple(arrays))
+    pickled = tuple(hooks.classes), loaded.frames, loaded.nbytes
+    found = tuple(scalars_near(root)), loaded.callables
+    held = tuple(optimizers), tuple(arrays)
     return Objects(tuple(infos), hooks.storages, others, *pickled, *found, *held)
 
 
@@ -318,10 +314,9 @@ def _module(root: Instance, allowance: Allowance) -> Iterator[tuple[str, Value]]
                 name = _paid(key, allowance, prefix)
                 if kind == "_buffers" and key in unsaved:
                     rest[name] = child
-                elif kind == "_parameters" and isinstance(child, Tensor):
-                    yield name, child.parameter()
                 else:
-                    yield name, child
+                    learned = kind == "_parameters" and isinstance(child, Tensor)
+                    yield name, child.parameter() if learned else child
         for key, child in state.items():
             if key not in _MODULE and isinstance(child, _HELD) and child:
                 rest[_paid(key, allowance, prefix)] = child
@@ -346,8 +341,7 @@ def scalars_near(root: Value) -> Iterator[tuple[TreePath, Scalar]]:
         for path, value in level:
             for key, child in itertools.islice(_nearest(value), _MOST_CHILDREN):
                 visits -= 1
-                plain = _plain(child)
-                if plain is not None:
+                if (plain := _plain(child)) is not None:
                     yield (*path, key), plain
                     left -= 1
                 elif len(below) < _MOST_SCALARS and isinstance(child, _INNER):
@@ -364,7 +358,6 @@ def _nearest(value: Value) -> _Children:
 
 
 def _plain(value: Value) -> Scalar | None:
-    """Return a number or a short text as it is, and None for anything else."""
     match value:
         case int() if isinstance(value, bool) or value.bit_length() > 64:
             return None
