@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from merge_avg.arithmetic import torch_mean
 from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
-from merge_avg.arithmetic.torch_mean import RunningMean, exact_mean
+from merge_avg.arithmetic.torch_mean import RunningMean, TorchMean, exact_mean
 from merge_avg.tuning import BLOCK, CONVERTED
-from tests.arithmetic.helpers import midpoint, narrowed, same
+from tests.arithmetic.helpers import as_matrix, midpoint, narrowed, same
 from tests.arithmetic.oracle import mean_of, reference
 
 DTYPES = list(FORMATS)
@@ -299,6 +299,66 @@ def test_reuse_gives_independent_results():
             mean.update(torch.full((size,), value))
         results.append(mean.result())
     assert [r.tolist() == [1.5] * len(r) for r in results] == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "weights", "told"),
+    [
+        ([1.0, 2.0], (1, 1), False),
+        ([1.0, 0.0], (1, 1), False),
+        ([1.0, -0.0], (1, 1), True),
+        ([1.0, 0.0], (2, -1), True),
+        ([1.0, 2.0], (2, -1), False),
+        ([1.0, 2.0], (2, 0), True),
+    ],
+)
+def test_only_sums_that_may_be_minus_zero_take_care_of_it(row, weights, told):
+    """No pass is spent on the signs of zeros where no term can be -0."""
+    mean = RunningMean(Weights(weights, 1))
+    with mock.patch.object(torch_mean, "PlainSum") as plain:
+        mean.extend(torch.tensor([row, row]))
+    assert plain.return_value.add.call_args.kwargs == {"signs": told}
+
+
+def test_the_next_mean_uses_the_memory_of_the_first():
+    """Sums, factors and all that is converted stay where they were made."""
+    mean = RunningMean(3)
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mean.extend(rows)
+    first = mean.result(lambda number: rows[number])
+    with mock.patch.object(torch, "empty", side_effect=torch.empty) as made:
+        with mock.patch.object(torch, "tensor", side_effect=AssertionError):
+            mean.extend(rows)
+        assert same(mean.result(lambda number: rows[number], out=torch.ones_like(first)), first)
+    assert not made.called
+
+
+@pytest.mark.parametrize("told", [None, "meta"])
+def test_a_mean_is_kept_on_a_device(told):
+    """Sums, factors and result are where it is told, or where the tensors are that are shown."""
+    mean = RunningMean(2, device=told and torch.device(told))
+    with mock.patch.object(torch_mean, "_Block") as block:
+        block.return_value.result.return_value = None
+        for device in ("meta", "cpu", "meta"):
+            mean.extend(torch.ones(2, 3, device=device))
+            total, (rows, _, factors, _) = block.call_args[0][0], block().add.call_args[0]
+            found = {one.device.type for one in (total, rows, factors, mean.result())}
+            assert found == {told or device}
+
+
+@pytest.mark.parametrize(("device", "direct"), [("cpu", True), ("meta", False)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mean_on_the_host_is_written_where_it_is_to_lie(device, direct, packed):
+    """No tensor lies between; that of a device is copied to the memory of the host."""
+    ours = TorchMean(Weights.uniform(1), torch.float32, torch.device(device))
+    memory = torch.zeros(1, 3)
+
+    def result(_self, _revisit, out=None):
+        return torch.ones(3) if out is None else out.fill_(2)
+
+    with mock.patch.object(RunningMean, "result", result):
+        ours.result(as_matrix(memory) if packed else memory, None)
+    assert memory.tolist() == [[2.0 if direct and packed else 1.0] * 3]
 
 
 def test_inputs_are_not_changed():

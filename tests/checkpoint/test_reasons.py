@@ -1,9 +1,12 @@
 """merge_avg.checkpoint._reasons: why a tensor is kept, and is no weight."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from merge_avg.checkpoint import assign, dotted, kind_of
+from merge_avg.checkpoint import BY_NAME, Layout, Storage, TensorInfo, assign, dotted, kind_of
+from merge_avg.checkpoint._reasons import Reasons
 from merge_avg.formats import scan
 
 W = {"w": torch.ones(2)}
@@ -28,6 +31,46 @@ def test_state_beside_param_groups_is_an_optimizers(tmp_path, key):
         assert weights == ["model.w"]
         if key != "model_optim":  # which the key tells as well
             assert set(why.values()) == {"optimizer state (state beside param_groups)"}
+
+
+CHAINED = "chained_0.optimizer.state.exp_avg.w"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "key"),
+    [
+        ({"n": {"o": {"state": {0: W}, "param_groups": []}}}, "(state beside param_groups)", "n.o"),
+        ({"state": {0: W}, "param_groups": []}, "(state beside param_groups)", "state"),
+        ({"n": {"optims": {"x": {"v": W}}}}, "optimizer state, by the key 'optims'", "n.optims"),
+        ({"x": {"y": {"state": {0: W}}}}, "optimizer state of 0", "x"),
+        ({"x": {"opt": {"exp_avg": W}}}, "optimizer state of 'w'", "x"),
+        ({CHAINED: W["w"]}, "optimizer state of 'w'", "chained_0.optimizer"),
+        ({"x": {"y": CPU}}, "random-number state, by its form or name", "x"),
+        ({"val_loss": torch.tensor(0.5)}, "a value beside state dicts, by its name", "val_loss"),
+        ({"updates": torch.tensor(5)}, "a number beside state dicts", "updates"),
+    ],
+)
+def test_a_reason_has_the_key_that_a_summary_counts(tmp_path, value, text, key):
+    """The name of what is kept as a whole, and the words for it."""
+    torch.save({"model": W, **value}, tmp_path / "a.pt")
+    (reason,) = assign(scan(tmp_path / "a.pt")).reasons.values()
+    assert (reason.text[-len(text) :], reason.key) == (text, key)
+
+
+def test_an_optimizer_at_the_root_may_have_flat_names():
+    """What comes before the first dot tells its own tensors from those of a model."""
+    dtype = BY_NAME["float32"]
+    names = ["state.0.step", "param_groups.0.lr", "model.w", "states.w"]
+    tensors = [TensorInfo((one,), dtype, (2,), (1,), 0, Storage(one, 0, 8)) for one in names]
+    layout = Layout(Path("a"), "directory", (), tuple(tensors), optimizers=((),))
+    found = [Reasons(layout).why_kept(info) for info in tensors]
+    assert [one and one.key for one in found] == ["state", "param_groups", None, None]
+
+
+@pytest.mark.parametrize(("key", "known"), [("OPTIM", True), ("Loop", True), ("ranged", False)])
+def test_patterns_match_whole_keys_in_any_letter_case(key, known):
+    """So Optimizer and OPTIMIZER are one."""
+    assert (kind_of(key) is not None) == known
 
 
 def test_a_model_may_be_added_to_an_optimizers_dict(tmp_path):
@@ -64,6 +107,11 @@ def test_slots_are_known_by_the_names_of_weights(tmp_path, value):
         {"model": W, "ema": {"0.99": W, "0.999": W}},
         {"model": W, "state": {"w": torch.ones(2), "v": torch.ones(2)}},
         {"w": W["w"], "ema.w": W["w"]},
+        {"nets": {0: W, 1: W}},
+        {"nets": {"w": {"v": torch.ones(2)}}, "model": W},
+        {"opt": {"encoder": {"v": torch.ones(2)}}, "model": W},
+        {"model": W, "f1": torch.ones(1, 1)},
+        {"net": {**W, "count": torch.tensor(5), "part": {"v": torch.ones(2)}}},
     ],
 )
 def test_names_of_models_are_no_optimizers(tmp_path, value):
@@ -146,6 +194,7 @@ def test_random_number_state_is_known_by_its_form(tmp_path, key):
     for value in (
         {"model": W, key: CPU, "cuda_seed": CUDA},
         {"model": W, key: {"cpu": CPU, "cuda": [CUDA, CUDA]}},
+        {"model": W, key: {"of": {"cpu": CPU, "cuda": CUDA}}},
     ):
         weights, why = roles(value, tmp_path)
         assert weights == ["model.w"]

@@ -7,7 +7,14 @@ import pytest
 from merge_avg.checkpoint import BY_NAME, Name, Storage
 from merge_avg.errors import MergeError
 from merge_avg.plan._alignment import without
-from merge_avg.plan._derived import low_rank, parts_note, refuse_quantised, unit_or_mask
+from merge_avg.plan._derived import (
+    _scales_blocks,
+    _scales_packed,
+    low_rank,
+    parts_note,
+    refuse_quantised,
+    unit_or_mask,
+)
 from tests.plan.helpers import info, rows_of
 
 SHORT = {"f8": "float8_e4m3fn", "f16": "float16", "f": "float32", "i8": "int8", "u8": "uint8"}
@@ -49,6 +56,7 @@ CODES = {
     "experts": "e.up f8 8,64,32; e.down f8 8,32,64; e.up_scale f 8,1,1; e.down_scale f 8,1,1",
     "one element": "l.weight f8 4; l.qscale f 1",
     "any name": "l.W f8 64,32; l.k f 64; l.bias f16 64",
+    "packed, one scale": "l.weight_packed i32 64,4; l.global f 1; l.weight_scale f16 1",
     "the whole file": "l.weight f8 64,32; scaled_fp8 f8 2",
 }
 
@@ -80,11 +88,45 @@ def test_codes_are_refused_beside_a_scale_of_any_name(writer):
         "l.bias i8 64; l.scales f 64",
         "q.weight f8 64,32; q.lora_A f16 4,32; q.lora_B f16 64,4",
         "weight f8 64,32",
+        "scaled_fp8 f8 2; l.weight f 64,32",
+        "l.a u8 64,32; l.b u8 64",
+        "l.codes f8 64; l.k f",
+        "l.weight f8 64,32; l.k f 5",
+        "l.weight f8 64,32; l.weight_more f 5",
     ],
 )
 def test_small_numbers_without_a_scale_pass(text):
     """Biases, norms elsewhere, a scale of logits, masks and indices make no quantised weights."""
     refuse(tensors(text))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "blocks", "packed"),
+    [
+        ((64,), (64, 32), True, False),
+        ((32,), (64, 32), True, False),
+        ((33,), (64, 32), False, False),
+        ((64, 1), (64, 32), True, True),
+        ((1, 1, 32), (64, 32), True, False),
+        ((2, 4), (64, 32), True, True),
+        ((2, 3), (256, 301), True, False),  # the last block of 128 is shorter
+        ((2, 7), (256, 300), False, False),
+        ((2, 3, 4), (256, 300), False, False),
+        ((1, 1), (64, 32), True, True),
+        ((0, 3), (256, 300), False, False),
+        ((4,), (4,), False, False),
+        ((64,), (64, 1), False, False),
+        ((64, 32), (64, 32), False, False),
+        ((2, 32), (8, 32), True, True),
+        ((4, 32), (8, 32), True, True),  # a scale for 16 codes of 4 bits
+        ((5, 32), (8, 32), False, False),
+        ((3, 64), (24, 32), False, True),
+        ((5, 32), (12, 32), False, False),
+    ],
+)
+def test_the_shapes_of_scales(ours, theirs, blocks, packed):
+    """One a row, a column or a block of codes; packed codes are up to eight to an integer."""
+    assert (_scales_blocks(ours, theirs), _scales_packed(ours, theirs)) == (blocks, packed)
 
 
 def test_a_scale_of_the_same_name_in_another_state_dict_counts():
@@ -166,6 +208,7 @@ def test_factors_are_found_in_any_spelling(writer):
             "b.downsample.0.weight f 32,16,1,1; b.bn1.weight f 8"
         ),
         "w f 3000; v f 64,3",
+        "a.x.weight f 4,31; a.y.weight f 31,4; b.x.weight f 4,31; b.y.weight f 31,4",
         "l.flora_Ab f 2,3",
         "a.lora_up.x f 3",
     ],
@@ -200,6 +243,14 @@ def test_layers_of_networks_are_no_factors(text):
         ("l.weight f 8,4; l.bias f 8; n.weight f 8; n.bias f 8; n.running_mean f 8", "", ""),
         ("a.in_proj_weight f 24,8; a.in_proj_bias f 24; r.bias_ih_l0 f 8; r.w_l0 f 8,8", "", ""),
         ("l.weight_orig f 8,4; l.weight_mask b 8,4", "", ""),
+        ("l.weight f 8,4; l.x_u f 8", "", "l.x_u"),
+        (
+            "parametrizations.weight.original f 8,8; parametrizations.weight.0.base f 8",
+            "",
+            "parametrizations.weight.0.base",
+        ),
+        ("l.column f 8,1; l.stat f 8", "", ""),
+        ("m.a f 8,4; m.b f 5,6; m.x f 4; m.y f 5; m.z f 7", "", "m.x m.y"),
     ],
 )
 def test_what_may_be_of_unit_length_or_a_mask(text, certain, doubtful):
@@ -218,6 +269,13 @@ def test_what_may_be_of_unit_length_or_a_mask(text, certain, doubtful):
             "'c.weight'",
         ),
         ("parametrizations.w.original f 8,8; parametrizations.w.0.base f 8,8", "'w'"),
+        (
+            (
+                "a.w_g f 8,1; a.w_v f 8,4; b.parametrizations.x.original f 8,8; "
+                "c.parametrizations.x.original f 8,8"
+            ),
+            "'a.w' and 2 more",
+        ),
         ("p.parametrizations.w.original f 8,8; p.parametrizations.w.0.mask f 8,8", None),
         ("l.weight f 8,4; l.bias f 8", None),
     ],

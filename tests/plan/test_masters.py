@@ -1,14 +1,18 @@
 """merge_avg.plan._masters: the float32 copies of weights that an optimizer keeps."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from merge_avg import merge_checkpoints
-from merge_avg.checkpoint import Name
+from merge_avg.checkpoint import BY_NAME, Name, Storage, TensorInfo
 from merge_avg.formats import scan
 from merge_avg.options import Options
 from merge_avg.plan import prepare, roles_of
+from merge_avg.plan._masters import _first
 from tests.helpers import noise, same_bits
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -135,6 +139,57 @@ def test_zeros_say_nothing(tmp_path):
     }
 
 
+@pytest.mark.parametrize("module", ["", "layer.0."])
+def test_flat_names_of_a_slot_belong_together(tmp_path, module):
+    """A zero master is found by the others whose names end in those of weights too."""
+    values = {f"{module}w": noise(1, 4, 3), f"{module}b": torch.zeros(3)}
+    weights = {key: one.bfloat16() for key, one in values.items()}
+    slots = {f"optimizer.state.fp32_param.{key}": one for key, one in values.items()}
+    torch.save(weights | slots, tmp_path / "a.pt")
+    assert {str(name) for name in roles_of([scan(tmp_path / "a.pt")])[1]} == {*slots}
+
+
+def test_a_state_dict_that_is_chosen_has_no_masters(pair):
+    """Whoever names one wants nothing else."""
+    assert not roles_of([scan(path) for path in pair], "model")[1]
+
+
+def test_masters_may_share_a_storage(tmp_path):
+    """Each is read from where it begins, as optimizers keep them all in one piece of memory."""
+    flat = noise(1, 15)
+    masters = [flat[:12].view(4, 3), flat[12:]]
+    w, b = (one.half() for one in masters)
+    torch.save({"model": {"w": w, "b": b}, "optimizer": {"fp32": masters}}, tmp_path / "a.pt")
+    found = roles_of([scan(tmp_path / "a.pt")])[1]
+    assert [str(weight) for weight in found.values()] == ["model.w", "model.b"]
+
+
+@pytest.mark.parametrize(("extent", "count"), [(1, 1), (2, 0)])
+def test_a_row_of_one_element_has_no_steps(tmp_path, extent, count):
+    """Its step is of no matter; that of two has to be one."""
+    w = noise(1, extent, 3).T
+    torch.save({"model": {"w": w.half()}, "optimizer": {"fp32": [w]}}, tmp_path / "a.pt")
+    assert len(roles_of([scan(tmp_path / "a.pt")])[1]) == count
+
+
+def test_the_first_elements_are_those_of_the_first_tile():
+    """The tiles of a tensor may come in any order; a row that two storages hold is not read."""
+    dtype, seen = BY_NAME["float32"], []
+    corner = TensorInfo(("w",), dtype, (2, 2), (2, 1), 1, Storage("a", 0, 32))
+    tiles = tuple(((0, at), replace(corner, start=3 - at)) for at in (2, 0))
+    whole = Storage("w", 0, 32, tiles=tiles)
+    reader = SimpleNamespace(read=lambda into, storage, at, again: seen.append((len(into), at)))
+    assert _first(reader, TensorInfo(("w",), dtype, (2, 4), (4, 1), 0, whole), "float32") == ()
+    assert _first(reader, TensorInfo(("w",), dtype, (4, 2), (2, 1), 0, whole), "float32") == (0, 0)
+    assert seen == [(8, 12)]
+    for storage in (
+        Storage("w", 0, 16, parts=(Storage("a", 0, 12), Storage("b", 0, 4))),
+        Storage("w", 0, 16, packed=9),
+    ):
+        info = TensorInfo(("w",), dtype, (4,), (1,), 0, storage)
+        assert _first(None, info, "float32") == ()
+
+
 @pytest.mark.parametrize(("name", "found"), [("fp32_param", True), ("slow", False)])
 def test_copies_of_float32_weights_need_a_name(tmp_path, name, found):
     """Equal values of the same dtype may be chance, as those of a slow average at its start."""
@@ -149,6 +204,7 @@ def test_what_is_hard_to_read_is_no_master(tmp_path):
     """A transposed copy, or one of another shape, is kept."""
     w = noise(1, 4, 4)
     groups = {"a": [w.T], "b": [noise(1, 4, 4), noise(1, 2)], "c": [w.double()]}
+    groups["d"] = [noise(1, 4, 4), torch.zeros(2)]
     torch.save({"model": {"w": w.bfloat16()}, "optimizer": groups}, tmp_path / "a.pt")
     assert not roles_of([scan(tmp_path / "a.pt")])[1]
 

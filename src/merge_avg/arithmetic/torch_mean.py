@@ -39,13 +39,13 @@ Revisit = Callable[[int], Tensor]
 def exact_mean(values: Sequence[float], weights: Weights, target: Format) -> float:
     """Return the weighted mean of finite numbers, computed exactly and rounded once."""
     total = 0
-    for value, weight in zip(values, weights.integers, strict=True):
+    pairs = [*zip(values, weights.integers, strict=True)]
+    for value, weight in pairs:
         # Over 2**1074, all are integers: fractions would take ten times longer.
         numerator, denominator = value.as_integer_ratio()
         total += numerator * weight << 1075 - denominator.bit_length()
     if not total:
         # IEEE 754: what cancels is +0, but a sum of -0 alone is -0.
-        pairs = zip(values, weights.integers, strict=True)
         negative = all((math.copysign(1, value) < 0) != (weight < 0) for value, weight in pairs)
         return -0.0 if negative else 0.0
     size, divisor = abs(total), weights.total
@@ -126,7 +126,7 @@ class RunningMean:
         # A few rows are still in the processor's cache when they are summed after the conversion.
         most = max(CONVERTED // max(min(flat.shape[1], BLOCK), 1), 1)
         for start in range(0, len(flat), most):
-            some = flat if len(flat) <= most else flat[start : start + most]
+            some = flat[start : start + most]
             ours = slice(self._count, self._count + len(some))
             integers, factors = self._weights.integers[ours], self._factors[:, ours]
             for block, part in zip(self._blocks, _blocks(some), strict=True):
@@ -160,8 +160,7 @@ class RunningMean:
         target = FORMATS[self._dtype.to_real()]
         if out is None:
             out = torch.empty(self._shape, dtype=self._dtype, device=self._factors.device)
-        flat = torch.view_as_real(out) if out.is_complex() else out
-        flat = flat if flat.dim() == 1 else flat.view(-1)
+        flat = (torch.view_as_real(out) if out.is_complex() else out).view(-1)
         doubts = []
         for number, (block, place) in enumerate(zip(self._blocks, _blocks(flat), strict=True)):
             doubtful = block.result(target, place)
@@ -191,8 +190,7 @@ class RunningMean:
 
     def _column(self, values: Tensor, places: Tensor) -> Tensor:
         flat = self._flat(values.unsqueeze(0))[0]
-        column = _indexable(flat)[places].view(flat.dtype)
-        return (column if column.dtype in WORDS else column.to(torch.float32)).double()
+        return _indexable(flat)[places].view(flat.dtype).double()
 
     def _settle(self, places: Tensor, target: Format, revisit: Revisit) -> Tensor:
         """Return the means of a few elements, which are looked at once more in every tensor."""
@@ -296,7 +294,7 @@ class _Block:
         else:
             self._sum = self._sum or PlainSum(self._row, self._weights, self._buffers)
             least = min(weights)
-            signs = least == 0 or (span.zeros and (span.negative_zeros or least < 0))
+            signs = least == 0 or span.negative_zeros or (span.zeros and least < 0)
             self._sum.add(rows, weights, factors, signs=signs)
         self._spans.append((span, sum(map(abs, weights))))
 

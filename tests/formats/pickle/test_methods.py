@@ -8,6 +8,7 @@ import sys
 import types
 import zipfile
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.formats.pickle.load import load
-from merge_avg.formats.pickle.values import DangerousPickleError, PickleError
+from merge_avg.formats.pickle.tensors import TorchHooks
+from merge_avg.formats.pickle.values import Allowance, DangerousPickleError, PickleError
 from tests.formats.pickle.helpers import read
 
 HERE = __name__.encode()
@@ -55,7 +57,7 @@ class Calls:
         return self.function(*args)
 
 
-class Runs:
+class Runs(Evil):
     """An object that calls what its state holds."""
 
     def __setstate__(self, state):
@@ -92,6 +94,43 @@ class Mapped(dict[str, object]):
 
     def __setitem__(self, key, value):
         value(key)
+
+
+class Keyed:
+    """An object whose attributes are a dict, and that calls one of them for a key."""
+
+    __setstate__ = Keeps.__setstate__
+
+    def __call__(self):
+        return self.function(1)
+
+
+class Kept:
+    """An object that keeps its argument, and calls what lies in it as it gets a state."""
+
+    def __new__(cls, value):
+        """Keep it."""
+        made = super().__new__(cls)
+        made.value = value
+        return made
+
+    def __setstate__(self, state):
+        self.value[0](1)
+
+
+def use_attribute(value, name="x"):
+    """Call a method that lies in an attribute."""
+    getattr(value, name)[0](1)
+
+
+def use_hook(value):
+    """Call a method that is a tensor's hook."""
+    value._backward_hooks[0](1)
+
+
+def look_up(value):
+    """Look for a key that a dict does not have."""
+    value[0]
 
 
 def use(value):
@@ -139,6 +178,12 @@ FUNCTION = made("Calls") + state(function=METHOD) + b"b"  # an object that calls
 SGD = named("SGD", b"torch.optim.sgd") + b")\x81"
 SPACE = named("SimpleNamespace", b"types") + b")\x81"
 
+ORDERED = named("OrderedDict", b"collections") + b")R"
+FILLED = ORDERED + b"K\1K\1s"
+META = named("_rebuild_meta_tensor_no_storage", b"torch._utils")
+META += b"(ctorch\nfloat32\n(K\1t(K\1t\x89tR"
+SHARED = b"]q\2"  # a list that gets a method later
+LATER = b"0h\2" + METHOD + b"a0"
 # Each of these runs Evil.run when Python loads it.
 HOSTILE = {
     "reduce": METHOD + b"(K\1tR",
@@ -202,6 +247,27 @@ HOSTILE = {
     + b"b",
     "member_of_namespace": SPACE + state(a=METHOD) + b"bq\1" + got(b"h\1", "a") + b"K\1\x85R",
     "persistent": b"]" + METHOD + b"aQ",
+    "items_of_ordered_dict": SPACE + FILLED + state(items=METHOD) + b"bb",
+    "own_items_of_ordered_dict": EVIL + b"q\1" + FILLED + state(items=got(b"h\1")) + b"bb",
+    "attribute_of_ordered_dict": ORDERED
+    + (state(x=SHARED) + b"bq\3" + LATER + named("use_attribute") + b"h\3\x85R"),
+    "default": named("defaultdict", b"collections")
+    + (made("Keyed") + b"}q\2b\x85Rq\3" + b"0h\2S'function'\n" + METHOD + b"s0")
+    + (named("look_up") + b"h\3\x85R"),
+    "attribute_of_parameter": named("_rebuild_parameter_with_state", b"torch._utils")
+    + (b"(" + META + b"\x89" + ORDERED + state(x=SHARED) + b"tRq\3" + LATER)
+    + (named("use_attribute") + b"h\3\x85R"),
+    "hook_of_parameter": named("_rebuild_parameter", b"torch._utils")
+    + (b"(" + META + b"\x89" + ORDERED + b"q\2tRq\3" + b"0h\2K\0" + METHOD + b"s0")
+    + (named("use_hook") + b"h\3\x85R"),
+    "argument_kept": named("Kept") + SHARED + b"\x85\x81q\3" + LATER + b"h\3}b",
+    "items_of_namespace": PLAIN + SPACE + state(items=METHOD) + b"bb",
+    "own_items": PLAIN + EVIL + b"q\1" + state(items=got(b"h\1")) + b"bb",
+    "own_items_of_pair": PLAIN + b"N" + EVIL + b"q\1" + state(items=got(b"h\1")) + b"b\x86b",
+    "beside_own": made("Runs")
+    + b"q\1"
+    + state(before=got(b"h\1"), function=METHOD, argument=b"K\1", own=got(b"h\1"))
+    + b"b",
 }
 
 
@@ -228,16 +294,21 @@ class Fast(pickle.Unpickler):
     persistent_load = Loader.persistent_load
 
 
+# Hooks that know no tensors.
+NONE = SimpleNamespace(persistent=lambda _: None, call=lambda *_: None)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_method_can_be_called(name):
     """Each of these pickles runs a method when Python loads it, and is refused."""
     data = HOSTILE[name] + b"."
     assert runs(data, Loader)
     # The loader in C never looks `items` up, and appends to a list of any class by itself.
-    assert runs(data, Fast) or name in ("items", "items_of_pair", "its_append")
-    with pytest.raises(DangerousPickleError) as caught:
-        read(data)
-    assert "if you made" in caught.value.hint
+    assert runs(data, Fast) or name in ("its_append", *(one for one in HOSTILE if "items" in one))
+    for hooks in (NONE, TorchHooks(Allowance())):
+        with pytest.raises(DangerousPickleError) as caught:
+            load(data, persistent=hooks.persistent, call=hooks.call)
+        assert "if you made" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -267,6 +338,7 @@ def test_it_is_the_method_that_is_refused(name):
         got(named("copyreg._reconstructor"[8:], b"copyreg") + b"(cm\nf\nN" + b"tR", "run"),
         named("getattr", b"builtins") + b"(" + EVIL + b"S'run'\nNtR",
         named("getattr", b"builtins") + b")" + state(a=EVIL) + b"\x92",
+        b"}q\1}q\2b0h\2S'items'\n" + METHOD + b"s0" + SPACE + b"h\1b",
         METHOD + b"}b",  # which would change the function
         METHOD + b"K\1a",
         METHOD + b"K\1K\1s",
@@ -278,6 +350,30 @@ def test_other_uses_of_getattr_are_refused(data):
     """Only an object of a class has methods here, by names that lead no further."""
     with pytest.raises(DangerousPickleError):
         read(data + b".")
+
+
+@pytest.mark.parametrize("module", [b"torch.optim.sgd", b"torch.optim.lr_scheduler"])
+def test_an_optimizer_holds_no_methods_of_its_own(module):
+    """Its state names attributes that it calls as it is loaded; that of a schedule does not."""
+    data = named("SGD", module) + b")\x81q\1" + state(_step=got(b"h\1", "step")) + b"b."
+    if module == b"torch.optim.lr_scheduler":
+        read(data)
+    else:
+        with pytest.raises(DangerousPickleError, match="the method 'step'"):
+            read(data)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_an_own_method_that_another_object_shares_is_refused(swap):
+    """A list may be an object's own and lie in another object: the second counts too."""
+    both = [b"S'own'\nh\2", b"S'other'\nh\3"][:: -1 if swap else 1]
+    start = EVIL + b"q\1" + SHARED + b"0"
+    later = b"h\2" + got(b"h\1") + b"a0"
+    inner = PLAIN + b"q\3" + state(x=b"h\2") + b"b0"  # while the list is empty
+    data = start + inner + later + b"h\1}(" + b"".join(both) + b"ub."
+    with pytest.raises(DangerousPickleError, match="the method 'run'"):
+        read(data)
+    read(data.replace(b"h\3", b"K\3"))
 
 
 @pytest.mark.parametrize("data", [METHOD + b"}b", METHOD + b"K\1a", METHOD + b"K\1K\1s"])
@@ -345,6 +441,10 @@ HONEST = {
     "lambdas": (lambda: whole(Chosen().times), ("Chosen", "Chosen.times")),
     "hparams": (lambda: {"hparams": {"f": [Chosen().times]}}, ("Chosen", "Chosen.times")),
     "namespace": (lambda: argparse.Namespace(f=Chosen().times), ("Chosen", "Chosen.times")),
+    "namespaces": (
+        lambda: argparse.Namespace(a=argparse.Namespace(f=[Chosen().times])),
+        ("Chosen", "Chosen.times"),
+    ),
     "module": (Act, ("Act", "Act._act")),
     "modules": (lambda: nn.Sequential(Act(Act()), Act()), ("Act", "Act._act")),
     "class_method": (lambda: [Chosen.make], ("Chosen", "Chosen.make")),
@@ -411,6 +511,7 @@ def test_settings_of_lightning_hold_methods(monkeypatch):
     value = module.AttributeDict(a=1, f=Chosen().times)
     assert read(pickle.dumps(value, 2)).pairs[0] == ("a", 1)
     entries = named("AttributeDict", module.__name__.encode()) + b")\x81S'append'\n"
+    read(entries + METHOD + b"sS'more'\nK\1s.")
     for inner in (METHOD, FUNCTION):
         data = entries + inner + b"sK\1a."
         assert runs(data, Fast)

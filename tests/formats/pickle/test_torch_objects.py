@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from merge_avg.checkpoint import ATTRIBUTES
+from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.tensors import Tensor, TorchHooks
 from merge_avg.formats.pickle.torch_objects import key_of, objects_at, scalars_near, values_below
@@ -322,6 +323,26 @@ def test_a_tensor_of_codes_stays_one(tmp_path):
     assert (found[0,].trouble, found[0,].dtype.name) == (None, "uint8")
     flags = Rebuilt(rebuild, FLOATS, 0, (2, 3), (3, 1), {"neg": True})
     assert infos([flags], tmp_path)[0,].trouble == "a lazy view (its neg bit is set)"
+
+
+@pytest.mark.parametrize("more", [(), ("neg",), ("conj",)])
+@pytest.mark.parametrize("dtype", ["QInt8", "Float"])
+def test_no_tensor_reaches_outside_its_storage(dtype, more):
+    """Nor does one of codes, or one whose bits are pending; a storage may have an empty key."""
+
+    def rebuilt(key, *shape):
+        cls = b"ctorch\n%bStorage\n" % dtype.encode()
+        pid = b"(Vstorage\n" + cls + b"V%b\nVcpu\nK\6tQ" % key
+        sizes = b"K\0(K%cK%ctK\1K\1\x86" % shape
+        flags = b"}" + b"".join(b"V%b\n\x88s" % flag.encode() for flag in more)
+        arguments = b"(" + pid + sizes + b"\x89}" + flags + b"t"
+        return b"}Vw\nctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+
+    for key in (b"0", b""):
+        (found,) = objects_at(rebuilt(key, 5, 2)).tensors
+        assert (found.stop, found.storage.nbytes // found.dtype.itemsize) == (6, 6)
+        with pytest.raises(MergeError, match="tensor 'w' reaches outside its storage"):
+            objects_at(rebuilt(key, 6, 2))
 
 
 def test_bare_storages_are_named(tmp_path):

@@ -311,6 +311,8 @@ class Machine:
                 self.notice(shown(args[0]))  # it is called
             known = self.call(function, args)
             if known is not None:
+                if args and hasattr(known, "args"):
+                    known.args = args
                 self.push(known)
                 return
         self.instance(args, function)

@@ -12,11 +12,12 @@ A loader of a pickle, be it C or Python, calls
 4.  by way of an object's `__setstate__` and the like, what its state holds.
 
 So, as soon as a pickle has a method: functions are named (1); nothing in the arguments of a call,
-or in a persistent id, leads to a method, however deep it lies (2); an object that has its state is
-not changed again, so that lookups find what its class has and not what the pickle put there, and
-the state is a plain dict, or two (3); and an object holds no methods but its own, which the code of
-its class could call anyway, and those that objects in it have of their own (4). A few classes call
-nothing, and may hold any; those of optimizers call attributes of their state, and hold none.
+or in a persistent id, leads to a method, however deep it lies, be it in what a tensor or a dict of
+a known function was made of (2); an object that has its state is not changed again, so that lookups
+find what its class has and not what the pickle put there, and the state is a plain dict, or two
+(3); and an object holds no methods but its own, which the code of its class could call anyway, and
+those that objects in it have of their own (4). A few classes call nothing, and may hold any; those
+of optimizers call attributes of their state, and hold none.
 
 What getattr itself runs is at most a property, the code of a class: so a method is refused, or
 named to the user, like an attribute of the class that the pickle names. For what getattr finds in a
@@ -140,15 +141,19 @@ def _check(pending: list[_Place], spend: Spend) -> None:
                 refuse_use(f"its pickle hands on the method {value.args[1]!r} of an object")
             continue
         place = (id(value), id(owner), free)
-        if not isinstance(value, _INNER) or place in seen:
+        # What is known has what it was made of, as a tensor has its hooks, or a dict its default.
+        inside = [getattr(value, "args", None), getattr(value, "state", None)]
+        if not (isinstance(value, _INNER) or hasattr(value, "args")) or place in seen:
             continue
         seen.add(place)
         if isinstance(value, Instance):
             owner, free = owner and value, free and _is_store(value)
-            inside = [value.function, value.args, value.state, value.items, value.pairs]
+            inside += [value.function, value.items, value.pairs]
         elif isinstance(value, dict):
-            inside = [*value, *value.values(), getattr(value, "state", None)]
+            inside += [*value, *value.values()]
+        elif hasattr(value, "args"):  # a tensor
+            owner, free = None, False
         else:
-            inside = [*value]
+            inside += [*value]
         spend(_VISIT * len(inside))
         pending += [(one, owner, free) for one in inside]

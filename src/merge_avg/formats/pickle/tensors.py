@@ -62,7 +62,7 @@ from merge_avg.formats.pickle.values import (
 
 _VISIT = 20  # bytes that a look at a value costs
 _LARGEST = 1 << 63  # every number in a pickle of torch is smaller
-_NOWHERE = Storage("", 0, 0)
+NOWHERE = Storage("", 0, 0)  # of tensors without a storage of their own
 _UNKNOWN = DType("unknown", 1, "code")
 
 _ORDERED_DICT = Global("collections", "OrderedDict")
@@ -103,6 +103,7 @@ class Tensor:
 
     info: TensorInfo
     state: Value = None  # attributes of its own
+    args: Value = None  # what it was made of, in which lists and dicts may change
 
     @property
     def reach(self) -> int:
@@ -187,7 +188,7 @@ class TorchHooks:
 
 def unusual(what: str, *shape: int) -> Tensor:
     """Return a tensor that cannot be averaged, and why; it is an error only among the weights."""
-    return Tensor(TensorInfo((), _UNKNOWN, shape, shape, 0, _NOWHERE, what))
+    return Tensor(TensorInfo((), _UNKNOWN, shape, shape, 0, NOWHERE, what))
 
 
 def _like_torch(args: tuple[Value, ...], allowance: Allowance) -> Tensor | None:

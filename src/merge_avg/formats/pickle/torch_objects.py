@@ -31,7 +31,7 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.numpy_objects import digest_of, number_of
-from merge_avg.formats.pickle.tensors import Stored, Tensor, TorchHooks, unusual
+from merge_avg.formats.pickle.tensors import NOWHERE, Stored, Tensor, TorchHooks, unusual
 from merge_avg.formats.pickle.values import Allowance, Instance, PickleError, Value, shown
 
 _INNER = (dict, list, tuple, Instance)  # values that have others inside
@@ -99,7 +99,7 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
             allowance.spend(150 + 8 * len(path))
             info = _moved(value.info, path, value.info.storage)
             # Torch would refuse it too, but only when it loads the file.
-            if not info.trouble and value.reach > info.storage.nbytes:
+            if info.storage is not NOWHERE and value.reach > info.storage.nbytes:
                 what = f"tensor {dotted(path)!r} reaches outside its storage {info.storage.name!r}"
                 raise MergeError(what)
             infos.append(info)

@@ -72,6 +72,7 @@ class InertDict(dict[Value, Value]):
     """A dict, with the attributes that a pickle sets on it (an OrderedDict's) kept apart."""
 
     state: Value = None
+    args: Value = None  # what it was made of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
