@@ -72,7 +72,7 @@ def test_instances_are_compared_by_identity():
         (0, 300_000),
         (1000, 500_000),
         (1_000_000, 180_000_000),
-        (100_000_000, 2_400_000_000),
+        (100_000_000, 3_200_000_000),
     ],
 )
 def test_the_limit_grows_with_what_was_read(read, limit):
