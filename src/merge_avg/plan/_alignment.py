@@ -134,17 +134,14 @@ def match(
     if template.keys() == other.keys():
         return dict(other), None
     if {name.state_dict for name in _short(template)} != {n.state_dict for n in _short(other)}:
-        found = [
+        dicts = [
             " and ".join(sorted({repr(dotted(name.state_dict)) for name in names}))
             for names in (other, template)
         ]
-        what = f"its state dicts are {found[0]}, those of {template_path} are {found[1]}"
+        what = f"its state dicts are {dicts[0]}, those of {template_path} are {dicts[1]}"
         hint = "name the one to average with --key, for example --key state_dict"
         raise MergeError(what, where=path, hint=hint)
-    # The change after which the fewest names are left alone; of equals the first, which changes
-    # least. So names that meet as they are stay as they are.
-    best, best_note = dict(other), None
-    least = len(template) + len(other) + 1
+    found: list[tuple[dict[Name, TensorInfo], str | None]] = []
     for change, note in _CHANGES:
         ours, theirs = _renamed(template, change), _renamed(other, change)
         if ours is None or theirs is None:
@@ -158,14 +155,12 @@ def match(
         for name in spare:
             del column[name]
         said = [note] if note else []
-        if dropped or spare:
-            names = named((*dropped, *spare))
-            said.append(f"{names} was matched with the tensor that it is tied to")
-        unmatched = len(column.keys() ^ template.keys())
-        if unmatched < least:
-            least, best = unmatched, column
-            best_note = f"{path}: {'; '.join(said)}" if said else None
-    return best, best_note
+        if tied := (*dropped, *spare):
+            said.append(f"{named(tied)} was matched with the tensor that it is tied to")
+        found.append((column, f"{path}: {'; '.join(said)}" if said else None))
+    # The change after which the fewest names are left alone; of equals the first, which changes
+    # least. So names that meet as they are stay as they are.
+    return min(found, key=lambda one: len(one[0].keys() ^ template.keys()))
 
 
 def _dropped_ties(
