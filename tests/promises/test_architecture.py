@@ -186,7 +186,6 @@ READERS = {
     ("report.html", "read_text"): "a style sheet of this package",
     ("report.text", "open"): "it adds to a file",
     ("selection._copies", "open"): "payload, to tell a copy",
-    ("selection._metadata", "open"): "the one number of a score",
     ("soup._evaluate", "loads"): "what the user's own command prints",
     ("soup._log", "open"): "it adds to the log",
     ("verify", "open"): "payload",
