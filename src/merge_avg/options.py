@@ -9,9 +9,10 @@ here, and the code that acts on it.
 # Without `annotations` of __future__: types that are text would be compiled each time one is asked
 # for, and while a file is verified nothing is compiled.
 
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -70,6 +71,29 @@ def choices(cls: type, name: str) -> tuple[str, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
+def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
+    """Return the hint for a word that may be a misspelt one of some, or another hint."""
+    from difflib import get_close_matches  # which takes time squared in the lengths
+
+    close = get_close_matches(word[:99], [one[:99] for one in itertools.islice(words, 999)], 1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+_DTYPES = get_args(ResultDtype)
+_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_SHORT |= {"double": "float64", "float": "float32", "half": "float16"}
+
+
+def parse_dtype(text: str) -> str:
+    """Return the name of a dtype that is written in full, or as in fp16, bf16 and half."""
+    name = text.lower().removeprefix("torch.")
+    name = _SHORT.get(name, name)
+    if name not in _DTYPES:
+        hint = nearest(name, _DTYPES, f"choose one of {', '.join(_DTYPES)}")
+        raise UsageError(f"--dtype: {text!r} is not a dtype to write", hint=hint)
+    return name
+
+
 # As ls and dd take them: a letter alone and KiB count in powers of 1024, kB in powers of 1000.
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -121,7 +145,10 @@ class Options:
     normalize: bool = recorded(True, "Divide the weighted sum by the sum of the weights.")
     # Any text, so that the library's callers need no cast; `prepare` refuses what is not a dtype.
     dtype: ResultDtype | str | None = recorded(
-        None, "Convert the averaged float tensors; template: where checkpoints differ in dtype."
+        None,
+        "Convert to float64, float32, float16 or bfloat16; template: where checkpoints differ.",
+        metavar="DTYPE",
+        parse=parse_dtype,
     )
     key: str | None = recorded(
         None, "Average only this state dict, as in state_dict_ema.", metavar="PATH"
@@ -166,7 +193,9 @@ class Options:
     strict_pickle: bool = option(
         False, "Refuse a template that calls what is not known to be harmless when it is loaded."
     )
-    overwrite: bool = option(False, "Replace the output if it exists.")
+    overwrite: bool = option(
+        False, "Replace the output if it exists.", names=("--overwrite", "--force", "-f")
+    )
     device: str = option(
         "cpu", "Where sums are kept: cpu, cuda or cuda:N.", metavar="DEVICE", reported=True
     )

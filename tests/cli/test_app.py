@@ -1,11 +1,16 @@
 """merge_avg.cli._app: what the command takes, and what it asks of a task."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers import run_command
 
 
 def test_dry_run_and_help_import_no_torch(folds, tmp_path):
@@ -14,7 +19,12 @@ def test_dry_run_and_help_import_no_torch(folds, tmp_path):
         "import sys\nfrom merge_avg.cli import main\ntry:\n    main()\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy'} & set(sys.modules), 'imported'\n"
     )
-    for arguments in ([*folds, "-o", "out.pt", "--dry-run"], ["--help"], ["soup", "-h"]):
+    for arguments in (
+        [*folds, "-o", "out.pt", "--dry-run"],
+        ["--help"],
+        ["--version"],
+        ["soup", "-h"],
+    ):
         command = [sys.executable, "-c", code, *arguments]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert not (tmp_path / "out.pt").exists()
@@ -32,11 +42,24 @@ def test_help_imports_no_task(tmp_path):
     assert packages <= {"cli", "errors", "options", "report", "_version"}
 
 
-def test_the_version_needs_no_checkpoints(command):
-    """--version prints the version and nothing else."""
-    from merge_avg import __version__
+def test_the_version_needs_no_checkpoints(command, monkeypatch):
+    """--version tells merge-avg's, torch's, and whether there are compiled loops; all by itself."""
+    from merge_avg import __version__, arithmetic
 
-    assert command("--version") == (0, f"merge-avg {__version__}\n", "")
+    torchs = metadata.version("torch")
+    for loops, said in ((None, "no compiled loops"), (object(), "compiled loops")):
+        monkeypatch.setattr(arithmetic, "LOOPS", loops)
+        line = f"merge-avg {__version__} (torch {torchs}, {said})\n"
+        assert command("--version") == (0, line, "")
+    monkeypatch.setattr(metadata, "distributions", lambda **_: [])
+    assert "(torch is missing, compiled loops)" in command("--version")[1]
+
+
+def test_the_shell_completes_options_of_a_command(tmp_path):
+    """What the shell asks for is answered by the command that has begun."""
+    words = {"COMP_WORDS": "merge-avg verify --in", "COMP_CWORD": "2"}
+    environment = os.environ | {"_MERGE_AVG_COMPLETE": "complete_bash", **words}
+    assert run_command(cwd=tmp_path, env=environment).stdout.split() == ["--inputs"]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +69,21 @@ def test_the_version_needs_no_checkpoints(command):
         (["--max-shard-size", "5 apples"], "error: '5 apples' is not a size"),
         (["--steps", "5:1"], "error: the range '5:1' is empty"),
         (["-w", "1,x,2"], "error: the weight 'x' is not a finite number"),
-        (["--missing", "ignore"], "Invalid value for '--missing'"),
-        (["--agreement"], "No such option: --agreement"),
+        (
+            ["--missing", "ignore"],
+            "error: invalid value for '--missing': 'ignore' is not one of",
+        ),
+        (["--agreement"], "error: no such option: --agreement\nhint: did you mean --no-agreement?"),
+        (["--wieghts", "1,2"], "error: no such option: --wieghts\nhint: did you mean --weights?"),
+        (["-x"], "error: no such option: -x\nhint: see merge-avg --help\n"),
+        (["--last", "x"], "error: invalid value for '--last': it should be a valid integer\n"),
+        (["--last"], "error: option '--last' requires an argument\nhint: see merge-avg --help\n"),
+        (["--dtype", "floot32"], "error: --dtype: 'floot32' is not a dtype"),
+        (["--dtype", "floot32"], "\nhint: did you mean float32?\n"),
+        (
+            ["--dtype", "int8"],
+            "hint: choose one of float64, float32, float16, bfloat16, template",
+        ),
     ],
 )
 def test_wrong_values_are_wrong_usage(command, folds, arguments, message):
@@ -55,6 +91,32 @@ def test_wrong_values_are_wrong_usage(command, folds, arguments, message):
     code, out, err = command(*folds, "-o", "out.pt", *arguments)
     assert (code, out) == (2, "")
     assert message in err
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "hint"]
+
+
+def test_without_anything_the_way_on_is_told(command):
+    """Without checkpoints an error says what is missing, and where the help is."""
+    for words in ("merge-avg", "merge-avg verify"):
+        name = "OUTPUT..." if "verify" in words else "CHECKPOINT..."
+        told = f"error: missing argument '{name}'\nhint: see {words} --help\n"
+        assert command(*words.split()[1:]) == (2, "", told)
+
+
+@pytest.mark.parametrize("name", ["fp16", "half", "torch.float16", "Float16"])
+def test_a_dtype_by_its_other_names(command, folds, name):
+    """Names that torch and other tools have for a dtype are understood, and recorded in full."""
+    assert command(*folds, "-o", "out.pt", "--dtype", name, "-q")[0] == 0
+    assert torch.load("out.pt")["model"]["w"].dtype is torch.float16
+    assert command(*folds, "-o", "again.pt", "--dtype", "float16", "-q")[0] == 0
+    assert Path("out.pt").read_bytes() == Path("again.pt").read_bytes()
+
+
+@pytest.mark.parametrize("option", ["-f", "--force", "--overwrite"])
+def test_an_output_is_replaced_by_force(command, folds, option):
+    """What other programs call --force is understood."""
+    assert command(*folds, "-o", "out.pt", "-q")[0] == 0
+    assert command(*folds, "-o", "out.pt", "-q")[0] == 1
+    assert command(*folds, "-o", "out.pt", "-q", option)[0] == 0
 
 
 def test_a_template_by_path(command, folds):
@@ -109,14 +171,16 @@ def test_a_command_has_only_the_options_that_it_takes(command, arguments):
     """An option that would do nothing is wrong usage."""
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
-    assert "o such option" in err
+    assert "error: no such option" in err
 
 
 @pytest.mark.parametrize("name", ["verify", "inspect", "soup"])
 def test_a_checkpoint_called_like_a_command(command, folds, tmp_path, name):
     """The first word is the command whatever files there are; ./ before it makes it a path."""
     (tmp_path / folds[0]).rename(tmp_path / name)
-    code, out, _ = command(name, folds[1], "-o", "out.pt")
+    code, out, err = command(name, folds[1], "-o", "out.pt")
+    if name != "soup":
+        assert f"hint: a checkpoint that is called {name} is written ./{name}" in err
     assert (code, out, (tmp_path / "out.pt").exists()) == (2, "", False)
     assert command(f"./{name}", folds[1], "-o", "out.pt", "-q") == (0, "out.pt\n", "")
     assert command(folds[1], name, "-o", "again.pt", "-q") == (0, "again.pt\n", "")

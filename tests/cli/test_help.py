@@ -11,6 +11,7 @@ from merge_avg.cli._app import app
 from merge_avg.cli._help import COMMANDS, QUESTIONS
 from tests.helpers import run_command
 
+FORMER = {"inspect", "verify", "recipe", "inputs", "evaluation", "eval_json"}
 NAMES = " ".join(QUESTIONS.values()).split()
 
 
@@ -27,11 +28,15 @@ def test_every_option_has_its_place():
     options = {one.name for one in params if one.param_type_name == "option"} | {"help"}
     assert len(NAMES) == len(set(NAMES))
     assert options - set(NAMES) == {"inspect", "verify", "recipe"}
+    taken = {name for _, _, takes in COMMANDS.values() for name in takes.split()}
+    assert taken <= options
     assert set(NAMES) <= options
     text = "\n".join(shown())
     for one in params:
         if one.param_type_name == "option":
-            assert (max(one.opts, key=len) in text) != one.hidden, one.name
+            assert (re.search(rf"  .*{one.opts[0]}\b", text) is not None) == (
+                one.name not in FORMER
+            ), one.name
 
 
 def test_everyday_options_fit_on_a_screen():
@@ -40,8 +45,8 @@ def test_everyday_options_fit_on_a_screen():
     assert lines[0] == "Usage: merge-avg CHECKPOINT... -o OUTPUT [OPTIONS]"
     assert max(map(len, lines)) <= 80
     assert lines.index("Which checkpoints:") <= 25
-    assert lines[23].startswith("  -h, --help")
-    assert any("verify, inspect and soup" in line for line in lines[:24])
+    assert any(line.startswith("  -h, --help") for line in lines[:24])
+    assert "commands verify, inspect and soup" in " ".join(" ".join(lines[:24]).split())
 
 
 def test_an_option_is_explained_in_two_lines():
@@ -59,7 +64,7 @@ def test_an_option_is_explained_in_two_lines():
 def test_help_is_as_wide_as_the_terminal(name):
     """A wider terminal has fewer and longer lines; a narrow one none that is longer than it."""
     wide, narrow = (shown(*name.split(), columns=columns) for columns in (150, 60))
-    assert 80 < max(map(len, wide)) <= 150
+    assert 75 < max(map(len, wide)) <= 150
     assert len(wide) < len(narrow)
     options = [line for line in narrow if line.startswith(" " * 28)]
     assert max(map(len, options)) <= 60

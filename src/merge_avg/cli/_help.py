@@ -1,11 +1,16 @@
-"""How a command is shown: its usage, and its options below the questions that they answer."""
+"""The words that are commands, and how each is shown: usage, options by question, and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import sys
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
+
+from merge_avg.cli._process import say
+from merge_avg.errors import UsageError
 
 # What options are for, and the options: those of every day come first, and fit on a screen.
 QUESTIONS = {
@@ -19,54 +24,102 @@ QUESTIONS = {
     "By which means, and by which program": "device threads max_memory version install_completion "
     "show_completion",
 }
-# The commands beside the merge, and what they take.
+# The commands beside the merge: their usage, what they do, and which of its options they take.
 COMMANDS = {
-    "verify": "OUTPUT... [OPTIONS]",
-    "inspect": "CHECKPOINT... [OPTIONS]",
-    "soup": "CHECKPOINT... -o OUTPUT --eval COMMAND --mode min|max [OPTIONS]",
+    "verify": (
+        "OUTPUT... [OPTIONS]",
+        "Derive outputs of earlier merges from their inputs again, and compare every byte.",
+        "inputs threads max_memory as_json quiet",
+    ),
+    "inspect": (
+        "CHECKPOINT... [OPTIONS]",
+        "List what is in checkpoints: what would be averaged or kept of each, and why.",
+        "key as_json",
+    ),
+    "soup": (
+        "CHECKPOINT... -o OUTPUT --eval COMMAND --mode min|max [OPTIONS]",
+        "Add one checkpoint at a time, and keep what does not hurt the score of their mean.",
+        """output evaluation eval_json lasts best metric mode steps epochs min_interval metrics_file
+        one_best_per_fold key include exclude missing int_policy allow_nonfinite state_dict
+        max_shard_size hashes strict_pickle device threads max_memory overwrite dry_run as_json
+        quiet""",
+    ),
 }
-CODES = """
+# The options that were commands, and those that only such a command takes.
+_FORMER = {"verify": "verify", "inspect": "inspect", "soup": "recipe"}
+_HIDDEN = (*_FORMER.values(), "inputs", "evaluation", "eval_json")
+EXAMPLES = """\b
+merge-avg fold*.pt -o merged.pt                the mean of all folds
+merge-avg a.pt b.pt -w 0.7,0.3 -o merged.pt    a weighted mean
+merge-avg run -o merged.ckpt --last 5          the last five of a run
+merge-avg verify merged.pt                     is it what its inputs give?
 
-\b
+"""
+CODES = """\b
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 done but for a
 report of it, 129 hung up, 130 interrupted, 143 terminated."""
-EXAMPLES = """\b
-Commands, each with a --help of its own:
-  merge-avg verify merged.pt     derive it from its inputs again, and compare
-  merge-avg inspect a.pt         list what is in it, and why it is averaged
-  merge-avg soup ...             average only what goes well together
-A checkpoint that is called like a command is written ./verify.
-
-\b
-Examples:
-  merge-avg fold*.pt -o merged.pt                the mean of all folds
-  merge-avg a.pt b.pt -w 0.7,0.3 -o merged.pt    a weighted mean
-  merge-avg run -o merged.ckpt --last 5          the last five of a run
-  merge-avg run -o merged.ckpt --best 3 --metric val_loss
-"""
-_COLUMN = 24  # of what options mean
 
 
 class Command(TyperCommand):
-    """A command whose help answers questions; `options_metavar` is all of its usage."""
+    """The merge, or the command that the first word names, whatever files there are."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command; what typer says of wrong usage is an error like any other."""
+        extra["standalone_mode"] = False
+        try:
+            sys.exit(super().main(*args, **extra))
+        except _WRONG as error:
+            raise _told(error) from None
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
+        """Become what is asked for, and return the context of it."""
+        params: list[Any] = self.params
+        self.options_metavar, self.epilog = "CHECKPOINT... -o OUTPUT [OPTIONS]", EXAMPLES + CODES
+        if args and args[0] in COMMANDS:
+            info_name, *args = f"{info_name} {args[0]}", *args[1:]
+            self.options_metavar, self.help, takes = COMMANDS[info_name.split()[-1]]
+            self.params = [params[0], *(one for one in params if one.name in takes.split())]
+            self.epilog, params[0].metavar = CODES, self.options_metavar.split()[0]
+        else:
+            for one in params[1:]:
+                one.hidden = one.name in _HIDDEN
+        return super().make_context(info_name, args, *more, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and say the new word for an option that has become one."""
+        for word, option in _FORMER.items():
+            if ctx.params.get(option) and not ctx.params["quiet"]:
+                say(f"note: --{word} is now a command, merge-avg {word}; the option will go")
+            if ctx.info_name.endswith(f" {word}"):
+                ctx.params[option] = "greedy" if word == "soup" else True
+        return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """Return the usage behind the command's name."""
         return [self.options_metavar or ""]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, and options by question, with their meanings in one column."""
-        params: dict[str | None, Any] = {one.name: one for one in self.get_params(ctx)}
-        arguments = [one for one in params.values() if one.param_type_name == "argument"]
-        formatter.write_paragraph()
-        with formatter.indentation():
-            _write(formatter, [(one.metavar, one.help) for one in arguments])
+        """Write the options by question, with their meanings in one column."""
+        params = {one.name: one for one in self.get_params(ctx)}
         for question, names in QUESTIONS.items():
-            shown = [params[name].get_help_record(ctx) for name in names.split() if name in params]
-            if any(shown):
+            rows = [params[name].get_help_record(ctx) for name in names.split() if name in params]
+            if any(rows):
                 with formatter.section(question):
-                    _write(formatter, filter(None, shown))
+                    formatter.write_dl([(f"{row[0]:<24}", row[1]) for row in rows if row], 24)
 
 
-def _write(formatter: Any, rows: Iterable[tuple[str, str]]) -> None:
-    formatter.write_dl([(f"{name:<{_COLUMN}}", text) for name, text in rows], _COLUMN)
+# What typer raises for wrong usage has no public name but for a class derived from it.
+_WRONG: Any = typer.BadParameter.__base__
+
+
+def _told(error: Any) -> UsageError:
+    """Return what typer says of wrong usage in the words of all errors, with the next step."""
+    path, what = error.ctx.command_path if error.ctx else "merge-avg", error.format_message()
+    hint, word = f"see {path} --help", path.split()[-1]
+    if getattr(error, "possibilities", None):
+        what, hint = error.message, f"did you mean {error.possibilities[0]}?"
+    elif word in COMMANDS and os.path.lexists(word):
+        hint = f"a checkpoint that is called {word} is written ./{word}"
+    # Where the library that checks types shows through.
+    what = what.replace("Value error, ", "").replace("Input should", "it should")
+    return UsageError(what[0].lower() + what[1:].partition(", unable")[0].rstrip("."), hint=hint)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import abc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -69,17 +69,13 @@ class Display:
     )
 
 
-def expanded(function: Callable[..., None], only: Collection[str] = ()) -> Callable[..., None]:
-    """Return a function that has a parameter for each option in place of one for their class.
-
-    With `only`, it has these options; the others keep their defaults.
-    """
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that has a parameter for each option in place of one for their class."""
     declared = inspect.signature(function, eval_str=True).parameters.values()
     classes = {one.name: one.annotation for one in declared if is_dataclass(one.annotation)}
     flat: list[inspect.Parameter] = []
     for one in declared:
-        kept = _parameters(one.annotation) if one.name in classes else [one]
-        flat += [each for each in kept if one is each or not only or each.name in only]
+        flat += _parameters(one.annotation) if one.name in classes else [one]
 
     @functools.wraps(function)
     def called(**values: Any) -> None:
