@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import verify_output
+from merge_avg import merge_checkpoints, verify_output
 from merge_avg.checkpoint import PROVENANCE
-from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.plan import _budget as budget
@@ -302,7 +301,7 @@ def test_each_input_is_read_once(tmp_path):
         save_file({"a": torch.randn(1_000_000, generator=generator)}, paths[-1])
     script = (
         "import os, sys\n"
-        "from merge_avg.engine import merge_checkpoints\n"
+        "from merge_avg import merge_checkpoints\n"
         "def count(): return int(open('/proc/self/io').read().split()[1])\n"
         "before = count()\n"
         "result = merge_checkpoints(sys.argv[1:], 'o.safetensors', max_memory=11 << 20)\n"

@@ -1,6 +1,8 @@
 """Average the weights of PyTorch checkpoints: exactly, in bounded memory, without running them.
 
     merge_checkpoints(paths, output)            average files, as the command merge-avg does
+    select_checkpoints(run, last=5)             choose checkpoints of a run, without a merge
+    inspect_checkpoints(paths)                  list what is in files, and what would be averaged
     verify_output(path)                         derive an output again, and compare every byte
     AverageModelMerger(models).merge_models()   average models that are in memory
     RunningMean(count)                          average tensors, one at a time
@@ -19,22 +21,33 @@ from merge_avg.errors import MergeError, MergeWarning, UsageError
 if TYPE_CHECKING:
     from merge_avg.arithmetic import Weights
     from merge_avg.arithmetic.torch_mean import RunningMean
-    from merge_avg.engine import Result, merge_checkpoints
+    from merge_avg.engine import Result
+    from merge_avg.library import (
+        Selection,
+        inspect_checkpoints,
+        merge_checkpoints,
+        select_checkpoints,
+    )
     from merge_avg.merger import AverageModelMerger, recalibrate_batch_norm
+    from merge_avg.report.inspect import Contents
     from merge_avg.verify import Verification, verify_output
 
 __all__ = [
     "AverageModelMerger",
+    "Contents",
     "MergeError",
     "MergeWarning",
     "Result",
     "RunningMean",
+    "Selection",
     "UsageError",
     "Verification",
     "Weights",
     "__version__",
+    "inspect_checkpoints",
     "merge_checkpoints",
     "recalibrate_batch_norm",
+    "select_checkpoints",
     "verify_output",
 ]
 
@@ -42,12 +55,16 @@ __all__ = [
 # needs none of it.
 _HOMES = {
     "AverageModelMerger": "merger",
+    "Contents": "report.inspect",
     "Result": "engine",
     "RunningMean": "arithmetic.torch_mean",
+    "Selection": "library",
     "Verification": "verify",
     "Weights": "arithmetic",
-    "merge_checkpoints": "engine",
+    "inspect_checkpoints": "library",
+    "merge_checkpoints": "library",
     "recalibrate_batch_norm": "merger",
+    "select_checkpoints": "library",
     "verify_output": "verify",
 }
 
@@ -59,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)

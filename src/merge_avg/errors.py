@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable
+
+# An option of the command, and its value where that is plainly one. Keywords are spelled alike.
+_OPTION = re.compile(
+    r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])"
+    r"(?: ('[^']*'|\w*[\d_]\w*|(?:skip|available|template|max|min|cpu)\b))?"
+)
+
+
+def _keyword(found: re.Match[str]) -> str:
+    name, value = found[2].replace("-", "_"), "False" if found[1] else found[3]
+    if value and not found[1] and value[0] != "'" and not value.isdecimal():
+        value = f'"{value}"'
+    return f"{name}={value}" if value else name
 
 
 class MergeError(ValueError):
     """Checkpoints that cannot be averaged as asked, or files that cannot be read or written.
 
     `what` says what is wrong, `where` names the file, and `hint` the next step; these two may be
-    None. `str(error)` is the `message`, which is the first two, and the hint on a line of its own.
+    None. Options in them are the command's; `str(error)`, which is all three, has the library's
+    keywords instead.
     """
 
-    # The parts are kept apart for whoever shows them: the command prints the message and the hint,
-    # the library says both in its own words, and where="..." lets a caller add the path that a
-    # lower layer did not know.
+    # The parts are kept apart for whoever shows them: the command prints the hint on a line of its
+    # own, and where="..." lets a caller add the path that a lower layer did not know.
 
     def __init__(
         self, what: str, *, where: str | os.PathLike[str] | None = None, hint: str | None = None
@@ -32,7 +46,10 @@ class MergeError(ValueError):
         return self.what if self.where is None else f"{self.where}: {self.what}"
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+        said = self.what if self.hint is None else f"{self.what}\nhint: {self.hint}"
+        # A caller of the library writes --missing skip as missing="skip".
+        said = _OPTION.sub(_keyword, said).replace("' exclude='", "', '")
+        return said if self.where is None else f"{self.where}: {said}"
 
     def at(self, where: str | os.PathLike[str]) -> MergeError:
         """Return the same error about a file, unless it names one already."""

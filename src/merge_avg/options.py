@@ -238,6 +238,7 @@ class Criteria:
         "A CSV or JSON log with steps, epochs and metrics.",
         metavar="FILE",
         names=("--metrics",),
+        parse=Path,
     )
     one_best_per_fold: bool = option(False, "The best of each of the folders, as in fold*/.")
 

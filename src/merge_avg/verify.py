@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_avg._version import __version__
-from merge_avg.brief import Brief
 from merge_avg.checkpoint import File, FileLayout, Layout, dotted
 from merge_avg.engine import run
-from merge_avg.errors import MergeError, failure, named
+from merge_avg.errors import MergeError, failure
 from merge_avg.formats import check, scan
 from merge_avg.io import OutputFile, read_fully
 from merge_avg.plan import FILE, Hashes, Job, Record, prepare, read_record
@@ -26,20 +25,14 @@ _BLOCK = 1 << 20
 _AS_IT_WAS = "find the checkpoint as it was then"
 
 
-@dataclass(frozen=True, repr=False)
-class Verification(Brief):
+@dataclass(frozen=True)
+class Verification:
     """An output that is what its inputs give."""
 
     output: Path  # the file or directory
     inputs: tuple[Path, ...]  # as they were found
     nbytes: int  # of the output; all of them were compared
     hashed: bool  # whether the inputs' hashes were recorded, and compared too
-
-    def brief(self) -> Iterator[tuple[str, str]]:
-        """Yield what was verified."""
-        what = f"all {self.nbytes:,} bytes of {named([self.output])} are what its inputs give"
-        yield type(self).__name__, what
-        yield "inputs", f"{named(self.inputs, 3)}; hashes {'' if self.hashed else 'not '}compared"
 
 
 def verify_output(

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from merge_avg import merge_checkpoints
 from merge_avg.agreement import Comparison, Sampler
 from merge_avg.agreement._comparison import Sample, samples
-from merge_avg.engine import merge_checkpoints, run
+from merge_avg.engine import run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare

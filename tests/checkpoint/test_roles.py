@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import BY_NAME, Layout, Storage, TensorInfo
 from merge_avg.checkpoint._roles import assign
-from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 

@@ -174,11 +174,14 @@ def test_overflow_of_a_narrower_dtype_is_refused(tmp_path):
 
 
 def test_progress_counts_every_byte(folds, tmp_path):
-    """The progress callback adds up to what the plan announced."""
+    """The progress callback counts up to what the plan announced."""
     paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
-    seen: list[int] = []
-    result = merge_checkpoints(paths, tmp_path / "out.pt", progress=seen.append)
-    assert sum(seen) == result.nbytes == result.job.nbytes
+    seen: list[tuple[int, int]] = []
+    result = merge_checkpoints(paths, tmp_path / "out.pt", progress=lambda *one: seen.append(one))
+    assert seen[-1] == (result.nbytes, result.nbytes)
+    assert result.nbytes == result.job.nbytes
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {result.nbytes}
     assert folds
 
 
@@ -363,7 +366,7 @@ def test_the_threads_of_torch_are_one_meanwhile(tmp_path, count):
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        seen_of = lambda _: seen.append(torch.get_num_threads())  # noqa: E731
+        seen_of = lambda *_: seen.append(torch.get_num_threads())  # noqa: E731
         merge_checkpoints(paths, tmp_path / "o.pt", threads=1, progress=seen_of)
         assert torch.get_num_threads() == count
     finally:
@@ -386,7 +389,7 @@ def test_what_the_callers_own_function_raises_comes_as_it_is(tmp_path, error):
     """An error of `progress` is not explained as one of ours, whatever it says."""
     torch.save({"w": torch.ones(4), "steps": torch.tensor(1)}, tmp_path / "a.pt")
 
-    def progress(_):
+    def progress(*_):
         raise error
 
     with pytest.raises(type(error)) as caught:
@@ -432,7 +435,7 @@ def test_of_several_outputs_none_is_written_where_one_would_be_lost(tmp_path, ex
     paths = [tmp_path / "a.pt"] * 2
     with pytest.raises(MergeError, match="came or changed") as caught:
         merge_checkpoints(
-            paths, outputs, overwrite=True, progress=lambda _: come.write_bytes(b"theirs")
+            paths, outputs, overwrite=True, progress=lambda *_: come.write_bytes(b"theirs")
         )
     assert caught.value.where == str(come)
     assert come.read_bytes() == b"theirs"

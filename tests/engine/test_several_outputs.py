@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg.engine import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 from merge_avg.io._reader import Tap

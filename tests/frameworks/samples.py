@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merge_avg.engine import merge_checkpoints
+from merge_avg import merge_checkpoints
 from tests.frameworks.makers import MAKERS, Maker
 from tests.frameworks.means import mean
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import BY_NAME, Name, Storage
-from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.plan._alignment import is_chosen, match
 from merge_avg.plan._units import make_plan

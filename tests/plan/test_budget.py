@@ -78,7 +78,7 @@ def test_no_threads_is_a_usage_error():
 MEASURE = """
 import json, sys, threading
 import torch  # which some of the merges need
-from merge_avg.engine import merge_checkpoints
+from merge_avg import merge_checkpoints
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024

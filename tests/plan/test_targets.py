@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import PROVENANCE_FILE, Storage, assign
-from merge_avg.engine import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 from merge_avg.options import Options

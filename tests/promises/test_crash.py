@@ -420,7 +420,7 @@ def test_inputs_that_change_while_they_are_read(tmp_path, suffix, change):
     out.write_bytes(b"old")
     todo = [change]
 
-    def progress(_):
+    def progress(*_):
         if todo:
             todo.pop()(paths[1])
 
@@ -439,7 +439,7 @@ def test_an_input_that_is_replaced_is_read_as_it_was(tmp_path):
     torch.save({"w": torch.zeros(9)}, tmp_path / "new.pt")
     todo = [paths[0]]
 
-    def progress(_):
+    def progress(*_):
         if todo:
             (tmp_path / "new.pt").replace(todo.pop())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg.engine import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.report.inspect import as_json, contents, lines
 

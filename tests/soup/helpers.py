@@ -2,7 +2,7 @@
 
 import torch
 
-from merge_avg.engine import merge_checkpoints
+from merge_avg import merge_checkpoints
 from merge_avg.soup import greedy
 
 VALUES = (4.0, 1.0, -2.0, 9.0)

@@ -7,10 +7,8 @@ a time: the delete-a-group jackknife (Kott 2001).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-
-from merge_avg.brief import Brief
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 # A cosine of n random elements is 0 +- 1/sqrt(n): of fewer than 16 it says nothing.
 _FEW = 16
@@ -33,8 +31,8 @@ class TensorAgreement:
     distances: tuple[float, ...]  # of each checkpoint from the mean of all, over `norm`
 
 
-@dataclass(frozen=True, repr=False)
-class Agreement(Brief):
+@dataclass(frozen=True)
+class Agreement:
     """The agreement of checkpoints: cosines over their matrices, from a sample of the elements.
 
     Elements that are the same in all checkpoints do not count: nothing was learned there.
@@ -44,20 +42,15 @@ class Agreement(Brief):
     error: float  # the standard error of `mean`; 0 where all elements were looked at
     # The cosine of each checkpoint with each, 1 on the diagonal; None for a checkpoint of zeros (or
     # one that does not differ from the base).
-    pairs: tuple[tuple[float | None, ...], ...]
+    pairs: tuple[tuple[float | None, ...], ...] = field(repr=False)
     each: tuple[float | None, ...]  # the mean over the pairs of each checkpoint
     errors: tuple[float, ...]  # the standard error of each of these
     norms: tuple[float, ...]  # of each checkpoint
     shrinkage: float  # the norm of the plain mean over the mean of the norms
     size: int  # how many elements each checkpoint's matrices have
     elements: int  # how many of them were looked at
-    tensors: tuple[TensorAgreement, ...]  # one for each matrix, in the template's order
-
-    def brief(self) -> Iterator[tuple[str, str]]:
-        """Yield the mean cosine, and what it is of."""
-        yield type(self).__name__, f"{self.mean:.3f} +- {self.error:.1g} (mean cosine)"
-        of = f"{len(self.each):,} checkpoints' {len(self.tensors):,} matrices"
-        yield "of", f"{of}, {self.elements:,} of {self.size:,} elements"
+    # One for each matrix, in the template's order.
+    tensors: tuple[TensorAgreement, ...] = field(repr=False)
 
 
 def agreement(

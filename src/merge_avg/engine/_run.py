@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import re
 import signal
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec
 
 from merge_avg.agreement import Agreement, Comparison, Verdict, judge
 from merge_avg.brief import Brief
@@ -24,12 +20,10 @@ from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
-from merge_avg.errors import MergeError, MergeWarning, failure, named
+from merge_avg.errors import MergeError, failure, named
 from merge_avg.io import Output, Reader, Scratch, Sink
-from merge_avg.options import Location, Options, Outputs, meanings
-from merge_avg.plan import Hashes, Job, OutputSpec, batches, prepare, without_collector
+from merge_avg.plan import Hashes, Job, OutputSpec, batches, without_collector
 
-P = ParamSpec("P")
 # In the words of torch's allocators and of Python's threads, whose errors have no type.
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|can't start new thread")
 Opened = Callable[[OutputSpec], contextlib.AbstractContextManager[Sink]]
@@ -64,26 +58,20 @@ class Result(Brief):
     hashes: Hashes | None
 
     @property
-    def outputs(self) -> tuple[Path, ...]:
-        """Return the files or directories that were written."""
-        return tuple(output.path for output in self.job.outputs)
-
-    @property
     def verdict(self) -> Verdict | None:
         """Return whether the mean works as a network, as far as the agreement tells."""
         return None if self.agreement is None else judge(self.agreement)
 
-    def brief(self) -> Iterator[tuple[str, str]]:
+    def brief(self) -> Iterator[str]:
         """Yield what was averaged, and what is to be known of it."""
-        what = f"{len(self.job.averaged):,} checkpoints averaged into {named(self.outputs)}"
-        yield type(self).__name__, what
-        yield "read", f"{self.nbytes:,} bytes in {self.seconds:.2f} s"
+        written = named(output.path for output in self.job.outputs)
+        yield f"{len(self.job.averaged):,} checkpoints averaged into {written}"
+        yield f"read: {self.nbytes:,} bytes in {self.seconds:.2f} s"
         if (verdict := self.verdict) is not None:
-            yield "verdict", f"{verdict.word} ({verdict.number:.3f})"
+            yield f"verdict: {verdict.word} ({verdict.number:.3f})"
         for label, names in (("differing", self.differing), ("nonfinite", self.nonfinite)):
-            if names:
-                yield label, named(names, 3)
-        yield from (("warning", text) for text in self.warnings)
+            yield from [f"{label}: {named(names, 3)}"] if names else []
+        yield from (f"warning: {text}" for text in self.warnings)
 
 
 def run(
@@ -277,69 +265,3 @@ def single_threaded() -> Iterator[Callable[[], None]]:
     finally:
         if before:
             sys.modules["torch"].set_num_threads(before[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call(Options):
-    """The keywords of `merge_checkpoints`: the options, and where to report progress."""
-
-    progress: Callable[[int], None] | None = None
-
-
-_Plain = Callable[[Sequence[Location], Outputs, _Call], Result]
-
-
-def _with_options(
-    options: Callable[P, _Call],
-) -> Callable[[_Plain], Callable[Concatenate[Sequence[Location], Outputs, P], Result]]:
-    """Give a function the keywords of `Options`, so that each option is declared in one place."""
-
-    def decorate(function: _Plain) -> Callable[Concatenate[Sequence[Location], Outputs, P], Result]:
-        first, second, _ = inspect.signature(function).parameters.values()
-        named = inspect.signature(options).parameters.values()
-        signature = inspect.Signature([first, second, *named])
-
-        @functools.wraps(function)
-        def called(*args: Any, **kwargs: Any) -> Result:
-            given = signature.bind(*args, **kwargs).arguments
-            paths, output = given.pop("paths"), given.pop("output")
-            return function(paths, output, _Call(**given))
-
-        # Type checkers see the ParamSpec; `help()` and editors see these.
-        called.__signature__ = signature  # type: ignore[attr-defined]
-        texts = "\n".join(f"        {name}: {one.help}" for name, one in meanings(Options))
-        called.__doc__ = str(function.__doc__).replace("        options: by name.", texts)
-        return called
-
-    return decorate
-
-
-@_with_options(_Call)
-def merge_checkpoints(
-    paths: Sequence[Location],
-    output: Outputs,
-    options: _Call,
-) -> Result:
-    """Average checkpoints into a new one, in bounded memory.
-
-    The output is the first checkpoint, the template, with its weights replaced by their mean. Float
-    and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
-    not depend on the order of the checkpoints, nor on threads, memory or device.
-
-    Args:
-        paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors) or
-            directories of them.
-        output: the file or directory to write; the ending .safetensors asks for that format. Or
-            several, with the weights of the checkpoints for each: all are made in one reading, and
-            all are copies of one template.
-        options: by name.
-        progress: called with the number of bytes read since the last call, from any thread.
-
-    Raises:
-        MergeError: nothing was written; the message names the file and the tensor.
-        UsageError: the options do not fit each other.
-    """
-    result = run(prepare(paths, output, options), options.progress)
-    for text in result.warnings:
-        warnings.warn(text, MergeWarning, stacklevel=3)
-    return result

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
-from merge_avg.brief import Brief
 from merge_avg.checkpoint import (
     CONVERTIBLE,
     PROVENANCE,
@@ -50,7 +49,7 @@ class OutputSpec:
 
 
 @dataclass(frozen=True, repr=False)
-class Job(Brief):
+class Job:
     """A merge that is ready to run."""
 
     outputs: tuple[OutputSpec, ...]
@@ -62,11 +61,6 @@ class Job(Brief):
     notes: tuple[str, ...]  # for the user, one sentence each
     base: int | None  # the number of the checkpoint that the others were fine-tuned from
     version: str  # of merge-avg, in the provenance records
-
-    def brief(self) -> Iterator[tuple[str, str]]:
-        """Yield what is to be averaged into what."""
-        outputs = named(output.path for output in self.outputs)
-        yield type(self).__name__, f"{len(self.averaged):,} checkpoints to average into {outputs}"
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

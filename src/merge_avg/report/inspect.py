@@ -49,12 +49,12 @@ class Contents(Brief):
     callables: tuple[str, ...]  # that loading it calls, and that are not known to be harmless
     tensors: tuple[Tensor, ...]  # in the order of its files
 
-    def brief(self) -> Iterator[tuple[str, str]]:
+    def brief(self) -> Iterator[str]:
         """Yield what kind of checkpoint it is, and what a merge does with how many tensors."""
-        yield type(self).__name__, next(lines(self))
+        yield next(lines(self))
         for role, count in Counter(one.role for one in self.tensors).items():
             names = named([one.name for one in self.tensors if one.role == role], 3)
-            yield role, f"{counted(count, 'tensor')}: {names}"
+            yield f"{role}: {counted(count, 'tensor')} ({names})"
 
 
 def contents(path: str | os.PathLike[str], key: str | None = None) -> Contents:

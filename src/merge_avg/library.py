@@ -1,0 +1,208 @@
+"""The functions for files: what the command does, with its options as keywords."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
+
+from merge_avg.brief import Brief
+from merge_avg.engine import Result, run
+from merge_avg.errors import MergeWarning, UsageError
+from merge_avg.options import (
+    Criteria,
+    Location,
+    Options,
+    Outputs,
+    Series,
+    Weight,
+    Weighting,
+    choices,
+    meanings,
+    option,
+    parse_range,
+)
+from merge_avg.plan import prepare, refuse_inputs
+from merge_avg.report.inspect import Contents, contents
+from merge_avg.selection import Candidate, Choice, choose, expand
+
+P = ParamSpec("P")
+Places = Location | Iterable[Location]
+_META = {one.name: one.metadata for one in fields(Weighting)}
+_NOWHERE = Path(os.devnull)  # an output that is none of the checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Selecting(Criteria):
+    last: int | None = option(None, "The last N by step or epoch.")
+    weighting: str | None = field(default=None, metadata=_META["scheme"])
+    phema: float | None = field(default=None, metadata=_META["sigma"])
+
+    def choose(self, paths: Places, output: Any = _NOWHERE, weights: Any = None) -> Choice:
+        criteria = Criteria(**{one.name: getattr(self, one.name) for one in fields(Criteria)})
+        weighting = Weighting(weights=weights, scheme=self.weighting, sigma=self.phema)
+        return choose(_listed(paths), Path(output), criteria, Series(), weighting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Merging(Options, _Selecting):
+    weights: Any = field(default=None, metadata=_META["weights"])
+    progress: bool | Callable[[int, int], object] = False
+
+
+@dataclass(frozen=True, repr=False)
+class Selection(Brief):
+    """The chosen checkpoints with their weights, and all that were looked at, if any was found."""
+
+    paths: tuple[Path, ...]
+    weights: tuple[Weight, ...]
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]  # for the user, one sentence each
+
+    def brief(self) -> Iterator[str]:
+        """Yield which checkpoints are chosen, which are not, and why."""
+        yield f"{len(self.paths):,} checkpoints"
+        for one in self.candidates or map(Candidate, self.paths):
+            yield f"{'+' if one.chosen else '-'} {one.path}: {one.why}"
+
+
+def _listed(given: Any, name: str = "paths") -> list[Location]:
+    """Return the paths that a caller gave, or raise an error that says what is expected."""
+    # A set has no order, and of a dict of tensors the values would be lost.
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | dict | set)
+    listed = list(given) if several else [given]
+    for path in listed:
+        if not isinstance(path, str | os.PathLike):
+            models = "; AverageModelMerger averages models" if hasattr(path, "state_dict") else ""
+            expected = f"{name} must be a path or several, such as a list or a pattern"
+            raise TypeError(f"{expected}, not {type(path).__name__}{models}")
+        if not os.fspath(path):
+            raise UsageError("a path is empty", hint="the current directory is '.'")
+    return listed
+
+
+def _understood(cls: Any, given: dict[str, Any]) -> Any:
+    """Return options with the values of keywords; texts that the command takes are parsed."""
+    for name, meaning in meanings(cls):
+        value, allowed = given.get(name), choices(cls, name)
+        if meaning.parse is parse_range and isinstance(value, int | tuple | list):
+            bounds = [value] if isinstance(value, int) else value
+            value = ":".join("" if bound is None else str(bound) for bound in bounds)
+        if isinstance(value, str) and (meaning.parse or getattr(cls, name) == ()):
+            given[name] = meaning.parse(value) if meaning.parse else (value,)
+        elif name in given and allowed and value not in allowed:
+            raise UsageError(f"{name} is {value!r}", hint=f"choose one of {', '.join(allowed)}")
+    return cls(**given)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int, int], object]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, due = Console(stderr=True), 0.0
+    if not console.is_jupyter:
+        with Progress(console=console) as bar:
+            task = bar.add_task("averaging")
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    shown = import_module("IPython.display")  # with which rich could do only by ipywidgets
+    handle = shown.display(shown.HTML("averaging"), display_id=True)
+
+    def show(done: int, total: int) -> None:
+        nonlocal due
+        if done >= total or time.monotonic() > due:
+            handle.update(shown.HTML(f"averaging <progress value={done} max={total}></progress>"))
+            due = time.monotonic() + 0.1
+
+    yield show
+
+
+_Merge = Callable[Concatenate[Places, Outputs, P], Result]
+
+
+def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _Merge[P]]:
+    """Give a function the keywords of options, so that each is declared in one place."""
+
+    def described(function: Any) -> Any:
+        *first, _ = inspect.signature(function).parameters.values()
+        # Type checkers see the ParamSpec; `help()` and editors see these.
+        named = inspect.signature(options).parameters.values()
+        function.__signature__ = inspect.Signature([*first, *named])
+        texts = (f"        {name}: {one.help}" for name, one in meanings(options))  # type: ignore[arg-type]
+        function.__doc__ = function.__doc__.replace("        options: by name.", "\n".join(texts))
+        return function
+
+    return described
+
+
+@_described(_Merging)
+def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
+    """Average checkpoints into a new one, in bounded memory.
+
+    The output is the first checkpoint, the template, with its weights replaced by their mean. Float
+    and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
+    not depend on the order of the checkpoints, nor on threads, memory or device. What may make the
+    mean meaningless is in the result's `warnings`, and is raised as `MergeWarning`.
+
+    Args:
+        paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors),
+            directories, runs that hold many, or patterns; one of these or a list.
+        output: the file or directory to write; the ending .safetensors asks for that format. Or
+            several, with the weights of the checkpoints for each: all are made in one reading, and
+            all are copies of one template.
+        options: by name.
+        progress: True for a bar, in a terminal or a notebook; or a function, which is called with
+            the bytes read and all there are to read, from any thread.
+
+    Raises:
+        MergeError: nothing was written; the message names the file and the tensor.
+        UsageError: the options do not fit each other.
+        TypeError: something else stands where a path is meant.
+    """
+    asked = _understood(_Merging, options)
+    several = isinstance(output, Mapping)
+    places = _listed([*output] if isinstance(output, Mapping) else output, "output")
+    choice = asked.choose(paths, *places[:1], weights=None if several else asked.weights)
+    for path in places if asked.metrics_file else ():
+        refuse_inputs(Path(path), (), [asked.metrics_file])
+    values = {one.name: getattr(asked, one.name) for one in fields(Options)}
+    merging = Options(**values | {"weights": asked.weights if several else None})
+    job = prepare(
+        choice.paths, output if several else choice.outputs, merging, layouts=choice.layouts
+    )
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        show(done, job.nbytes)
+
+    with _bar() if asked.progress is True else contextlib.nullcontext(asked.progress) as show:
+        result = run(job, advance if show else None)
+    for text in result.warnings:
+        warnings.warn(text, MergeWarning, stacklevel=2)
+    return result
+
+
+def select_checkpoints(paths: Places, **options: Any) -> Selection:
+    """Choose checkpoints of runs and patterns as `merge_checkpoints` does, by the same keywords."""
+    choice = _understood(_Selecting, options).choose(paths)
+    return Selection(choice.paths, choice.outputs[_NOWHERE], choice.candidates, choice.notes)
+
+
+def inspect_checkpoints(paths: Places, key: str | None = None) -> tuple[Contents, ...]:
+    """Return what is in checkpoints: their tensors, and which would be averaged or kept, and why.
+
+    The weights are the tensors of the state dict `key`; by default they are found.
+    """
+    listed = _listed(paths)
+    found = (expand(Path(place), runs=len(listed) == 1)[0] for place in listed)
+    return tuple(contents(path, key) for some in found for path in some)

@@ -1,0 +1,262 @@
+"""merge_avg.library: the functions for files take what the command takes, and say what is wrong."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import merge_avg
+from merge_avg import (
+    MergeError,
+    UsageError,
+    inspect_checkpoints,
+    merge_checkpoints,
+    select_checkpoints,
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run of four checkpoints, whose weight is their step, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for step in (5, 10, 20, 100):
+        state = {"w": torch.full((2,), float(step)), "one": torch.ones(1)}
+        (tmp_path / "run").mkdir(exist_ok=True)
+        torch.save({"model": state, "global_step": step}, f"run/step={step}-loss={step / 8}.ckpt")
+    return tmp_path / "run"
+
+
+def merged(paths, **options):
+    """Merge and return the weight, which is the mean of the steps."""
+    merge_checkpoints(paths, "out.pt", overwrite=True, **options)
+    return torch.load("out.pt")["model"]["w"][0].item()
+
+
+@pytest.mark.parametrize(
+    "paths", ["run", Path("run"), "run/*.ckpt", ["run"], ["run/step=*"], "glob"], ids=str
+)
+def test_a_run_a_pattern_and_an_iterator_are_taken(run, paths):
+    """One path, one pattern, a list of one and what `Path.glob` yields are the same checkpoints."""
+    assert merged(Path("run").glob("*.ckpt") if paths == "glob" else paths) == 33.75
+
+
+def test_a_file_alone_is_one_checkpoint(run):
+    """A string is a path, never a list of letters."""
+    assert merged("run/step=5-loss=0.625.ckpt") == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"last": 2}, "--last 2"),
+        ({"best": 2, "metric": "loss"}, "--best 2 --metric loss"),
+        ({"best": 1, "metric": "loss", "mode": "max"}, "--best 1 --metric loss --mode max"),
+        ({"steps": (10, 20)}, "--steps 10:20"),
+        ({"steps": (None, 20, 10)}, "--steps :20:10"),
+        ({"steps": "10:"}, "--steps 10:"),
+        ({"steps": 20}, "--steps 20"),
+        ({"min_interval": 50}, "--min-interval 50"),
+        ({"last": 2, "weighting": "linear"}, "--last 2 --weighting linear"),
+        ({"last": 2, "weights": [3, 1]}, "--last 2 -w 3,1"),
+        ({"last": 2, "weights": "3,1"}, "--last 2 --weights 3,1"),
+        ({"last": 9}, "--last 9"),
+        ({"last": 2, "best": 2}, "--last 2 --best 2"),
+        ({"weighting": "steep"}, "--weighting steep"),
+        ({"weights": [1]}, "-w 1"),
+    ],
+    ids=str,
+)
+def test_keywords_mean_what_the_options_of_their_names_mean(run, options, words, command):
+    """A selection makes the same file as the command, or fails for the same reason."""
+    code, _, err = command("run", "-o", "theirs.pt", *words.split())
+    if code:
+        with pytest.raises(MergeError) as caught:
+            merged("run", **options)
+        assert f"error: {caught.value.message}\n" in err
+    else:
+        merged("run", **options)
+        assert Path("out.pt").read_bytes() == Path("theirs.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "paths", [{"w": torch.ones(1)}, 3, None, b"a.pt", {"a.pt"}, [3], [["a"]]], ids=repr
+)
+def test_what_is_no_path_is_refused(tmp_path, paths):
+    """A state dict, a number, None and the like: the error says what is expected."""
+    for call in (select_checkpoints, inspect_checkpoints):
+        with pytest.raises(TypeError, match="paths must be a path or several"):
+            call(paths)
+    with pytest.raises(TypeError, match="paths must be a path or several"):
+        merge_checkpoints(paths, tmp_path / "out.pt")
+
+
+def test_models_are_sent_to_their_own_function(tmp_path):
+    """Whoever passes models hears of the class that averages them."""
+    model = nn.Linear(1, 1)
+    for paths in (model, [model]):
+        with pytest.raises(TypeError, match=r"not Linear; AverageModelMerger averages models"):
+            merge_checkpoints(paths, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("output", [None, 3, ["a.pt", 3]])
+def test_an_output_is_a_path(run, output):
+    """An output that is nothing of the kind is refused before anything is read."""
+    with pytest.raises(TypeError, match="output must be a path"):
+        merge_checkpoints("missing.pt", output)
+
+
+def test_an_empty_path_is_not_the_current_directory(run):
+    """A variable that is not set does not average what lies around."""
+    for paths, output in (("", "o.pt"), ("run", "")):
+        with pytest.raises(UsageError, match="a path is empty"):
+            merge_checkpoints(paths, output)
+
+
+def test_a_value_that_no_option_has_is_refused(run):
+    """A typing error in a policy is an error, and so is a keyword that does not exist."""
+    with pytest.raises(UsageError, match=r"missing is 'skp'\nhint: choose one of error, skip, av"):
+        merge_checkpoints("run", "out.pt", missing="skp")
+    with pytest.raises(TypeError, match="misssing"):
+        merge_checkpoints("run", "out.pt", misssing="skip")
+
+
+def test_texts_of_the_command_are_understood(run):
+    """A size with its unit, and one pattern where several may stand."""
+    assert merged("run", max_memory="64MiB", exclude="one") == 33.75
+    assert torch.load("out.pt")["model"]["one"] == 1
+    with pytest.raises(UsageError, match="'lots' is not a size"):
+        merged("run", max_memory="lots")
+
+
+def test_several_outputs_of_a_selection(run):
+    """A mapping has the weights of the chosen checkpoints for each output."""
+    merge_checkpoints("run", {"a.pt": [1, 0], "b.pt": [1, 3]}, last=2)
+    assert torch.load("a.pt")["model"]["w"][0] == 20
+    assert torch.load("b.pt")["model"]["w"][0] == 80
+
+
+def test_the_earlier_output_does_not_count(run):
+    """An output that a pattern finds is no input of the next merge, by its content or name."""
+    for _ in range(2):
+        merge_checkpoints("run/*", "run/mean.pt", overwrite=True)
+        assert torch.load("run/mean.pt")["model"]["w"][0] == 33.75
+
+
+def test_a_log_is_not_written_over(run):
+    """The file of metrics is an input too."""
+    Path("log.csv").write_text("step,acc\n5,1\n10,2\n20,3\n100,4\n")
+    assert merged("run", best=1, metric="acc", mode="max", metrics_file="log.csv") == 100
+    with pytest.raises(MergeError, match="is the input"):
+        merge_checkpoints("run", "log.csv", metrics_file="log.csv", overwrite=True)
+
+
+def test_a_selection_is_told_without_a_merge(run):
+    """The chosen ones with their weights, and why the others are not among them."""
+    found = select_checkpoints("run", last=2, weighting="linear")
+    assert [path.name for path in found.paths] == [
+        "step=20-loss=2.5.ckpt",
+        "step=100-loss=12.5.ckpt",
+    ]
+    assert found.weights == (1, 2)
+    left = {one.path.name: one.why for one in found.candidates if not one.chosen}
+    assert left.keys() == {"step=5-loss=0.625.ckpt", "step=10-loss=1.25.ckpt"}
+    assert repr(found).startswith("Selection: 2 checkpoints\n  + run/step=20-")
+    assert "\n  - run/step=5-" in repr(found)
+    merge_checkpoints(found.paths, "out.pt", weights=found.weights)
+    assert torch.load("out.pt")["model"]["w"][0] == pytest.approx(220 / 3)
+    assert sorted(path.name for path in run.parent.iterdir()) == ["out.pt", "run"]
+
+
+def test_checkpoints_are_inspected(run):
+    """Each checkpoint of a run, or of a list, with the role of each tensor."""
+    found = inspect_checkpoints("run")
+    assert [one.step for one in found] == [5, 10, 20, 100]
+    assert [(one.name, one.role) for one in found[0].tensors] == [
+        ("model.w", "averaged"),
+        ("model.one", "averaged"),
+    ]
+    assert "averaged: 2 tensors ('model.w', 'model.one')" in repr(found[0])
+    assert inspect_checkpoints(["run/step=5-loss=0.625.ckpt"]) == found[:1]
+
+
+def test_hints_are_in_the_librarys_words(run):
+    """A hint of the command's is a keyword in the text, and stays the option in `hint`."""
+    torch.save({"model": {"w": torch.ones(2)}}, "less.pt")
+    with pytest.raises(MergeError) as caught:
+        merge_checkpoints(["run/step=5-loss=0.625.ckpt", "less.pt"], "out.pt")
+    assert "--missing skip" in caught.value.hint
+    assert 'missing="skip"' in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+def test_progress_is_drawn_on_a_terminal_and_in_logs(run, capsys):
+    """True draws a bar on stderr, which ends at all of it; False and None draw nothing."""
+    merge_checkpoints("run", "out.pt", progress=True)
+    assert "averaging" in (err := capsys.readouterr().err)
+    assert "100%" in err
+    for nothing in (False, None):
+        merge_checkpoints("run", "out.pt", progress=nothing, overwrite=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_drawn_in_notebooks(run, monkeypatch):
+    """In a notebook the bar is one cell of output, which changes in place, without ipywidgets."""
+    seen = []
+    handle = types.SimpleNamespace(update=seen.append)
+    module = types.ModuleType("IPython.display")
+    module.HTML = str
+    module.display = lambda first, display_id: handle
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    result = merge_checkpoints("run", "out.pt", progress=True)
+    assert seen[-1].count(str(result.nbytes)) == 2
+    assert "<progress " in seen[-1]
+
+
+def test_the_api_is_what_dir_shows():
+    """`dir` lists what is public and nothing else, and all of it exists."""
+    assert dir(merge_avg) == sorted(merge_avg.__all__)
+    assert {"inspect_checkpoints", "merge_checkpoints", "select_checkpoints"} <= set(dir(merge_avg))
+    assert all(getattr(merge_avg, name) is not None for name in dir(merge_avg))
+
+
+def test_the_package_imports_as_little_as_before():
+    """Neither torch nor the engine is loaded before it is asked for, nor by `dir`."""
+    code = (
+        "import sys, merge_avg\ndir(merge_avg)\n"
+        "print({'torch', 'rich', 'merge_avg.engine', 'merge_avg.options'} & set(sys.modules))\n"
+        "merge_avg.merge_checkpoints\nprint({'torch', 'rich', 'typer'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\nset()\n"
+
+
+def test_help_has_every_keyword():
+    """`help` and editors see each keyword with its meaning."""
+    text = merge_checkpoints.__doc__
+    for name in ("last", "best", "weighting", "missing", "progress", "metrics_file"):
+        assert f"        {name}: " in text
+
+
+def test_types_are_those_of_the_keywords(tmp_path):
+    """A strict type checker accepts the keywords, and refuses others and other types."""
+    good = (
+        "from pathlib import Path\n"
+        "from merge_avg import Result, Selection, merge_checkpoints, select_checkpoints\n"
+        "r: Result = merge_checkpoints('run', 'o.pt', last=3, missing='skip', progress=True)\n"
+        "merge_checkpoints([Path('a'), 'b'], {'o': [1, 2]}, weights=[1, 2], steps=(1, 2, None))\n"
+        "s: Selection = select_checkpoints(Path('run').glob('*'), best=2, metric='loss')\n"
+    )
+    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "bad.py").write_text(
+        "from merge_avg import merge_checkpoints\n"
+        "merge_checkpoints('run', 'o.pt', misssing='skip')\nmerge_checkpoints(3, 'o.pt')\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--config-file="]
+    for name, errors in (("good.py", 0), ("bad.py", 2)):
+        done = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True)  # noqa: PLW1510
+        assert done.stdout.count("error:") == errors, done.stdout
