@@ -71,11 +71,11 @@ def choices(cls: type, name: str) -> tuple[str, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
-def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
+def suggested(word: str, words: Iterable[str], otherwise: str | None = None) -> str | None:
     """Return the hint for a word that may be a misspelt one of some, or another hint."""
     from difflib import get_close_matches  # which takes time squared in the lengths
 
-    close = get_close_matches(word[:99], [one[:99] for one in itertools.islice(words, 999)], 1)
+    close = get_close_matches(word[:99], [one[:99] for one in itertools.islice(words, 999)], 1, 0.8)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
@@ -89,7 +89,7 @@ def parse_dtype(text: str) -> str:
     name = text.lower().removeprefix("torch.")
     name = _SHORT.get(name, name)
     if name not in _DTYPES:
-        hint = nearest(name, _DTYPES, f"choose one of {', '.join(_DTYPES)}")
+        hint = suggested(name, _DTYPES, f"choose one of {', '.join(_DTYPES)}")
         raise UsageError(f"--dtype: {text!r} is not a dtype to write", hint=hint)
     return name
 

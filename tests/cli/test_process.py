@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from merge_avg import cli
 from tests.helpers import COMMAND, run_command
 
 FULL = Path("/dev/full")
+DOWNLOAD = "hf download org/a-model.v1.5 --local-dir a-model.v1.5"
 
 
 def test_refusals_and_wrong_usage(folds, tmp_path):
@@ -186,3 +188,76 @@ def test_an_empty_path_is_a_usage_error(command, arguments):
     """A variable that is not set does not stand for the current directory."""
     code, _, err = command(*arguments)
     assert (code, err.splitlines()[0]) == (2, "error: a path is empty")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("~/b.pt", f"the shell expands ~ outside of quotes only; write {Path.home() / 'b.pt'}"),
+        ("https://host/b.pt", "only files of this machine are read; download it first"),
+        ("s3://bucket/b.pt", "only files of this machine are read; download it first"),
+        (
+            "org/a-model.v1.5",
+            f"if it is a model of the Hugging Face Hub: {DOWNLOAD}",
+        ),
+        ("fold_frist.pt", "did you mean fold_first.pt?"),
+        ("run/fold_frist.pt", "did you mean fold_first.pt?"),
+        ("nothing like it", None),
+        ("run/b.pt", None),
+        ("no such/b.pt", None),
+    ],
+)
+def test_a_path_that_leads_nowhere(command, folds, tmp_path, path, hint):
+    """An input that is not there is an error, whose hint says what it may be instead."""
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path, tmp_path / "run"):
+        (folder / "fold_first.pt").write_bytes((tmp_path / folds[0]).read_bytes())
+    code, out, err = command(folds[0], path, "-o", "out.pt")
+    told = f"error: {Path(path)}: No such file or directory\n"
+    assert (code, out, err) == (1, "", told + (f"hint: {hint}\n" if hint else ""))
+
+
+def test_a_home_in_quotes_is_no_folder_to_make(command, folds):
+    """For an output in ~ the hint is its path, not to make a folder of this name."""
+    _, _, err = command(*folds, "-o", "~/no such folder/out.pt")
+    assert err.endswith(f"only; write {Path.home()}/no such folder/out.pt\n")
+
+
+def test_weights_are_separated_by_commas(command, folds):
+    """Weights with blanks between them are told to have commas."""
+    for given in (["0.7 0.3"], ["0.7", "0.3"]):
+        code, _, err = command(*folds[:2], "-o", "out.pt", "-w", *given)
+        assert (code, err.splitlines()[1]) == (
+            2,
+            "hint: give one weight a checkpoint, as in -w 0.7,0.3",
+        )
+
+
+def test_a_misspelt_metric_and_scheme(command, folds, tmp_path):
+    """The nearest metric that checkpoints have, and the nearest scheme, are in the hint."""
+    for number, name in enumerate(folds):
+        torch.save(
+            {"w": torch.full((4,), float(number)), "val_loss": 1.0 + number}, tmp_path / name
+        )
+    misspelt = ["[0-2].pt", "-o", "out.pt", "--best", "2", "--metric"]
+    told = "error: no checkpoint has the metric 'val_lss'\nhint: did you mean val_loss?\n"
+    assert command(*misspelt, "val_lss") == (1, "", told)
+    assert "hint: known are 'val_loss'\n" in command(*misspelt, "bleu")[2]
+    assert command(*misspelt, "loss", "--dry-run")[0] == 0
+    assert command(*folds, "-o", "out.pt", "--weighting", "liner") == (
+        2,
+        "",
+        "error: there is no weighting 'liner'\nhint: did you mean linear?\n",
+    )
+
+
+def test_a_zip_of_checkpoints(command, folds, tmp_path):
+    """A zip that holds checkpoints is no checkpoint, and is to be unpacked."""
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in folds:
+            archive.write(tmp_path / name, name)
+    code, _, err = command("all.zip", folds[0], "-o", "out.pt")
+    assert (code, err.splitlines()[1]) == (
+        1,
+        "hint: if it has checkpoints in it, unpack it first; torch.save writes other zips",
+    )

@@ -699,7 +699,7 @@ def test_the_best_of_ignite(tmp_path):
         selection = select([tmp_path], Criteria(best=2, metric=metric))
         assert [path.name[11:12] for path in selection.paths] == ["3", "4"]
         assert "best is the highest neg_loss" in selection.notes
-    with pytest.raises(MergeError, match="0 checkpoints with the metric"):
+    with pytest.raises(MergeError, match="no checkpoint has the metric 'loss'"):
         select([tmp_path], Criteria(best=2, metric="loss"))
 
 

@@ -13,14 +13,17 @@ import atexit
 import contextlib
 import gc
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 from merge_avg.errors import MergeError, UsageError, WrittenError, failure
+from merge_avg.options import suggested
 from merge_avg.report import printable, shown
 
 
@@ -135,9 +138,25 @@ def _fail(error: MergeError | OSError | MemoryError) -> int:
     elif isinstance(error, MemoryError):
         error = MergeError("there is not enough memory", hint="lower --max-memory or --threads")
     say(f"error: {error.message}")
-    if error.hint:
-        say(f"hint: {error.hint}")
+    if hint := _instead(error.where or "", error.hint):
+        say(f"hint: {hint}")
     return 2 if isinstance(error, UsageError) else 3 if isinstance(error, WrittenError) else 1
+
+
+def _instead(path: str, hint: str | None) -> str | None:
+    """Return what to do about a path that leads nowhere, where nothing better is known."""
+    if path.startswith("~") and not os.path.lexists(path):  # then mkdir ~ would be a bad hint
+        return f"the shell expands ~ outside of quotes only; write {Path(path).expanduser()}"
+    if not path or hint or os.path.lexists(path):
+        return hint
+    if re.match(r"\w+:/", path):
+        return "only files of this machine are read; download it first"
+    folder, name = os.path.split(path)
+    if re.fullmatch(r"[\w-]+/[\w-]+(\.v?\d[\w-]*)*", path) and not os.path.lexists(folder):
+        return f"if it is a model of the Hugging Face Hub: hf download {path} --local-dir {name}"
+    with contextlib.suppress(OSError):
+        return suggested(name, [one.name for one in Path(folder).iterdir()])
+    return None
 
 
 def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:

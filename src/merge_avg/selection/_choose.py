@@ -89,7 +89,7 @@ def choose(
     paths = tuple(one.path for one in candidates if one.chosen)
     if weighting.weights is not None and len(weighting.weights) != len(paths):
         counts = f"{len(weighting.weights)} weights for {len(paths)} checkpoints"
-        raise UsageError(counts, hint="give one weight a checkpoint, in the same order")
+        raise UsageError(counts, hint="give one weight a checkpoint, as in -w 0.7,0.3")
 
     # Each average of a series is weighted on its own: the oldest of *its* checkpoints is the first.
     def weigh(chosen: Sequence[int]) -> Sequence[Weight]:

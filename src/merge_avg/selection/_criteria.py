@@ -16,7 +16,7 @@ from pathlib import Path
 
 from merge_avg.checkpoint import direction, turned
 from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.options import Bounds, Criteria, Mode
+from merge_avg.options import Bounds, Criteria, Mode, suggested
 from merge_avg.selection._names import CLOCKS, Clock, Metadata, series
 
 
@@ -236,6 +236,10 @@ def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | N
         metric = names[0]
     if metric is None:
         return None, None
+    if known and _value(dict.fromkeys(known, 0.0), metric) is None:
+        others = f"known are {named(sorted(known), 8)}"
+        what = f"no checkpoint has the metric {metric!r}"
+        raise MergeError(what, hint=suggested(metric, known, others))
     mode = criteria.mode or direction(metric)
     if mode is None:
         hint = "say --mode min or --mode max"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from merge_avg.errors import UsageError
-from merge_avg.options import MOST_BITS, Mode
+from merge_avg.options import MOST_BITS, Mode, suggested
 
 
 def resolve(
@@ -36,7 +36,8 @@ def resolve(
     if scheme.startswith("ema:"):
         return _moving(scheme.removeprefix("ema:"), count)
     hint = "choose one of uniform, linear, ema:DECAY, 1-sqrt, metric"
-    raise UsageError(f"there is no weighting {scheme!r}", hint=hint)
+    known = ("uniform", "linear", "1-sqrt", "metric")
+    raise UsageError(f"there is no weighting {scheme!r}", hint=suggested(scheme, known, hint))
 
 
 def _moving(text: str, count: int) -> tuple[Fraction, ...]:

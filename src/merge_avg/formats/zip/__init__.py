@@ -125,7 +125,7 @@ def _root(names: Collection[str]) -> str:
     folders = {"", *(name.partition("/")[0] + "/" for name in names if "/" in name)}
     roots = [root for root in folders if f"{root}data.pkl" in names]
     if len(roots) != 1:
-        hint = "pass files that torch.save wrote"
+        hint = "if it has checkpoints in it, unpack it first; torch.save writes other zips"
         raise MergeError("a zip archive, but not a checkpoint of torch.save", hint=hint)
     return roots[0]
 
