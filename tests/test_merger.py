@@ -4,13 +4,14 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from merge_avg import AverageModelMerger, recalibrate_batch_norm
+from merge_avg import AverageModelMerger, MergeWarning, recalibrate_batch_norm
 
 
 def tied():
@@ -120,6 +121,9 @@ def test_weights_count():
         ([], ValueError, "no models"),
         ([nn.Linear(1, 1), 3], TypeError, r"models\[1\] is not an nn.Module: int"),
         (nn.Linear(1, 1), TypeError, "list"),
+        (nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), TypeError, "list .* not Sequential"),
+        (None, TypeError, "list .* not NoneType"),
+        ({"a": nn.Linear(1, 1)}, TypeError, r"models\[0\] is not an nn.Module: str"),
         ([nn.Linear(2, 2), nn.Linear(2, 3)], ValueError, "'weight' has the shape"),
         ([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)], ValueError, r"only models.0. has 'bias'"),
         ([nn.Linear(2, 2), nn.Linear(2, 2).half()], ValueError, "dtype"),
@@ -212,3 +216,84 @@ def test_a_note_says_that_statistics_were_averaged(tmp_path, model, noted):
     for note in found:
         assert "2 BatchNorm statistics averaged" in note
         assert "recalibrate_batch_norm" in note
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 300), nn.Linear(300, 64))
+
+
+def relatives(count):
+    """Copies of one network, each with a little noise of its own."""
+    models = [network(0) for _ in range(count)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed + 1)
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) / 100
+    return models
+
+
+@pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList, iter], ids=lambda kind: kind.__name__)
+def test_models_come_in_any_order_that_is_kept(kind):
+    """A list, a tuple, an nn.ModuleList and an iterator hold the same models."""
+    models = relatives(3)
+    merged = AverageModelMerger(kind(models), weights=[1, 2, 1]).merge_models()
+    mean = sum(w * model[0].weight.double() for w, model in zip((1, 2, 1), models, strict=True)) / 4
+    assert torch.equal(merged[0].weight, mean.float())
+
+
+def test_unrelated_models_are_warned_of():
+    """Networks that were initialised apart have a mean that does not work: it says so, here."""
+    with pytest.warns(MergeWarning, match=r"^strangers: .*\('0.weight', '2.weight'") as caught:
+        AverageModelMerger([network(seed) for seed in range(3)]).merge_models()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_the_stranger_is_named():
+    """Of three relatives and one stranger, the warning names the groups."""
+    models = [*relatives(3), network(9)]
+    with pytest.warns(MergeWarning, match=r"models\[0\]'.* | 'models\[3\]'"):
+        AverageModelMerger(models).merge_models()
+
+
+@pytest.mark.parametrize(
+    ("models", "weights"),
+    [
+        (relatives(3), None),
+        ([network(0)] * 2, None),
+        ([network(0)], None),
+        ([network(0), network(1)], [1, 0]),
+        ([nn.Conv2d(3, 4, 3).half(), nn.Conv2d(3, 4, 3).half()], None),
+    ],
+    ids=["relatives", "copies", "one", "a weight of zero", "a single matrix"],
+)
+def test_models_that_agree_are_not_warned_of(models, weights):
+    """Relatives, copies, one model alone, what has no weight, and a layer alone cause no doubt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AverageModelMerger(models, weights=weights).merge_models()
+
+
+def test_strangers_that_hold_nan_are_merged_where_that_is_allowed():
+    """Figures that are not finite say nothing, and stop nothing."""
+    models = [network(0), network(1)]
+    models[0][0].weight.data[0, 0] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = AverageModelMerger(models, allow_nonfinite=True).merge_models()
+    assert merged[0].weight.isnan().sum() == 1
+
+
+def test_the_merged_model_has_the_type_of_the_models(tmp_path):
+    """A strict type checker knows what comes out: a Linear of Linears, a Module of a ModuleList."""
+    (tmp_path / "typed.py").write_text(
+        "from torch import nn\nfrom merge_avg import AverageModelMerger\n"
+        "a: nn.Linear = AverageModelMerger([nn.Linear(1, 1)]).merge_models()\n"
+        "b: nn.Module = AverageModelMerger(nn.ModuleList([nn.Linear(1, 1)])).merge_models()\n"
+        "c: nn.LSTM = AverageModelMerger([nn.Linear(1, 1)]).merge_models()\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "typed.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("typed.py:5: error: Incompatible types"), done.stdout
+    assert "Found 1 error" in done.stdout

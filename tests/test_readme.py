@@ -13,6 +13,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.filterwarnings("error::merge_avg.errors.MergeWarning")
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code, tmp_path, monkeypatch):
     """Every Python example runs on its own in an empty directory."""

@@ -6,7 +6,9 @@ The class is named after, and used like, the AverageModelMerger of the package z
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +16,22 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import update_bn
 
+from merge_avg.agreement import Agreement, agreement, agreement_about, judge
 from merge_avg.arithmetic import Mean, MeanFactory, Weight, Weights, is_counter
 from merge_avg.arithmetic.torch_mean import TorchMean
-from merge_avg.errors import MergeError
+from merge_avg.errors import MergeError, MergeWarning
 
 # Elements that are averaged at a time: few enough to stay in a cache from the sum to the result.
 _CHUNK = 1 << 17
+_COMPARED = 1 << 14  # elements of each matrix: of so many a cosine is known to 0.01
+M = TypeVar("M", bound=nn.Module)
 
 
-class AverageModelMerger:
+class AverageModelMerger(Generic[M]):
     """Averages the weights of models of one architecture.
 
     Args:
-        models: the models, which are not changed.
+        models: the models, which are not changed: a list of them, or an nn.ModuleList.
         weights: one number for each model, zero or above; by default all count the same.
         allow_nonfinite: average NaN and infinity too, as IEEE 754 says.
 
@@ -37,13 +42,16 @@ class AverageModelMerger:
 
     def __init__(
         self,
-        models: Sequence[nn.Module],
+        models: Iterable[M],
         weights: Sequence[Weight] | None = None,
         *,
         allow_nonfinite: bool = False,
     ) -> None:
-        if not isinstance(models, Sequence):
+        # Other modules that are iterable, such as nn.Sequential, are one model.
+        single = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+        if single or not isinstance(models, Iterable):
             raise TypeError(f"models must be a list of nn.Module, not {type(models).__name__}")
+        models = list(models)
         for index, model in enumerate(models):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"models[{index}] is not an nn.Module: {type(model).__name__}")
@@ -55,13 +63,13 @@ class AverageModelMerger:
         self._weights = Weights.uniform(len(models)) if weights is None else Weights.of(weights)
         self._allow_nonfinite = allow_nonfinite
 
-    def merge_models(self) -> nn.Module:
+    def merge_models(self) -> M:
         """Return a new model of the first one's type and structure, whose weights are the mean.
 
         Parameters and persistent buffers of float and complex dtype become the exact weighted mean,
         rounded once. Integer and bool buffers have to be equal, except that counters
         (num_batches_tracked), like all the rest, are the first model's. This takes the memory of
-        one more model.
+        one more model. Where the mean may be no working network, a `MergeWarning` says why.
 
         Raises:
             ValueError: the models differ in structure (the message names the first difference), or
@@ -70,6 +78,10 @@ class AverageModelMerger:
         states = [_state(model) for model in self.models]
         for index, state in enumerate(states[1:], start=1):
             _compare(states[0], state, index)
+        counted = [index for index, weight in enumerate(self._weights.integers) if weight]
+        found = _agreement([states[index] for index in counted])
+        for text in judge(found).doubts([f"models[{i}]" for i in counted]) if found else ():
+            warnings.warn(text, MergeWarning, stacklevel=2)
         merged = self._copy_model_structure(self.models[0])
         done: set[object] = set()  # tied tensors are averaged once
         with torch.no_grad():
@@ -81,7 +93,7 @@ class AverageModelMerger:
         return merged
 
     @staticmethod
-    def _copy_model_structure(model: nn.Module) -> nn.Module:
+    def _copy_model_structure(model: M) -> M:
         """Copy a model so that it shares no tensor with the original, and keep ties."""
         # `deepcopy` alone refuses tensors that hooks have computed, and gives parameters that share
         # a storage one each. So it finds copies of all plain tensors in its memo.
@@ -188,6 +200,26 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], index: int) -> 
             if not torch.equal(state[a], state[b]):
                 what = f"{a!r} and {b!r} are tied in models[{there}], but differ in models[{here}]"
                 raise MergeError(what)
+
+
+def _agreement(states: Sequence[Mapping[str, Tensor]]) -> Agreement | None:
+    """Return how far models agree about their matrices, from a sample of the elements."""
+    grams, tensors = [], []
+    for name, first in states[0].items():
+        # An odd step meets every column, where rows are a power of two long.
+        step = first.numel() // _COMPARED | 1
+        flats = [_flat(state[name], like=first)[::step] for state in states]
+        plain = first.is_floating_point() and all(type(flat) is Tensor for flat in flats)
+        if plain and sum(extent > 1 for extent in first.shape) > 1:
+            rows = torch.stack([flat.to("cpu", torch.float64) for flat in flats])
+            rows = rows[:, (rows != rows[0]).any(dim=0)]  # elsewhere nothing was learned
+            gram = rows @ rows.T * step
+            grams.append(gram.flatten().tolist())
+            about = name, tuple(first.shape), first.numel(), first.numel()
+            sums = gram.diagonal().tolist(), gram.sum(dim=1).tolist()
+            tensors.append(agreement_about(*about, *sums))
+    size = sum(tensor.size for tensor in tensors)
+    return agreement(grams, tensors, size, size)
 
 
 def _ties(state: dict[str, Tensor]) -> set[tuple[str, str]]:

@@ -7,7 +7,7 @@ into an `Agreement`, on which `judge` gives a `Verdict`.
 from __future__ import annotations
 
 from merge_avg.agreement._comparison import Comparison, Sampler
-from merge_avg.agreement._cosines import Agreement, TensorAgreement
+from merge_avg.agreement._cosines import Agreement, TensorAgreement, agreement, agreement_about
 from merge_avg.agreement._verdict import LEAST_AGREEMENT, Verdict, groups_of, judge
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "Sampler",
     "TensorAgreement",
     "Verdict",
+    "agreement",
+    "agreement_about",
     "groups_of",
     "judge",
 ]
