@@ -186,6 +186,15 @@ def test_a_checkpoint_called_like_a_command(command, folds, tmp_path, name):
     assert command(folds[1], name, "-o", "again.pt", "-q") == (0, "again.pt\n", "")
 
 
+def test_a_command_is_the_first_word(command, folds):
+    """Behind an option it is a checkpoint of this name, and the hint says so; so it is after --."""
+    _, _, err = command("--json", "verify", "out.pt")
+    assert err == "error: there is no output\nhint: write the command first: merge-avg verify ...\n"
+    Path(folds[0]).rename("verify")
+    assert command("--", "verify", folds[1])[2].startswith("error: there is no output")
+    assert command("-o", "out.pt", "-q", "--", "verify", folds[1]) == (0, "out.pt\n", "")
+
+
 def test_a_command_takes_no_empty_path(command):
     """A variable that is not set does not stand for the current directory."""
     for name in ("verify", "inspect"):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from merge_avg._version import __version__
-from merge_avg.cli._help import Command
+from merge_avg.cli._help import COMMANDS, Command
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import print_result, say
 from merge_avg.errors import UsageError
@@ -84,7 +84,9 @@ def command(
     elif action.verify:
         _verify(checkpoints, action.inputs, options, display)
     elif output is None:
-        raise UsageError("there is no output", hint="name one, as in -o merged.pt")
+        first = f"write the command first: merge-avg {checkpoints[0]} ..."
+        hint = first if checkpoints[0] in COMMANDS else "name one, as in -o merged.pt"
+        raise UsageError("there is no output", hint=hint)
     else:
         from merge_avg.selection import choose
 

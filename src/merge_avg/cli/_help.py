@@ -68,7 +68,8 @@ class Command(TyperCommand):
         extra["standalone_mode"] = False
         try:
             sys.exit(super().main(*args, **extra))
-        except _WRONG as error:
+        # Its base class, of all that typer raises for wrong usage, has no public name.
+        except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]
             raise _told(error) from None
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
@@ -106,10 +107,6 @@ class Command(TyperCommand):
             if any(rows):
                 with formatter.section(question):
                     formatter.write_dl([(f"{row[0]:<24}", row[1]) for row in rows if row], 24)
-
-
-# What typer raises for wrong usage has no public name but for a class derived from it.
-_WRONG: Any = typer.BadParameter.__base__
 
 
 def _told(error: Any) -> UsageError:
