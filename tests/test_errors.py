@@ -29,6 +29,29 @@ def test_a_path_is_added_once():
     assert error.at("b.pt").message == "a.pt: it is damaged"
 
 
+@pytest.mark.parametrize(
+    ("hint", "said"),
+    [
+        ("use --missing skip", 'use missing="skip"'),
+        ("keep with --exclude '*u' --exclude '*v'", "keep with exclude='*u', '*v'"),
+        ("the root is --key ''", "the root is key=''"),
+        ("lower --max-memory and --threads, or", "lower max_memory and threads, or"),
+        ("give at least --max-memory 12KiB", 'give at least max_memory="12KiB"'),
+        ("or --no-agreement: it compares", "or agreement=False: it compares"),
+        ("name it: --inputs DIR", 'name it: inputs="DIR"'),
+        ("--last 3 of 2", "last=3 of 2"),
+        ("choose a wider --dtype, such as float32", "choose a wider dtype, such as float32"),
+        ("a file a--key.pt stays - and -- too", "a file a--key.pt stays - and -- too"),
+    ],
+)
+def test_options_are_said_as_keywords(hint, said):
+    """The text has the library's spelling, by one rule; the path and the parts stay as they are."""
+    error = MergeError("--key is wrong", where="x --key y.pt", hint=hint)
+    assert str(error) == f"x --key y.pt: key is wrong\nhint: {said}"
+    assert error.message == "x --key y.pt: --key is wrong"
+    assert error.hint == hint
+
+
 def test_an_error_crosses_processes():
     """Pickled by a pool of processes, an error keeps its parts, and says them once."""
     error = pickle.loads(pickle.dumps(UsageError("it is wrong", where="a.pt", hint="mend it")))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 # An option of the command, and its value where that is plainly one. Keywords are spelled alike.
 _OPTION = re.compile(
     r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])"
-    r"(?: ('[^']*'|\w*[\d_]\w*|(?:skip|available|template|max|min|cpu)\b))?"
+    r"(?: ('[^']*'|\w*[\d_]\w*|(?:[A-Z]+|skip|available|template|max|min|cpu)\b))?"
 )
 
 
