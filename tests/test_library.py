@@ -124,6 +124,13 @@ def test_a_value_that_no_option_has_is_refused(run):
         merge_checkpoints("run", "out.pt", misssing="skip")
 
 
+@pytest.mark.parametrize("name", ["last", "best", "phema", "threads", "min_agreement"])
+def test_a_text_is_no_number(run, name):
+    """Where a number is meant, the error names the keyword and what stands there."""
+    with pytest.raises(TypeError, match=f"{name} must be a number, not '2'"):
+        merge_checkpoints("run", "out.pt", **{name: "2"})
+
+
 def test_texts_of_the_command_are_understood(run):
     """A size with its unit, and one pattern where several may stand."""
     assert merged("run", max_memory="64MiB", exclude="one") == 33.75

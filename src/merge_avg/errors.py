@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterable
+from typing import Any
 
 # An option of the command, and its value where that is plainly one. Keywords are spelled alike.
-_OPTION = re.compile(
+_OPTION = (
     r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])"
     r"(?: ('[^']*'|\w*[\d_]\w*|(?:[A-Z]+|skip|available|template|max|min|cpu)\b))?"
 )
 
 
-def _keyword(found: re.Match[str]) -> str:
+def _keyword(found: Any) -> str:
     name, value = found[2].replace("-", "_"), "False" if found[1] else found[3]
     if value and not found[1] and value[0] != "'" and not value.isdecimal():
         value = f'"{value}"'
@@ -46,9 +46,11 @@ class MergeError(ValueError):
         return self.what if self.where is None else f"{self.where}: {self.what}"
 
     def __str__(self) -> str:
+        import re  # which `import merge_avg` need not wait for
+
         said = self.what if self.hint is None else f"{self.what}\nhint: {self.hint}"
         # A caller of the library writes --missing skip as missing="skip".
-        said = _OPTION.sub(_keyword, said).replace("' exclude='", "', '")
+        said = re.sub(_OPTION, _keyword, said).replace("' exclude='", "', '")
         return said if self.where is None else f"{self.where}: {said}"
 
     def at(self, where: str | os.PathLike[str]) -> MergeError:

@@ -90,6 +90,7 @@ def _listed(given: Any, name: str = "paths") -> list[Location]:
 
 def _understood(cls: Any, given: dict[str, Any]) -> Any:
     """Return options with the values of keywords; texts that the command takes are parsed."""
+    types = {one.name: str(one.type) for one in fields(cls)}
     for name, meaning in meanings(cls):
         value, allowed = given.get(name), choices(cls, name)
         if meaning.parse is parse_range and isinstance(value, int | tuple | list):
@@ -97,6 +98,8 @@ def _understood(cls: Any, given: dict[str, Any]) -> Any:
             value = ":".join("" if bound is None else str(bound) for bound in bounds)
         if isinstance(value, str) and (meaning.parse or getattr(cls, name) == ()):
             given[name] = meaning.parse(value) if meaning.parse else (value,)
+        elif isinstance(value, str) and types[name].startswith(("int |", "float |")):
+            raise TypeError(f"{name} must be a number, not {value!r}")
         elif name in given and allowed and value not in allowed:
             raise UsageError(f"{name} is {value!r}", hint=f"choose one of {', '.join(allowed)}")
     return cls(**given)
