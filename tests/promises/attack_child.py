@@ -94,7 +94,7 @@ def verified(path: str) -> dict[str, object]:
             outcomes.append(f"refused: {error}")
         except Exception:  # noqa: BLE001 - the caller asserts that there was none
             outcomes.append(traceback.format_exc(limit=-6))
-    runs = [command(path, "--verify", output, "--threads", "1") for output in outputs]
+    runs = [command(path, "verify", output, "--threads", "1") for output in outputs]
     return {"outcomes": outcomes, "runs": runs, "events": watch.seen}
 
 

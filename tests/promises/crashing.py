@@ -195,7 +195,7 @@ class Place:
         self.again = self.merge
         self.arguments = self.merge if overwrite else self.merge[:-1]
         if self.verifies:
-            self.again = self.arguments = ["--verify", made.output, "--threads", "2"]
+            self.again = self.arguments = ["verify", made.output, "--threads", "2"]
         self._inputs = {path: tree(path) for path in inputs}
         self.before: Tree | None = None
         self.whole: Tree = {}

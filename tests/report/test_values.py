@@ -246,7 +246,7 @@ def test_the_one_that_does_not_belong_is_named(tmp_path, scale, word):
     assert len(report.warnings) == (word != "agree")
     for warning in report.warnings:
         assert warning.startswith(f"{word}: the checkpoints fall into groups")
-        assert warning.endswith(f" | {texts[3]!r}); average those of one group")
+        assert warning.endswith(f" | {texts[3]!r}); average without it")
 
 
 def test_small_weights_are_judged_like_large_ones(tmp_path):

@@ -451,8 +451,8 @@ def test_otherwise_there_is_one_average_of_all(series):
         (Series(leave_one_out=True, prefixes=True), 3, "exclude each other"),
         (Series(lasts=(2, 3), prefixes=True), 3, "exclude each other"),
         (Series(leave_one_out=True), 1, "at least two checkpoints"),
-        (Series(lasts=(2, 9)), 3, "--last 9 of 3 checkpoints"),
-        (Series(lasts=(0, 2)), 3, "--last 0 of 3 checkpoints"),
+        (Series(lasts=(2, 9)), 3, "last=9 of 3 checkpoints"),
+        (Series(lasts=(0, 2)), 3, "last=0 of 3 checkpoints"),
     ],
 )
 def test_what_cannot_be_is_refused(series, count, words):

@@ -67,7 +67,7 @@ class Command(TyperCommand):
         """Run the command; what typer says of wrong usage is an error like any other."""
         extra["standalone_mode"] = False
         try:
-            sys.exit(super().main(*args, **extra))
+            sys.exit(super().main(*args, **extra) or 0)
         # Its base class, of all that typer raises for wrong usage, has no public name.
         except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]
             raise _told(error) from None
