@@ -84,8 +84,9 @@ def judge(found: Agreement) -> Verdict:
         few = "average without it" if list(map(len, groups[1:])) == [1] else None
         return Verdict(word, number, reason, few or "average those of one group", groups=groups)
     # Matrices may read from a stream of a width that runs through the network, and write to it. If
-    # others of that width agree, it is the same stream, and no layer of other units.
-    agreeing = [t for t in found.tensors if t.mean is None or t.mean >= LEAST_AGREEMENT]
+    # others of that width agree, it is the same stream, and no layer of other units. What is the
+    # same everywhere says nothing of it: a table of positions is of that width in any network.
+    agreeing = [tensor for tensor in learned if (tensor.mean or 0.0) >= LEAST_AGREEMENT]
     shared = {extent for tensor in agreeing for extent in tensor.shape[:2]}
     others = [sum(one.shape[1] not in shared for one in row[1:]) for row in rows]
     whole = any(len(row) == len(found.tensors) for row in rows)
