@@ -100,7 +100,8 @@ def judge(found: Agreement) -> Verdict:
         return Verdict("drifted", number, reason, advice, names)
     if number < LEAST_AGREEMENT and len(learned) > 1:
         return Verdict("drifted", number, "the checkpoints have drifted far apart", advice)
-    return Verdict("agree", number)
+    alone = "one matrix alone has a mean that works" if number < LEAST_AGREEMENT else ""
+    return Verdict("agree", number, alone)
 
 
 def _rows(learned: Sequence[TensorAgreement]) -> tuple[list[list[TensorAgreement]], float]:
