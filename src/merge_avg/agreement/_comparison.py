@@ -195,7 +195,8 @@ class Comparison:
 
     def _runs(self, one: _Compared, piece: Piece) -> Iterator[Run]:
         width = 2 if piece.unit.dtype.kind == "complex" else 1  # how many real numbers it is
-        at, end = (one.first + one.sample.before(place) for place in (piece.start, piece.stop))
+        at = one.first + one.sample.before(piece.start)
+        end = one.first + one.sample.before(piece.stop)
         while at < end:
             stretch = at // self._stretch
             stop = min((stretch + 1) * self._stretch, end)
@@ -257,9 +258,9 @@ class Comparison:
         for one in compared:
             name, info = next(pair for pair in one.unit.members if is_matrix(pair[1]))
             at = 2 * count * one.line
-            squares, products = sums[at : at + count], sums[at + count : at + 2 * count]
+            line = sums[at : at + 2 * count].tolist()
             about = str(name), info.shape, len(one.unit), one.elements
-            yield agreement_about(*about, squares, products)
+            yield agreement_about(*about, line[:count], line[count:])
 
 
 class Sampler:

@@ -104,22 +104,20 @@ def agreement_about(
     """Return a tensor's figures from checkpoints' squared norms and products with their sum."""
     count = len(squares)
     square, total = sum(squares), sum(products)
-    norms = [math.sqrt(value) for value in squares]
+    norms = list(map(math.sqrt, squares))
     # The sum of |x||y| over pairs. A product overflows to infinity, where ** would raise.
     between = sum(norms) * sum(norms) - square
     mean = None
-    if between > 0 and sum(norm > 0 for norm in norms) > 1 and elements >= min(size, _FEW):
+    if between > 0 and norms.count(0.0) < count - 1 and elements >= min(size, _FEW):
         mean = _known((total - square) / between)
         mean = None if mean is None else min(max(mean, -1.0), 1.0)
     error = (1 - (mean or 0.0) ** 2) / math.sqrt(elements) if elements < size else 0.0
     scale = count / (square if square > 0 else 1.0)
     # The distance to the mean of all: |x - m|^2 = |x|^2 - 2 x.m + |m|^2, which rounding can make
     # negative where x is the mean.
-    middle = total / count**2
-    distances = tuple(
-        math.sqrt(max(own - 2 / count * product + middle, 0.0) * scale)
-        for own, product in zip(squares, products, strict=True)
-    )
+    middle, twice = total / count**2, 2 / count
+    away = [a - twice * b + middle for a, b in zip(squares, products, strict=True)]
+    distances = tuple([math.sqrt(max(one, 0.0) * scale) for one in away])
     norm = math.sqrt(square / count)
     return TensorAgreement(name, shape, size, elements, mean, error, norm, distances)
 
