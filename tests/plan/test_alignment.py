@@ -270,3 +270,13 @@ def test_troubles_and_dtypes_are_named():
         one, other = (replace(good, dtype=BY_NAME[name]) for name in pair)
         with pytest.raises(MergeError, match=r"is (complex64|float32), in f0.pt"):
             planned({"w": one}, {"w": other}, dtype="float32")
+
+
+def test_a_merge_of_nothing_is_an_error(tmp_path):
+    """Where no tensor is in every checkpoint, leaving out those that are not leaves none."""
+    for number, key in enumerate(("a", "b")):
+        torch.save({key: torch.ones(2)}, tmp_path / f"{number}.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    with pytest.raises(MergeError, match="no tensor of it is in every checkpoint"):
+        merge_checkpoints(paths, tmp_path / "o.pt", missing="skip")
+    assert not (tmp_path / "o.pt").exists()

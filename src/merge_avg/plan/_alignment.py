@@ -101,6 +101,11 @@ def align(
         notes.append(f"{named(incomplete)} is not in every checkpoint and is {lot}")
         kept += incomplete if missing == "skip" else []
     skipped = frozenset(kept)
+    if skipped.issuperset(weights[0]):
+        hint = (
+            f"names such as {named(template, 2)} have to be in all; are these of one architecture?"
+        )
+        raise MergeError("no tensor of it is in every checkpoint", where=paths[0], hint=hint)
     # What is kept has the template as its only source: whether others have it does not matter.
     rows = {
         name: (info, *(None if name in skipped else column.get(name) for column in columns))
