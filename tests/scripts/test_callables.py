@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "callables.py"
 
 
@@ -21,6 +23,7 @@ def test_it_sees_what_runs_code():
     assert summary["called"] == summary["inert"] + summary["unknown"] > 20
 
 
+@pytest.mark.large
 def test_what_is_inert_runs_nothing():
     """Each inert callable is called with code, paths, commands and pickles, and runs none."""
     command = [sys.executable, SCRIPT, "inert", "--together"]

@@ -240,6 +240,7 @@ def test_a_trial_that_was_written_to_does_not_stop_the_next(tmp_path):
     ]
 
 
+@pytest.mark.large
 def test_a_real_command(tmp_path):
     """A command of the user's own evaluates real files, and the soup is better than each."""
     paths = made(tmp_path, (0.0, 10.0, 5.5))
