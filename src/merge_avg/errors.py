@@ -59,7 +59,7 @@ class MergeError(ValueError):
 
 
 class MergeWarning(UserWarning):
-    """What may make a mean meaningless, such as models that have nothing in common."""
+    """A doubt about a mean, such as that models have nothing in common."""
 
 
 class UsageError(MergeError):
@@ -67,7 +67,7 @@ class UsageError(MergeError):
 
 
 class WrittenError(MergeError):
-    """What fails after the outputs are complete, such as a report of them."""
+    """A failure after the outputs are complete, such as of a report of them."""
 
 
 _SPACE = "free some space, or choose another place for the output"

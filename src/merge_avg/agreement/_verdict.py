@@ -2,7 +2,7 @@
 
     agree       they learned the same function in the same place; their mean is near all of them
     drifted     they began in one place and went far, or share a part only: the mean may work
-    strangers   what one learned means nothing in the place of another: the mean is no network
+    strangers   what one learned means nothing in the place of another: the mean does not work
 
 Why the rules are as they are. Two networks that were initialised apart, or whose hidden units are
 in another order, have matrices whose cosines lie near 0, whatever they learned. Training from one
@@ -45,7 +45,7 @@ _SMALL = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the mean works, in a word, with the number, the reason and what to do."""
+    """The judgement on a mean: a word, with the number, the reason and what to do."""
 
     word: Word
     # The lower of the mean cosine and the higher one of two matrices in a row where that is least.

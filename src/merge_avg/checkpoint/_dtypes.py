@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from merge_avg.options import FloatName
 
-# "code" is for bytes that are no numbers by themselves, and are refused: a qint8 is worth what the
+# "code" is for bytes that are not numbers by themselves, and are refused: a qint8 is worth what the
 # scale of its tensor says, a byte of float4 holds two values, and float8_e8m0 is such a scale.
 Kind = Literal["float", "complex", "int", "bool", "code"]
 

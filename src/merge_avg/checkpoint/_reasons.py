@@ -1,4 +1,4 @@
-"""Why a tensor is kept, and is no weight: what lies around it and what it is decide.
+"""Why a tensor is kept, and not averaged: what lies around it and what it is decide.
 
 The first of these that holds decides. All else is a weight: a state dict is a dict (or list) that
 holds tensors, and frameworks choose its name as they like.
@@ -35,7 +35,7 @@ ATTRIBUTES = "attributes of a module"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What containers hold whose keys match a pattern, in any letter case."""
+    """A kind of content, of containers whose keys match a pattern in any letter case."""
 
     name: str
     pattern: re.Pattern[str]
@@ -192,7 +192,7 @@ class Reasons:
 
     @cached_property
     def _names(self) -> Counter[Key]:
-        """Return the names of tensors that are no single numbers, and how many have each."""
+        """Return the names of tensors of more than one number, and how many have each."""
         return Counter(info.path[-1] for info in self._tensors if info.shape and info.path)
 
     @cached_property

@@ -23,7 +23,7 @@ from merge_avg.options import Meaning, Recipe, meanings, option
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """What to do: but for the dry run, tasks that have commands of their own."""
+    """The tasks that, but for the dry run, have commands of their own."""
 
     inspect: bool = option(False, "The command inspect, as it was called before.")
     verify: bool = option(False, "The command verify, as it was called before.")

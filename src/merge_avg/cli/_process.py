@@ -127,7 +127,7 @@ def say(text: str) -> None:
     """Print a line on stderr; names keep their letters, but control characters are escaped."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
-    except OSError:  # nobody listens, which is no reason to stop
+    except OSError:  # nobody listens, and that need not stop it
         discard(sys.stderr)
 
 

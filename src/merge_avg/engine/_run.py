@@ -119,7 +119,7 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
     compared = job.averaged if job.options.agreement else ()
     comparison = Comparison(compared, job.plan.units, job.base)
     with contextlib.ExitStack() as stack:
-        # Outputs first: that there is no room for them should not show at the end of a long merge.
+        # Outputs first: a lack of room for them should not show at the end of a long merge.
         sinks = [stack.enter_context(opened(output)) for output in job.outputs]
         folder = sinks[0].folder
         readers = [Reader(layout, folder) for layout in job.layouts]

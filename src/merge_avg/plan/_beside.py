@@ -73,7 +73,7 @@ def _differ(name: str, ours: File, others: Sequence[File]) -> bool:
 
 
 def _tokens(name: str, path: Path) -> Mapping[int, str]:
-    """Return the tokens that a file tells, by their ids; none where it is no such file."""
+    """Return the tokens that a file tells, by their ids; none if it is another kind of file."""
     last = PurePosixPath(name).name.lower()
     if not re.search("vocab|token", last) or path.stat().st_size > _LARGEST:
         return {}

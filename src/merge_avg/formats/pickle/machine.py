@@ -144,7 +144,7 @@ class Machine:
         end = self.data.find(b"\n", self.at, self.at + longest + 1)
         if end < 0 and self.at + longest < len(self.data):
             raise ValueError("a line of absurd length")
-        # Where there is no newline, more is asked for than there is.
+        # Without a newline, more is asked for than there is.
         return self.take((end if end >= 0 else len(self.data)) + 1 - self.at)[:-1]
 
     def number(self, size: int) -> int:

@@ -8,7 +8,7 @@ A loader of a pickle, be it C or Python, calls
 1.  what stands where a function does: REDUCE, NEWOBJ, NEWOBJ_EX, OBJ, INST;
 2.  by way of such a call, what it gets: `map` calls its first argument;
 3.  what it looks up on an object to change it: `__setstate__` for BUILD, `append` and `extend` for
-    APPEND and APPENDS, `add` for ADDITEMS; and `items` of the state, if that is no plain dict;
+    APPEND and APPENDS, `add` for ADDITEMS; and `items` of the state, unless that is a plain dict;
 4.  by way of an object's `__setstate__` and the like, what its state holds.
 
 So, as soon as a pickle has a method: functions are named (1); nothing in the arguments of a call,
