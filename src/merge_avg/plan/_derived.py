@@ -161,7 +161,7 @@ def _named_factors(tensors: Tensors) -> Iterator[Pair]:
     """Yield pairs of factors of one family whose names differ by opposites behind its name."""
     groups: dict[tuple[TreePath, str, str], list[Name]] = defaultdict(list)
     for name, info in tensors.items():
-        # The layers "up" and "down" may both have factors: what differs there does not name a factor.
+        # The layers "up" and "down" may both have factors: what differs there names none.
         family = _FAMILY.fullmatch(name.key)
         rest, side = _sides(family[2] if family else "")
         if family and side and (_matrix(info) or _LORA_A.search(name.key)):

@@ -20,8 +20,8 @@ from merge_avg.checkpoint import Key, Layout, Name, Roles, TensorInfo, TreePath,
 from merge_avg.io import Reader
 
 _DTYPES = ("bfloat16", "float16", "float32")  # of weights
-# Slots of torch.optim, which are not copies even where they are equal; and what copies of weights in
-# float32 are called: those may be equal by chance, before the first step of a slow average, say.
+# Slots of torch.optim, which are not copies even where they are equal; and what copies of weights
+# in float32 are called: those may be equal by chance, before the first step of a slow average, say.
 _MOMENTS = re.compile(r"exp_avg|momentum_buffer|square_avg|grad_avg|acc_delta")
 _CALLED_SO = re.compile(r"(?i)master|fp32|float32")
 _MOST = 16  # elements that are compared, of the first row
