@@ -249,6 +249,7 @@ def test_help_has_every_keyword():
         assert f"        {name}: " in text
 
 
+@pytest.mark.large  # mypy takes its time
 def test_types_are_those_of_the_keywords(tmp_path):
     """A strict type checker accepts the keywords, and refuses others and other types."""
     good = (

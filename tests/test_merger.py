@@ -285,6 +285,7 @@ def test_strangers_that_hold_nan_are_merged_where_that_is_allowed():
     assert merged[0].weight.isnan().sum() == 1
 
 
+@pytest.mark.large  # mypy takes its time
 def test_the_merged_model_has_the_type_of_the_models(tmp_path):
     """A strict type checker knows what comes out: a Linear of Linears, a Module of a ModuleList."""
     (tmp_path / "typed.py").write_text(
