@@ -12,8 +12,9 @@ choose the situations whose kind or name holds one of them.
 How far to believe the counts: the rules of the verdict were made while looking at the known half.
 Two of them are owed to the other, whose first run had two broken means that passed in silence: the
 least agreement became 0.55, and a tensor of shape (n, 1) is no matrix. So that half is no longer
-quite unseen. The fresh situations are: their list was written down after the rules, and before any
-of them was trained.
+quite unseen. The fresh situations were written down after that, and before any of them was trained.
+One rule is owed to them: a block that reads from and writes to a stream which others share is no
+layer of other units. With --seed all are trained anew.
 """
 
 import argparse

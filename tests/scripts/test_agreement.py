@@ -41,7 +41,8 @@ def test_strangers_are_the_broken_ones(tmp_path):
         ["works", "agree"],
     ]
     last = "situations: broken and silent: 0; working and called strangers: 0"
-    assert f"known, 5 {last}" in done.stdout
+    assert f"known, 4 {last}" in done.stdout
+    assert f"set aside, 1 {last}" in done.stdout
     results = json.loads((tmp_path / "permuted-channels-of-a-cnn" / "results.json").read_text())
     assert results["truth"] == "broken"
     assert len(list((tmp_path / "permuted-channels-of-a-cnn").glob("*.pt"))) == 5

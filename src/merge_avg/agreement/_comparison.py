@@ -13,12 +13,14 @@ sum. No N x N matrix is kept for a tensor: with many of both that would be the l
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from merge_avg.agreement._cosines import (
+    FEW,
     Agreement,
     TensorAgreement,
     agreement,
@@ -50,6 +52,7 @@ _GROUPS = 16
 # whole layers would measure that instead of the sampling.
 _STRETCHES = 16 * _GROUPS
 _WIDE = BY_NAME["float64"]
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Sample:
         """Return how many of the elements before a place are looked at."""
         if self.taken == _BLOCK:  # it is looked at whole
             return place
+        if self.size < _BLOCK:  # of which a model may have thousands
+            return min(place, self._taken_of_last)
         last = self.size // _BLOCK * _BLOCK
         inside = min(min(place, last) % (self.every * _SPAN), _SPAN)
         count = min(place, last) // (self.every * _SPAN) * (_SPAN // _BLOCK * self.taken)
@@ -97,8 +102,8 @@ class Sample:
         return self.before(self.size)
 
 
-def samples(sizes: Sequence[int], checkpoints: int) -> list[Sample]:
-    """Return the sample of each tensor of a model, by their sizes."""
+def samples(sizes: Sequence[int], checkpoints: int) -> list[Sample | None]:
+    """Return the sample of each tensor of a model, by their sizes; None for those left out."""
     total, checkpoints = max(sum(sizes), 1), max(checkpoints, 1)
     # Of small models more is looked at, up to all: WHOLE numbers of all checkpoints cost nothing.
     taken = min(max(_BLOCK * WHOLE // (total * checkpoints), _TAKEN), _BLOCK)
@@ -106,13 +111,17 @@ def samples(sizes: Sequence[int], checkpoints: int) -> list[Sample]:
     found = [Sample(size, taken, every) for size in sizes]
     # As many numbers again are spent on the smallest tensors, which are looked at whole: a part of
     # a few hundred elements says nothing about the tensor that they are of.
-    left = WHOLE // checkpoints
-    for number in sorted(range(len(sizes)), key=sizes.__getitem__):
-        left -= sizes[number]
-        if left < 0:
+    budget = left = WHOLE // checkpoints
+    # Of equally small ones, some from all over the model: the fractions of multiples of the golden
+    # ratio are spread evenly.
+    for number in sorted(range(len(sizes)), key=lambda k: (sizes[k], k * _GOLDEN % 1)):
+        if sizes[number] > left:
             break
+        left -= sizes[number]
         found[number] = Sample(sizes[number])
-    return found
+    # Once many are looked at whole, a few elements of each of thousands more tell nothing new.
+    many = left < budget // 2
+    return [None if many and one.elements < min(one.size, FEW) else one for one in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +167,9 @@ class Comparison:
         self._compared: dict[int, _Compared] = {}  # by the unit's number
         first = 0
         for unit, sample in zip(found, samples([len(unit) for unit in found], count), strict=True):
-            elements = sample.elements  # once: a model may have thousands of tiny matrices
+            if sample is None:
+                continue
+            elements = sample.elements
             what = unit, len(self._compared), sample, elements, first, len(unit) / elements
             self._compared[unit.number] = _Compared(*what)
             first += elements
@@ -167,7 +178,7 @@ class Comparison:
         # Of the checkpoints themselves, and of their differences to the base.
         kinds = 1 if base is None else 2
         self._grams = [Buffer(8 * _GROUPS * count * count) for _ in range(kinds)]
-        self._sums = [Buffer(16 * len(found) * count) for _ in range(kinds)]
+        self._sums = [Buffer(16 * len(self._compared) * count) for _ in range(kinds)]
         self._lock = threading.Lock()
 
     def beside(self, unit: Unit) -> frozenset[int]:

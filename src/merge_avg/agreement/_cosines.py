@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 # A cosine of n random elements is 0 +- 1/sqrt(n): of fewer than 16 it says nothing.
-_FEW = 16
+FEW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def agreement_about(
     # The sum of |x||y| over pairs. A product overflows to infinity, where ** would raise.
     between = sum(norms) * sum(norms) - square
     mean = None
-    if between > 0 and norms.count(0.0) < count - 1 and elements >= min(size, _FEW):
+    if between > 0 and norms.count(0.0) < count - 1 and elements >= min(size, FEW):
         mean = _known((total - square) / between)
         mean = None if mean is None else min(max(mean, -1.0), 1.0)
     error = (1 - (mean or 0.0) ** 2) / math.sqrt(elements) if elements < size else 0.0

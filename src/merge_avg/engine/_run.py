@@ -41,6 +41,7 @@ class Result(Brief):
         nonfinite: tensors that hold NaN or infinity, where that was allowed.
         warnings: what may make the mean meaningless.
         agreement: how far the checkpoints agree; None where there is nothing to compare.
+        verdict: whether the mean works as a network, as far as the agreement tells.
         centred: the same for their differences to the base, if there is one.
         compared: the numbers of the checkpoints that `agreement` is about.
         hashes: of what was read of each checkpoint; None where they were not asked for.
@@ -53,22 +54,18 @@ class Result(Brief):
     nonfinite: tuple[str, ...]
     warnings: tuple[str, ...]
     agreement: Agreement | None
+    verdict: Verdict | None
     centred: Agreement | None
     compared: tuple[int, ...]
     hashes: Hashes | None
-
-    @property
-    def verdict(self) -> Verdict | None:
-        """Return whether the mean works as a network, as far as the agreement tells."""
-        return None if self.agreement is None else judge(self.agreement)
 
     def brief(self) -> Iterator[str]:
         """Yield what was averaged, and what is to be known of it."""
         written = named(output.path for output in self.job.outputs)
         yield f"{len(self.job.averaged):,} checkpoints averaged into {written}"
         yield f"read: {self.nbytes:,} bytes in {self.seconds:.2f} s"
-        if (verdict := self.verdict) is not None:
-            yield f"verdict: {verdict.word} ({verdict.number:.3f})"
+        if self.verdict is not None:
+            yield f"verdict: {self.verdict.word} ({self.verdict.number:.3f})"
         for label, names in (("differing", self.differing), ("nonfinite", self.nonfinite)):
             yield from [f"{label}: {named(names, 3)}"] if names else []
         yield from (f"warning: {text}" for text in self.warnings)
@@ -143,12 +140,12 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         for reader in readers:
             reader.finish()
         agreement = comparison.result()
-        _refuse_strangers(job, agreement)
+        verdict = None if agreement is None else judge(agreement)
+        _refuse_strangers(job, verdict)
         hashes = total(job, findings)
-        cosine, doubts = None, tuple[str, ...]()
-        if agreement is not None:
-            names = [str(job.layouts[number].path) for number in compared]
-            cosine, doubts = agreement.mean, judge(agreement).doubts(names)
+        cosine = None if agreement is None else agreement.mean
+        names = [str(job.layouts[number].path) for number in compared]
+        doubts = () if verdict is None else verdict.doubts(names)
         lora = job.plan.warnings if any(map(findings.varying.issuperset, job.plan.factors)) else ()
         for sink, output in zip(sinks, job.outputs, strict=True):
             sink.complete(job.record(output, hashes, cosine))
@@ -163,6 +160,7 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         tuple(sorted(findings.nonfinite)),
         (*lora, *doubts),
         agreement,
+        verdict,
         comparison.centred(),
         compared,
         hashes if job.options.hashes else None,
@@ -184,11 +182,11 @@ def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
         yield functools.partial(Worker.copy, index=index, number=number, record=record)
 
 
-def _refuse_strangers(job: Job, agreement: Agreement | None) -> None:
+def _refuse_strangers(job: Job, verdict: Verdict | None) -> None:
     """Raise MergeError where the checkpoints agree less than is asked for."""
-    least, number = job.options.min_agreement, judge(agreement).number if agreement else None
-    if least is not None and number is not None and number < least:
-        what = f"the checkpoints agree by {number:.3f}, and {least:g} is asked for"
+    least = job.options.min_agreement
+    if least is not None and verdict is not None and verdict.number < least:
+        what = f"the checkpoints agree by {verdict.number:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
         raise MergeError(what, where=job.outputs[0].path, hint=hint)
 

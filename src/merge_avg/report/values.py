@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
-from merge_avg.agreement import Agreement, TensorAgreement, Verdict, groups_of, judge
+from merge_avg.agreement import Agreement, Verdict, groups_of
 from merge_avg.options import REPORTED
 from merge_avg.report import counted
 
@@ -88,10 +88,10 @@ class Report:
     # All that were looked at, with the weights of those that are inputs; empty where the user named
     # each checkpoint.
     candidates: tuple[tuple[Candidate, float | None], ...]
-    # Of the averaged inputs, to six places. None where it was not measured, or there was nothing to
+    # Of the averaged inputs. None where it was not measured, or there was nothing to
     # compare; the latter also where fewer than two checkpoints differ from the base.
     agreement: Agreement | None = None
-    verdict: Verdict | None = None  # on these figures
+    verdict: Verdict | None = None
     centred: Agreement | None = None
     result: Result | None = None  # None for a dry run
 
@@ -117,8 +117,6 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     candidates, notes = ((), ()) if choice is None else (choice.candidates, choice.notes)
     inputs = tuple(_inputs(job, result, candidates))
     weights = {entry.path: entry.weight for entry in inputs}
-    agreement = None if result is None else _rounded(result.agreement)
-    verdict = None if agreement is None else _rounded(judge(agreement))
     return Report(
         inputs=inputs,
         outputs=tuple(
@@ -148,9 +146,9 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         notes=(*notes, *aligned.notes, *job.notes, *_notes(job, result, used)),
         warnings=plan.warnings if result is None else result.warnings,
         candidates=tuple((one, weights.get(str(one.path))) for one in candidates),
-        agreement=agreement,
-        verdict=verdict,
-        centred=None if result is None or agreement is None else _rounded(result.centred),
+        agreement=None if result is None else result.agreement,
+        verdict=None if result is None else result.verdict,
+        centred=None if result is None or result.agreement is None else result.centred,
         result=result,
     )
 
@@ -188,16 +186,14 @@ def _notes(job: Job, result: Result | None, used: Sequence[tuple[Name, str]]) ->
 
 
 def _rounded(value: Any) -> Any:
-    """Return figures, or one of them, to six places; sizes, names and None stay."""
+    """Return plain figures to six places."""
     # A sample gives three places at best, and the JSON of a large model has many such numbers.
     if isinstance(value, float):
         return round(value, 6)
-    if isinstance(value, tuple):
-        return tuple(map(_rounded, value))
-    if isinstance(value, Agreement | TensorAgreement | Verdict):
-        # A norm has a unit, so a small one must not become 0.
-        names = [one.name for one in fields(value) if one.name not in ("norm", "norms")]
-        return replace(value, **{name: _rounded(getattr(value, name)) for name in names})
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):  # a norm has a unit, so a small one must not become 0
+        return {key: item if key == "norm" else _rounded(item) for key, item in value.items()}
     return value
 
 
@@ -229,7 +225,7 @@ def as_json(report: Report) -> dict[str, Any]:
         if figures is not None:
             figures |= {"base": report.base, "centred": _figures(report.centred, report.averaged)}
             figures |= {"verdict": _verdict(report.verdict, report.averaged)}
-        found["agreement"] = figures
+        found["agreement"] = _rounded(figures)
         found["bytes_read"] = report.result.nbytes
         found["seconds"] = round(report.result.seconds, 3)
         found["differing"] = list(report.result.differing)
