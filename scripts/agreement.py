@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 
 from merge_avg import MergeError, MergeWarning, merge_checkpoints
-from merge_avg.agreement import judge
 from situations import SITUATIONS, Half
 
 HALVES = get_args(Half)
@@ -56,13 +55,12 @@ def asked(folder: Path) -> tuple[str, float | None, float | None]:
     paths = sorted(folder.glob("*.pt"))
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            found = merge_checkpoints(paths, Path(temporary) / "merged.pt").agreement
+            found = merge_checkpoints(paths, Path(temporary) / "merged.pt")
         except MergeError:
             return "refused", None, None
-    if found is None:
+    if found.agreement is None or found.verdict is None:
         return "nothing", None, None
-    verdict = judge(found)
-    return verdict.word, found.mean, verdict.number
+    return found.verdict.word, found.agreement.mean, found.verdict.number
 
 
 def shown(found: dict[str, Any]) -> list[str]:

@@ -19,15 +19,15 @@ from merge_avg._version import __version__
 from merge_avg.errors import MergeError, MergeWarning, UsageError
 
 if TYPE_CHECKING:
-    from merge_avg.arithmetic import Weights
-    from merge_avg.arithmetic.torch_mean import RunningMean
-    from merge_avg.engine import Result
-    from merge_avg.library import (
+    from merge_avg.api import (
         Selection,
         inspect_checkpoints,
         merge_checkpoints,
         select_checkpoints,
     )
+    from merge_avg.arithmetic import Weights
+    from merge_avg.arithmetic.torch_mean import RunningMean
+    from merge_avg.engine import Result
     from merge_avg.merger import AverageModelMerger, recalibrate_batch_norm
     from merge_avg.report.inspect import Contents
     from merge_avg.verify import Verification, verify_output
@@ -58,13 +58,13 @@ _HOMES = {
     "Contents": "report.inspect",
     "Result": "engine",
     "RunningMean": "arithmetic.torch_mean",
-    "Selection": "library",
+    "Selection": "api",
     "Verification": "verify",
     "Weights": "arithmetic",
-    "inspect_checkpoints": "library",
-    "merge_checkpoints": "library",
+    "inspect_checkpoints": "api",
+    "merge_checkpoints": "api",
     "recalibrate_batch_norm": "merger",
-    "select_checkpoints": "library",
+    "select_checkpoints": "api",
     "verify_output": "verify",
 }
 

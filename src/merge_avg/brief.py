@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 _HALF, _MOST = 200, 16  # of a line, and lines
 
 
-class Brief:
+class Brief(ABC):
     """A value whose `repr` is a headline and a few facts."""
 
+    @abstractmethod
     def brief(self) -> Iterator[str]:
         """Yield lines; names in them may hold controls."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         lines = [*self.brief()]

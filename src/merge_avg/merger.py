@@ -19,6 +19,7 @@ from torch.optim.swa_utils import update_bn
 from merge_avg.agreement import Agreement, agreement, agreement_about, judge
 from merge_avg.arithmetic import Mean, MeanFactory, Weight, Weights, is_counter
 from merge_avg.arithmetic.torch_mean import TorchMean
+from merge_avg.checkpoint import is_matrix
 from merge_avg.errors import MergeError, MergeWarning
 
 # Elements that are averaged at a time: few enough to stay in a cache from the sum to the result.
@@ -210,7 +211,7 @@ def _agreement(states: Sequence[Mapping[str, Tensor]]) -> Agreement | None:
         step = first.numel() // _COMPARED | 1
         flats = [_flat(state[name], like=first)[::step] for state in states]
         plain = first.is_floating_point() and all(type(flat) is Tensor for flat in flats)
-        if plain and sum(extent > 1 for extent in first.shape) > 1:
+        if plain and is_matrix(first.shape):
             rows = torch.stack([flat.to("cpu", torch.float64) for flat in flats])
             rows = rows[:, (rows != rows[0]).any(dim=0)]  # elsewhere nothing was learned
             gram = rows @ rows.T * step

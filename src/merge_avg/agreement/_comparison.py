@@ -28,9 +28,9 @@ from merge_avg.agreement._cosines import (
     same,
 )
 from merge_avg.arithmetic import LOOPS, int64s
-from merge_avg.checkpoint import BY_NAME
+from merge_avg.checkpoint import BY_NAME, is_matrix
 from merge_avg.io import Buffer, Matrix
-from merge_avg.plan import Piece, Unit, Window, is_matrix
+from merge_avg.plan import Piece, Unit, Window
 from merge_avg.tuning import COMPARED, WHOLE
 
 # The rule of thumb: about one element in 128, which costs next to nothing beside the reading. The
@@ -267,7 +267,7 @@ class Comparison:
         count = self._count
         sums = self._sums[kind].bytes(16 * len(self._compared) * count).cast("d")
         for one in compared:
-            name, info = next(pair for pair in one.unit.members if is_matrix(pair[1]))
+            name, info = next(pair for pair in one.unit.members if is_matrix(pair[1].shape))
             at = 2 * count * one.line
             line = sums[at : at + 2 * count].tolist()
             about = str(name), info.shape, len(one.unit), one.elements

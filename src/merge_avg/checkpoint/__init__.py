@@ -31,6 +31,7 @@ from merge_avg.checkpoint._layout import (
     TreePath,
     dotted,
     impossible,
+    is_matrix,
     row_major,
 )
 from merge_avg.checkpoint._metrics import direction, is_metric, turned, words
@@ -69,6 +70,7 @@ __all__ = [
     "direction",
     "dotted",
     "impossible",
+    "is_matrix",
     "is_metric",
     "kind_of",
     "row_major",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import math
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -216,6 +216,12 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(extent, 1)
     return tuple(reversed(strides))
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Return whether a tensor has two dimensions or more, of more than one element."""
+    # Scales of rows, of the shape (rows, 1), are vectors: all near 1, or all positive.
+    return sum(extent > 1 for extent in shape) > 1
 
 
 def impossible(shape: object, stride: object, start: object, held: int) -> str | None:

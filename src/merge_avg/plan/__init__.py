@@ -13,7 +13,7 @@ from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without
 from merge_avg.plan._masters import Masters, roles_of
 from merge_avg.plan._provenance import Hashes, Record, read_record
 from merge_avg.plan._targets import FILE
-from merge_avg.plan._units import Restride, Unit, aligned_to_page, is_matrix
+from merge_avg.plan._units import Restride, Unit, aligned_to_page
 
 __all__ = [
     "FILE",
@@ -28,7 +28,6 @@ __all__ = [
     "Window",
     "aligned_to_page",
     "batches",
-    "is_matrix",
     "prepare",
     "read_record",
     "refuse_inputs",

@@ -23,6 +23,7 @@ from merge_avg.checkpoint import (
     Name,
     Storage,
     TensorInfo,
+    is_matrix,
     row_major,
 )
 from merge_avg.errors import MergeError
@@ -71,7 +72,7 @@ class Unit:
     @property
     def is_matrix(self) -> bool:
         """Return whether it is averaged, and of a tensor of two dimensions or more."""
-        return self.kind == "mean" and any(is_matrix(info) for _, info in self.members)
+        return self.kind == "mean" and any(is_matrix(info.shape) for _, info in self.members)
 
     @property
     def holed(self) -> bool:
@@ -142,12 +143,6 @@ class Plan:
         """Return the template's storages whose elements get another dtype, with that dtype."""
         pairs = ((self.aligned.template(name), self.result(name)) for name in self.aligned.rows)
         return {info.storage: dtype for info, dtype in pairs if dtype != info.dtype}
-
-
-def is_matrix(info: TensorInfo) -> bool:
-    """Return whether a tensor has two dimensions or more, of more than one element."""
-    # Scales of rows, of the shape (rows, 1), are vectors: all near 1, or all positive.
-    return sum(extent > 1 for extent in info.shape) > 1
 
 
 def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = None) -> Plan:

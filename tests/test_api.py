@@ -1,4 +1,4 @@
-"""merge_avg.library: the functions for files take what the command takes, and say what is wrong."""
+"""merge_avg.api: the functions for files take what the command takes, and say what is wrong."""
 
 import subprocess
 import sys
