@@ -136,7 +136,7 @@ def test_a_command_does_what_its_option_did(command, folds):
     assert command(*folds, "-o", "out.pt", "-q") == (0, "out.pt\n", "")
     for name, arguments in {"verify": ["out.pt"], "inspect": ["out.pt", "--json"]}.items():
         new, old = command(name, *arguments), command(f"--{name}", *arguments)
-        note = f"note: --{name} is now a command, merge-avg {name}; the option will go\n"
+        note = f"note: --{name} is now the command merge-avg {name}; the option will be removed\n"
         assert (new[0], old) == (0, (0, new[1], note + new[2]))
         assert command(f"--{name}", "-q", *arguments)[2] == ""
 
@@ -150,7 +150,9 @@ def test_a_soup_is_a_command(command, folds):
     assert torch.load("s.pt")["model"]["w"].tolist() == [1.0] * 4
     code, old, err = command(*folds, "-o", "s.pt", "--soup", "greedy", *scored)
     assert (code, json.loads(old)["members"]) == (0, folds)
-    assert err.startswith("note: --soup is now a command, merge-avg soup; the option will go\n")
+    assert err.startswith(
+        "note: --soup is now the command merge-avg soup; the option will be removed\n"
+    )
     assert "a soup needs" in command("soup", *folds, "-o", "t.pt", "--mode", "max")[2]
 
 
@@ -180,7 +182,7 @@ def test_a_checkpoint_called_like_a_command(command, folds, tmp_path, name):
     (tmp_path / folds[0]).rename(tmp_path / name)
     code, out, err = command(name, folds[1], "-o", "out.pt")
     if name != "soup":
-        assert f"hint: a checkpoint that is called {name} is written ./{name}" in err
+        assert f"hint: write ./{name} for a checkpoint of that name" in err
     assert (code, out, (tmp_path / "out.pt").exists()) == (2, "", False)
     assert command(f"./{name}", folds[1], "-o", "out.pt", "-q") == (0, "out.pt\n", "")
     assert command(folds[1], name, "-o", "again.pt", "-q") == (0, "again.pt\n", "")

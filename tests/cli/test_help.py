@@ -46,7 +46,7 @@ def test_everyday_options_fit_on_a_screen():
     assert max(map(len, lines)) <= 80
     assert lines.index("Which checkpoints:") <= 25
     assert any(line.startswith("  -h, --help") for line in lines[:24])
-    assert "commands verify, inspect and soup" in " ".join(" ".join(lines[:24]).split())
+    assert "verify, inspect and soup are commands" in " ".join(" ".join(lines[:24]).split())
 
 
 def test_an_option_is_explained_in_two_lines():

@@ -268,7 +268,9 @@ def test_a_name_breaks_the_tie_with_a_note(tmp_path):
         save_file(weights(fold), tmp_path / str(fold) / "model.safetensors")
         save_file({"momentum": torch.ones(3) * fold}, tmp_path / str(fold) / "optim.safetensors")
     layout = scan(tmp_path / "0")
-    assert [note for note in layout.notes if "optim.safetensors is kept for its name" in note]
+    assert [
+        note for note in layout.notes if "optim.safetensors is kept because of its name" in note
+    ]
     merge_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
     assert same(load_file(tmp_path / "out" / "optim.safetensors"), {"momentum": torch.zeros(3)})
 

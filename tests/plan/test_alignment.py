@@ -277,6 +277,6 @@ def test_a_merge_of_nothing_is_an_error(tmp_path):
     for number, key in enumerate(("a", "b")):
         torch.save({key: torch.ones(2)}, tmp_path / f"{number}.pt")
     paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
-    with pytest.raises(MergeError, match="no tensor of it is in every checkpoint"):
+    with pytest.raises(MergeError, match="none of its tensors is in every checkpoint"):
         merge_checkpoints(paths, tmp_path / "o.pt", missing="skip")
     assert not (tmp_path / "o.pt").exists()

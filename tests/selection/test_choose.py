@@ -641,7 +641,7 @@ def test_a_file_that_says_no_epoch_is_left_out_of_a_selection(tmp_path, criteria
     assert why(selection)["best.pth"] == "its epoch is not known"
     selection = select([tmp_path], Criteria())
     assert len(selection.paths) == 4
-    assert "unlike others, 'best.pth' says neither step nor epoch" in selection.notes[0]
+    assert "'best.pth' tells no step or epoch" in selection.notes[0]
 
 
 def test_the_clock_that_most_tell_decides(tmp_path):

@@ -91,7 +91,7 @@ def judge(found: Agreement) -> Verdict:
     others = [sum(one.shape[1] not in shared for one in row[1:]) for row in rows]
     whole = any(len(row) == len(found.tensors) for row in rows)
     if whole or max(others, default=0) >= _LAYERS:
-        reason = "matrices in a row have nothing in common, so the units between them are others"
+        reason = "matrices in a row have nothing in common, so the units between them differ"
         advice = "average checkpoints of one initialisation, or average their outputs instead"
         return Verdict("strangers", number, reason, advice, names)
     advice = "evaluate the mean before you use it, and recompute BatchNorm's statistics first"

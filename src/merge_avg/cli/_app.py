@@ -74,8 +74,8 @@ def command(
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory.
 
     CHECKPOINT is a file (.pt, .pth, .bin, .ckpt, .safetensors), a directory, a run, or a quoted
-    pattern. The output is a copy of the first with other weights. There are the commands verify,
-    inspect and soup, too; a checkpoint that is called so is written ./verify.
+    pattern. The output is a copy of the first with other weights. verify, inspect and soup are
+    commands; write ./verify for a checkpoint of that name.
     """
     if "" in (*checkpoints, output, options.template):
         raise UsageError("a path is empty", hint="is a variable of the shell not set?")

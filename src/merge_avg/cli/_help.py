@@ -90,7 +90,8 @@ class Command(TyperCommand):
         """Run the command, and say the new word for an option that has become one."""
         for word, option in _FORMER.items():
             if ctx.params.get(option) and not ctx.params["quiet"]:
-                say(f"note: --{word} is now a command, merge-avg {word}; the option will go")
+                new = f"is now the command merge-avg {word}"
+                say(f"note: --{word} {new}; the option will be removed")
             if ctx.info_name.endswith(f" {word}"):
                 ctx.params[option] = "greedy" if word == "soup" else True
         return super().invoke(ctx)
@@ -116,7 +117,7 @@ def _told(error: Any) -> UsageError:
     if getattr(error, "possibilities", None):
         what, hint = error.message, f"did you mean {error.possibilities[0]}?"
     elif word in COMMANDS and os.path.lexists(word):
-        hint = f"a checkpoint that is called {word} is written ./{word}"
+        hint = f"write ./{word} for a checkpoint of that name"
     # Where the library that checks types shows through.
     what = what.replace("Value error, ", "").replace("Input should", "it should")
     return UsageError(what[0].lower() + what[1:].partition(", unable")[0].rstrip("."), hint=hint)

@@ -167,7 +167,7 @@ def refuse_derived(space: Workspace) -> None:
     for name, kind in found.items():
         lasts = {other.key.rpartition(".")[2] for other in found if found[other] == kind}
         some = " ".join(f"--exclude '*{last}'" for last in sorted(lasts)[:4])
-        what = f"tensor {str(name)!r} {kind}, and has no mean where checkpoints differ in it"
+        what = f"tensor {str(name)!r} {kind}: it differs between the checkpoints, and has no mean"
         hint = _FOLDED[kind].format(f"keep the template's with {some}")
         raise MergeError(what, where=job.layouts[0].path, hint=hint)
 

@@ -263,8 +263,8 @@ def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
         kept.add(name)
         if doubt:
             key = dotted(_place(name, members[name]))
-            what = "is kept for its name, though it may hold weights"
-            notes.append(f"{members[name].path} {what}: --key {key} averages it")
+            what = "is kept because of its name, but may hold weights"
+            notes.append(f"{members[name].path} {what}; --key {key} averages it")
     return kept, notes
 
 

@@ -105,7 +105,7 @@ def align(
         hint = (
             f"names such as {named(template, 2)} have to be in all; are these of one architecture?"
         )
-        raise MergeError("no tensor of it is in every checkpoint", where=paths[0], hint=hint)
+        raise MergeError("none of its tensors is in every checkpoint", where=paths[0], hint=hint)
     # What is kept has the template as its only source: whether others have it does not matter.
     rows = {
         name: (info, *(None if name in skipped else column.get(name) for column in columns))

@@ -107,8 +107,9 @@ def parts_note(tensors: Tensors) -> Iterator[str]:
         if _PARAMETRIZATIONS.search(module) and not spelled.isdisjoint(parts):
             found.append(_PARAMETRIZATIONS.sub("", module))
     if found:
-        what = "is computed from parts, as by weight norm, and the mean is that of the parts"
-        yield f"{named(found)} {what}: for that of weights, fold them into these before saving"
+        what = "is computed from parts, as in weight norm, and the parts are averaged"
+        how = "to average the weights, remove the parametrization before saving"
+        yield f"{named(found)} {what}; {how}"
 
 
 def low_rank(tensors: Tensors) -> frozenset[Pair]:

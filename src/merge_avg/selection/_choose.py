@@ -137,7 +137,7 @@ def _select(
     if criteria.empty and not any(many for _, _, many in places):
         return [Candidate(path) for _, paths, _ in places for path in paths], [], None
     log = Log() if criteria.metrics_file is None else read_log(criteria.metrics_file)
-    # What a number is that no word explains, the user knows best.
+    # Only the user knows what a number counts that no word explains.
     clocks = [kind for kind in CLOCKS if getattr(criteria, f"{kind}s") is not None]
     everything = [path for _, paths, _ in places for path in paths]
     names = read_names(everything, clocks[0] if len(clocks) == 1 else None)

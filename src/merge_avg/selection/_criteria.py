@@ -199,7 +199,7 @@ def _refuse_mixture(found: Found) -> None:
     counts = Counter(series(one.path) for one in found)
     for a, b in _twins(found):
         if series(a.path) != series(b.path) and min(counts[series(x.path)] for x in (a, b)) > 1:
-            what = f"{a.path.name} and {b.path.name} are of one time, but of two series of names"
+            what = f"{a.path.name} and {b.path.name} are of one time, but of two series of files"
             hint = "name the files of one series, or give a pattern that fits only them"
             raise MergeError(what, where=b.path.parent, hint=hint)
 
@@ -221,7 +221,7 @@ def _doubts(chosen: Found) -> Iterator[str]:
         yield f"{x.path.name} and {y.path.name} are both of {when}, with other weights"
     mute = [one.path.name for one in chosen if not one.said.timed and one.metric is None]
     if 0 < len(mute) < len(chosen):
-        yield f"unlike others, {named(mute)} says neither step nor epoch, and counts as much"
+        yield f"{named(mute)} tells no step or epoch, unlike the others; it counts all the same"
 
 
 def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | None]:

@@ -147,5 +147,7 @@ def refuse(module: str, name: str) -> NoReturn:
     hint = "do not load this file; get the weights as safetensors from a source you trust"
     hint += ", or if you made it yourself, save only its state dicts"
     if name == "_load_from_bytes":  # it unpickles in its turn, in each tensor of pickle.dump
-        hint = "if you made it with pickle.dump, load it so, and save it again with torch.save"
+        hint = (
+            "if you made it with pickle.dump, load it with pickle.load and save it with torch.save"
+        )
     raise DangerousPickleError(what, hint=hint)
