@@ -199,7 +199,9 @@ def _refuse_mixture(found: Found) -> None:
     counts = Counter(series(one.path) for one in found)
     for a, b in _twins(found):
         if series(a.path) != series(b.path) and min(counts[series(x.path)] for x in (a, b)) > 1:
-            what = f"{a.path.name} and {b.path.name} are of one time, but of two series of files"
+            what = (
+                f"{a.path.name} and {b.path.name} are of the same time, but of two series of names"
+            )
             hint = "name the files of one series, or give a pattern that fits only them"
             raise MergeError(what, where=b.path.parent, hint=hint)
 
