@@ -281,6 +281,25 @@ def test_fresh_layers_after_a_body_that_agrees(tmp_path):
         assert verdict_on(tmp_path, states).word == word
 
 
+def test_differences_of_strangers_to_one_base_do_not_agree(tmp_path):
+    """All have the base in them, so that their cosines lie at a half."""
+    base = layers(9)
+    states = [{name: layers(n)[name] - base[name] for name in base} for n in (1, 2, 3)]
+    found = verdict_on(tmp_path, states)
+    assert found.word == "drifted"
+    assert found.number == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_column_of_scales_is_no_matrix(tmp_path):
+    """The lengths of weight norm, all positive, hide no strangers in the directions beside them."""
+    scales = {f"{name}_g": 10 + noise(n, 64, 1).abs() for n, name in enumerate(layers(1))}
+    found = verdict_on(tmp_path, [layers(n) | scales for n in (1, 2, 3)])
+    near_ones = [
+        layers(n) | {name: value + n / 10 for name, value in scales.items()} for n in (1, 2, 3)
+    ]
+    assert found.word == verdict_on(tmp_path, near_ones).word == "strangers"
+
+
 def test_permuted_units_are_strangers(tmp_path):
     """A network and a copy that computes the same with its hidden units in another order."""
     generator = torch.Generator().manual_seed(0)
