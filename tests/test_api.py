@@ -12,11 +12,13 @@ from torch import nn
 import merge_avg
 from merge_avg import (
     MergeError,
+    MergeWarning,
     UsageError,
     inspect_checkpoints,
     merge_checkpoints,
     select_checkpoints,
 )
+from tests.helpers import noise
 
 
 @pytest.fixture
@@ -28,6 +30,17 @@ def run(tmp_path, monkeypatch):
         (tmp_path / "run").mkdir(exist_ok=True)
         torch.save({"model": state, "global_step": step}, f"run/step={step}-loss={step / 8}.ckpt")
     return tmp_path / "run"
+
+
+def test_doubts_are_warnings_at_the_callers_line(tmp_path):
+    """What the result says of a mean that may not work is raised as well."""
+    for seed in (1, 2):
+        state = {f"w{n}": noise(10 * seed + n, 64, 64) for n in range(3)}
+        torch.save(state, tmp_path / f"{seed}.pt")
+    with pytest.warns(MergeWarning, match="strangers: ") as caught:
+        result = merge_checkpoints([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "o.pt")
+    assert [str(one.message) for one in caught] == list(result.warnings)
+    assert caught[0].filename == __file__
 
 
 def merged(paths, **options):

@@ -97,9 +97,10 @@ def pair(tmp_path):
 def test_a_dtype_is_not_asked_of_masters(tmp_path, pair):
     """--dtype converts the weights: an optimizer goes on with float32."""
     merge_checkpoints(pair, tmp_path / "out.pt", dtype="float16")
-    found = torch.load(tmp_path / "out.pt")
+    found, inputs = torch.load(tmp_path / "out.pt"), list(map(torch.load, pair))
     assert found["model"]["w"].dtype == torch.float16
-    assert found["optimizer"]["fp32_from_fp16_params"][0][0].dtype == torch.float32
+    master, *both = (one["optimizer"]["fp32_from_fp16_params"][0][0] for one in (found, *inputs))
+    assert same_bits(master, (torch.stack(both).double().mean(dim=0)).float())
 
 
 def test_a_new_file_has_no_masters(tmp_path, pair):
@@ -198,6 +199,15 @@ def test_copies_of_float32_weights_need_a_name(tmp_path, name, found):
     torch.save({"m": {"w": w}, "opt": {"state": state, "param_groups": []}}, tmp_path / "a.pt")
     masters = roles_of([scan(tmp_path / "a.pt")])[1]
     assert list(map(str, masters)) == [f"opt.state.0.{name}"] * found
+
+
+def test_moments_are_none_even_where_they_are_equal(tmp_path):
+    """The slots of torch.optim have names of their own."""
+    w = noise(1, 4, 3)
+    state = {0: {"exp_avg": w.clone(), "momentum_buffer": w.clone()}}
+    value = {"m": {"w": w.bfloat16()}, "opt": {"state": state, "param_groups": []}}
+    torch.save(value, tmp_path / "a.pt")
+    assert not roles_of([scan(tmp_path / "a.pt")])[1]
 
 
 def test_what_is_hard_to_read_is_no_master(tmp_path):

@@ -30,7 +30,11 @@ class Aligned:
     rows: dict[Name, tuple[TensorInfo | None, ...]]
     notes: tuple[str, ...]  # for the user, what was done to make names meet; one sentence each
     skipped: frozenset[Name]  # what is not averaged, and kept from the template
-    masters: frozenset[Name] = frozenset()  # an optimizer's float32, which no dtype is asked for
+    masters: frozenset[Name] = frozenset()  # an optimizer's copies in float32
+
+    def asked(self, name: Name, dtype: str | None) -> str | None:
+        """Return the dtype that is asked for of a tensor, if one is: none of masters."""
+        return None if name in self.skipped or name in self.masters else dtype
 
     @property
     def checkpoints(self) -> int:

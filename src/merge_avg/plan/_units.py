@@ -119,8 +119,7 @@ class Plan:
     def result(self, name: Name) -> DType:
         """Return the dtype that a tensor of the template gets."""
         info = self.aligned.template(name)
-        fixed = name in self.aligned.skipped or name in self.aligned.masters
-        return _result(info, None if fixed else self.dtype)
+        return _result(info, self.aligned.asked(name, self.dtype))
 
     @property
     def scratch(self) -> int:
@@ -254,11 +253,10 @@ def _unit(
     names, first = [name for name, _ in members], members[0][1]
     kind: Kind = "mean" if first.dtype.kind in ("float", "complex") else "equal"
     if names[0] in aligned.skipped:
-        kind, dtype = "keep", None
-    elif names[0] in aligned.masters:
-        dtype = None
+        kind = "keep"
     stop = max(info.stop for _, info in members)
-    unit = Unit(kind, first.storage, first.start, stop, _result(first, dtype), tuple(members), ())
+    result = _result(first, aligned.asked(names[0], dtype))
+    unit = Unit(kind, first.storage, first.start, stop, result, tuple(members), ())
     sources: list[Source] = []
     for number, layout in enumerate(layouts):
         infos = [info for name in names if (info := aligned.rows[name][number]) is not None]
