@@ -152,4 +152,4 @@ def test_tensors_of_a_plain_pickle_have_a_way_out():
     """Each is a pickle in a pickle, which may run anything: the hint says how to save them."""
     with pytest.raises(DangerousPickleError, match="_load_from_bytes") as caught:
         load(pickle.dumps([torch.ones(2)]), persistent=None, call=lambda *_: None)
-    assert "save it again with torch.save" in caught.value.hint
+    assert "save it with torch.save" in caught.value.hint
