@@ -23,9 +23,10 @@ def test_a_message_begins_with_its_file():
 
 def test_a_path_is_added_once():
     """A lower layer's error gets the path that its caller knows, unless it names one already."""
-    error = UsageError("it is damaged", hint="fetch it again").at("a.pt")
+    error = UsageError("it is damaged", hint="fetch it again", tensor="w").at("a.pt")
     assert type(error) is UsageError
     assert (error.message, error.hint) == ("a.pt: it is damaged", "fetch it again")
+    assert (error.tensor, MergeError("it is damaged").tensor) == ("w", None)
     assert error.at("b.pt").message == "a.pt: it is damaged"
 
 
@@ -54,8 +55,10 @@ def test_options_are_said_as_keywords(hint, said):
 
 def test_an_error_crosses_processes():
     """Pickled by a pool of processes, an error keeps its parts, and says them once."""
-    error = pickle.loads(pickle.dumps(UsageError("it is wrong", where="a.pt", hint="mend it")))
-    assert type(error) is UsageError
+    error = pickle.loads(
+        pickle.dumps(UsageError("it is wrong", where="a.pt", hint="mend it", tensor="w"))
+    )
+    assert (type(error), error.tensor) == (UsageError, "w")
     assert str(error) == "a.pt: it is wrong\nhint: mend it"
 
 

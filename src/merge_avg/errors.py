@@ -24,20 +24,26 @@ def _keyword(found: Any) -> str:
 class MergeError(ValueError):
     """Checkpoints that cannot be averaged as asked, or files that cannot be read or written.
 
-    `what` says what is wrong, `where` names the file, and `hint` the next step; these two may be
-    None. Options in them are the command's; `str(error)`, which is all three, has the library's
-    keywords instead.
+    `what` says what is wrong, `where` names the file, `hint` the next step, and `tensor` what it is
+    about, or the first of several; these three may be None. Options in the texts are the command's;
+    `str(error)`, which is all but the last, has the library's keywords instead.
     """
 
     # The parts are kept apart for whoever shows them: the command prints the hint on a line of its
     # own, and where="..." lets a caller add the path that a lower layer did not know.
 
     def __init__(
-        self, what: str, *, where: str | os.PathLike[str] | None = None, hint: str | None = None
+        self,
+        what: str,
+        *,
+        where: str | os.PathLike[str] | None = None,
+        hint: str | None = None,
+        tensor: object = None,
     ) -> None:
         self.what = what
         self.where = os.fspath(where) if where is not None else None
         self.hint = hint
+        self.tensor = None if tensor is None else str(tensor)
         super().__init__(what)
 
     @property
@@ -55,7 +61,8 @@ class MergeError(ValueError):
 
     def at(self, where: str | os.PathLike[str]) -> MergeError:
         """Return the same error about a file, unless it names one already."""
-        return type(self)(self.what, where=self.where or where, hint=self.hint)
+        where = self.where or where
+        return type(self)(self.what, where=where, hint=self.hint, tensor=self.tensor)
 
 
 class MergeWarning(UserWarning):

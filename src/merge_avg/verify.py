@@ -146,7 +146,7 @@ class _Difference:
 def _different(layout: Layout, differences: Sequence[_Difference], version: str) -> MergeError:
     first = min(differences, key=lambda one: (one.file, one.offset))
     total = sum(one.count for one in differences)
-    where = "its header or what lies between the records"
+    where, info = "its header or what lies between the records", None
     if first.slot is not None:
         # A slot has the name of a storage in the template, whose archive may be called otherwise.
         wanted = first.slot.rpartition("/")[2]
@@ -162,7 +162,8 @@ def _different(layout: Layout, differences: Sequence[_Difference], version: str)
     hint = "merge again, or fetch the file again"
     if version != __version__:
         hint = f"merge-avg {version} made it, and this is {__version__}: {hint}"
-    return MergeError(what, where=first.file, hint=hint)
+    tensor = dotted(info.path) if info else None
+    return MergeError(what, where=first.file, hint=hint, tensor=tensor)
 
 
 class _Compared:

@@ -84,7 +84,8 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
     weights: dict[Name, TensorInfo] = {}
     for info in chosen:
         if weights.setdefault(_name(info), info) is not info:
-            raise MergeError(f"two tensors are called {str(_name(info))!r}", where=layout.path)
+            name = str(_name(info))
+            raise MergeError(f"two tensors are called {name!r}", where=layout.path, tensor=name)
     averaged = {info.path for info in chosen}
     rest = (path for path in found if path not in averaged)
     why = {path: found[path] or Reason("it is not below --key", str(path[0])) for path in rest}

@@ -74,7 +74,7 @@ class Diagnosis:
                     what += f" ({count:,} elements of a window)"
                     where = self._paths[window[0].unit.sources[number].checkpoint]
                     hint = "--allow-nonfinite averages it all the same"
-                    raise MergeError(what, where=where, hint=hint)
+                    raise MergeError(what, where=where, hint=hint, tensor=name)
         if ours is None:
             return None
         nan = ours.view(_real(out).dtype).isnan()  # which nobody means to have
@@ -90,7 +90,7 @@ class Diagnosis:
         for name, _ in self._reached(window, ~_finite(_real(result))):
             what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
             hint = "choose a wider --dtype, such as float32 or bfloat16"
-            raise MergeError(what, where=self._paths[0], hint=hint)
+            raise MergeError(what, where=self._paths[0], hint=hint, tensor=name)
 
     def differing(self, window: Window, piece: Piece, places: Sequence[int], shift: int) -> None:
         """Note which tensors differ in a piece of a window, or refuse them, as the policy says.
@@ -113,7 +113,7 @@ class Diagnosis:
                 what = f"the {info.dtype.name} tensor {str(name)!r} {found}"
                 hint = "--int-policy template, max or mean says what integers become"
                 hint += f"; {without(name)} keeps the template's"
-                raise MergeError(what, where=self._paths[where], hint=hint)
+                raise MergeError(what, where=self._paths[where], hint=hint, tensor=name)
             self._findings.differing.add(str(name))
 
     def _reached(self, window: Window, bad: Tensor) -> Iterator[tuple[Name, int]]:
@@ -169,7 +169,7 @@ def refuse_derived(space: Workspace) -> None:
         some = " ".join(f"--exclude '*{last}'" for last in sorted(lasts)[:4])
         what = f"tensor {str(name)!r} {kind}: it differs between the checkpoints, and has no mean"
         hint = _FOLDED[kind].format(f"keep the template's with {some}")
-        raise MergeError(what, where=job.layouts[0].path, hint=hint)
+        raise MergeError(what, where=job.layouts[0].path, hint=hint, tensor=name)
 
 
 def _kind(

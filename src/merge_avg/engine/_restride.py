@@ -91,7 +91,7 @@ def restride_input(scratch: Scratch, reader: Reader, one: Restride, tied_in: Pat
                 pair = f"{others[0]!r} and {str(name)!r}"
                 what = f"tensors {pair} differ, but {tied_in} ties them"
             hint = "tie them in all checkpoints or in none, and save again"
-            raise MergeError(what, where=reader.path, hint=hint)
+            raise MergeError(what, where=reader.path, hint=hint, tensor=name)
         target.copy_(source)
         marks.fill_(1)
 

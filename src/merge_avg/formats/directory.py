@@ -93,7 +93,7 @@ def scan_directory(path: Path) -> Layout:
             if first != name:
                 what = f"tensor {dotted(info.path)!r} is both in {first} and in {name}"
                 hint = "remove the file that does not belong to the checkpoint"
-                raise MergeError(what, where=path, hint=hint)
+                raise MergeError(what, where=path, hint=hint, tensor=dotted(info.path))
             tensors.append(whole)
     if not tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
@@ -369,4 +369,4 @@ def _check_index(files: Mapping[str, File], name: str, members: Mapping[str, Lay
             raise MergeError(what, where=where, hint=hint)
         if key not in keys.get(whole, ()):
             what = f"it says that {key!r} is in {file}, which does not hold it"
-            raise MergeError(what, where=where, hint=hint)
+            raise MergeError(what, where=where, hint=hint, tensor=key)

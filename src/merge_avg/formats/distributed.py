@@ -115,7 +115,8 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
         for fqn, corner, start, nbytes in sorted(chunks, key=itemgetter(2)):
             if start < end or start + nbytes > stamp.nbytes:
                 what = f"the chunk of {fqn!r} is not where it should be"
-                raise MergeError(what, where=stamp.path, hint="fetch or save it again")
+                hint = "fetch or save it again"
+                raise MergeError(what, where=stamp.path, hint=hint, tensor=fqn)
             end = start + nbytes
             name = f"{fqn} at {list(corner or ())}"
             records.append((name, Storage(name, start, nbytes, file=number)))
@@ -128,7 +129,8 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
             layout = zip_scan(file, stamp, number, part)
             callables += (one for _, one in layout.callables)
             if len(layout.tensors) != 1 or layout.tensors[0].path:
-                raise MergeError(f"the chunk of {fqn!r} is not a tensor", where=stamp.path)
+                what = f"the chunk of {fqn!r} is not a tensor"
+                raise MergeError(what, where=stamp.path, tensor=fqn)
             metadata.stored[fqn, corner] = layout.tensors[0]
             members.append(layout)
     archive = Archive(tuple(records), b"", "", (), ())
@@ -175,10 +177,10 @@ class _Metadata:
             case Instance(state=(dtype, *_) | {"dtype": dtype}):
                 pass
         if kind != "TensorStorageMetadata" or not isinstance(dtype, Global):
-            raise PickleError(f"it describes {fqn!r} in an unknown way")
+            raise PickleError(f"it describes {fqn!r} in an unknown way", tensor=fqn)
         known = BY_NAME.get(dtype.name)
         if known is None:
-            raise PickleError(f"tensor {fqn!r} is of the unknown dtype {shown(dtype)}")
+            raise PickleError(f"tensor {fqn!r} is of the unknown dtype {shown(dtype)}", tensor=fqn)
         chunks = state.get("chunks")
         if not isinstance(chunks, list) or not all(isinstance(one, Instance) for one in chunks):
             raise PickleError("it describes chunks in an unknown way")
@@ -206,7 +208,7 @@ class _Metadata:
             if place.get("transform_descriptors"):
                 hint = "convert the checkpoint: python -m torch.distributed.checkpoint"
                 hint += ".format_utils dcp_to_torch DIRECTORY OUTPUT.pt"
-                raise MergeError(f"the chunks of {fqn!r} are compressed", hint=hint)
+                raise MergeError(f"the chunks of {fqn!r} are compressed", hint=hint, tensor=fqn)
             corner = None if index.get("offset") is None else _size(index["offset"])
             files.setdefault(name, []).append((fqn, corner, at, size))
         return files

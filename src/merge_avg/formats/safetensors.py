@@ -106,7 +106,7 @@ def _header(raw: bytes, number: int) -> _Header:
         storage = tensor.storage
         if storage.offset != end:
             where = "a hole before" if storage.offset > end else "an overlap at"
-            raise MergeError(f"there is {where} tensor {storage.name!r}")
+            raise MergeError(f"there is {where} tensor {storage.name!r}", tensor=storage.name)
         end += storage.nbytes
     odd = any(mark in raw for mark in _ODD) or any(len(entry) != 3 for entry in header.values())
     return _Header(tuple(tensors), tuple(metadata.items()), end, odd)
@@ -124,25 +124,25 @@ def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[Tens
         except (KeyError, TypeError, ValueError):
             code = shape = start = stop = None
         if not (type(code) is str and type(shape) is list and type(start) is type(stop) is int):
-            raise MergeError(f"tensor {name!r} is described in an unknown way")
+            raise MergeError(f"tensor {name!r} is described in an unknown way", tensor=name)
         dtype = BY_SAFETENSORS.get(code)
         if dtype is None:
-            raise MergeError(f"tensor {name!r} is of the unknown dtype {code!r}")
+            raise MergeError(f"tensor {name!r} is of the unknown dtype {code!r}", tensor=name)
         extents = tuple(shape)
         # True and 2.0 are equal to 1 and 2, so that a shape of theirs would be found in the table.
         known = shapes.get(extents) if _INT.issuperset(map(type, extents)) else None
         if known is None:
             if impossible(extents, extents, 0, _LARGEST):
-                raise MergeError(f"tensor {name!r} has an impossible shape")
+                raise MergeError(f"tensor {name!r} has an impossible shape", tensor=name)
             known = shapes[extents] = row_major(extents), math.prod(extents)
         strides, count = known
         if not 0 <= start <= stop < _LARGEST:
-            raise MergeError(f"tensor {name!r} has an impossible range")
+            raise MergeError(f"tensor {name!r} has an impossible range", tensor=name)
         size = _nbytes(dtype, count)
         if stop - start != size:
             expected = f"{size:,}" if size >= 0 else "whole bytes"
             found = f"{stop - start:,} bytes, expected {expected} for its shape and dtype"
-            raise MergeError(f"tensor {name!r} has {found}")
+            raise MergeError(f"tensor {name!r} has {found}", tensor=name)
         trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
         storage = Storage(name, base + start, size, None, number)
         yield TensorInfo((name,), dtype, extents, strides, 0, storage, trouble)

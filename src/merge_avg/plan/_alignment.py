@@ -96,7 +96,7 @@ def align(
             what = f"it lacks {named(lacking)}, which {paths[0]} has" if lacking else has
             hint = "--missing skip keeps such tensors from the template, --missing available "
             hint += "averages them where they are present"
-            raise MergeError(what, where=path, hint=hint)
+            raise MergeError(what, where=path, hint=hint, tensor=(lacking or extra)[0])
         left_out.update(map(str, extra))
     if left_out:
         notes.append(f"{named(sorted(left_out))} is not in the template and is left out")
@@ -239,12 +239,12 @@ def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None
             if info.trouble:
                 what = f"tensor {str(name)!r} is {info.trouble}, which cannot be averaged"
                 hint = "convert it to a plain tensor before saving"
-                raise MergeError(what, where=layout.where(info), hint=hint)
+                raise MergeError(what, where=layout.where(info), hint=hint, tensor=name)
             if info.shape != first.shape:
                 shapes = f"{list(info.shape)}, expected {list(first.shape)} as in {template}"
                 what = f"tensor {str(name)!r} has the shape {shapes}"
                 hint = f"{without(name)} keeps the template's"
-                raise MergeError(what, where=layout.where(info), hint=hint)
+                raise MergeError(what, where=layout.where(info), hint=hint, tensor=name)
             if info.dtype == first.dtype:
                 continue
             if {info.dtype.kind, first.dtype.kind} != {"float"}:
@@ -256,7 +256,8 @@ def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None
             else:
                 continue
             names = f"{info.dtype.name}, in {template} it is {first.dtype.name}"
-            raise MergeError(f"tensor {str(name)!r} is {names}", where=layout.path, hint=hint)
+            what = f"tensor {str(name)!r} is {names}"
+            raise MergeError(what, where=layout.path, hint=hint, tensor=name)
 
 
 def without(name: Name) -> str:
@@ -282,20 +283,22 @@ def check_shared(
     names = [name for name, _ in members]
     pair = named(names, 2)
     if len({info.dtype for _, info in members}) > 1:
-        raise MergeError(f"{pair} view the same bytes as different dtypes", where=template)
+        what = f"{pair} view the same bytes as different dtypes"
+        raise MergeError(what, where=template, tensor=names[0])
     kept = aligned.skipped.intersection(names)
     if kept and len(kept) < len(names):
         shared = named(name for name in names if name not in kept)
         what = f"{named(sorted(map(str, kept)))} is to be kept, but shares memory with {shared}"
         hint = "keep all tensors that share memory, or none"
-        raise MergeError(what, where=template, hint=hint)
+        raise MergeError(what, where=template, hint=hint, tensor=min(kept, key=str))
     for number, layout in enumerate(layouts):
         infos = [aligned.rows[name][number] for name in names]
         absent = [name for name, info in zip(names, infos, strict=True) if info is None]
         if 0 < len(absent) < len(names):
             what = f"{named(absent)}, which shares memory with other tensors in the template"
-            raise MergeError(f"it lacks {what}", where=layout.path, hint="use --missing skip")
+            what, hint = f"it lacks {what}", "use --missing skip"
+            raise MergeError(what, where=layout.path, hint=hint, tensor=absent[0])
         if len({info.dtype for info in infos if info is not None}) > 1:
             what = f"{pair} have different dtypes, but share memory in {template}"
             hint = "save them with one dtype, or choose a template where they are apart: --template"
-            raise MergeError(what, where=layout.path, hint=hint)
+            raise MergeError(what, where=layout.path, hint=hint, tensor=names[0])

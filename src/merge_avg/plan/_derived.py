@@ -217,7 +217,7 @@ def refuse_quantised(
         if scaled:
             what = f"tensor {str(name)!r} holds quantised codes, which have no mean"
             hint = "average the checkpoints before you quantise them"
-            raise MergeError(what, where=template.where(info), hint=hint)
+            raise MergeError(what, where=template.where(info), hint=hint, tensor=name)
 
 
 def _may_be_codes(name: Name, info: TensorInfo) -> bool:

@@ -151,7 +151,8 @@ def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
         if info.storage in converted and info.path not in changed:
             what = f"tensor {dotted(info.path)!r} is kept, but shares memory with one that --dtype"
             hint = "write a bare state dict with --state-dict, or a .safetensors file"
-            raise MergeError(f"{what} converts", where=template.where(info), hint=hint)
+            what, tensor = f"{what} converts", dotted(info.path)
+            raise MergeError(what, where=template.where(info), hint=hint, tensor=tensor)
 
 
 def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
@@ -240,7 +241,7 @@ def _created(
         if info.trouble and not (dtype.kind == "code" and dtype.safetensors):
             what = f"tensor {str(name)!r} is {info.trouble}, which a new file cannot hold"
             hint = "convert it to a plain tensor before saving"
-            raise MergeError(what, where=plan.layouts[0].where(info), hint=hint)
+            raise MergeError(what, where=plan.layouts[0].where(info), hint=hint, tensor=name)
         unit = homes.get(name)
         if unit is None:  # it has no elements, and any storage will do
             storage = f"empty {dtype.name}" if form.views else key

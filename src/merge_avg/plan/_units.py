@@ -265,7 +265,8 @@ def _unit(
         folded = (name for name, info in members if info.overlaps_itself)
         if infos and sources[-1].storage is None and (name := next(folded, None)):
             what = f"tensor {str(name)!r} overlaps itself in {layouts[0].path}, but not here"
-            raise MergeError(what, where=layout.path, hint="save it as .contiguous()")
+            hint = "save it as .contiguous()"
+            raise MergeError(what, where=layout.path, hint=hint, tensor=name)
     return replace(unit, sources=tuple(sources))
 
 

@@ -101,7 +101,7 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
             # Torch would refuse it too, but only when it loads the file.
             if info.storage is not NOWHERE and value.reach > info.storage.nbytes:
                 what = f"tensor {dotted(path)!r} reaches outside its storage {info.storage.name!r}"
-                raise MergeError(what)
+                raise MergeError(what, tensor=dotted(path))
             infos.append(info)
         elif _is_optimizer(value):
             allowance.spend(150 + 8 * len(path))
