@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -239,27 +239,28 @@ def markdown(report: Report) -> str:
     table = [column for column in columns(report) if column.title != "format"]
     written = [("written", report.outputs[0].path)] if len(report.outputs) == 1 else []
     told = written + [(fact.label, fact.value) for fact in facts(report)]
-    return "\n".join(
-        [
-            f"### merge-avg: {counted(len(report.averaged), 'checkpoint')} averaged",
-            "",
-            _row([column.title for column in table]),
-            _row(["---" for _ in table]),
-            *map(_row, zip(*(column.cells for column in table), strict=True)),
-            "",
-            *(
-                f"- {'**warning**' if label == 'warning' else label}: {_escaped(value)}"
-                for label, value in told
-            ),
-            "",
-        ]
+    rows = ([column.title for column in table], *zip(*(one.cells for one in table), strict=True))
+    return section(f"{counted(len(report.averaged), 'checkpoint')} averaged", told, rows)
+
+
+def section(title: str, told: Iterable[tuple[str, str]], rows: Sequence[Sequence[str]] = ()) -> str:
+    """Return a table, whose first row is its head, and a list of labels and values in Markdown."""
+    loud = {label: f"**{label}**" for label in ("error", "warning")}
+    table = (
+        [_row(rows[0]), _row(["---" for _ in rows[0]]), *map(_row, rows[1:]), ""] if rows else []
     )
+    items = (f"- {loud.get(label, label)}: {_escaped(value)}" for label, value in told)
+    return "\n".join([f"### merge-avg: {title}", "", *table, *items, ""])
 
 
 def append(path: Path, text: str) -> None:
     """Add text to a file, such as the one that GITHUB_STEP_SUMMARY names, or raise a MergeError."""
     # Other steps of the job have written to the same file, so it is added to.
     try:
+        if path.is_file():  # of a pipe nothing could be read
+            with path.open("rb") as file:
+                if b"\0" in file.read(1 << 12):  # as in every checkpoint
+                    raise MergeError("no summary was written, for it holds no text", where=path)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
