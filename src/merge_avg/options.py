@@ -26,6 +26,8 @@ IntPolicy = Literal["error", "template", "max", "mean"]  # of integers that diff
 FloatName = Literal["float64", "float32", "float16", "bfloat16"]
 ResultDtype = Literal[FloatName, "template"]  # or the one that each tensor has in the template
 Mode = Literal["min", "max"]  # whether a metric is better where it is lower, or higher
+Doubt = Literal["drifted", "strangers"]  # verdicts on a mean that may not work, the worst last
+DOUBTS = get_args(Doubt)
 Recipe = Literal["greedy"]  # how a soup chooses its members
 
 Weight = int | float | Fraction | str
@@ -188,6 +190,7 @@ class Options:
     min_agreement: float | None = option(
         None, "Refuse checkpoints whose verdict has a lower number.", metavar="X"
     )
+    fail_on: Doubt | None = option(None, "Refuse checkpoints with this verdict, or a worse one.")
     agreement: bool = option(True, "Measure how far checkpoints agree.")
     hashes: bool = option(True, "Record hashes of the checkpoints.")
     strict_pickle: bool = option(

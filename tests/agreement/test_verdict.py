@@ -347,6 +347,27 @@ def test_a_merge_of_copies_passes_any_least_agreement(tmp_path):
         merge_checkpoints(paths, out, overwrite=True, min_agreement=0.5)
 
 
+def test_a_merge_fails_on_a_verdict_or_a_worse_one(tmp_path):
+    """Of `fail_on`: drifted refuses both doubtful verdicts, strangers the worse, and none agree."""
+    body = {"a": noise(8, 40, 40), "b": noise(9, 40, 40)}
+    apart = [
+        {name: one + 1.3 * noise(seed + len(name), 40, 40) for name, one in body.items()}
+        for seed in (1, 2)
+    ]
+    states = {"agree": [layers(1)] * 2, "drifted": apart, "strangers": [layers(1), layers(2)]}
+    out, words = tmp_path / "o.pt", list(states)
+    for bad, word in enumerate(words):
+        paths = saved(tmp_path, states[word])
+        assert merge_checkpoints(paths, tmp_path / "p.pt", overwrite=True).verdict.word == word
+        for asked in words[1 : bad + 1]:
+            with pytest.raises(MergeError, match=f"the verdict is {word}: .*\nhint: ") as caught:
+                merge_checkpoints(paths, out, fail_on=asked)
+            assert (caught.value.where, out.exists()) == (str(out), False)
+        for asked in words[bad + 1 :]:
+            merge_checkpoints(paths, out, overwrite=True, fail_on=asked)
+        out.unlink(missing_ok=True)
+
+
 def test_nan_in_all_is_the_same_and_in_one_is_not(tmp_path):
     """NaN that every checkpoint has counts for nothing; of NaN in one there is no figure."""
     states = [near(layers(1), seed) for seed in (1, 2)]

@@ -165,6 +165,7 @@ def test_a_soup_is_a_command(command, folds):
         ["inspect", "o.pt", "--threads", "1"],
         ["soup", "o.pt", "-o", "s.pt", "--dtype", "float16"],
         ["soup", "o.pt", "-o", "s.pt", "--min-agreement", "0.5"],
+        ["soup", "o.pt", "-o", "s.pt", "--fail-on", "drifted"],
         ["soup", "o.pt", "-o", "s.pt", "--prefixes"],
         ["o.pt", "--install-completions"],
     ],

@@ -76,6 +76,8 @@ def test_layouts_that_are_known_are_not_scanned_again(paths, tmp_path, monkeypat
         ({"dtype": "int8"}, "the dtype 'int8' cannot be written"),
         ({"agreement": False, "base": "b.pt"}, "the agreement is asked for"),
         ({"agreement": False, "min_agreement": 0.5}, "the agreement is asked for"),
+        ({"agreement": False, "fail_on": "drifted"}, "the agreement is asked for"),
+        ({"fail_on": "agree"}, "'agree' is not a verdict to fail on"),
         ({"min_agreement": float("nan")}, "agreement nan is out of range"),
         ({"min_agreement": 1.5}, "agreement 1.5 is out of range"),
         ({"template": 4}, "there is no checkpoint number 4"),

@@ -327,6 +327,10 @@ def test_the_verdict_comes_first(tmp_path):
     label, value = said(report)[0]
     assert label == "verdict"
     assert value == f"strangers ({report.verdict.number:.3f}; {report.verdict.reason})"
+    label, value = said(report)[-1]
+    assert label == "warning"
+    assert value.startswith("strangers: ")
+    assert value.endswith("instead (--fail-on strangers makes it an error)")
     assert not dict(said(report_of(paths, tmp_path / "o.pt", dry_run=True))).get("verdict")
 
 

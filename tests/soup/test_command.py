@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -38,6 +39,16 @@ def test_a_soup(command):
     done, _, err = command(*paths, "-o", "soup.pt", "--overwrite", *options(code))
     assert done == 0
     assert err.count("(from the log)") == 5
+
+
+@pytest.mark.parametrize("more", [["--min-agreement", "0.5"], ["--fail-on", "drifted"]])
+def test_a_soup_has_no_verdict(command, more):
+    """A gate that would never close is wrong usage, by the former spelling of the command too."""
+    paths = made(Path(), (1.0, 2.0))
+    done, out, err = command(*paths, "-o", "soup.pt", *options("print(1)"), *more)
+    assert (done, out) == (2, "")
+    assert "error: a soup has no verdict" in err
+    assert "hint: leave out --min-agreement and --fail-on" in err
 
 
 def test_a_failing_evaluation(command):

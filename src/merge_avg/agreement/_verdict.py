@@ -59,10 +59,14 @@ class Verdict:
         """Return a warning where the mean may be no working network; checkpoints have names."""
         if self.word == "agree":
             return ()
+        return (f"{self.why(names)}; {self.advice}",)
+
+    def why(self, names: Sequence[str]) -> str:
+        """Return the word with the reason, and which tensors or checkpoints it is about."""
         about = [named(self.tensors, 3)] if self.tensors else []
         about += [named([names[i] for i in group], 3) for group in self.groups]
         listed = f" ({' | '.join(about)})" if about else ""
-        return (f"{self.word}: {self.reason}{listed}; {self.advice}",)
+        return f"{self.word}: {self.reason}{listed}"
 
 
 def judge(found: Agreement) -> Verdict:

@@ -20,7 +20,7 @@ QUESTIONS = {
     "How much of each, in which averages": "scheme sigma normalize leave_one_out prefixes",
     "What is averaged, and what is written": "key include exclude missing int_policy "
     "allow_nonfinite dtype template state_dict max_shard_size hashes strict_pickle",
-    "Does the mean make sense": "agreement min_agreement base",
+    "Does the mean make sense": "agreement min_agreement fail_on base",
     "By which means, and by which program": "device threads max_memory version install_completion "
     "show_completion",
 }

@@ -30,6 +30,9 @@ def make_soup(
     """Make a soup of the chosen checkpoints, and show how."""
     if display.page is not None or options.base is not None:
         raise UsageError("a soup has no report", hint="leave out --report and --base")
+    if options.min_agreement is not None or options.fail_on is not None:
+        hint = "leave out --min-agreement and --fail-on"
+        raise UsageError("a soup has no verdict: the score decides", hint=hint)
     if weighting != Weighting() or not options.normalize or options.template or options.dtype:
         hint = "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
         raise UsageError("a soup is the plain mean of its members", hint=hint)
@@ -42,7 +45,7 @@ def make_soup(
     (output,) = choice.outputs
 
     # The score decides about a member. How far members agree is nowhere shown.
-    alone = replace(options, min_agreement=None, agreement=False)
+    alone = replace(options, agreement=False)
 
     def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
         # Scanned anew each time: an evaluation may have written beside the weights meanwhile.

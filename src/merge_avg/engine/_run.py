@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -22,6 +22,7 @@ from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
 from merge_avg.errors import MergeError, failure, named
 from merge_avg.io import Output, Reader, Scratch, Sink
+from merge_avg.options import DOUBTS
 from merge_avg.plan import Hashes, Job, OutputSpec, batches, without_collector
 
 # In the words of torch's allocators and of Python's threads, whose errors have no type.
@@ -141,10 +142,10 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
             reader.finish()
         agreement = comparison.result()
         verdict = None if agreement is None else judge(agreement)
-        _refuse_strangers(job, verdict)
         hashes = total(job, findings)
         cosine = None if agreement is None else agreement.mean
         names = [str(job.layouts[number].path) for number in compared]
+        _refuse_strangers(job, verdict, names)
         doubts = () if verdict is None else verdict.doubts(names)
         lora = job.plan.warnings if any(map(findings.varying.issuperset, job.plan.factors)) else ()
         for sink, output in zip(sinks, job.outputs, strict=True):
@@ -182,12 +183,18 @@ def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
         yield functools.partial(Worker.copy, index=index, number=number, record=record)
 
 
-def _refuse_strangers(job: Job, verdict: Verdict | None) -> None:
-    """Raise MergeError where the checkpoints agree less than is asked for."""
-    least = job.options.min_agreement
-    if least is not None and verdict is not None and verdict.number < least:
+def _refuse_strangers(job: Job, verdict: Verdict | None, names: Sequence[str]) -> None:
+    """Raise MergeError where the checkpoints, which have names, agree less than is asked for."""
+    least, worst = job.options.min_agreement, job.options.fail_on
+    if verdict is None:
+        return
+    if least is not None and verdict.number < least:
         what = f"the checkpoints agree by {verdict.number:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
+        raise MergeError(what, where=job.outputs[0].path, hint=hint)
+    if worst is not None and verdict.word in DOUBTS[DOUBTS.index(worst) :]:
+        what = f"the verdict is {verdict.why(names)}"
+        hint = f"{verdict.advice}; without --fail-on it is written all the same"
         raise MergeError(what, where=job.outputs[0].path, hint=hint)
 
 

@@ -29,7 +29,7 @@ from merge_avg.formats import scan
 from merge_avg.formats.bounded import read
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import refuse_loss, refuse_output
-from merge_avg.options import Location, Options, Outputs, Weight
+from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import Budget, plan_budget
@@ -121,8 +121,12 @@ def prepare(
     if options.dtype is not None and options.dtype not in (*CONVERTIBLE, TEMPLATE):
         hint = f"choose one of {', '.join((*CONVERTIBLE, TEMPLATE))}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
-    if not options.agreement and (options.base is not None or options.min_agreement is not None):
-        hint = "leave out --no-agreement, or --base and --min-agreement"
+    if options.fail_on not in (None, *DOUBTS):
+        what = f"{options.fail_on!r} is not a verdict to fail on"
+        raise UsageError(what, hint=f"choose one of {', '.join(DOUBTS)}")
+    asked_for = options.base, options.min_agreement, options.fail_on
+    if not options.agreement and asked_for != (None, None, None):
+        hint = "leave out --no-agreement, or --base, --min-agreement and --fail-on"
         raise UsageError("the agreement is asked for, and not to be measured", hint=hint)
     least = options.min_agreement
     if least is not None and not -1 <= least <= 1:  # nor NaN, below which nothing is

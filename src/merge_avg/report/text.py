@@ -109,7 +109,10 @@ def messages(report: Report) -> Iterator[Fact]:
     if report.result is not None and report.result.nonfinite:
         names = named(report.result.nonfinite)
         yield Fact("warning", f"NaN or infinity in {names}", "doubtful")
-    yield from (Fact("warning", text, "doubtful") for text in report.warnings)
+    word = "agree" if report.verdict is None else report.verdict.word
+    for text in report.warnings:
+        strict = f" (--fail-on {word} makes it an error)" if text.startswith(f"{word}:") else ""
+        yield Fact("warning", text + strict, "doubtful")
 
 
 def weights_of(report: Report, number: int) -> list[str]:
