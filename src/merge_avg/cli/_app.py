@@ -18,6 +18,7 @@ from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import print_result, say
 from merge_avg.errors import UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
+from merge_avg.report import counted
 
 # Errors reach `main`, which knows how to show them; of a crash, Python's own traceback says more
 # than one that leaves out what lies in libraries.
@@ -120,12 +121,17 @@ def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:
 def _verify(outputs: list[str], inputs: Path | None, options: Options, display: Display) -> None:
     from merge_avg.verify import verify_output
 
-    found = []
+    found, told = [], []
     for output in outputs:
         one = verify_output(output, inputs, options.threads, options.max_memory)
         found.append({"output": one.output, "inputs": one.inputs, "bytes": one.nbytes})
+        hashes = "; their hashes are as recorded" if one.hashed else ""
+        given = f"what its {len(one.inputs)} inputs give{hashes}"
+        told.append(f"{output}: all {one.nbytes:,} bytes are {given}")
         if not display.quiet:
-            hashes = "; their hashes are as recorded" if one.hashed else ""
-            given = f"what its {len(one.inputs)} inputs give{hashes}"
-            say(f"{output}: all {one.nbytes:,} bytes are {given}")
+            say(told[-1])
+    if "GITHUB_STEP_SUMMARY" in os.environ:
+        from merge_avg.cli._github import summarize
+
+        summarize(f"{counted(len(told), 'output')} verified", (("verified", line) for line in told))
     print_result(display.as_json, lambda: found, map(str, outputs))

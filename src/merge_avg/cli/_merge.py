@@ -34,8 +34,8 @@ def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> 
     if not dry_run:
         read_ahead(job)
         what = f"averaging {len(job.averaged)} checkpoints"
-        with progress(what, job.nbytes, display.quiet) as advance:
-            result = run(job, advance)
+        with progress(what, job.nbytes, display.quiet) as (advance, finish):
+            result = run(job, advance, finishing=finish)
     report = describe(job, result, choice)
     if not display.quiet:
         _show(report)
@@ -68,3 +68,10 @@ def _show(report: Report) -> None:
 
         for line in lines(report):
             say(line)
+    if "GITHUB_ACTIONS" in os.environ:
+        from merge_avg.cli._github import annotate
+        from merge_avg.report.text import messages
+
+        for fact in messages(report):
+            if fact.label == "warning":
+                annotate("warning", fact.value)

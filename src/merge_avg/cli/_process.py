@@ -16,15 +16,20 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from merge_avg._version import __version__
 from merge_avg.errors import MergeError, UsageError, WrittenError, failure
 from merge_avg.options import suggested
 from merge_avg.report import printable, shown
+
+_SCHEMA = 1  # of the JSON, as .github/JSON.md has it
+_ANSWERED = threading.Event()  # that stdout has got its one result
 
 
 def entry() -> None:
@@ -47,6 +52,7 @@ def entry() -> None:
 
 def main(*, last: bool = False) -> None:
     """Run the command, and exit with its code; `last`: the process does nothing else after it."""
+    _ANSWERED.clear()
     try:
         with _signals(last):
             try:
@@ -54,13 +60,10 @@ def main(*, last: bool = False) -> None:
                 from merge_avg.cli._app import app  # whose imports take longest: a signal may come
 
                 app(prog_name="merge-avg")
-            except (MergeError, OSError, MemoryError) as error:
+            except (MergeError, OSError, MemoryError, _Stopped) as error:
                 sys.exit(_fail(error))
-            except _Stopped as stop:
-                say("stopped; each output is as it was, or complete")
-                sys.exit(stop.code)
     except KeyboardInterrupt:  # it came before the handler was installed
-        sys.exit(130)
+        sys.exit(_fail(_Stopped(130)))
 
 
 class _Stopped(SystemExit):
@@ -123,24 +126,51 @@ def _open_streams() -> None:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def say(text: str) -> None:
+def say(text: str, *, escaped: bool = False) -> None:
     """Print a line on stderr; names keep their letters, but control characters are escaped."""
     try:
-        print(printable(text), file=sys.stderr, flush=True)
+        print(text if escaped else printable(text), file=sys.stderr, flush=True)
     except OSError:  # nobody listens, and that need not stop it
         discard(sys.stderr)
 
 
-def _fail(error: MergeError | OSError | MemoryError) -> int:
+def asked(option: str) -> bool:
+    """Return whether an option stands on the command line, which may be wrong in other ways."""
+    words = sys.argv[1:]
+    words = words[: words.index("--")] if "--" in words else words
+    return option in (word.partition("=")[0] for word in words)
+
+
+def _fail(error: BaseException) -> int:
     """Say what is wrong with which file, and what to do about it; return the exit code."""
+    found = _failure(error)
+    say(found["error"] if isinstance(error, _Stopped) else f"error: {found['error']}")
+    if found["hint"]:
+        say(f"hint: {found['hint']}")
+    if asked("--json") and not _ANSWERED.is_set():
+        with contextlib.suppress(WrittenError):  # stderr has it
+            _print(_json(found))
+    if {"GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"} & os.environ.keys():
+        from merge_avg.cli._github import tell_failure
+
+        tell_failure(found)
+    return int(found["exit_code"])
+
+
+def _failure(error: BaseException | None) -> dict[str, Any]:
+    """Return the JSON of a failure, which is empty for what is none or a crash."""
+    code: Any = 2 if isinstance(error, UsageError) else 3 if isinstance(error, WrittenError) else 1
     if isinstance(error, OSError):
         error = failure(error)
     elif isinstance(error, MemoryError):
         error = MergeError("there is not enough memory", hint="lower --max-memory or --threads")
-    say(f"error: {error.message}")
-    if hint := _instead(error.where or "", error.hint):
-        say(f"hint: {hint}")
-    return 2 if isinstance(error, UsageError) else 3 if isinstance(error, WrittenError) else 1
+    elif isinstance(error, _Stopped):
+        code, error = error.code, MergeError("stopped; each output is as it was, or complete")
+    if not isinstance(error, MergeError):
+        return {}
+    hint = _instead(error.where or "", error.hint)
+    about = {"file": error.where, "tensor": error.tensor, "exit_code": code}
+    return {"error": error.message, "hint": hint, **about}
 
 
 def _instead(path: str, hint: str | None) -> str | None:
@@ -162,14 +192,31 @@ def _instead(path: str, hint: str | None) -> str | None:
 def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:
     """Print the result on stdout: its value as JSON where that is asked for, or else lines."""
     if as_json:
-        import json
-
         from merge_avg.report.values import plain
 
-        # GitHub's runner takes "##[" for a command to it, in JSON too.
-        text = json.dumps(plain(value()), allow_nan=False, indent=2).replace("##[", "#\\u0023[")
+        found = plain(value())
+        if failed := _failure(
+            sys.exception()
+        ):  # after a merge: stdout gets one object all the same
+            found |= failed
+        text = _json(found)
     else:
         text = "\n".join(map(printable, lines))
+    _print(text)
+
+
+def _json(value: Any) -> str:
+    """Return a value, or several, as JSON, each with the versions that it is of."""
+    import json
+
+    about = {"merge_avg": __version__, "schema": _SCHEMA}
+    whole = [about | one for one in value] if isinstance(value, list) else about | value
+    # GitHub's runner takes "##[" for a command to it, in JSON too.
+    return json.dumps(whole, allow_nan=False, indent=2).replace("##[", "#\\u0023[")
+
+
+def _print(text: str) -> None:
+    _ANSWERED.set()
     try:
         if text:
             print(text, flush=True)
@@ -189,12 +236,14 @@ def discard(stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """Show that a merge runs; yield what it has to call with the bytes it has read since."""
+def progress(
+    what: str, nbytes: int, quiet: bool
+) -> Iterator[tuple[Callable[[int], None] | None, Callable[[], None]]]:
+    """Show that a merge runs; yield what it has to call as `progress`, and as `finishing`."""
     if quiet or not sys.stderr.isatty():
         if not quiet:
             say(f"{what}, {shown(nbytes)}")
-        yield None
+        yield None, lambda: None
         return
     # Rich takes longer to import than a small merge takes.
     from rich import progress as bars
@@ -215,7 +264,15 @@ def progress(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], No
         bar.start()
     try:
         task = bar.add_task(what, total=nbytes)
-        yield lambda more: bar.advance(task, more)
+
+        def finish() -> None:
+            # How much of it the system has written already is not known, nor how fast it goes on.
+            bar.columns = (*bar.columns[:2], bars.TimeElapsedColumn())
+            with contextlib.suppress(OSError):
+                bar.remove_task(task)
+                bar.add_task("writing to disk", total=None)
+
+        yield lambda more: bar.advance(task, more), finish
     finally:
         with contextlib.suppress(OSError):
             bar.stop()

@@ -1,12 +1,14 @@
-"""The command soup: a live table of evaluations on a terminal, plain lines elsewhere."""
+"""The command soup: a line for each evaluation, and on a terminal one for that which runs."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from merge_avg.cli._parameters import Display, SoupOptions
 from merge_avg.cli._process import print_result, say
@@ -52,7 +54,7 @@ def make_soup(
         run(prepare(paths, output, replace(alone, overwrite=overwrite)))
 
     prepare(choice.paths, output, alone)  # what forbids their mean shows before an evaluation
-    with _shown(display.quiet) as show:
+    with _shown(display.quiet) as (begin, show):
         soup = greedy(
             choice.paths,
             output,
@@ -62,37 +64,59 @@ def make_soup(
             # By this name the log knows the evaluation: with another key it is another one.
             command=command if key is None else f"{command} [{key}]",
             overwrite=options.overwrite,
+            begin=begin,
             show=show,
         )
+    made = f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}"
     if not display.quiet:
-        say(f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}")
+        say(made)
+    if "GITHUB_STEP_SUMMARY" in os.environ:
+        from merge_avg.cli._github import summarize
+
+        told = [("written", str(soup.output)), ("evaluated", f"{command}, {mode} is best")]
+        head = "", "checkpoint", "members", "score", ""
+        summarize(f"a soup of {made}", told, [head, *map(_cells, soup.trials)])
     print_result(display.as_json, lambda: _as_json(soup), [str(soup.output)])
 
 
 @contextlib.contextmanager
-def _shown(quiet: bool) -> Iterator[Callable[[Trial], None]]:
-    """Yield a function that shows an evaluation on stderr."""
+def _shown(quiet: bool) -> Iterator[tuple[Callable[..., None], Callable[[Trial], None]]]:
+    """Yield a function that shows on stderr what begins, and one that shows an evaluation."""
     if quiet:
-        yield lambda _: None
+        yield (lambda *_: None), (lambda _: None)
     elif not sys.stderr.isatty():
-        yield _say
+        yield (lambda *begun: say(_begun(*begun))), _say
     else:
+        from rich import progress as bars
         from rich.console import Console
-        from rich.live import Live
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table("", "checkpoint", "members", "score", "")
+        columns = bars.TextColumn("{task.description}", markup=False), bars.TimeElapsedColumn()
         console = Console(file=sys.stderr, force_terminal=True)
-        with Live(table, console=console, refresh_per_second=4):
-            # As `Text`, because a file's name may look like rich's markup.
-            yield lambda trial: table.add_row(*map(Text, _cells(trial)))
+        with bars.Progress(*columns, console=console, transient=True) as running:
+            task = running.add_task("", visible=False)
+
+            def begin(*begun: Any) -> None:
+                running.reset(task, description=printable(_begun(*begun)), visible=True)
+
+            def show(trial: Trial) -> None:
+                running.update(task, visible=False)
+                _say(trial)
+
+            yield begin, show
+
+
+def _begun(members: Sequence[Path], number: int, total: int) -> str:
+    return f"[{number}/{total}] evaluating {_named(members)}"
 
 
 def _say(trial: Trial) -> None:
-    number, name, members, score, verdict = _cells(trial)
-    what = name if len(trial.members) == 1 else f"+ {name} ({members} members)"
-    say(f"[{number}] {what}: {score}{', ' + verdict if verdict else ''}")
+    number, *_, score, verdict = _cells(trial)
+    say(f"[{number}] {_named(trial.members)}: {score}{', ' + verdict if verdict else ''}")
+
+
+def _named(members: Sequence[Path]) -> str:
+    newest, count = str(members[-1]), len(members)
+    return newest if count == 1 else f"+ {newest} ({count} members)"
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:
@@ -100,7 +124,7 @@ def _cells(trial: Trial) -> tuple[str, ...]:
     single = len(trial.members) == 1
     verdict = ("best so far" if trial.kept else "") if single else "kept" if trial.kept else "left"
     verdict += " (from the log)" if trial.remembered else ""
-    name = printable(str(trial.members[-1]))
+    name = str(trial.members[-1])
     number, members = f"{trial.number}/{trial.total}", str(len(trial.members))
     return number, name, members, f"{trial.score:.10g}", verdict.strip()
 

@@ -51,6 +51,7 @@ def greedy(
     command: str = "",
     log: Path | None = None,
     overwrite: bool = False,
+    begin: Callable[[Sequence[Path], int, int], None] = lambda *_: None,
     show: Callable[[Trial], None] = lambda _: None,
 ) -> Soup:
     """Make a greedy soup.
@@ -62,8 +63,9 @@ def greedy(
 
     Evaluations are logged at once, and a run with the same log does not repeat them. The log stays
     beside the output as its record: by default its path is the output's with ".soup.jsonl" added.
-    It knows an evaluation by its `command`. `show` is called with every one. A MergeError
-    says that an evaluation fails or is NaN, or that the log is that of another soup.
+    It knows an evaluation by its `command`. `begin` is called before each, with the members, its
+    number and how many there are; `show` is called with every one, those of the log too. A
+    MergeError says that an evaluation fails or is NaN, or that the log is that of another soup.
     """
     if len(checkpoints) < 2:
         raise UsageError("a soup needs at least two checkpoints", hint="name more of them")
@@ -82,7 +84,9 @@ def greedy(
         """Return the score of members, and whether the last of them stays."""
         paths = tuple(checkpoints[index] for index in members)
         remembered = members in known.scores
+        number, total = len(trials) + 1, 2 * len(checkpoints) - 1
         if not remembered:
+            begin(paths, number, total)
             file = paths[0] if len(paths) == 1 else tried
             if len(paths) > 1:
                 merge(paths, tried)
@@ -97,7 +101,6 @@ def greedy(
         # first of equals begins the soup.
         tie = len(members) > 1 and value == best
         kept = best is None or sign * value > sign * best or tie
-        number, total = len(trials) + 1, 2 * len(checkpoints) - 1
         trials.append(Trial(paths, value, kept, number, total, remembered))
         show(trials[-1])
         return value, kept
