@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from merge_avg._version import __version__
+from merge_avg.cli._github import summarize
 from merge_avg.cli._help import COMMANDS, Command
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import print_result, say
@@ -130,8 +131,5 @@ def _verify(outputs: list[str], inputs: Path | None, options: Options, display: 
         told.append(f"{output}: all {one.nbytes:,} bytes are {given}")
         if not display.quiet:
             say(told[-1])
-    if "GITHUB_STEP_SUMMARY" in os.environ:
-        from merge_avg.cli._github import summarize
-
-        summarize(f"{counted(len(told), 'output')} verified", (("verified", line) for line in told))
+    summarize(f"{counted(len(told), 'output')} verified", [("verified", line) for line in told])
     print_result(display.as_json, lambda: found, map(str, outputs))

@@ -47,17 +47,12 @@ def summarize(
         return
     from merge_avg.report.text import append, section
 
-    try:
-        if _named(Path(name)):
-            what = "no summary was written, for the command line names this file"
-            raise MergeError(what, where=name)
-        append(Path(name), section(title, told, rows))
-    except MergeError as error:  # what there is to sum up is done, or failed by itself
-        say(f"note: {error.message}")
-
-
-def _named(page: Path) -> bool:
-    """Return whether the command line names a file, or a directory that it is in."""
     # After wrong usage nobody knows which word is a checkpoint, or the output.
     words = (re.sub(r"^(--[\w-]+=|-\w)", "", word) for word in sys.argv[1:])
-    return any(page.resolve().is_relative_to(Path(word).resolve()) for word in words if word)
+    page, places = Path(name), [Path(word).resolve() for word in words if word]
+    try:
+        if any(page.resolve().is_relative_to(place) for place in places):
+            raise MergeError("no summary was written, as the command names it", where=name)
+        append(page, section(title, told, rows))
+    except MergeError as error:  # what there is to sum up is done, or failed by itself
+        say(f"note: {error.message}")

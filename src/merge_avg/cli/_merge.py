@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from merge_avg.cli._github import annotate
 from merge_avg.cli._parameters import Display
 from merge_avg.cli._process import discard, print_result, progress, say
 from merge_avg.engine import read_ahead, run
@@ -34,8 +35,8 @@ def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> 
     if not dry_run:
         read_ahead(job)
         what = f"averaging {len(job.averaged)} checkpoints"
-        with progress(what, job.nbytes, display.quiet) as (advance, finish):
-            result = run(job, advance, finishing=finish)
+        with progress(what, job.nbytes, display.quiet) as advance:
+            result = run(job, advance)
     report = describe(job, result, choice)
     if not display.quiet:
         _show(report)
@@ -68,10 +69,8 @@ def _show(report: Report) -> None:
 
         for line in lines(report):
             say(line)
-    if "GITHUB_ACTIONS" in os.environ:
-        from merge_avg.cli._github import annotate
-        from merge_avg.report.text import messages
+    from merge_avg.report.text import messages
 
-        for fact in messages(report):
-            if fact.label == "warning":
-                annotate("warning", fact.value)
+    for fact in messages(report):
+        if fact.label == "warning":
+            annotate("warning", fact.value)

@@ -150,10 +150,9 @@ def _fail(error: BaseException) -> int:
     if asked("--json") and not _ANSWERED.is_set():
         with contextlib.suppress(WrittenError):  # stderr has it
             _print(_json(found))
-    if {"GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"} & os.environ.keys():
-        from merge_avg.cli._github import tell_failure
+    from merge_avg.cli._github import tell_failure
 
-        tell_failure(found)
+    tell_failure(found)
     return int(found["exit_code"])
 
 
@@ -236,14 +235,12 @@ def discard(stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def progress(
-    what: str, nbytes: int, quiet: bool
-) -> Iterator[tuple[Callable[[int], None] | None, Callable[[], None]]]:
-    """Show that a merge runs; yield what it has to call as `progress`, and as `finishing`."""
+def progress(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show that a merge runs; yield what it has to call as `engine.run` does."""
     if quiet or not sys.stderr.isatty():
         if not quiet:
             say(f"{what}, {shown(nbytes)}")
-        yield None, lambda: None
+        yield None
         return
     # Rich takes longer to import than a small merge takes.
     from rich import progress as bars
@@ -265,14 +262,15 @@ def progress(
     try:
         task = bar.add_task(what, total=nbytes)
 
-        def finish() -> None:
-            # How much of it the system has written already is not known, nor how fast it goes on.
-            bar.columns = (*bar.columns[:2], bars.TimeElapsedColumn())
-            with contextlib.suppress(OSError):
-                bar.remove_task(task)
-                bar.add_task("writing to disk", total=None)
+        def advance(more: int) -> None:
+            bar.advance(task, more)
+            if not more:  # how much the system has written already is not known
+                bar.columns = (*bar.columns[:2], bars.TimeElapsedColumn())
+                bar.tasks[0].total = None
+                with contextlib.suppress(OSError):
+                    bar.reset(task, description="writing to disk")
 
-        yield lambda more: bar.advance(task, more), finish
+        yield advance
     finally:
         with contextlib.suppress(OSError):
             bar.stop()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from merge_avg.cli._github import summarize
 from merge_avg.cli._parameters import Display, SoupOptions
 from merge_avg.cli._process import print_result, say
 from merge_avg.engine import run
@@ -54,7 +53,7 @@ def make_soup(
         run(prepare(paths, output, replace(alone, overwrite=overwrite)))
 
     prepare(choice.paths, output, alone)  # what forbids their mean shows before an evaluation
-    with _shown(display.quiet) as (begin, show):
+    with _shown(display.quiet) as (now, show):
         soup = greedy(
             choice.paths,
             output,
@@ -64,28 +63,27 @@ def make_soup(
             # By this name the log knows the evaluation: with another key it is another one.
             command=command if key is None else f"{command} [{key}]",
             overwrite=options.overwrite,
-            begin=begin,
+            begin=lambda paths, number, total: now(
+                f"[{number}/{total}] evaluating {_named(paths)}"
+            ),
             show=show,
         )
     made = f"{len(soup.members)} of {len(choice.paths)} checkpoints, score {soup.score:.10g}"
     if not display.quiet:
         say(made)
-    if "GITHUB_STEP_SUMMARY" in os.environ:
-        from merge_avg.cli._github import summarize
-
-        told = [("written", str(soup.output)), ("evaluated", f"{command}, {mode} is best")]
-        head = "", "checkpoint", "members", "score", ""
-        summarize(f"a soup of {made}", told, [head, *map(_cells, soup.trials)])
+    told = [("written", str(soup.output)), ("evaluated", f"{command}, {mode} is best")]
+    head = "", "checkpoint", "members", "score", ""
+    summarize(f"a soup of {made}", told, [head, *map(_cells, soup.trials)])
     print_result(display.as_json, lambda: _as_json(soup), [str(soup.output)])
 
 
 @contextlib.contextmanager
-def _shown(quiet: bool) -> Iterator[tuple[Callable[..., None], Callable[[Trial], None]]]:
-    """Yield a function that shows on stderr what begins, and one that shows an evaluation."""
+def _shown(quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Trial], None]]]:
+    """Yield a function that shows on stderr what runs now, and one that shows an evaluation."""
     if quiet:
-        yield (lambda *_: None), (lambda _: None)
+        yield (lambda _: None), (lambda _: None)
     elif not sys.stderr.isatty():
-        yield (lambda *begun: say(_begun(*begun))), _say
+        yield say, _say
     else:
         from rich import progress as bars
         from rich.console import Console
@@ -95,18 +93,15 @@ def _shown(quiet: bool) -> Iterator[tuple[Callable[..., None], Callable[[Trial],
         with bars.Progress(*columns, console=console, transient=True) as running:
             task = running.add_task("", visible=False)
 
-            def begin(*begun: Any) -> None:
-                running.reset(task, description=printable(_begun(*begun)), visible=True)
+            def now(what: str) -> None:
+                with contextlib.suppress(OSError):  # the terminal is gone
+                    running.reset(task, description=printable(what), visible=True)
 
             def show(trial: Trial) -> None:
                 running.update(task, visible=False)
                 _say(trial)
 
-            yield begin, show
-
-
-def _begun(members: Sequence[Path], number: int, total: int) -> str:
-    return f"[{number}/{total}] evaluating {_named(members)}"
+            yield now, show
 
 
 def _say(trial: Trial) -> None:

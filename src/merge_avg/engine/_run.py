@@ -73,16 +73,13 @@ class Result(Brief):
 
 
 def run(
-    job: Job,
-    progress: Callable[[int], None] | None = None,
-    opened: Opened | None = None,
-    finishing: Callable[[], None] = lambda: None,
+    job: Job, progress: Callable[[int], None] | None = None, opened: Opened | None = None
 ) -> Result:
     """Run a prepared merge.
 
-    `progress` is called with the number of bytes read since the last call, from any thread. What it
-    raises comes as it is. `opened` opens what takes an output: by default, a file or directory.
-    `finishing` is called when all is averaged, before the outputs are forced to the disk.
+    `progress` is called with the number of bytes read since the last call, from any thread, and at
+    last with 0, before the outputs are forced to the disk. What it raises comes as it is. `opened`
+    opens what takes an output: by default, a file or directory.
 
     Raises:
         MergeError: nothing at the output's path was created or changed.
@@ -95,7 +92,7 @@ def run(
 
     findings = Findings(progress, [0] * (len(job.layouts) + 1))
     try:
-        return _run(job, findings, opened or output, finishing)
+        return _run(job, findings, opened or output)
     except (OSError, ImportError, MemoryError, RuntimeError) as error:
         known = not isinstance(error, RuntimeError) or _NO_MEMORY.search(str(error))
         if error is findings.theirs or not known:
@@ -110,7 +107,7 @@ def run(
         raise MergeError("there is not enough memory for it", hint=hint) from None
 
 
-def _run(job: Job, findings: Findings, opened: Opened, finishing: Callable[[], None]) -> Result:
+def _run(job: Job, findings: Findings, opened: Opened) -> Result:
     started = time.perf_counter()
     device = job.options.device
     if device != "cpu":
@@ -152,7 +149,7 @@ def _run(job: Job, findings: Findings, opened: Opened, finishing: Callable[[], N
         _refuse_strangers(job, verdict, names)
         doubts = () if verdict is None else verdict.doubts(names)
         lora = job.plan.warnings if any(map(findings.varying.issuperset, job.plan.factors)) else ()
-        finishing()
+        findings.count(0)
         for sink, output in zip(sinks, job.outputs, strict=True):
             sink.complete(job.record(output, hashes, cosine))
         # Not before all are complete, so that an error leaves none of the outputs.
