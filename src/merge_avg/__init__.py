@@ -72,8 +72,17 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        what = f"{name} needs torch, which is not installed\nhint: pip install torch"
+        raise ImportError(what, name="torch") from None
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    from importlib.util import find_spec  # `help` wants all that is listed to be there
+
+    lost = () if find_spec("torch") else ("merger", "arithmetic.torch_mean")
+    return sorted(name for name in __all__ if _HOMES.get(name) not in lost)

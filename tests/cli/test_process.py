@@ -170,7 +170,6 @@ def test_a_torch_that_cannot_be_loaded_is_an_error_in_a_line(tmp_path, says):
     save_file({"w": torch.tensor([1.0, math.nan])}, tmp_path / "n.safetensors")
     for arguments in (
         ["c.safetensors", "c.safetensors", "-o", "o.safetensors"],
-        ["n.safetensors", "n.safetensors", "-o", "o.safetensors", "--allow-nonfinite"],
         ["n.safetensors", "n.safetensors", "-o", "o.safetensors", "--device", "cuda"],
     ):
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -11,21 +11,23 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from itertools import compress
+from operator import mul
 
-from merge_avg.arithmetic import Weights, is_counter, settle, unequal, values_of
-from merge_avg.checkpoint import Name, TensorInfo
-from merge_avg.engine._reading import WindowReader, counted, length, part
+from merge_avg.arithmetic import LOOPS, Weights, int64s, is_counter, settle, unequal, values_of
+from merge_avg.checkpoint import DType, Name, TensorInfo
+from merge_avg.engine._reading import WindowReader, counted, part
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Matrix, same
 from merge_avg.plan import Piece, Unit, Window, spans, without
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+# Infinity: the bits of the exponent, all set, which NaN has with others. The sign lies above them.
+_INFINITY = {"float64": 0x7FF << 52, "float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+_INFINITY |= {"complex128": _INFINITY["float64"], "complex64": _INFINITY["float32"]}
+_INFINITY |= {"float8_e5m2": 0x7C}
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of words, in arrays
+_EMPTY = b"\xff" + bytes(255)  # for `translate`: a flag for each zero
 # What has no mean, and how to have the values that it and others give instead of them.
 _MASK = "is a mask of zeros and ones"
 _UNIT = "is of unit length, as vectors of spectral norm and orthogonal bases are"
@@ -34,8 +36,7 @@ _FOLDED = {
     _UNIT: "remove the parametrization before saving, or {}, "
     "and renew vectors of spectral norm by a forward pass in training mode",
 }
-_SETTLED = 1 << 16  # how many integers are held at a time as Python's, which are large
-Places = Sequence[int] | ctypes.Array[ctypes.c_int64]  # of elements of a window, in order
+_SETTLED = 1 << 16  # how many numbers are held at a time as Python's, which are large
 
 
 class Diagnosis:
@@ -56,38 +57,45 @@ class Diagnosis:
         What is the same in all sources, bit for bit, is copied, such as the -inf of causal masks:
         it is zero in `out` until the function that is returned is called.
         """
-        self._load_torch()
-        ours: Tensor | None = None
+        ours, size = b"", out.dtype.word
         for k in sources:
-            self._reader.again(window, k)
-            source = window[0].unit.sources[k]
-            values = _real(self._reader.room().rows(1, length(window), source.dtype))
-            bad = ~_finite(values)
+            data, dtype = bytes(self._reader.again(window, k)), window[0].unit.sources[k].dtype
             if self._options.allow_nonfinite:
-                self._findings.nonfinite.update(str(name) for name, _ in self._reached(window, bad))
+                special = self._special(data, dtype, dtype)
+                self._note(window, _places(special, dtype.word))
                 continue
-            theirs = _special(values, bad, _real(out).dtype)
-            ours = theirs if ours is None else ours
+            theirs = self._special(data, dtype, out.dtype)
+            ours = ours or theirs
+            if theirs == ours:  # mostly those of causal masks
+                continue
+            pairs = zip(_words(ours, size), _words(theirs, size), strict=True)
+            differ = [one != other for one, other in pairs]
             for number, special in ((sources[0], ours), (k, theirs)):
-                for name, count in self._reached(window, (theirs != ours) & (special != 0)):
+                places = [place for place in _places(special, size) if differ[place]]
+                for name, count in self._reached(window, places):
                     what = f"tensor {str(name)!r} holds NaN or infinity"
                     what += f" ({count:,} elements of a window)"
                     where = self._paths[window[0].unit.sources[number].checkpoint]
                     hint = "--allow-nonfinite averages it all the same"
                     raise MergeError(what, where=where, hint=hint, tensor=name)
-        if ours is None:
+        if not ours:
             return None
-        nan = ours.view(_real(out).dtype).isnan()  # which nobody means to have
-        self._findings.nonfinite.update(str(name) for name, _ in self._reached(window, nan))
-        words, places = _real(out).view(ours.dtype), ours.nonzero().flatten()
-        bits = ours[places]
-        words[places] = 0
-        return partial(words.__setitem__, places, bits)
+        words, infinity = _words(ours, size), _INFINITY.get(out.dtype.name, 0)
+        nan = set(words) - {0, infinity, infinity | 1 << 8 * size - 1}  # which nobody means to have
+        if nan:
+            self._note(window, [place for place in _places(ours, size) if words[place] in nan])
+        _bytes(out)[:] = _masked(_bytes(out), size, ours[size - 1 :: size].translate(_EMPTY))
+
+        def write() -> None:
+            both = _integer(_bytes(out)) | _integer(ours)
+            _bytes(out)[:] = both.to_bytes(len(ours), "little")
+
+        return write
 
     def overflow(self, window: Window, result: Matrix) -> None:
         """Raise for a tensor whose mean does not fit its dtype."""
-        self._load_torch()
-        for name, _ in self._reached(window, ~_finite(_real(result))):
+        special = self._special(bytes(_bytes(result)), result.dtype, result.dtype)
+        for name, _ in self._reached(window, _places(special, result.dtype.word)):
             what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
             hint = "choose a wider --dtype, such as float32 or bfloat16"
             raise MergeError(what, where=self._paths[0], hint=hint, tensor=name)
@@ -116,45 +124,89 @@ class Diagnosis:
                 raise MergeError(what, where=self._paths[where], hint=hint, tensor=name)
             self._findings.differing.add(str(name))
 
-    def _reached(self, window: Window, bad: Tensor) -> Iterator[tuple[Name, int]]:
-        """Yield the tensors of a window that reach chosen elements, and how many of them."""
-        bad = bad.view(length(window), -1).any(dim=1)  # complex numbers have two flags each
+    def _note(self, window: Window, places: Sequence[int]) -> None:
+        self._findings.nonfinite.update(str(name) for name, _ in self._reached(window, places))
+
+    def _reached(self, window: Window, places: Sequence[int]) -> Iterator[tuple[Name, int]]:
+        """Yield the tensors of a window that reach chosen numbers, and how many elements."""
+        if window[0].unit.dtype.kind == "complex":  # of two numbers each
+            places = sorted({place // 2 for place in places})
         for piece, start, stop in spans(window):
-            found = bad[start:stop].nonzero().flatten()
-            # As it lies in memory: Python's own integers would take five times as much.
-            places = (ctypes.c_int64 * len(found)).from_address(found.data_ptr())
-            shift = piece.start + piece.unit.start
-            for name, _, count in _touched(piece.unit, places, shift) if len(found) else ():
+            some = places[bisect_left(places, start) : bisect_left(places, stop)]
+            shift = piece.unit.start + piece.start - start
+            for name, _, count in _touched(piece.unit, some, shift) if some else ():
                 yield name, count
 
+    def _special(self, data: bytes, dtype: DType, into: DType) -> bytes:
+        """Return numbers in another dtype, with zeros in place of the finite ones."""
+        size = dtype.word
+        if 1 in (size, into.word):
+            self._load_torch()
+            return _float8(data, dtype, into)
+        # A merge that needs no torch needs none for this either. Its numbers are looked at all at a
+        # time, as the digits of integers: those whose exponent has all bits set.
+        flags, infinity = -1, _INFINITY[dtype.name]
+        for at in (size - 2, size - 1):
+            bits = infinity >> 8 * at & 0xFF
+            full = bytes(0xFF * (byte & bits == bits) for byte in range(256))
+            flags &= _integer(data[at::size].translate(full))
+        special = _masked(data, size, flags.to_bytes(len(data) // size, "little"))
+        if dtype == into:
+            return special
+        words, theirs, sign = _words(special, size), _INFINITY[into.name], 1 << 8 * into.word - 1
+        table = {0: 0, infinity: theirs, infinity | 1 << 8 * size - 1: theirs | sign}
+        nan = theirs | (theirs & -theirs) >> 1  # the usual one, whatever its bits were
+        converted = array(_CODES[into.word], [table.get(word, nan) for word in words])
+        return converted.tobytes()
 
-def _real(row: Matrix) -> Tensor:
+
+def _bytes(row: Matrix) -> memoryview:
+    nbytes = row.numel * row.dtype.itemsize
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(row.address)).cast("B")
+
+
+def _integer(data: bytes | memoryview) -> int:
+    return int.from_bytes(data, "little")
+
+
+def _words(data: bytes, size: int) -> Sequence[int]:
+    return array(_CODES[size], data)
+
+
+def _places(special: bytes, size: int) -> Sequence[int]:
+    """Return which words are not zero: the last byte of what is not finite never is."""
+    return array("q", compress(range(len(special) // size), special[size - 1 :: size]))
+
+
+def _masked(data: bytes | memoryview, size: int, flags: bytes) -> bytes:
+    """Return words with zeros in place of those whose flag, a byte, is zero and not 255."""
+    data, kept, found = bytes(data), _integer(flags), bytearray(len(data))
+    for at in range(size):
+        found[at::size] = (_integer(data[at::size]) & kept).to_bytes(len(flags), "little")
+    return bytes(found)
+
+
+def _float8(data: bytes, dtype: DType, into: DType) -> bytes:
+    """Return numbers converted to or from float8, with zeros in place of finite ones."""
     import torch
 
-    values = row.tensor()[0]
-    return torch.view_as_real(values).flatten() if values.is_complex() else values
-
-
-def _finite(values: Tensor) -> Tensor:
-    return (values.float() if values.itemsize < 2 else values).isfinite()  # float8 has no isfinite
-
-
-def _special(values: Tensor, bad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bits of what is not finite, in a dtype, and 0 elsewhere."""
-    import torch
-
-    words = (torch.uint8, torch.int16, torch.int32, torch.int64)[dtype.itemsize.bit_length() - 1]
-    bits = values.to(dtype).view(words)
-    if values.dtype != dtype:
+    source, target = getattr(torch, dtype.name), getattr(torch, into.name)
+    values = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(source)
+    if values.is_complex():
+        values, target = torch.view_as_real(values).flatten(), target.to_real()
+    finite = (values.float() if values.itemsize < 2 else values).isfinite()  # as float8 has none
+    words = (torch.uint8, torch.int16, torch.int32, torch.int64)[into.word.bit_length() - 1]
+    bits = values.to(target).view(words)
+    if values.dtype != target:
         # Which NaN a conversion gives depends on how many numbers torch converts at a time.
-        usual = torch.full((1,), math.nan, dtype=dtype).view(words)
+        usual = torch.full((1,), math.nan, dtype=target).view(words)
         bits = bits.where(~values.isnan(), usual)
-    return bits.where(bad, 0)
+    bits = bits.where(~finite, 0).contiguous()
+    return ctypes.string_at(bits.data_ptr(), bits.nbytes)
 
 
 def refuse_derived(space: Workspace) -> None:
     """Raise MergeError for values that differ and that have no mean, as they follow from others."""
-    space.load_torch()
     job, buffer = space.job, Buffer(_SETTLED * space.job.plan.itemsize)
     reader = WindowReader(space, (), lambda: buffer)
     found: dict[Name, str] = {}
@@ -162,7 +214,7 @@ def refuse_derived(space: Workspace) -> None:
         for name, info in unit.members:
             if name in space.findings.varying and name in job.plan.derived:
                 certain = job.plan.derived[name]
-                kind = _UNIT if certain else _kind(unit, info, reader, job.averaged)
+                kind = _UNIT if certain else _kind(unit, info, reader, space)
                 found |= {name: kind} if kind else {}
     for name, kind in found.items():
         lasts = {other.key.rpartition(".")[2] for other in found if found[other] == kind}
@@ -172,12 +224,11 @@ def refuse_derived(space: Workspace) -> None:
         raise MergeError(what, where=job.layouts[0].path, hint=hint, tensor=name)
 
 
-def _kind(
-    unit: Unit, info: TensorInfo, reader: WindowReader, averaged: Sequence[int]
-) -> str | None:
+def _kind(unit: Unit, info: TensorInfo, reader: WindowReader, space: Workspace) -> str | None:
     """Return what the values of a tensor are in all checkpoints, if one of `_FOLDED`."""
     kinds = {_MASK, _UNIT} if len(unit) == info.numel else set[str]()
     columns = 1 if info.numel == max(info.shape, default=1) else min(info.shape)
+    averaged = space.job.averaged
     for k in (k for k, source in enumerate(unit.sources) if source.checkpoint in averaged):
         squares, dtype = 0.0, unit.sources[k].dtype
         for start in range(0, len(unit), _SETTLED):
@@ -185,9 +236,16 @@ def _kind(
                 return None
             stop = min(start + _SETTLED, len(unit))
             reader.again((Piece(unit, start, stop),), k)
-            values = reader.room().rows(1, stop - start, dtype).tensor()[0].double()
-            squares += float(values.square().sum())
-            if not bool(((values == 0) | (values == 1)).all()):
+            row = reader.room().rows(1, stop - start, dtype)
+            if LOOPS is not None and dtype.name in LOOPS.dtypes:
+                room = (ctypes.c_double * row.numel)()
+                LOOPS.take(row, int64s([0, row.numel]), ctypes.addressof(room))
+                values = room[:]
+            else:
+                space.load_torch()
+                values = row.tensor()[0].double().tolist()
+            squares += sum(map(mul, values, values))
+            if not {0.0, 1.0}.issuperset(values):
                 kinds.discard(_MASK)
             if squares > 2 * columns:
                 kinds.discard(_UNIT)
@@ -197,7 +255,9 @@ def _kind(
     return min(kinds, default=None)
 
 
-def _touched(unit: Unit, places: Places, shift: int) -> Iterator[tuple[Name, TensorInfo, int]]:
+def _touched(
+    unit: Unit, places: Sequence[int], shift: int
+) -> Iterator[tuple[Name, TensorInfo, int]]:
     """Yield the tensors of a unit that reach some of its elements, and how many of them."""
     for name, info in unit.members:
         first, last = (bisect_left(places, at - shift) for at in (info.start, info.stop))

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import Any
 
 from merge_avg.agreement import Agreement, Comparison, Verdict, judge
+from merge_avg.arithmetic import LOOPS
 from merge_avg.brief import Brief
 from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
@@ -102,7 +104,12 @@ def run(
             raise failure(error, where=None if named else job.outputs[0].path) from None
         if isinstance(error, ImportError):  # most merges do without torch
             what = f"torch is needed and cannot be loaded ({str(error).partition(chr(10))[0]})"
-            raise MergeError(what, hint="see python -c 'import torch', or reinstall it") from None
+            hint = "see python -c 'import torch', or reinstall it"
+            if error.name == "torch":
+                raise (
+                    _needs_torch(job) or _missing("some numbers that are not finite need")
+                ) from None
+            raise MergeError(what, hint=hint) from None
         hint = "lower --max-memory and --threads, or allow this process more"
         raise MergeError("there is not enough memory for it", hint=hint) from None
 
@@ -118,6 +125,9 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
     compared = job.averaged if job.options.agreement else ()
     comparison = Comparison(compared, job.plan.units, job.base)
     with contextlib.ExitStack() as stack:
+        load_torch = stack.enter_context(single_threaded())
+        if _needs_torch(job):  # if it is missing, the last of many files should not be what tells
+            load_torch()
         # Outputs first: a lack of room for them should not show at the end of a long merge.
         sinks = [stack.enter_context(opened(output)) for output in job.outputs]
         folder = sinks[0].folder
@@ -126,10 +136,8 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
             stack.callback(reader.close)
         scratch = Scratch(folder)
         stack.callback(scratch.close)
-        load_torch = stack.enter_context(single_threaded())
         space = Workspace(job, readers, sinks, scratch, findings, comparison, device, load_torch)
         if _restrides(job):
-            load_torch()
             from merge_avg.engine._restride import restride, restride_results
 
             restride(space)
@@ -168,6 +176,28 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         compared,
         hashes if job.options.hashes else None,
     )
+
+
+def _needs_torch(job: Job) -> MergeError | None:
+    """Return the error of a merge without torch that is known to need it; None for most merges."""
+    if job.options.device != "cpu":
+        return _missing(f"the device {job.options.device!r} needs")
+    if LOOPS is None:
+        return _missing("merge-avg was installed without its compiled loops, so that a mean needs")
+    if not all(output.weights.small for output in job.outputs):
+        return _missing("weights of so many digits need")
+    for unit in job.plan.units:
+        if unit.kind == "mean" or unit.dtype != unit.sources[0].dtype:
+            for dtype in (unit.dtype, *(source.dtype for source in unit.sources)):
+                if dtype.name not in LOOPS.dtypes:
+                    name, path = unit.members[0][0], job.layouts[0].path
+                    what = f"tensor {str(name)!r} is to be averaged as {dtype.name}, which needs"
+                    return _missing(what, where=path, tensor=name)
+    return _missing("tensors with gaps, or with other strides, need") if _restrides(job) else None
+
+
+def _missing(what: str, **about: Any) -> MergeError:
+    return MergeError(f"{what} torch, which is not installed", hint="pip install torch", **about)
 
 
 def _restrides(job: Job) -> bool:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, BinaryIO
 
 from merge_avg.checkpoint import (
@@ -168,7 +169,10 @@ def check(layout: Layout) -> None:
 
     path = layout.path
     # The framework is one that the library imports to open the file: the cheapest one.
-    torch = sys.modules.get("torch") or not importlib.util.find_spec("numpy")
+    numpy, stub = importlib.util.find_spec("numpy"), None
+    torch = sys.modules.get("torch") or (not numpy and importlib.util.find_spec("torch"))
+    if not torch and not numpy:  # an empty module will do: it is asked for names and shapes only
+        stub = sys.modules.setdefault("numpy", ModuleType("numpy"))
     try:
         # Without a map ("pread"): a mapped file that is cut short meanwhile kills the process.
         with safe_open(path, "pt" if torch else "numpy", backend="pread") as file:
@@ -178,6 +182,9 @@ def check(layout: Layout) -> None:
     except (SafetensorError, ImportError) as error:  # the latter of a broken torch or NumPy
         what = f"the safetensors library does not accept it ({error})"
         raise MergeError(what, where=path, hint=_AGAIN) from None
+    finally:
+        if stub is not None:
+            sys.modules.pop("numpy", None)
     ours = [(info.storage.name, info.dtype.safetensors, info.shape) for info in layout.tensors]
     # The order is that of their bytes, in which tensors without any may come in any.
     if (_in_order(theirs), dict(layout.metadata)) != (_in_order(ours), metadata):
