@@ -310,24 +310,28 @@ def test_header_lengths_that_lie_are_refused(tmp_path, length):
 
 @pytest.mark.parametrize(
     ("loaded", "installed", "framework"),
-    [("torch", True, "pt"), ("numpy", True, "numpy"), ("", True, None), ("", False, None)],
+    [
+        ("torch", "numpy", "pt"),
+        ("numpy", "numpy", "numpy"),
+        ("", "numpy", "numpy"),
+        ("", "torch", "pt"),
+        ("", "", "numpy"),
+    ],
 )
 def test_the_library_opens_files_by_what_is_loaded(
     tmp_path, monkeypatch, loaded, installed, framework
 ):
-    """A loaded torch or NumPy opens them; for odd headers NumPy, or torch where it lacks."""
+    """A loaded torch or NumPy opens them; for odd headers NumPy, or torch where it lacks; or nothing."""
     usual = written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
     odd = written(tmp_path / "b.safetensors", {"a": entry(0, 4) | {"x": 1}}, bytes(4))
     for name in {"torch", "numpy"} - {loaded}:
         monkeypatch.setitem(sys.modules, name, None)
-    find = (lambda name: name if name == "numpy" else None) if installed else lambda name: None
-    monkeypatch.setattr("importlib.util.find_spec", find)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == installed)
     opened = mock.Mock(side_effect=SafetensorError)
     monkeypatch.setattr("safetensors.safe_open", opened)
-    if framework is None:
+    if not loaded:
         scan(usual)
         assert not opened.called
-        framework = "numpy" if installed else "pt"
     for path in (usual, odd) if loaded else (odd,):
         with pytest.raises(MergeError, match="the safetensors library does not accept it"):
             scan(path)
