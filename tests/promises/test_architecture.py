@@ -183,7 +183,6 @@ READERS = {
     ("io._reader", "open"): "payload",
     ("io._temporary", "open"): "outputs",
     ("io._temporary", "read_bytes"): "an identity that Linux tells",
-    ("report.html", "read_text"): "a style sheet of this package",
     ("report.text", "open"): "it adds to a file",
     ("selection._copies", "open"): "payload, to tell a copy",
     ("soup._evaluate", "loads"): "what the user's own command prints",

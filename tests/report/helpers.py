@@ -1,10 +1,14 @@
-"""Checkpoints and reports that several tests of the report share."""
+"""Checkpoints, reports and pages that several tests of the report share."""
+
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
 
 import torch
 
 from merge_avg.engine import run
 from merge_avg.options import Options
 from merge_avg.plan import prepare
+from merge_avg.report import html
 from merge_avg.report.values import describe
 from tests.helpers import noise
 
@@ -37,3 +41,84 @@ def relatives(folder, count=4, names=None, layers=5):
             content["layers.2.weight"] = noise(5000, 40, 50)
         states.append({"model": content, "epoch": number})
     return save(folder, *states, names=names or [f"fold{n}.pt" for n in range(count)])
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and all text that is shown."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@dataclass
+class Node:
+    """An element of a page, with what is in it."""
+
+    tag: str
+    attributes: dict[str, str | None] = field(default_factory=dict)
+    children: "list[Node | str]" = field(default_factory=list)
+    parent: "Node | None" = None
+
+    def all(self, *tags):
+        """Yield the elements below with one of some tags, in the page's order."""
+        for child in self.children:
+            if isinstance(child, Node):
+                if child.tag in tags:
+                    yield child
+                yield from child.all(*tags)
+
+    @property
+    def text(self):
+        """All text in it, with single blanks."""
+        parts = (one if isinstance(one, str) else one.text for one in self.children)
+        return " ".join("".join(parts).split()) if self.tag != "tr" else " | ".join(parts)
+
+    @property
+    def above(self):
+        """The elements that it is in."""
+        return [self.parent, *self.parent.above] if self.parent else []
+
+
+class Tree(HTMLParser):
+    """A page as elements within elements; one that is not closed in its turn is an error."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.root = self.here = Node("")
+        self.feed(text)
+        assert self.here is self.root
+
+    def handle_starttag(self, tag, attributes):
+        node = Node(tag, dict(attributes), parent=self.here)
+        self.here.children.append(node)
+        if tag != "meta":
+            self.here = node
+
+    def handle_startendtag(self, tag, attributes):
+        self.here.children.append(Node(tag, dict(attributes), parent=self.here))
+
+    def handle_endtag(self, tag):
+        assert tag == self.here.tag
+        self.here = self.here.parent
+
+    def handle_data(self, data):
+        self.here.children.append(data)
+
+
+def sections(report):
+    """The sections of a page by their ids."""
+    root = Tree(html.page(report)).root
+    return {one.attributes["id"]: one for one in root.all("section")}
+
+
+def rows_of(section):
+    """The rows of the tables in a section, without their heads."""
+    return [row.text for body in section.all("tbody") for row in body.all("tr")]

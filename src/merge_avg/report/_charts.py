@@ -28,17 +28,23 @@ _TICKS = 24  # names on an axis, at most
 _WIDEST = 24  # letters of such a name, from its end
 # Up to the first part of a name that is a number, as "model.layers.3" is.
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
-# Okabe and Ito's colours, which most people can tell apart.
-_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8a8a00 #000000".split()
+# These stand for colours of the page's style sheet, which has them for light and for dark. Those of
+# lines are Okabe and Ito's, which most people can tell apart, made light or dark enough to be seen.
+_INK, _AXIS, _GRID, _REST, *_COLOURS = (f"#0000{number:02x}" for number in range(240, 252))
+_VARIABLES = dict(zip((_INK, _AXIS, _GRID, _REST), ("soft", "axis", "grid", "rest"), strict=True))
+_VARIABLES |= {colour: f"line-{number}" for number, colour in enumerate(_COLOURS, 1)}
+_MARKERS = "os^Dv<>P"
+# Where black and white can be read equally well on viridis, whose upper end is yellow.
+_MIDDLE = 0.435
 _STYLE: dict[Any, Any] = {
     # Letters stay letters, for search and screen readers; and a dollar in a name stays a dollar.
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9,
-    "axes.edgecolor": "#9aa3ad",
+    "axes.edgecolor": _AXIS,
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), "#3c4650"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 
 
@@ -53,7 +59,11 @@ def svg(draw: Callable[_P, Figure], *args: _P.args, **kwargs: _P.kwargs) -> str:
         draw(*args, **kwargs).savefig(
             file, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
         )
-    text = file.getvalue()
+    text = re.sub(
+        r"(?<=: )#\w{6}",
+        lambda found: f"var(--{_VARIABLES[found[0]]})" if found[0] in _VARIABLES else found[0],
+        file.getvalue(),
+    )
     return text[text.index("<svg") :]  # behind the XML declaration and the document type
 
 
@@ -80,8 +90,7 @@ def heat_map(pairs: Sequence[Sequence[float | None]], numbers: Sequence[int]) ->
                 if value is None:
                     continue
                 text = f"{value:.2f}" if value < 0.995 else f"{value:.3g}"
-                # The upper end of viridis is yellow, on which white cannot be read.
-                colour = "#1f2933" if (value - bottom) / (1 - bottom) > 0.7 else "white"
+                colour = "black" if (value - bottom) / (1 - bottom) > _MIDDLE else "white"
                 size = 8 if count <= 8 else 6
                 axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.9).outline.set_visible(False)
@@ -100,14 +109,18 @@ def distances(tensors: Sequence[TensorAgreement], numbers: Sequence[int]) -> Fig
     # Grey first, so that it lies below the colours.
     for number in reversed(order):
         if number not in shown:
-            axes.plot(places, columns[number], color="#c3cad2", linewidth=0.8)
-    marker = "o" if len(names) <= 2 * _TICKS else ""
-    for colour, number in zip(_COLOURS, sorted(shown), strict=False):
+            axes.plot(places, columns[number], color=_REST, linewidth=0.8)
+    style: dict[str, Any] = {
+        "markersize": 4,
+        "markevery": -(-len(names) // (2 * _TICKS)),
+        "lw": 1.5,
+    }
+    for colour, marker, number in zip(_COLOURS, _MARKERS, sorted(shown), strict=False):
         label = f"#{numbers[number]}"
-        axes.plot(places, columns[number], color=colour, label=label, marker=marker, ms=3.5, lw=1.5)
+        axes.plot(places, columns[number], color=colour, marker=marker, label=label, **style)
     axes.set_ylim(bottom=0, top=max(1.1 * max(map(max, rows)), 1e-6))
     axes.set_ylabel("distance / norm")
-    axes.grid(axis="y", color="#e8ecf0")
+    axes.grid(axis="y", color=_GRID)
     axes.set_axisbelow(True)
     step = -(-len(names) // _TICKS)
     texts = map(printable, names[::step])

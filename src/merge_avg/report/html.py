@@ -2,32 +2,45 @@
 
 Its charts are drawn when it is written. A library that draws in the browser (plotly, bokeh, vega)
 would put megabytes of script into every page, and a page that holds scripts could not forbid them.
+What the page says is in `report.html.jinja`; here are the values that it shows.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
-from html import escape
-from importlib.resources import files
 from importlib.util import find_spec
 from itertools import starmap
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_avg._version import __version__
-from merge_avg.agreement import LEAST_AGREEMENT, Agreement
+from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement, groups_of
 from merge_avg.checkpoint import FileLayout
-from merge_avg.errors import MergeError, UsageError, WrittenError
+from merge_avg.errors import MergeError, UsageError, WrittenError, named
+from merge_avg.formats import bounded
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
 from merge_avg.report import counted, printable, shown
 from merge_avg.report.text import columns, facts, least_agreeing, messages, precision, reading
 from merge_avg.report.values import Report, as_json
 
-_LEAST = 20  # tensors in the table of those that agree least
+_LEAST = 20  # tensors in the table of those that agree least, and layers in that of outliers
 _MOST_NAMES = 40  # entries that are named where they are kept
+# Facts that have places of their own on the page.
+_ABOVE = ("verdict", "agreement", "from base", "least", "note", "warning")
+_NAMED = 8  # outputs that are named, and groups of checkpoints, and members of each
+# Tensors on the page, and in each part of it: 20,000 take 4 MB, which open in half a second, since
+# a browser lays out only the parts that are open.
+_MOST_TENSORS, _PART = 20_000, 1000
+# A checkpoint stands out where it agrees so much less than any other. And in a layer, where it is
+# half as far again from the mean as any other, and so far that it matters: one of three that is
+# elsewhere is twice as far as the others, since it draws the mean to it.
+_APART = 0.05
+_FARTHER, _FAR = 1.5, 0.05
 # Should escaping ever fail: the browser then still runs no script and loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -42,10 +55,11 @@ def refuse(path: Path, job: Job, *, dry_run: bool = False) -> None:
     if any(path.resolve().is_relative_to(output.path.resolve()) for output in job.outputs):
         hint = "choose another name for one of them"
         raise UsageError(f"the report {path} is the output, or lies in it", hint=hint)
-    # Looked for without importing it, which takes longer than many a merge.
-    if find_spec("matplotlib") is None:
-        hint = "pip install 'merge-avg[report]'"
-        raise MergeError("a report needs matplotlib, which is not installed", hint=hint)
+    # Looked for without importing them, which takes longer than many a merge.
+    for needed in ("matplotlib", "jinja2"):
+        if find_spec(needed) is None:
+            hint = "pip install 'merge-avg[report]'"
+            raise MergeError(f"a report needs {needed}, which is not installed", hint=hint)
     refuse_inputs(path, job.layouts)
     refuse_output(path, directory=False, overwrite=job.options.overwrite)
 
@@ -66,57 +80,58 @@ def write(path: Path, report: Report, *, overwrite: bool) -> None:
 
 def page(report: Report) -> str:
     """Return the page of a merge that ran. Nothing in a name is HTML, a formula or a control."""
-    css = files("merge_avg.report").joinpath("page.css").read_text(encoding="utf-8")
-    body = "\n".join(_sections(report))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>merge-avg: {_text(report.outputs[0].path)}</title>\n<style>\n{css}</style>\n"
-        f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    # Late, as it may be missing, which is refused before.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("merge_avg", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Whatever is not HTML already is text, perhaps of a stranger's.
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
     )
-
-
-def _sections(report: Report) -> Iterator[str]:
-    outputs = report.outputs
-    title = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
-    what = f"the average of {counted(len(report.averaged), 'checkpoint')}"
-    yield f"<header><h1>{_text(title)}</h1>"
-    yield f'<p class="sub">{what}, made by merge-avg {_text(__version__)}</p></header>'
-    tiles = (f'<div class="tile"><b>{one}</b><span>{of}</span></div>' for one, of in _tiles(report))
-    yield f'<div class="tiles">{"".join(tiles)}</div>'
-    # Lines that scroll by end with the warnings, and a page begins with them.
-    told = [
-        f'<p class="message {fact.label}"><b>{fact.label}:</b> {_text(fact.value)}</p>'
-        for fact in sorted(messages(report), key=lambda fact: fact.label != "warning")
-    ]
-    if told:
-        yield _section("messages", "Notes", "".join(told))
-    yield _section("checkpoints", "Checkpoints", _checkpoints(report))
     numbers = [number for number, entry in enumerate(report.inputs, 1) if entry.averaged]
-    yield _section("agreement", "Agreement", "".join(_agreement(report, numbers)))
+    values: dict[str, Any] = {}
     if report.agreement is not None:
-        yield _section("least", "Where they agree least", _least(report.agreement, numbers))
-    yield _section("what", "What was done", _done(report))
+        values = _compared(report, report.agreement, numbers)
+    if report.result is not None:
+        values |= _origin(report.result.job) | _tensors(report, report.result.job, numbers)
     # Without the figures of each tensor, of which there may be thousands.
     found = as_json(report)
     for figures in (agreement := found.get("agreement") or {}, agreement.get("centred") or {}):
         figures.pop("tensors", None)
     # Line by line, as `printable` would escape the ends of lines.
-    data = "\n".join(map(_text, json.dumps(found, allow_nan=False, indent=2).splitlines()))
-    yield f"<section><details><summary>The report as JSON</summary><pre>{data}</pre></details>"
-    yield "</section>"
-
-
-def _section(name: str, title: str, content: str) -> str:
-    return f'<section id="{name}"><h2>{title}</h2>{content}</section>'
+    data = json.dumps(found, allow_nan=False, indent=2).splitlines()
+    # Lines that scroll by end with the warnings, and a page begins with them. What the verdict
+    # warns of stands above them.
+    verdict = report.verdict
+    doubt = "" if verdict is None else f"{verdict.word}: {verdict.reason}"
+    said = [one for one in messages(report) if not (doubt and one.value.startswith(doubt))]
+    said.sort(key=lambda one: one.label != "warning")
+    return environment.get_template("report.html.jinja").render(
+        values,
+        report=report,
+        verdict=verdict,
+        where=named(verdict.tensors, 3) if verdict is not None and verdict.tensors else "",
+        policy=_POLICY,
+        version=__version__,
+        counted=counted,
+        zip=zip,
+        precise=_precise,
+        enough=LEAST_AGREEMENT,
+        tiles=list(_tiles(report)),
+        messages=said,
+        checkpoints=_checkpoints(report),
+        done=_done(report),
+        data=data,
+    )
 
 
 def _tiles(report: Report) -> Iterator[tuple[str, str]]:
     """Yield the headline figures, each with its label."""
     agreement = report.agreement
-    if report.verdict is not None:
-        yield report.verdict.word, f"the verdict, by {report.verdict.number:.3f}"
     if agreement is not None:
         yield f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}"
         if report.centred is not None:
@@ -130,105 +145,136 @@ def _tiles(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _precise(figures: Agreement) -> str:
-    return precision(figures).replace("+-", "&plusmn; ")
+    return precision(figures).replace("+-", "± ")
 
 
-def _checkpoints(report: Report) -> str:
-    table = list(columns(report))
-    cells = [starmap(_cosine, one.cosines) if one.cosines else one.cells for one in table]
-    rows = zip(map(str, range(1, 1 + len(report.inputs))), *cells, strict=True)
-    left = [n for n, column in enumerate(table, 1) if column.title in ("checkpoint", "format")]
-    return _table(["#", *(column.title for column in table)], list(rows), left)
+def _checkpoints(report: Report) -> dict[str, list[str]]:
+    """Return the columns of the table of checkpoints by their titles."""
+    return {
+        one.title: list(starmap(_cosine, one.cosines) if one.cosines else one.cells)
+        for one in columns(report)
+    }
 
 
 def _cosine(mean: float | None, error: float) -> str:
     return "" if mean is None else f"{mean:.3f}" + (f" ± {error:.1g}" if error else "")
 
 
-def _agreement(report: Report, numbers: Sequence[int]) -> Iterator[str]:
-    """Yield pictures, and how the figures come about."""
-    agreement = report.agreement
-    if agreement is None:
-        yield "<p>It was not measured, or there are no two checkpoints with matrices.</p>"
-        return
-    looked = "all elements of the matrices were looked at, so the figures are exact"
-    if agreement.elements != agreement.size:
-        share = f"{agreement.elements:,} of the {agreement.size:,} elements of each checkpoint's"
-        looked = f"{share} matrices were looked at; the errors are standard errors of that sample"
-    yield (
-        "<p>The cosine between the checkpoints over their tensors of two dimensions or more: 1 is "
-        "the same direction, 0 nothing in common. What is the same in all does not count. From "
-        f"{LEAST_AGREEMENT:g} on checkpoints agree, if matrices in a row do. Here {looked}.</p>"
-    )
+def _compared(report: Report, agreement: Agreement, numbers: Sequence[int]) -> dict[str, Any]:
+    """Return charts of the agreement, and what stands out in it."""
     # Late, as this imports matplotlib, which a page without an agreement does not need.
-    from merge_avg.report._charts import distances, heat_map, svg
+    from merge_avg.report._charts import distances, heat_map, layers, svg
 
-    yield '<div class="charts">'
-    caption = f"Cosine of each checkpoint with each ({_precise(agreement)})"
-    yield _figure("heat-map", caption, svg(heat_map, agreement.pairs, numbers))
+    charts = {"heat-map": svg(heat_map, agreement.pairs, numbers)}
     if report.centred is not None:
-        caption = f"The same by the differences to {_text(str(report.base))}"
-        yield _figure("heat-map-centred", caption, svg(heat_map, report.centred.pairs, numbers))
+        charts["heat-map-centred"] = svg(heat_map, report.centred.pairs, numbers)
     if agreement.tensors:
-        caption = "Distance of each checkpoint from the mean, over the norm, by layer"
-        yield _figure("distances", caption, svg(distances, agreement.tensors, numbers), wide=True)
-    yield "</div>"
+        charts["distances"] = svg(distances, agreement.tensors, numbers)
+    names = [f"#{n} {path}" for n, path in zip(numbers, report.averaged, strict=True)]
+    far = []
+    for layer, row in zip(*layers(agreement.tensors), strict=True):
+        *_, next_one, most = sorted((0.0, *row))
+        if len(row) > 2 and most >= max(_FARTHER * next_one, _FAR):
+            figures = f"{most:.3f}", f"{next_one:.3f}"
+            far.append((most, layer, names[row.index(most)], *figures))
+    far.sort(key=lambda one: -one[0])
+    least = []
+    for one in least_agreeing(agreement, _LEAST):
+        looked = "all" if one.elements == one.size else f"{one.elements:,}"
+        cosine, distance = _figures(one, numbers)
+        least.append((one.name, cosine, f"{one.size:,}", looked, distance))
+    return {
+        # Matplotlib numbers its ids anew in each chart, so two charts of a page would share some.
+        "charts": {
+            name: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", picture)
+            for name, picture in charts.items()
+        },
+        "outliers": list(_outliers(agreement, names)),
+        "layers": [row for _, *row in far[:_LEAST]],
+        "more_layers": max(0, len(far) - _LEAST),
+        "least": least,
+    }
 
 
-def _figure(name: str, caption: str, picture: str, *, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    # Matplotlib numbers its ids anew in each chart, so two charts of a page would share some.
-    picture = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", picture)
-    picture = picture.replace("<svg ", f'<svg role="img" aria-label="{caption}" ', 1)
-    return f'<figure id="{name}"{kind}>{picture}<figcaption>{caption}</figcaption></figure>'
+def _figures(tensor: TensorAgreement, numbers: Sequence[int]) -> tuple[str, str]:
+    """Return how far checkpoints agree about a tensor, and which is the farthest from the mean."""
+    far = max(range(len(numbers)), key=tensor.distances.__getitem__)
+    return _cosine(tensor.mean, tensor.error), f"{tensor.distances[far]:.3f} (#{numbers[far]})"
 
 
-def _least(agreement: Agreement, numbers: Sequence[int]) -> str:
+def _outliers(agreement: Agreement, names: Sequence[str]) -> Iterator[str]:
+    """Yield what is to be said of each group of checkpoints, or of one that agrees least."""
+    groups = groups_of(agreement) if len(names) > 2 else ()
+    if len(groups) == len(names):
+        yield "no two checkpoints have anything in common"
+        return
+    for number, group in enumerate(groups[:_NAMED], 1):
+        rest = len(group) - _NAMED
+        members = ", ".join(names[i] for i in group[:_NAMED])
+        yield f"group {number} of {len(groups)}: {members}{f' and {rest:,} more' * (rest > 0)}"
+    known = sorted((mean, i) for i, mean in enumerate(agreement.each) if mean is not None)
+    if len(known) > 2 and not groups and known[1][0] - known[0][0] >= _APART:
+        (least, i), (others, _) = known[:2]
+        yield f"{names[i]} agrees least: {least:.3f}, where all others have {others:.3f} or more"
+
+
+def _origin(job: Job) -> dict[str, Any]:
+    """Return the commands that verify the outputs, one for those whose inputs are named alike."""
+    found: dict[str, list[str]] = {}
+    template = job.layouts[0].path
+    for output in job.outputs[:_NAMED]:
+        record = job.record(output)
+        if job.layout.nbytes(record) == job.layout.nbytes(b""):
+            break  # the format has no room for it
+        # Inputs are named from the directory of all; links stay, as in the record.
+        parts = PurePosixPath(bounded.loads(record)["template"]["name"]).parts
+        root = Path(os.path.abspath(template)).parents[len(parts) - 1]  # noqa: PTH100
+        folder = str(root) if template.is_absolute() else os.path.relpath(root)
+        beside = os.path.abspath(output.path.parent) == str(root)  # noqa: PTH100
+        inputs = "" if beside else f" --inputs {shlex.quote(folder)}"
+        # A name such as -x.pt would be an option.
+        path = os.path.join("." * (str(output.path)[0] == "-"), output.path)  # noqa: PTH118
+        found.setdefault(inputs, []).append(shlex.quote(path))
+    commands = [f"merge-avg verify {' '.join(paths)}{inputs}" for inputs, paths in found.items()]
+    return {"commands": commands, "more_commands": max(0, len(job.outputs) - _NAMED)}
+
+
+def _tensors(report: Report, job: Job, numbers: Sequence[int]) -> dict[str, Any]:
+    """Return rows of all tensors of the template's weights, in its order, and in parts."""
+    agreement, aligned = report.agreement, job.plan.aligned
+    figures = {one.name: one for one in agreement.tensors} if agreement is not None else {}
     rows = []
-    for tensor in least_agreeing(agreement, _LEAST):
-        far = max(range(len(numbers)), key=tensor.distances.__getitem__)
-        looked = "all" if tensor.elements == tensor.size else f"{tensor.elements:,}"
-        distance = f"{tensor.distances[far]:.3f} (#{numbers[far]})"
-        cosine = _cosine(tensor.mean, tensor.error)
-        rows.append([tensor.name, cosine, f"{tensor.size:,}", looked, distance])
-    head = ["tensor", "agreement", "elements", "looked at", "largest distance from the mean"]
-    rest = len(agreement.tensors) - len(rows)
-    more = f'<p class="sub">{rest:,} more are in the output of --json.</p>' if rest else ""
-    return _table(head, rows, left=(0,)) + more
+    for name in list(aligned.rows)[:_MOST_TENSORS]:
+        info, one = aligned.template(name), figures.get(str(name))
+        used = "averaged" if info.dtype.kind in ("float", "complex") else "compared"
+        what = "kept" if name in aligned.skipped else used
+        shape = "x".join(map(str, info.shape)) or "one value"
+        compared = ("", "") if one is None else _figures(one, numbers)
+        rows.append((str(name), what, job.plan.result(name).name, shape, *compared))
+    parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
+    return {
+        "parts": parts,
+        "part": _PART,
+        "all_tensors": len(aligned.rows),
+        "shown_tensors": len(rows),
+    }
 
 
-def _done(report: Report) -> str:
+def _done(report: Report) -> list[tuple[str, str]]:
     dtypes = (f"{name} ({counted(count, 'tensor')})" for name, count in report.dtypes.items())
-    told = [(one.label, one.value) for one in facts(report, _MOST_NAMES)]
+    told = ((one.label, one.value) for one in facts(report, _MOST_NAMES))
     rows = [
         ("template", report.template),
-        *(pair for pair in told if pair[0] not in ("note", "warning")),
+        *(pair for pair in told if pair[0] not in _ABOVE),
         ("dtypes", ", ".join(dtypes)),
         ("written bytes", f"{report.bytes_to_write:,}"),
         ("threads, memory", f"{report.threads}, {shown(report.memory)}"),
         *((name, _setting(value)) for name, value in report.policies.items()),
     ]
-    return _table(["", ""], rows, left=(0, 1))
+    return [row for row in rows if row[1]]
 
 
 def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(value) if isinstance(value, list | tuple) else str(value or "")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Return a table of texts from anywhere; the columns `left` are text, the others numbers."""
-    kinds = [' class="t"' if number in left else ' class="n"' for number in range(len(head))]
-    cells = "".join(f"<th{kind}>{_text(text)}</th>" for kind, text in zip(kinds, head, strict=True))
-    top = f"<thead><tr>{cells}</tr></thead>" if any(head) else ""
-    lines = (
-        "".join(f"<td{kind}>{_text(text)}</td>" for kind, text in zip(kinds, row, strict=True))
-        for row in rows
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _text(value: str) -> str:
-    return escape(printable(value))
