@@ -1,10 +1,14 @@
 """Settings and fixtures for all tests."""
 
+import os
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+# No test may depend on the service that runs it, and tests add nothing to its page.
+for variable in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+    os.environ.pop(variable, None)
 # No test may depend on how fast the machine is.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
@@ -20,7 +24,6 @@ def command(tmp_path, capsys, monkeypatch):
     from merge_avg.cli import main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["merge-avg", *map(str, arguments)])
