@@ -50,10 +50,11 @@ def test_steering_characters_are_shown_not_sent(tmp_path):
 
 
 def test_a_terminal_gets_a_bar(folds, tmp_path):
-    """On a terminal a progress bar is drawn, and then the summary."""
+    """On a terminal a bar is drawn, at last for the writing to disk, and then the summary."""
     environment = os.environ | {"TERM": "xterm"}
     shown = on_terminal([*COMMAND, *folds, "-o", "out.pt"], cwd=tmp_path, env=environment)
     assert "━" in shown
+    assert shown.index("averaging 3 checkpoints") < shown.index("writing to disk")
     assert "averaged 3 checkpoints" in shown
 
 

@@ -185,6 +185,27 @@ def test_progress_counts_every_byte(folds, tmp_path):
     assert folds
 
 
+def test_that_all_is_read_is_told(folds, tmp_path):
+    """The last call of `progress` is with 0, when only the disk is to come, and for no refusal."""
+    from merge_avg.engine import run
+
+    paths, out = [tmp_path / f"{i}.ckpt" for i in range(3)], tmp_path / "out.pt"
+    seen: list[tuple[int, bool]] = []
+    job = prepare(paths, out, Options())
+    run(job, lambda more: seen.append((more, out.exists())))
+    assert seen[-1] == (0, False)
+    assert sum(more for more, _ in seen) == job.nbytes
+    assert [more for more, _ in seen].count(0) == 1
+    seen.clear()
+    with pytest.raises(MergeError):
+        run(
+            prepare(paths, tmp_path / "o.pt", Options(min_agreement=2)),
+            lambda more: seen.append((more, False)),
+        )
+    assert 0 not in [more for more, _ in seen]
+    assert folds
+
+
 def test_impossible_options_are_usage_errors(folds, tmp_path):
     """No checkpoints, a wrong number of weights, an unknown dtype: UsageError, nothing written."""
     path, out = tmp_path / "0.ckpt", tmp_path / "out.pt"

@@ -1,6 +1,8 @@
 """Soups through the command: its report, its messages, and what it leaves."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests.helpers import COMMAND, run_command
 from tests.soup.helpers import made, weight
+from tests.terminal import on_terminal
 
 
 def options(code):
@@ -35,10 +38,22 @@ def test_a_soup(command):
         "kept": True,
         "remembered": False,
     }
-    assert "[4/5] + c0.pt (2 members): 0.5, kept" in err
+    assert "[4/5] evaluating + c0.pt (2 members)\n[4/5] + c0.pt (2 members): 0.5, kept" in err
     done, _, err = command(*paths, "-o", "soup.pt", "--overwrite", *options(code))
     assert done == 0
     assert err.count("(from the log)") == 5
+    assert "evaluating" not in err
+
+
+def test_a_terminal_shows_which_one_runs(tmp_path):
+    """There a line tells what is evaluated, and for how long; it goes when the score is known."""
+    made(tmp_path, (1.0, 2.0))
+    soup = ["c0.pt", "c1.pt", "-o", "soup.pt", "--eval", "sh -c 'echo 1'", "--mode", "max"]
+    environment = os.environ | {"TERM": "xterm"}
+    shown = on_terminal([*COMMAND, "soup", *soup], cwd=tmp_path, env=environment)
+    assert re.search(r"\[3/3\] evaluating \+ c1.pt \(2 members\) \S*0:00:0", shown)
+    assert re.findall(r"\[(./3)\] [c+].*?: 1", shown) == ["1/3", "2/3", "3/3"]
+    assert shown.rstrip().endswith("2 of 2 checkpoints, score 1")
 
 
 @pytest.mark.parametrize("more", [["--min-agreement", "0.5"], ["--fail-on", "drifted"]])

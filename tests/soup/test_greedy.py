@@ -67,6 +67,22 @@ def test_every_evaluation_is_shown(tmp_path):
     assert [(trial.number, trial.total) for trial in shown] == [(i, 7) for i in range(1, 8)]
 
 
+def test_every_evaluation_is_announced(tmp_path):
+    """`begin` is called before each with its members and number, but for those of the log."""
+    heard = []
+    told = {
+        "begin": lambda *about: heard.append(about),
+        "show": lambda trial: heard.append((trial.members, trial.number, trial.total)),
+    }
+    paths = made(tmp_path)
+    soup = soup_of(paths, tmp_path / "o.pt", **told)
+    each = [(trial.members, trial.number, trial.total) for trial in soup.trials]
+    assert heard == [one for one in each for _ in range(2)]
+    heard.clear()
+    soup_of(paths, tmp_path / "o.pt", overwrite=True, **told)
+    assert heard == each
+
+
 def test_each_trial_is_a_merge_of_its_members(tmp_path):
     """Trials are plain merges, as the result is, and the last one that was kept is the result."""
     paths = made(tmp_path, tuple(map(float, range(4))))
