@@ -161,7 +161,8 @@ class Options:
     int_policy: IntPolicy = recorded(
         "error", "Integers that differ; error spares counters, which are the template's."
     )
-    state_dict: bool = recorded(False, "Write the averaged state dict and nothing around it.")
+    # The older name of `weights_only`, by which the records of files know it.
+    state_dict: bool = recorded(False, "The same as `weights_only`.", command=False)
     allow_nonfinite: bool = recorded(False, "Average NaN and infinity too.")
     max_shard_size: int | None = recorded(
         None,
@@ -175,6 +176,12 @@ class Options:
     )
     exclude: Sequence[str] = recorded(
         (), "Keep tensors with such names from the template.", metavar="PATTERN"
+    )
+    weights_only: bool = recorded(
+        False,
+        "Write the weights and what is needed to serve them, without optimizer or other training "
+        "state.",
+        names=("--weights-only", "--state-dict"),
     )
     # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
     template: Location | int | None = option(

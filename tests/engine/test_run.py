@@ -328,7 +328,7 @@ def test_a_kept_tensor_in_a_converted_storage_is_refused(tmp_path, kept):
     options = {"dtype": "bfloat16", "exclude": ["o"]}
     with pytest.raises(MergeError, match=r"o' is kept, but shares memory") as caught:
         merge_checkpoints(paths, tmp_path / "out.pt", **options)
-    assert "--state-dict" in str(caught.value.hint)
+    assert "--weights-only" in str(caught.value.hint)
     merge_checkpoints(paths, tmp_path / "out.pt", state_dict=True, **options)
     merged = torch.load(tmp_path / "out.pt")
     assert merged["w"].dtype == torch.bfloat16

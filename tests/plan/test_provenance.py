@@ -48,6 +48,7 @@ recorded = st.fixed_dictionaries(
         "max_shard_size": st.none() | st.integers(1, 1 << 60),
         "include": st.lists(texts, max_size=3).map(tuple),
         "exclude": st.lists(texts, max_size=3).map(tuple),
+        "weights_only": st.booleans(),
     }
 )
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=9)

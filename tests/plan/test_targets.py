@@ -141,7 +141,7 @@ def test_a_kept_tensor_cannot_share_what_is_converted(tmp_path):
         MergeError, match=r"tensor 'b' is kept, but shares memory .*converts"
     ) as got:
         laid_out(tmp_path / "a.pt", "copy", "float64", ["b"])
-    assert "--state-dict" in str(got.value.hint)
+    assert "--weights-only" in str(got.value.hint)
     assert laid_out(tmp_path / "a.pt", "copy", None, ["b"])
 
 

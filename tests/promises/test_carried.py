@@ -75,7 +75,7 @@ def test_a_strict_merge_refuses_them(tmp_path):
     code, _, err = run(*paths, "-o", tmp_path / "out.pt", "--strict-pickle")
     assert (code, (tmp_path / "out.pt").exists()) == (1, False)
     assert f"a.pt: loading it calls '{NAME}', which is not known to be harmless" in err
-    assert "--state-dict" in err
+    assert "--weights-only" in err
     # The template decides, and outputs that carry nothing on are let through.
     merge_checkpoints(paths[::-1], tmp_path / "b_out.pt", strict_pickle=True)
     merge_checkpoints(paths, tmp_path / "out.pt", strict_pickle=True, state_dict=True)

@@ -19,8 +19,8 @@ from tests.report.helpers import relatives, report_of, save
 # Frozen: a key may be added, but scripts read these.
 PLANNED = """
     merge_avg output dry_run inputs outputs template base tensors parameters dtypes kept others
-    whole callables available bytes_to_read bytes_to_write threads memory int_policy policies notes
-    warnings candidates
+    whole left_out callables available bytes_to_read bytes_to_write threads memory int_policy
+    policies notes warnings candidates
 """.split()
 RUN = "agreement bytes_read seconds differing nonfinite".split()
 FIGURES = "mean error each pairs shrinkage size elements odd tensors".split()
@@ -32,6 +32,7 @@ NESTED = {
 }
 POLICIES = """
     allow_nonfinite device dtype exclude include int_policy key missing normalize state_dict
+    weights_only
 """.split()
 
 

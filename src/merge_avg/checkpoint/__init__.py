@@ -35,8 +35,8 @@ from merge_avg.checkpoint._layout import (
     row_major,
 )
 from merge_avg.checkpoint._metrics import direction, is_metric, turned, words
-from merge_avg.checkpoint._reasons import ATTRIBUTES, kind_of
-from merge_avg.checkpoint._roles import Kept, Name, Roles, assign
+from merge_avg.checkpoint._reasons import ATTRIBUTES, MASTERS, kind_of
+from merge_avg.checkpoint._roles import UNASKED, Kept, Name, Roles, assign
 
 __all__ = [
     "ATTRIBUTES",
@@ -45,9 +45,11 @@ __all__ = [
     "BY_STORAGE",
     "CONVERTIBLE",
     "LARGEST_PROVENANCE",
+    "MASTERS",
     "PROVENANCE",
     "PROVENANCE_FILE",
     "TEMPLATE",
+    "UNASKED",
     "Archive",
     "ClassSpan",
     "DType",

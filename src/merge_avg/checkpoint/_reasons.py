@@ -78,7 +78,7 @@ _OPT = re.compile(r"(?i)(.*_)?opts?(_.*)?")  # names that models have too
 # What training loops call single numbers beside state dicts, other than metrics.
 _SETTING = re.compile(r"(?i)best(_.*)?|lr|learning_rate|weight_decay|momentum|seed")
 # Averaged even below such a key: DeepSpeed's optimizer holds the weights in full precision.
-_MASTERS = re.compile(r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups")
+MASTERS = re.compile(r"single_partition_of_fp32_groups|fp32_groups(_flat)?|fp32_flat_groups")
 # Longer names mean nothing. Matching takes the square of their length, and files choose it.
 _LONGEST = 200
 _RANDOM = re.compile(r"(.*_)?rng_states?", re.IGNORECASE)
@@ -119,7 +119,7 @@ class Reasons:
     def why_kept(self, info: TensorInfo) -> Reason | None:
         """Return why a tensor is kept by what lies above it; None for a weight or a stray."""
         path, containers, top = info.path, info.path[:-1], str(info.path[0])
-        if any(isinstance(key, str) and _MASTERS.fullmatch(key) for key in containers):
+        if any(isinstance(key, str) and MASTERS.fullmatch(key) for key in containers):
             return None
         # At the root a model may have been added to an optimizer's dict.
         head = top.partition(".")[0]

@@ -9,6 +9,8 @@ from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath, dotted
 from merge_avg.checkpoint._reasons import Reason, Reasons, kind_of
 from merge_avg.errors import MergeError, named
 
+UNASKED = "it is not below --key"  # the text of the reason of what may well be a weight
+
 
 @dataclass(frozen=True, order=True)
 class Name:
@@ -88,7 +90,7 @@ def assign(layout: Layout, key: str | None = None) -> Roles:
             raise MergeError(f"two tensors are called {name!r}", where=layout.path, tensor=name)
     averaged = {info.path for info in chosen}
     rest = (path for path in found if path not in averaged)
-    why = {path: found[path] or Reason("it is not below --key", str(path[0])) for path in rest}
+    why = {path: found[path] or Reason(UNASKED, str(path[0])) for path in rest}
     return Roles(weights, tuple(_summary(layout.tensors, why)), why)
 
 

@@ -19,7 +19,7 @@ QUESTIONS = {
     "Which checkpoints": "mode steps epochs min_interval metrics_file one_best_per_fold",
     "How much of each, in which averages": "scheme sigma normalize leave_one_out prefixes",
     "What is averaged, and what is written": "key include exclude missing int_policy "
-    "allow_nonfinite dtype template state_dict max_shard_size hashes strict_pickle",
+    "allow_nonfinite dtype template weights_only max_shard_size hashes strict_pickle",
     "Does the mean make sense": "agreement min_agreement fail_on base",
     "By which means, and by which program": "device threads max_memory version install_completion "
     "show_completion",
@@ -40,7 +40,7 @@ COMMANDS = {
         "CHECKPOINT... -o OUTPUT --eval COMMAND --mode min|max [OPTIONS]",
         "Add one checkpoint at a time, and keep what does not hurt the score of their mean.",
         """output evaluation eval_json lasts best metric mode steps epochs min_interval metrics_file
-        one_best_per_fold key include exclude missing int_policy allow_nonfinite state_dict
+        one_best_per_fold key include exclude missing int_policy allow_nonfinite weights_only
         max_shard_size hashes strict_pickle device threads max_memory overwrite dry_run as_json
         quiet""",
     ),

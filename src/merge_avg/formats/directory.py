@@ -225,7 +225,7 @@ def _members(
                 layout = scan_file(file, number, strict=name.endswith(".safetensors"))
             except MergeError:
                 # An optimizer's file and the like may be whatever it likes.
-                if not any(map(kind_of, _path_of(name))):
+                if not any(map(kind_of, path_of(name))):
                     raise
         if layout is not None:
             callables += layout.callables
@@ -238,7 +238,7 @@ def _members(
     return {name: members[name] for name in names if name in members}, tuple(sorted(callables))
 
 
-def _path_of(name: str) -> TreePath:
+def path_of(name: str) -> TreePath:
     """Return the folders and the name of a file, without its ending and the number of a shard."""
     path = PurePosixPath(name)
     return (*path.parts[:-1], unsharded(path.stem.removesuffix(".pth")))  # model.pth.tar
@@ -263,7 +263,7 @@ def _named_so(members: Mapping[str, Layout]) -> tuple[set[str], list[str]]:
         kept.add(name)
         if doubt:
             key = dotted(_place(name, members[name]))
-            what = "is kept because of its name, but may hold weights"
+            what = "is not averaged because of its name, but may hold weights"
             notes.append(f"{members[name].path} {what}; --key {key} averages it")
     return kept, notes
 
@@ -285,12 +285,12 @@ def _unread(files: Mapping[str, File], members: Mapping[str, Layout]) -> list[st
         for name, one in files.items()
         if one.nbytes >= least and one.path not in inside and not name.lower().endswith(_NO_WEIGHTS)
     ]
-    return [f"{named(large)} is copied as it is: weights in it are not averaged"] if large else []
+    return [f"{named(large)} is not read: weights in it are not averaged"] if large else []
 
 
 def _place(name: str, member: Layout) -> TreePath:
     """Return the path of a file's tensors in the directory's tree, if it needs one."""
-    return PurePosixPath(name).parts[:-1] if member.set_member else _path_of(name)
+    return PurePosixPath(name).parts[:-1] if member.set_member else path_of(name)
 
 
 def _prefixes(members: Mapping[str, Layout], kept: Collection[str]) -> dict[str, TreePath]:

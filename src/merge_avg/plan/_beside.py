@@ -21,7 +21,7 @@ from merge_avg.formats import bounded
 from merge_avg.formats.directory import is_index, relative
 
 # What training loops write anew with each checkpoint, and nobody who loads the model reads.
-_PROGRESS = re.compile(rb"global_step|log_history|unixtime|\"(train|valid)_loss\"")
+PROGRESS = re.compile(rb"global_step|log_history|unixtime|\"(train|valid)_loss\"")
 _PROSE = (".md", ".log", ".csv")
 _TOKENIZERS = (".model", ".spm")  # of sentencepiece, which are not text
 _LARGEST = 1 << 24  # bytes of a table of tokens: those of 250,000 are shorter
@@ -67,7 +67,7 @@ def _differ(name: str, ours: File, others: Sequence[File]) -> bool:
     if max(file.nbytes for file in (ours, *others)) > bounded.LARGEST:
         return resized
     head, digest = bounded.sketch(ours.path)
-    if (b"\0" in head and suffix not in _TOKENIZERS) or _PROGRESS.search(head):
+    if (b"\0" in head and suffix not in _TOKENIZERS) or PROGRESS.search(head):
         return False
     return resized or any(bounded.sketch(other.path)[1] != digest for other in others)
 

@@ -37,6 +37,7 @@ from merge_avg.plan._derived import parts_note
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, write_record
 from merge_avg.plan._targets import OutputLayout, lay_out
+from merge_avg.plan._training import training_state
 from merge_avg.plan._units import Plan, make_plan, with_base
 
 
@@ -78,7 +79,9 @@ class Job:
         """Yield what the outputs have of the template beside its records: pickles and metadata."""
         # Hashed, like the bytes that are copied, so that `verify` can tell a template that changed
         # from an output that did.
-        for layout in self.layouts[0].members or self.layouts[:1]:
+        for number, layout in enumerate(self.layouts[0].members or self.layouts[:1]):
+            if number in self.layout.left_out:
+                continue
             if layout is not None and layout.archive is not None and self.layout.whole:
                 yield layout.archive.pickle
                 yield from layout.archive.around
@@ -98,7 +101,9 @@ class Job:
     ) -> bytes:
         """Return the provenance record of an output; without hashes a draft of the same length."""
         merged = self.layouts[: self.plan.aligned.checkpoints]  # without a base
-        made = merged, output.weights, self.options, self.version
+        # Records of files know it by its older name, `state_dict`.
+        only = self.options.weights_only and self.layout.directory
+        made = merged, output.weights, replace(self.options, weights_only=only), self.version
         return write_record(*made, hashes, agreement, compared=len(self.outputs) == 1)
 
 
@@ -132,6 +137,8 @@ def prepare(
     if least is not None and not -1 <= least <= 1:  # nor NaN, below which nothing is
         hint = "give a cosine between -1 and 1"
         raise UsageError(f"the minimum agreement {least:g} is out of range", hint=hint)
+    if made_by is None and (options.weights_only or options.state_dict):
+        options = replace(options, weights_only=True, state_dict=True)
     try:
         places = _template_first(inputs, options.template)
         inputs, order = [path for path, _ in places], [number for _, number in places]
@@ -225,9 +232,12 @@ def _prepared(
     pairs = len(inputs) ** 2 * (2 if options.base else 1) if options.agreement else 0
     budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs)
     layout = lay_out(outputs[0].path, plan, bare, options)
+    if options.weights_only and layout.directory and layouts[0].members:
+        left_out, doubts = training_state(layouts[0], roles[0], bare.values())
+        layout, notes = layout.without(left_out, layouts[0]), [*notes, *doubts]
     if options.strict_pickle and layout.callables:
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
-        hint = "write a .safetensors file, or the weights alone with --state-dict"
+        hint = "write a .safetensors file, or the weights alone with --weights-only"
         raise MergeError(what, where=inputs[0], hint=hint)
     some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
     for unit, output in itertools.product(some, outputs):

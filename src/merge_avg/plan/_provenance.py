@@ -27,6 +27,7 @@ from merge_avg.formats import bounded
 from merge_avg.options import RECORDED, Options, choices
 
 _MOST_INPUTS = 10_000
+_LATER = {"weights_only": False}  # recorded only where they are set: records of before have none
 _LONGEST = 10_000  # characters of a text: two numbers, of as many digits as `int` takes
 
 
@@ -87,7 +88,7 @@ def write_record(
         "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
         "template": {"name": names[0], "bytes": layouts[0].nbytes, "hash": kept},
         "agreement": cosine if options.agreement and compared else None,
-        **{name: getattr(options, name) for name in RECORDED},
+        **{k: v for k in RECORDED if (v := getattr(options, k)) or k not in _LATER},
     }
     return json.dumps(record).encode()
 
@@ -142,7 +143,7 @@ def _record(value: Any) -> Record:
     inputs = tuple(map(_input, value["inputs"], fractions))
     template = _input(value["template"], Fraction(0))
     options = Options(
-        **{name: _checked(name, value[name]) for name in RECORDED},
+        **{name: _checked(name, {**_LATER, **value}[name]) for name in RECORDED},
         agreement=value["agreement"] is not None,
         hashes=template.hash is not None,
     )

@@ -61,6 +61,7 @@ class OutputLayout:
     whole: bool = False  # whether an output has everything of the template, not its weights only
     # What loading an output calls, as loading the template does, that is not known to be inert.
     callables: tuple[str, ...] = ()
+    left_out: frozenset[int] = frozenset()  # the numbers of the template's files that it lacks
 
     @property
     def directory(self) -> bool:
@@ -78,6 +79,20 @@ class OutputLayout:
         """Return the size of all files of an output with this provenance record."""
         return sum(file.nbytes(record) for file in self.files.values())
 
+    def without(self, left_out: frozenset[int], template: Layout) -> OutputLayout:
+        """Return the same directory without the files that have these numbers in the template."""
+        gone = {relative(template, number) for number in left_out}
+        files = {name: file for name, file in self.files.items() if name not in gone}
+        numbers = (number for number, name in enumerate(self.files) if name in files)
+        places = {number: place for place, number in enumerate(numbers)}
+        targets = tuple(
+            tuple(replace(one, file=places[one.file]) for one in some if one.file in places)
+            for some in self.targets
+        )
+        called = {name for number, name in template.callables if number not in left_out}
+        callables = tuple(name for name in self.callables if name in called)
+        return OutputLayout(files, targets, self.whole, callables, left_out)
+
 
 def lay_out(
     path: Path, plan: Plan, weights: Mapping[Name, TensorInfo], options: Options
@@ -90,9 +105,6 @@ def lay_out(
         if options.max_shard_size is not None:
             return _sharded(plan, weights, options.max_shard_size)
         if template.members and asked is None:
-            if options.state_dict:
-                hint = "give the output a file's name, such as merged.safetensors"
-                raise UsageError("--state-dict writes a file, not a directory", hint=hint)
             return _copied(plan)
         if asked is None or asked.views:
             if template.archive is not None and not options.state_dict:
@@ -150,7 +162,7 @@ def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
     for info in template.tensors if converted else ():
         if info.storage in converted and info.path not in changed:
             what = f"tensor {dotted(info.path)!r} is kept, but shares memory with one that --dtype"
-            hint = "write a bare state dict with --state-dict, or a .safetensors file"
+            hint = "write a bare state dict with --weights-only, or a .safetensors file"
             what, tensor = f"{what} converts", dotted(info.path)
             raise MergeError(what, where=template.where(info), hint=hint, tensor=tensor)
 

@@ -83,6 +83,9 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
         what = ", ".join(names[:most]) + more
         label = "kept" if report.whole else "left out"
         yield Fact(label, f"from {report.template}: {what}" if report.whole else what)
+    if report.left_out:
+        files = f"{counted(len(report.left_out), 'file')}, {shown(sum(report.left_out.values()))}"
+        yield Fact("left out", f"{files}: {named(report.left_out, most)}")
     if report.callables:
         calls = named(report.callables, most)
         yield Fact("loading", f"it, like {report.template}, calls {calls}", "doubtful")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
 from merge_avg.agreement import Agreement, Verdict, groups_of
+from merge_avg.formats.directory import relative
 from merge_avg.options import REPORTED
 from merge_avg.report import counted
 
@@ -73,6 +74,8 @@ class Report:
     kept: tuple[Kept, ...]
     others: tuple[str, ...]
     whole: bool
+    # The template's files that the outputs lack, with their sizes: no entry of theirs is listed.
+    left_out: Mapping[str, int]
     # What loading an output calls, as loading the template does, that is not known to be harmless.
     callables: tuple[str, ...]
     # Tensors that some checkpoint lacks, with the number of checkpoints that have them.
@@ -114,6 +117,9 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     floats = sum(kind in ("float", "complex") for _, kind in used)
     tensors = {"averaged": floats, "integers": len(used) - floats, "kept": len(infos) - len(used)}
     means = (unit for unit in plan.units if unit.kind == "mean")
+    gone = {number: relative(template, number) for number in job.layout.left_out}
+    there = (i for i in template.tensors if any(p.file not in gone for p in i.storage.ranges))
+    stays = {why.key for info in there if (why := job.roles.reasons.get(info.path))}
     candidates, notes = ((), ()) if choice is None else (choice.candidates, choice.notes)
     inputs = tuple(_inputs(job, result, candidates))
     weights = {entry.path: entry.weight for entry in inputs}
@@ -129,9 +135,10 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         # Members may share elements, and a unit may have holes.
         parameters=sum(min(len(u), sum(info.numel for _, info in u.members)) for u in means),
         dtypes=Counter(plan.result(name).name for name, _ in infos),
-        kept=job.roles.kept,
-        others=tuple(template.others),
+        kept=tuple(one for one in job.roles.kept if one.key in stays),
+        others=tuple(name for name in template.others if name not in gone.values()),
         whole=job.layout.whole,
+        left_out={name: template.files[number].nbytes for number, name in sorted(gone.items())},
         callables=job.layout.callables,
         available={
             str(name): sum(row[number] is not None for number in job.averaged)

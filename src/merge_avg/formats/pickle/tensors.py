@@ -271,7 +271,7 @@ def with_classes(layout: Layout, archive: Archive, changed: Mapping[str, DType])
             storage = changed[name].storage
             if storage is None or cls.endswith("UntypedStorage"):
                 what = f"the dtype of record {name!r} cannot be changed in a copy of it"
-                hint = "write a bare state dict with --state-dict, or a .safetensors file"
+                hint = "write a bare state dict with --weights-only, or a .safetensors file"
                 raise MergeError(what, where=layout.path, hint=hint)
             cls = f"torch\n{storage}"
         edits.append((span.start, span.stop, f"c{cls}\n".encode()))
