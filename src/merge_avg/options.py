@@ -245,7 +245,7 @@ class Criteria:
     )
     metrics_file: Path | None = option(
         None,
-        "A CSV or JSON log with steps, epochs and metrics.",
+        "A log of metrics: CSV, JSON, JSONL or TensorBoard.",
         metavar="FILE",
         names=("--metrics",),
         parse=Path,

@@ -321,7 +321,7 @@ def test_header_lengths_that_lie_are_refused(tmp_path, length):
 def test_the_library_opens_files_by_what_is_loaded(
     tmp_path, monkeypatch, loaded, installed, framework
 ):
-    """A loaded torch or NumPy opens them; for odd headers NumPy, or torch where it lacks; or nothing."""
+    """A loaded torch or NumPy opens them; for odd headers NumPy or torch, if there is one."""
     usual = written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
     odd = written(tmp_path / "b.safetensors", {"a": entry(0, 4) | {"x": 1}}, bytes(4))
     for name in {"torch", "numpy"} - {loaded}:

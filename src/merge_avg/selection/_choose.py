@@ -29,7 +29,8 @@ from merge_avg.selection._criteria import (
     pick,
     without_copies,
 )
-from merge_avg.selection._metadata import STATE, Log, read_log, read_metadata
+from merge_avg.selection._logs import Log, read_log
+from merge_avg.selection._metadata import STATE, read_metadata
 from merge_avg.selection._names import CLOCKS, is_average, read_names
 from merge_avg.selection._schemes import phema, resolve
 

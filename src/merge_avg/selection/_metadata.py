@@ -1,29 +1,20 @@
 """The metadata of a checkpoint: step, epoch and metrics, as frameworks write them.
 
 What is inside counts first, then a Trainer's state beside it, then the name. Numbers are read as
-numbers: step 10 is not step 100. Metrics may also come from a log beside a run:
-
-    epoch,step,val_loss        [{"step": 10, "val_loss": 0.5}, ...]        {"a.pt": {"acc": 0.9}}
-    0,10,0.5                   {"log_history": [{"step": 10, ...}, ...]}   {"a.pt": 0.9}
-
-A row belongs to the checkpoint that it names, or to the one of its step, or of its epoch.
+numbers: step 10 is not step 100.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import csv
-import io
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from merge_avg.checkpoint import PROVENANCE, Layout, Scalar, TreePath, is_metric
-from merge_avg.errors import MergeError
 from merge_avg.formats import bounded
 from merge_avg.io import Reader
+from merge_avg.selection._logs import Log, rows_of
 from merge_avg.selection._names import Metadata, read_names
 
 STATE = "trainer_state.json"  # transformers' Trainer: where a run stands, and its log
@@ -39,9 +30,6 @@ _UPDATES = ("optimizer_history", "num_updates")
 _EPOCH_WITHIN = ("extra_state", "train_iterator", "epoch")
 # Entries that hold metrics by name: Lightning's trainer, Keras-like callbacks, loops of one's own.
 _TABLES = ("metrics", "metric", "scores", "results", "callback_metrics", "logs", "eval")
-# Columns that name a checkpoint; tables that people make by hand agree on no name for it.
-_PATHS = ("path", "file", "filename", "checkpoint", "ckpt", "name")
-_MOST_NUMBERS = 1 << 20  # in a log; a row of its own counts for four
 _MOST = 1 << 63  # no count is as large
 
 
@@ -114,7 +102,7 @@ def _trainer_state(folder: Path) -> Metadata:
         return Metadata()
     # The log holds the whole run up to here: only rows of this very step are of this checkpoint.
     log, step = Log(), _whole(state.get("global_step"))
-    for row in _objects(state.get("log_history")):
+    for row in rows_of(state.get("log_history")):
         log.add(row)
     rows = log.get(("step", step), {})
     metrics = {name: rows[name] for name in rows if name not in _STEPS + _EPOCHS}
@@ -123,73 +111,3 @@ def _trainer_state(folder: Path) -> Metadata:
 
 def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
-
-
-class Log(dict[tuple[str, object], dict[str, float]]):
-    """The metrics of a log, by ("path", name), ("step", number) and ("epoch", number)."""
-
-    def of(self, path: Path, metadata: Metadata) -> Mapping[str, float]:
-        """Return what is logged under a checkpoint's name, else at its step, else at its epoch."""
-        names = [("path", name) for name in (str(path), path.name, path.stem)]
-        keys = [*names, ("step", metadata.step), ("epoch", metadata.epoch)]
-        return next((self[key] for key in keys if key in self), {})
-
-    def add(self, row: Mapping[str, Any]) -> int:
-        """Add the numbers of a row under what it names, and return how many; rows add up."""
-        found = _numbers(row)
-        keys = {str(key).lower(): key for key in row}
-        for column in _PATHS:
-            name = row.get(keys.get(column, column))
-            if isinstance(name, str) and name:
-                self.setdefault(("path", name), {}).update(found)
-        # Lightning's CSVLogger writes metrics of training and of validation in rows of their own.
-        for column, kind in (("step", "step"), ("global_step", "step"), ("epoch", "epoch")):
-            number = found.get(keys.get(column, column))
-            if number is not None and number == number // 1:
-                self.setdefault((kind, number), {}).update(found)
-        return len(found)
-
-
-def read_log(path: Path) -> Log:
-    """Read a log; raise MergeError where the file cannot be read or is not one."""
-    raw = bounded.read(path).removeprefix(codecs.BOM_UTF8)
-    log, numbers = Log(), 0
-    try:
-        for row in _rows(path, raw):
-            numbers += log.add(row) + 4
-            if numbers > _MOST_NUMBERS:
-                raise ValueError("it has too many rows")
-    except (ValueError, csv.Error) as error:
-        hint = "give a CSV file with a header, or a JSON list of objects"
-        raise MergeError(f"cannot be read as a log ({error})", where=path, hint=hint) from None
-    return log
-
-
-def _rows(path: Path, raw: bytes) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a log; raise ValueError where it has none."""
-    if path.suffix.lower() != ".json" and raw.lstrip()[:1] not in (b"[", b"{"):
-        lines = csv.reader(io.TextIOWrapper(io.BytesIO(raw), "utf-8", newline=""))
-        header = next(lines, [])
-        return (dict(zip(header, line)) for line in lines)  # noqa: B905 - what a line has of it
-    listed = raw.lstrip()[:1] != b"{"  # a list is read as that of a Trainer's state
-    found = bounded.loads(b'{"log_history":%b}' % raw if listed else raw)
-    if "log_history" not in found:
-        rows = {n: row if isinstance(row, dict) else {"metric": row} for n, row in found.items()}
-        return [{"path": name, **row} for name, row in rows.items()]
-    if not isinstance(found["log_history"], list):
-        raise ValueError("not a list of rows")
-    return _objects(found["log_history"])
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the entries of a row that are numbers, or texts of numbers as in CSV."""
-    found = {}
-    for name, value in row.items():
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError, OverflowError):
-                found[str(name)] = float(value)
-    return found
-
-
-def _objects(log: object) -> list[Mapping[str, Any]]:
-    return [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
