@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+Where = str | os.PathLike[str] | None
 # An option of the command, and its value where that is plainly one. Keywords are spelled alike.
 _OPTION = (
     r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])"
@@ -33,12 +34,7 @@ class MergeError(ValueError):
     # own, and where="..." lets a caller add the path that a lower layer did not know.
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: str | os.PathLike[str] | None = None,
-        hint: str | None = None,
-        tensor: object = None,
+        self, what: str, *, where: Where = None, hint: str | None = None, tensor: object = None
     ) -> None:
         self.what = what
         self.where = os.fspath(where) if where is not None else None
@@ -89,7 +85,7 @@ _HINTS = {
 def failure(
     error: OSError,
     what: str = "cannot be read or written",
-    where: str | os.PathLike[str] | None = None,
+    where: Where = None,
     more: str = "",
 ) -> MergeError:
     """Return what the system refused as the error that a user sees."""

@@ -118,10 +118,11 @@ def test_a_verification_and_a_soup(command, folds, page):
     lines = page.read_text().splitlines()
     assert lines[0] == "### merge-avg: a soup of 3 of 3 checkpoints, score 1"
     assert lines[2:5] == [
-        "|  | checkpoint | members | score |  |",
-        "| --- | --- | --- | --- | --- |",
-        "| 1/5 | 0.pt | 1 | 1 | best so far |",
+        "|  | checkpoint | score |  |",
+        "| --- | --- | --- | --- |",
+        "| 1/5 | 0.pt | 1 | best so far |",
     ]
+    assert lines[7] == "| 4/5 | + 1.pt (2 members) | 1 | kept |"
     assert lines[-2:] == ["- written: s.pt", "- evaluated: sh -c 'echo 1', max is best"]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from merge_avg.cli._process import asked, say
 from merge_avg.errors import MergeError
@@ -28,14 +27,6 @@ def annotate(kind: str, *lines: str, file: str | None = None) -> None:
 
 def _escaped(text: str) -> str:
     return printable(text).replace("%", "%25")  # of line ends `printable` has left none
-
-
-def tell_failure(found: Mapping[str, Any]) -> None:
-    """Annotate and summarize a failure, given as its JSON."""
-    hint = [f"hint: {found['hint']}"] if found["hint"] else []
-    annotate("error", found["error"], *hint, file=found["file"])
-    told = ((key, found[key]) for key in ("error", "hint", "tensor") if found[key] is not None)
-    summarize(f"failed with exit code {found['exit_code']}", told)
 
 
 def summarize(

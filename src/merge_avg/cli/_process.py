@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import itertools
 import os
 import re
 import signal
@@ -136,8 +137,7 @@ def say(text: str, *, escaped: bool = False) -> None:
 
 def asked(option: str) -> bool:
     """Return whether an option stands on the command line, which may be wrong in other ways."""
-    words = sys.argv[1:]
-    words = words[: words.index("--")] if "--" in words else words
+    words = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
     return option in (word.partition("=")[0] for word in words)
 
 
@@ -149,10 +149,13 @@ def _fail(error: BaseException) -> int:
         say(f"hint: {found['hint']}")
     if asked("--json") and not _ANSWERED.is_set():
         with contextlib.suppress(WrittenError):  # stderr has it
-            _print(_json(found))
-    from merge_avg.cli._github import tell_failure
+            print_result(True, lambda: found, ())
+    from merge_avg.cli._github import annotate, summarize
 
-    tell_failure(found)
+    lines = [f"hint: {found['hint']}"] if found["hint"] else []
+    annotate("error", found["error"], *lines, file=found["file"])
+    told = [(key, found[key]) for key in ("error", "hint", "tensor") if found[key] is not None]
+    summarize(f"failed with exit code {found['exit_code']}", told)
     return int(found["exit_code"])
 
 
@@ -191,30 +194,19 @@ def _instead(path: str, hint: str | None) -> str | None:
 def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:
     """Print the result on stdout: its value as JSON where that is asked for, or else lines."""
     if as_json:
+        import json
+
         from merge_avg.report.values import plain
 
-        found = plain(value())
-        if failed := _failure(
-            sys.exception()
-        ):  # after a merge: stdout gets one object all the same
+        about, found = {"merge_avg": __version__, "schema": _SCHEMA}, plain(value())
+        # What failed after a merge comes by here: stdout gets one object in any case.
+        if failed := _failure(sys.exception()):
             found |= failed
-        text = _json(found)
+        whole = [about | one for one in found] if isinstance(found, list) else about | found
+        # GitHub's runner takes "##[" for a command to it, in JSON too.
+        text = json.dumps(whole, allow_nan=False, indent=2).replace("##[", "#\\u0023[")
     else:
         text = "\n".join(map(printable, lines))
-    _print(text)
-
-
-def _json(value: Any) -> str:
-    """Return a value, or several, as JSON, each with the versions that it is of."""
-    import json
-
-    about = {"merge_avg": __version__, "schema": _SCHEMA}
-    whole = [about | one for one in value] if isinstance(value, list) else about | value
-    # GitHub's runner takes "##[" for a command to it, in JSON too.
-    return json.dumps(whole, allow_nan=False, indent=2).replace("##[", "#\\u0023[")
-
-
-def _print(text: str) -> None:
     _ANSWERED.set()
     try:
         if text:

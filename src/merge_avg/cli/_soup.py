@@ -72,7 +72,7 @@ def make_soup(
     if not display.quiet:
         say(made)
     told = [("written", str(soup.output)), ("evaluated", f"{command}, {mode} is best")]
-    head = "", "checkpoint", "members", "score", ""
+    head = "", "checkpoint", "score", ""
     summarize(f"a soup of {made}", told, [head, *map(_cells, soup.trials)])
     print_result(display.as_json, lambda: _as_json(soup), [str(soup.output)])
 
@@ -105,8 +105,8 @@ def _shown(quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Trial
 
 
 def _say(trial: Trial) -> None:
-    number, *_, score, verdict = _cells(trial)
-    say(f"[{number}] {_named(trial.members)}: {score}{', ' + verdict if verdict else ''}")
+    number, what, score, verdict = _cells(trial)
+    say(f"[{number}] {what}: {score}{', ' + verdict if verdict else ''}")
 
 
 def _named(members: Sequence[Path]) -> str:
@@ -115,13 +115,12 @@ def _named(members: Sequence[Path]) -> str:
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:
-    """Return an evaluation as its number, the new member, the members, the score and a verdict."""
+    """Return an evaluation as its number, the members, the score and a verdict."""
     single = len(trial.members) == 1
     verdict = ("best so far" if trial.kept else "") if single else "kept" if trial.kept else "left"
-    verdict += " (from the log)" if trial.remembered else ""
-    name = str(trial.members[-1])
-    number, members = f"{trial.number}/{trial.total}", str(len(trial.members))
-    return number, name, members, f"{trial.score:.10g}", verdict.strip()
+    verdict = (verdict + " (from the log)" * trial.remembered).strip()
+    number, score = f"{trial.number}/{trial.total}", f"{trial.score:.10g}"
+    return number, _named(trial.members), score, verdict
 
 
 def _as_json(soup: Soup) -> dict[str, object]:
