@@ -76,3 +76,61 @@ def test_help_ends_with_exit_codes(name):
     lines = shown(*name.split())
     assert lines[0].startswith(f"Usage: {f'merge-avg {name}'.strip()} ")
     assert lines[-2].startswith("  Exit codes: 0 done, 1 refused")
+
+
+@pytest.fixture
+def completed(command, monkeypatch):
+    """What a shell is told that the last of some words may become."""
+
+    def complete(line):
+        monkeypatch.setenv("_MERGE_AVG_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        code, out, err = command()
+        assert (code, err) == (0, "")
+        return out.split()
+
+    return complete
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("merge-avg ver", ["verify", "version_3.ckpt"]),
+        ("merge-avg so", ["soup"]),
+        ("merge-avg a.pt ver", []),  # files, which the shell completes by itself
+        ("merge-avg verify ver", []),
+        ("merge-avg ", []),
+        ("merge-avg --missing ", ["error", "skip", "available"]),
+        ("merge-avg a.pt --mode m", ["min", "max"]),
+        ("merge-avg a.pt --dtype f", ["float64", "float32", "float16"]),
+        ("merge-avg inspect --", ["--key", "--json", "--help"]),
+    ],
+)
+def test_shells_complete_commands_options_and_values(tmp_path, completed, line, words):
+    """The first word may be a command or a file; an option's value is one of those it has."""
+    (tmp_path / "version_3.ckpt").touch()
+    assert completed(line) == words
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("-output o.pt", "-output\nhint: did you mean --output?"),
+        ("-output=o.pt", "-output\nhint: did you mean --output?"),
+        ("-o o.pt -weights 1,2", "-weights\nhint: did you mean --weights?"),
+        ("-o o.pt -json", "-json\nhint: did you mean --json?"),
+        ("-o o.pt -no-hashes", "-no-hashes\nhint: did you mean --no-hashes?"),
+        ("-o o.pt -reprot r.html", "-reprot\nhint: did you mean --report?"),
+        ("-help", "-help\nhint: did you mean --help?"),
+    ],
+)
+def test_a_long_option_with_one_dash_is_refused(command, words, told):
+    """It would be the value of a short one: -output an output called utput."""
+    assert command("a.pt", *words.split()) == (2, "", f"error: no such option: {told}\n")
+
+
+@pytest.mark.parametrize("words", ["-oo.pt", "-qfo o.pt", "-w-1,2 -oo.pt", "-oo.pt -- -last"])
+def test_values_of_short_options_may_follow_at_once(command, words):
+    """Letters may be joined, and what comes after two dashes is no option."""
+    assert "no such option" not in command("a.pt", "b.pt", *words.split())[2]

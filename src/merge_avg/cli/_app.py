@@ -14,7 +14,7 @@ import typer
 
 from merge_avg._version import __version__
 from merge_avg.cli._github import summarize
-from merge_avg.cli._help import COMMANDS, Command
+from merge_avg.cli._help import COMMANDS, Command, words
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import print_result, say
 from merge_avg.errors import UsageError
@@ -48,6 +48,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT...",
+            autocompletion=words,
         ),
     ],
     output: Annotated[

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
+import re
 import sys
 from typing import Any
 
@@ -11,6 +14,7 @@ from typer.core import TyperCommand
 
 from merge_avg.cli._process import say
 from merge_avg.errors import UsageError
+from merge_avg.options import suggested
 
 # What options are for, and the options: those of every day come first, and fit on a screen.
 QUESTIONS = {
@@ -84,6 +88,8 @@ class Command(TyperCommand):
         else:
             for one in params[1:]:
                 one.hidden = one.name in _HIDDEN
+        if not extra.get("resilient_parsing"):
+            _refuse_one_dash(args, {name for one in self.params for name in one.opts} | {"--help"})
         return super().make_context(info_name, args, *more, **extra)
 
     def invoke(self, ctx: Any) -> Any:
@@ -108,6 +114,24 @@ class Command(TyperCommand):
             if any(rows):
                 with formatter.section(question):
                     formatter.write_dl([(f"{row[0]:<24}", row[1]) for row in rows if row], 24)
+
+
+def words(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the commands and files that a first word may become; files alone a shell completes."""
+    first = incomplete and " " not in str(ctx.info_name) and not ctx.params.get("checkpoints")
+    found = [word for word in COMMANDS if first and word.startswith(incomplete)]
+    return [*found, *glob.glob(f"{glob.escape(incomplete)}*")] if found else []  # noqa: PTH207
+
+
+def _refuse_one_dash(args: list[str], names: set[str]) -> None:
+    """Raise UsageError for -output, which would be an output called utput, and for its like."""
+    for arg in itertools.takewhile(lambda arg: arg != "--", args):
+        word = f"-{arg.partition('=')[0]}"
+        if re.fullmatch(r"--[a-z][a-z-]+", word):
+            # What follows -o and -w may be like an option by accident.
+            hint = f"did you mean {word}?" if word in names else suggested(word, names)
+            if word in names or (hint and word[2] not in "ow"):
+                raise UsageError(f"no such option: {word[1:]}", hint=hint)
 
 
 def _told(error: Any) -> UsageError:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -109,9 +109,16 @@ def _parameters(cls: Any) -> Iterator[inspect.Parameter]:
             absent = None
         kind: Any = str if meaning.parse else _kind(hints[name])
         given = typer.Option(*meaning.names or [spelled], help=text, metavar=meaning.metavar)
+        if meaning.parse and get_origin(_kind(hints[name])) is Literal:
+            given.autocompletion = _completing(get_args(_kind(hints[name])))
         annotation = Annotated[kind | None, given]
         keyword = inspect.Parameter.KEYWORD_ONLY
         yield inspect.Parameter(name, keyword, default=absent, annotation=annotation)
+
+
+def _completing(values: tuple[str, ...]) -> Callable[[str], list[str]]:
+    # For the shell; typer allows no other parameters.
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def _kind(hint: Any) -> Any:
