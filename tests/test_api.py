@@ -58,8 +58,10 @@ def test_a_run_a_pattern_and_an_iterator_are_taken(run, paths):
 
 
 def test_a_file_alone_is_one_checkpoint(run):
-    """A string is a path, never a list of letters."""
-    assert merged("run/step=5-loss=0.625.ckpt") == 5
+    """A string is a path, never a list of letters; and its mean is not worth a merge."""
+    assert merged("run/step=5-loss=0.625.ckpt", allow_trivial=True) == 5
+    with pytest.raises(MergeError, match="it is the only checkpoint"):
+        merged("run/step=5-loss=0.625.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +171,10 @@ def test_the_earlier_output_does_not_count(run):
 def test_a_log_is_not_written_over(run):
     """The file of metrics is an input too."""
     Path("log.csv").write_text("step,acc\n5,1\n10,2\n20,3\n100,4\n")
-    assert merged("run", best=1, metric="acc", mode="max", metrics_file="log.csv") == 100
+    options = {"metric": "acc", "mode": "max", "metrics_file": "log.csv"}
+    assert merged("run", best=2, **options) == 60
     with pytest.raises(MergeError, match="is the input"):
-        merge_checkpoints("run", "log.csv", metrics_file="log.csv", overwrite=True)
+        merge_checkpoints("run", "log.csv", best=2, overwrite=True, **options)
 
 
 def test_a_selection_is_told_without_a_merge(run):

@@ -207,8 +207,9 @@ def test_recalibrated_statistics_are_those_of_the_data():
 def test_a_note_says_that_statistics_were_averaged(tmp_path, model, noted):
     """The command's report points to recalibration where running statistics were averaged."""
     paths = [tmp_path / "first.pt", tmp_path / "second.pt"]
-    for path in paths:
-        torch.save(model.state_dict(), path)
+    for number, path in enumerate(paths):
+        state = model.state_dict()
+        torch.save({name: value + number for name, value in state.items()}, path)
     command = [sys.executable, "-m", "merge_avg", *paths, "-o", tmp_path / "mean.pt", "--json"]
     done = subprocess.run(command, capture_output=True, check=True)
     found = [note for note in json.loads(done.stdout)["notes"] if "BatchNorm" in note]

@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints, verify_output
+from merge_avg import verify_output
 from merge_avg.checkpoint import PROVENANCE
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.plan import _budget as budget
 from merge_avg.plan import read_record
+from tests.helpers import merge_checkpoints
 
 KINDS = ["pt", "safetensors", "shards", "dcp", "one file of shards", "shards of one file", "bare"]
 

@@ -31,7 +31,7 @@ from merge_avg.options import (
 )
 from merge_avg.plan import prepare, refuse_inputs
 from merge_avg.report.inspect import Contents, contents
-from merge_avg.selection import Candidate, Choice, choose, expand
+from merge_avg.selection import Candidate, Choice, choose, expand, refuse_place, refuse_trivial
 
 P = ParamSpec("P")
 Places = Location | Iterable[Location]
@@ -45,10 +45,17 @@ class _Selecting(Criteria):
     weighting: str | None = field(default=None, metadata=_META["scheme"])
     phema: float | None = field(default=None, metadata=_META["sigma"])
 
-    def choose(self, paths: Places, output: Any = _NOWHERE, weights: Any = None) -> Choice:
+    def choose(
+        self,
+        paths: Places,
+        output: Any = _NOWHERE,
+        weights: Any = None,
+        *,
+        listed: bool = False,
+    ) -> Choice:
         criteria = Criteria(**{one.name: getattr(self, one.name) for one in fields(Criteria)})
         weighting = Weighting(weights=weights, scheme=self.weighting, sigma=self.phema)
-        return choose(_listed(paths), Path(output), criteria, Series(), weighting)
+        return choose(_listed(paths), Path(output), criteria, Series(), weighting, listed=listed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,14 +180,18 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     asked = _understood(_Merging, options)
     several = isinstance(output, Mapping)
     places = _listed([*output] if isinstance(output, Mapping) else output, "output")
-    choice = asked.choose(paths, *places[:1], weights=None if several else asked.weights)
+    weights = None if several else asked.weights
+    choice = asked.choose(paths, *places[:1], weights=weights, listed=several)
+    for place in () if several else places:
+        refuse_place(place, choice, asked)
+    if not asked.allow_trivial:
+        refuse_trivial(choice)
     for path in places if asked.metrics_file else ():
         refuse_inputs(Path(path), (), [asked.metrics_file])
     values = {one.name: getattr(asked, one.name) for one in fields(Options)}
     merging = Options(**values | {"weights": asked.weights if several else None})
-    job = prepare(
-        choice.paths, output if several else choice.outputs, merging, layouts=choice.layouts
-    )
+    outputs = output if several else choice.outputs
+    job = prepare(choice.paths, outputs, choice.templated(merging), *choice.scanned)
     done = 0
 
     def advance(more: int) -> None:
@@ -206,6 +217,5 @@ def inspect_checkpoints(paths: Places, key: str | None = None) -> tuple[Contents
 
     The weights are the tensors of the state dict `key`; by default they are found.
     """
-    listed = _listed(paths)
-    found = (expand(Path(place), runs=len(listed) == 1)[0] for place in listed)
-    return tuple(contents(path, key) for some in found for path in some)
+    found = expand(_listed(paths))
+    return tuple(contents(path, key) for _, some, _ in found for path in some)

@@ -251,11 +251,14 @@ class Criteria:
         parse=Path,
     )
     one_best_per_fold: bool = option(False, "The best of each of the folders, as in fold*/.")
+    allow_trivial: bool = option(
+        False, "Allow a single checkpoint, and the same one more than once."
+    )
 
     @property
     def empty(self) -> bool:
         """Return whether nothing is asked for, so that all are taken."""
-        return self == Criteria(mode=self.mode)
+        return self == Criteria(mode=self.mode, allow_trivial=self.allow_trivial)
 
 
 @dataclass(frozen=True, kw_only=True)

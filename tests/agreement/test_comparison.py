@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.agreement import Comparison, Sampler
 from merge_avg.agreement._comparison import Sample, samples
 from merge_avg.engine import run
@@ -20,6 +19,7 @@ from merge_avg.plan import prepare
 from merge_avg.plan._budget import windows
 from merge_avg.report.text import lines
 from merge_avg.report.values import as_json, describe
+from tests.helpers import merge_checkpoints
 
 SIZE = 700_000
 

@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg import merge_checkpoints
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement, groups_of, judge
 from merge_avg.agreement import _comparison as comparison
 from merge_avg.errors import MergeError
 from tests.arithmetic.helpers import needs_loops
-from tests.helpers import noise
+from tests.helpers import merge_checkpoints, noise
 
 # On figures
 

@@ -22,7 +22,8 @@ def test_stdout_carries_only_the_path(folds, tmp_path):
     assert (done.returncode, done.stdout) == (0, "out.pt\n")
     assert done.stderr.startswith("averaging 3 checkpoints")
     assert "averaged 3 checkpoints into out.pt" in done.stderr
-    assert "kept from 0.pt: epoch" in done.stderr
+    assert "kept from 2.pt: epoch" in done.stderr
+    assert "note: 2.pt is the template, as the newest" in done.stderr
     assert "\x1b" not in done.stderr
 
 
@@ -30,7 +31,8 @@ def test_json_is_one_object(folds, tmp_path):
     """--json prints inputs, weights, counts and warnings as one object; -q silences stderr."""
     done = run_command(*folds, "-w", "1,1,2", "-o", "out.pt", "--json", "-q", cwd=tmp_path)
     report = json.loads(done.stdout)
-    assert [entry["weight"] for entry in report["inputs"]] == [0.25, 0.25, 0.5]
+    found = {entry["path"]: entry["weight"] for entry in report["inputs"]}
+    assert found == {"0.pt": 0.25, "1.pt": 0.25, "2.pt": 0.5}
     assert report["output"] == "out.pt"
     assert report["tensors"] == {"averaged": 1, "integers": 0, "kept": 0}
     assert done.stderr == ""

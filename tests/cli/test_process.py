@@ -55,7 +55,7 @@ def test_interruption_leaves_nothing(tmp_path, number, code):
     """Ctrl-C and SIGTERM in the middle of a merge leave neither output nor temporary file."""
     path = tmp_path / "a.pt"
     torch.save({"w": torch.zeros(60_000_000)}, path)
-    command = [*COMMAND, *["a.pt"] * 12, "-o", "out.pt"]
+    command = [*COMMAND, *["a.pt"] * 12, "-o", "out.pt", "--allow-trivial"]
     running = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -173,7 +173,7 @@ def test_a_torch_that_cannot_be_loaded_is_an_error_in_a_line(tmp_path, says):
         ["n.safetensors", "n.safetensors", "-o", "o.safetensors", "--device", "cuda"],
     ):
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = run_command(*arguments, "--quiet", cwd=tmp_path, env=env)
+        done = run_command(*arguments, "--quiet", "--allow-trivial", cwd=tmp_path, env=env)
         lines = done.stderr.splitlines()
         assert (done.returncode, len(lines)) == (1, 2), done.stderr
         assert lines[0].startswith("error: torch is needed and cannot be loaded (")

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.arithmetic import _mean
 from merge_avg.checkpoint._dtypes import BY_NAME
 from merge_avg.engine import _worker as work
@@ -15,6 +14,7 @@ from merge_avg.errors import MergeError
 from merge_avg.io import Buffer
 from merge_avg.io._reader import Tap
 from merge_avg.plan._budget import Budget, plan_budget
+from tests.helpers import merge_checkpoints
 
 
 class DelayedLane:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from merge_avg import merge_checkpoints, verify_output
+from merge_avg import verify_output
 from merge_avg.arithmetic import _mean
 from merge_avg.errors import MergeError
-from tests.helpers import bits, load, noise, save
+from tests.helpers import bits, load, merge_checkpoints, noise, save
 
 INF, NAN = math.inf, math.nan
 FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e5m2", "complex64"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_avg import MergeError, MergeWarning, UsageError, merge_checkpoints
+from merge_avg import MergeError, MergeWarning, UsageError
 from merge_avg.options import Options
 from merge_avg.plan import prepare
-from tests.helpers import noise
+from tests.helpers import merge_checkpoints, noise
 
 
 def state(i):
@@ -79,7 +79,7 @@ def test_a_container_keeps_everything_but_its_weights(folds, tmp_path):
     """A .ckpt stays a .ckpt: same epoch, same optimizer, same ties; unzip finds no fault."""
     paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
     out = tmp_path / "out.ckpt"
-    result = merge_checkpoints(paths, out)
+    result = merge_checkpoints(paths, out, template=1)
     assert result.differing == ("state_dict.counter",)
     template, merged = (torch.load(path, weights_only=True) for path in (paths[0], out))
     assert_is_mean(merged["state_dict"], folds)
@@ -102,7 +102,7 @@ def test_formats_mix(folds, tmp_path, kinds, output):
     endings = {"c": "ckpt", "s": "safetensors"}
     paths = [tmp_path / f"{i}.{endings[kind]}" for i, kind in enumerate(kinds)]
     out = tmp_path / output
-    merge_checkpoints(paths, out, state_dict=True)
+    merge_checkpoints(paths, out, state_dict=True, template=1)
     result = load_file(out) if output.endswith("safetensors") else torch.load(out)
     assert_is_mean(result, folds)
 
@@ -213,7 +213,7 @@ def test_impossible_options_are_usage_errors(folds, tmp_path):
         with pytest.raises(UsageError):
             merge_checkpoints(paths, out, **options)
     with pytest.raises(UsageError, match="format"):
-        merge_checkpoints([tmp_path / "0.safetensors"], tmp_path / "out.xyz")
+        merge_checkpoints([tmp_path / "0.safetensors"], tmp_path / "out")
     with pytest.raises(MergeError, match="too small"):
         merge_checkpoints([path], tmp_path / "x.pt", max_memory=1000)
     assert not out.exists()

@@ -11,11 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 from merge_avg.io._reader import Tap
-from tests.helpers import save
+from tests.helpers import merge_checkpoints, save
 from tests.plan.test_budget import MEASURE
 
 COUNT = 4
@@ -63,7 +62,7 @@ def test_leave_one_out_equals_separate_merges(tmp_path, suffix, policy):
         tmp_path / f"without{left}{suffix}": [int(i != left) for i in range(COUNT)]
         for left in range(COUNT)
     }
-    merge_checkpoints(paths, rows, int_policy=policy)
+    merge_checkpoints(paths, rows, template=paths[0], int_policy=policy)
     for left, path in enumerate(rows):
         alone = tmp_path / f"alone{left}{suffix}"
         others = [one for i, one in enumerate(paths) if i != left]
@@ -77,10 +76,11 @@ def test_other_dtypes_too(tmp_path, dtype):
     """The sums of several averages do not get in each other's way, in wide arithmetic either."""
     paths = made(tmp_path, ".pt", dtype)
     rows = {tmp_path / f"first{n}.pt": [1] * n + [0] * (COUNT - n) for n in (2, 3, 4)}
-    merge_checkpoints(paths, rows, int_policy="template")
+    merge_checkpoints(paths, rows, template=1, int_policy="template")
     for size, path in enumerate(rows, 2):
         alone = tmp_path / f"alone{size}.pt"
-        merge_checkpoints(paths[:size], alone, int_policy="template", agreement=False)
+        options = {"int_policy": "template", "agreement": False, "template": 1}
+        merge_checkpoints(paths[:size], alone, **options)
         assert content_of(alone) == content_of(path)
 
 
@@ -285,7 +285,8 @@ def test_an_output_is_known_as_one(tmp_path, suffix):
     assert [entry["name"] for entry in found["inputs"]] == [path.name for path in paths]
     assert [entry["weight"] for entry in found["inputs"]] == ["1/4", "3/4"]
     assert not any(key == "merge_avg" for key, _ in scan(paths[0]).metadata)
-    merge_checkpoints([one, paths[0]], two, int_policy="template")
+    # Weights say that an average is meant; else it would be left out.
+    merge_checkpoints([one, paths[0]], two, weights=[1, 1], int_policy="template")
     (text,) = [value for key, value in scan(two).metadata if key == "merge_avg"]
     assert [entry["name"] for entry in json.loads(text)["inputs"]] == [paths[0].name, one.name]
 

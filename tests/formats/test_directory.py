@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from tests import helpers
+from tests.helpers import merge_checkpoints
 
 KEYS = ["embed.weight", "layers.0.weight", "layers.1.weight", "norm.weight", "head.weight"]
 
@@ -224,7 +224,8 @@ def test_ranks_of_megatron_are_averaged_rank_by_rank(tmp_path, ranks):
             folder = tmp_path / f"iter_{step:07d}" / f"mp_rank_{rank:02d}"
             folder.mkdir(parents=True)
             torch.save(megatron(step, rank), folder / "model_optim_rng.pt")
-    merge_checkpoints([tmp_path / "iter_0000001", tmp_path / "iter_0000002"], tmp_path / "out")
+    paths = [tmp_path / "iter_0000001", tmp_path / "iter_0000002"]
+    merge_checkpoints(paths, tmp_path / "out", template=1)
     for rank in range(ranks):
         path = tmp_path / "out" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
         found, ours = torch.load(path, weights_only=False), megatron(1, rank)

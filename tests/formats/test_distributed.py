@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.formats.distributed import _tile
+from tests.helpers import merge_checkpoints
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore::UserWarning"
@@ -63,7 +63,7 @@ def expected(key, states):
 
 def test_into_a_directory_again(folds, tmp_path):
     """The mean is a directory that torch reads, with optimizer and objects of the template."""
-    merge_checkpoints(folds, tmp_path / "out")
+    merge_checkpoints(folds, tmp_path / "out", template=1)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == [".metadata", "__0_0.distcp", "merge_avg.json"]
     merged = loaded(tmp_path / "out")

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
+from tests.helpers import merge_checkpoints
 
 
 def save(value, path, **more):
@@ -49,7 +49,7 @@ def test_the_mean_is_a_legacy_file_again(tmp_path):
         model = {"full": base, "part": base[:2], "t": torch.ones(2, 3).t() * fold, "tie": base}
         paths.append(tmp_path / f"{fold}.pt")
         save({"model": model, "epoch": fold, "optimizer": {"m": torch.ones(2) * fold}}, paths[-1])
-    merge_checkpoints(paths, tmp_path / "out.pt")
+    merge_checkpoints(paths, tmp_path / "out.pt", template=1)
     assert (tmp_path / "out.pt").stat().st_size == paths[0].stat().st_size
     merged = torch.load(tmp_path / "out.pt")
     model = merged["model"]

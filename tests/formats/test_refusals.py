@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
+from tests.helpers import merge_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
+from tests.helpers import merge_checkpoints
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def notes(tmp_path):
                 data = text if isinstance(text, bytes) else text.encode()
                 (paths[-1] / name).parent.mkdir(exist_ok=True)
                 (paths[-1] / name).write_bytes(data)
-        result = merge_checkpoints(paths, tmp_path / "out")
+        result = merge_checkpoints(paths, tmp_path / "out", template=1)
         for name, content in folders[0].items():
             kept = (tmp_path / "out" / name).read_bytes()
             assert kept == (tmp_path / "c0" / name).read_bytes(), content

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_avg.checkpoint import BY_NAME, Storage
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError
 from merge_avg.plan import _budget as budget
 from merge_avg.plan import batches
 from merge_avg.plan._budget import MIB, plan_budget, windows
@@ -67,12 +67,6 @@ def test_pairs_of_checkpoints_are_counted():
         plan_budget(1000, 4, 1000, pairs=1000**2)
     assert "--no-agreement" in str(caught.value.hint)
     assert plan_budget(1000, 4, 1000, 1 << 29, pairs=1000**2).nbytes <= 1 << 29
-
-
-def test_no_threads_is_a_usage_error():
-    """--threads 0 is refused."""
-    with pytest.raises(UsageError, match="threads is out of range"):
-        plan_budget(2, 4, 1, threads=0)
 
 
 MEASURE = """

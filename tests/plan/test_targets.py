@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import PROVENANCE_FILE, Storage, assign
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
@@ -19,6 +18,7 @@ from merge_avg.plan import FILE
 from merge_avg.plan._alignment import align
 from merge_avg.plan._targets import OutputLayout, _in_place, lay_out
 from merge_avg.plan._units import Plan, make_plan
+from tests.helpers import merge_checkpoints
 from tests.plan.helpers import info, planned
 
 # Of each kind of output, the name and the options.

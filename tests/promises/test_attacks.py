@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg import MergeError, merge_checkpoints
+from merge_avg import MergeError
 from merge_avg.checkpoint import PROVENANCE
 from merge_avg.formats import scan
 from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.values import PickleError
+from tests.helpers import merge_checkpoints
 from tests.promises import attacks
 from tests.promises.attacks import ATTACKS, DATA, LARGE, archive, made, record, state
 

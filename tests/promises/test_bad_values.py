@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.cli._parameters import Action, Display, SoupOptions
 from merge_avg.options import Criteria, Options, Series, Weighting, meanings
-from tests.helpers import quick
+from tests.helpers import merge_checkpoints, quick
 
 # The byte ff is no text in UTF-8: in an argument, Python has a lone surrogate in its place.
 TEXTS = {

@@ -9,8 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from merge_avg import MergeError, merge_checkpoints
-from tests.helpers import run_command
+from merge_avg import MergeError
+from tests.helpers import merge_checkpoints, run_command
 
 W = torch.ones(4)
 
@@ -43,7 +43,8 @@ NAME = f"{__name__}.Mine"
 
 def saved(path, **entries):
     """Save a checkpoint with more beside its weights, and return its path."""
-    torch.save({"w": W, **entries}, path, _use_new_zipfile_serialization=path.suffix != ".old")
+    weights = {"w": W + ord(path.name[0])}
+    torch.save(weights | entries, path, _use_new_zipfile_serialization=path.suffix != ".old")
     return path
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.report.inspect import as_json, contents, lines
+from tests.helpers import merge_checkpoints
 
 W = torch.arange(12.0).view(4, 3)
 STATE = {"a.weight": W, "b.weight": W, "part": W[1:3], "n": torch.tensor(3), "z": W.clone() * 1j}

@@ -214,9 +214,10 @@ def test_every_fact_is_a_line(tmp_path):
     """After the headline there is a line for each fact, its label first."""
     first, *rest = lines(report_of(vectors(tmp_path), tmp_path / "o.pt"))
     assert first == f"averaged 2 checkpoints into {tmp_path / 'o.pt'}"
-    assert rest[0] == "  averaged 1 tensor, 5 parameters (float32)"
+    assert rest[:2] == [f"  {tmp_path / f'{number}.pt'} weight 0.5" for number in (0, 1)]
+    assert rest[2] == "  averaged 1 tensor, 5 parameters (float32)"
     assert rest[-1].startswith("  read ")
-    assert len(rest) == 2
+    assert len(rest) == 4
 
 
 def test_labels_that_need_a_colon_have_one(tmp_path):
@@ -234,18 +235,41 @@ def test_labels_that_need_a_colon_have_one(tmp_path):
         assert line in found
 
 
-def test_weights_that_differ_are_shown(tmp_path):
-    """Equal weights go without saying; a base that is not averaged has none."""
+def test_each_checkpoint_has_its_weight(tmp_path):
+    """Each checkpoint is a line with its weight; a base that is not averaged has none."""
     paths = relatives(tmp_path)[:2]
     base = tmp_path / "base.pt"
-    equal = list(lines(report_of(paths, tmp_path / "o.pt", base=base)))
-    assert not any(line.startswith("  weights") for line in equal)
     found = list(lines(report_of(paths, tmp_path / "o.pt", base=base, weights=[1, 3])))
-    assert found[1] == "  weights 0.25, 0.75"
+    assert found[1:3] == [f"  {paths[0]} weight 0.25", f"  {paths[1]} weight 0.75"]
+    assert "base.pt" not in found[3]
+
+
+def test_many_checkpoints_are_shortened_in_the_middle(tmp_path):
+    """Of sixty checkpoints the first and the last are shown, and the others counted, each way."""
+    paths = vectors(tmp_path, names=[f"{number:02}.pt" for number in range(60)])
+    report = report_of(paths, tmp_path / "o.pt")
+    found = [line for line in lines(report) if ".pt" in line][1:]
+    assert [Path(line.split()[0]).name for line in found] == [
+        f"{number:02}.pt" for number in (*range(8), *range(53, 60))
+    ]
+    assert "  ... 45 more ..." in lines(report)
+    assert sum(".pt |" in line for line in markdown(report).splitlines()) == 15
+    assert "| ... 45 more ... |" in markdown(report).replace("&#46;", ".")
+
+
+def test_many_that_are_left_out_are_counted_by_reason(tmp_path):
+    """A plan shows the chosen of many candidates, and a line for each reason of the others."""
+    chosen = [candidate(f"{step}.pt", step=step, weight=0.5, why="chosen") for step in (58, 59)]
+    older = [candidate(f"{n}.pt", step=n, chosen=False, why="not chosen") for n in range(40)]
+    other = [candidate(f"x{n}", chosen=False, why=f"no checkpoint: {n}") for n in range(18)]
+    planned = report_of(vectors(tmp_path), tmp_path / "o.pt", dry_run=True)
+    found = list(lines(replace(planned, candidates=(*chosen, *older, *other))))
+    assert [line.split()[1] for line in found[1:3]] == ["58.pt", "59.pt"]
+    assert found[3:5] == ["  - 40 more: not chosen", "  - 18 more: no checkpoint"]
 
 
 def test_candidates_are_a_table(tmp_path):
-    """A plan shows each candidate with what is known of it; a run only those beside the inputs."""
+    """Each candidate is shown with what is known of it, and why it is left out."""
     paths = vectors(tmp_path)
     best = candidate("a.ckpt", step=1_234_567, metric=0.25, weight=0.5, why="among the best 2")
     copy = candidate("last.ckpt", step=1_234_567, chosen=False, why="a copy of a.ckpt")
@@ -255,10 +279,8 @@ def test_candidates_are_a_table(tmp_path):
         "  + a.ckpt    step 1234567 metric 0.25 weight 0.5 among the best 2",
         "  - last.ckpt step 1234567                        a copy of a.ckpt",
     ]
-    ran = report_of(paths, tmp_path / "o.pt")
-    assert not any("a.ckpt" in line for line in lines(replace(ran, candidates=(best, copy))))
-    more = replace(ran, candidates=(best, copy, candidate("c.ckpt", chosen=False)))
-    assert sum(".ckpt" in line for line in lines(more)) == 3
+    chosen = list(lines(replace(planned, candidates=(best,))))
+    assert chosen[1] == "  a.ckpt step 1234567 metric 0.25 weight 0.5"  # why goes without saying
 
 
 def test_bars_show_who_does_not_belong(tmp_path):

@@ -76,7 +76,7 @@ def test_b12_b13_b14_words(command):
     """B12, B13, B14: steps are exact, gaps are mentioned, too few are an error with a list."""
     for epoch in (1, 2, 50):
         of_epoch(epoch, epoch)
-    code, out, _ = command(".", "-o", "x.ckpt", "--steps", 10, "--json")
+    code, out, _ = command(".", "-o", "x.ckpt", "--steps", 10, "--json", "--allow-trivial")
     assert [entry["step"] for entry in json.loads(out)["inputs"]] == [10]
     code, _, err = command(".", "-o", "y.ckpt", "--last", 3)
     assert "gap between epoch 2 and epoch 50" in err
@@ -90,18 +90,17 @@ def test_a_dry_run_shows_the_candidates(command):
     """Every candidate is a line that says whether it is chosen, and why."""
     for epoch in (1, 2, 3):
         of_epoch(epoch, epoch, f"-val_loss={epoch}.5")
-    code, _, err = command(".", "-o", "o.ckpt", "--best", 1, "--dry-run")
+    code, _, err = command(".", "-o", "o.ckpt", "--best", 2, "--dry-run")
     assert code == 0
-    assert re.search(
-        r"\+ epoch=1-step=10-val_loss=1\.5\.ckpt step 10 epoch 1 metric 1\.5 weight 1 among", err
-    )
-    assert re.search(r"- epoch=3-.* not among the best 1", err)
+    known = r"\+ epoch=1-step=10-val_loss=1\.5\.ckpt step 10 epoch 1 metric 1\.5 weight 0\.5 among"
+    assert re.search(known, err)
+    assert re.search(r"- epoch=3-.* not among the best 2", err)
     assert not Path("o.ckpt").exists()
 
 
-def test_files_one_by_one_need_no_table(command):
-    """Where the user named each file, there is no table of candidates."""
-    paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
+def test_files_that_say_nothing_need_no_table(command):
+    """Where the user named each file, and none tells anything, there is no table of candidates."""
+    paths = [bare(Path(f"{name}.pt"), name == "a") for name in "ab"]
     code, out, err = command(*paths, "-o", "o.ckpt", "--json")
     assert code == 0
     assert "asked for" not in err
@@ -125,22 +124,30 @@ def test_weightings(command, options, weights):
     code, out, err = command(".", "-o", "o.ckpt", "--json", *options)
     assert code == 0, err
     report = json.loads(out)
-    assert report["outputs"][0]["weights"] == pytest.approx(weights)
+    # The newest is the template, and so comes first.
+    assert [entry["epoch"] for entry in report["inputs"]] == [3, 1, 2]
+    assert report["outputs"][0]["weights"] == pytest.approx([weights[2], *weights[:2]])
     mean = sum(weight * epoch for weight, epoch in zip(weights, (1, 2, 3), strict=True))
     assert value("o.ckpt") == pytest.approx(mean)
-    assert "weights" in err
+    for epoch, weight in enumerate(weights, 1):
+        assert re.search(rf"epoch={epoch}-.* weight {weight:.4g}", err)
 
 
 def test_leave_one_out_and_prefixes(command):
-    """One run averages all but each fold, or the first two, the first three and so on."""
+    """One reading averages all but each, or the first two, the first three and so on, by age."""
     for fold in (1, 2, 3):
         save_file({"w": torch.full((2,), float(fold))}, f"fold{fold}.safetensors")
+        save_file({"w": torch.full((2,), float(fold))}, f"step={10**fold}.safetensors")
     code, out, _ = command("fold*.safetensors", "-o", "oof-{name}.safetensors", "--leave-one-out")
     assert code == 0
     assert out.split() == [f"oof-without-fold{fold}.safetensors" for fold in (1, 2, 3)]
     assert [float(load_file(path)["w"][0]) for path in out.split()] == [2.5, 2.0, 1.5]
-    code, out, _ = command("fold*.safetensors", "-o", "p-{name}.safetensors", "--prefixes")
+    steps = [f"step={step}.safetensors" for step in (1000, 10, 100)]
+    code, out, _ = command(*steps, "-o", "p-{name}.safetensors", "--prefixes")
     assert [float(load_file(path)["w"][0]) for path in out.split()] == [1.5, 2.0]
+    code, _, err = command("fold*.safetensors", "-o", "q-{name}.safetensors", "--prefixes")
+    assert code == 1
+    assert "--prefixes goes by age, and its step or epoch is not known" in err
 
 
 def test_post_hoc_ema(command):
@@ -228,8 +235,8 @@ def test_each_checkpoint_is_scanned_once(tmp_path, monkeypatch, scans):
     monkeypatch.chdir(tmp_path)
     paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3)]
     choice = chosen(Criteria(last=2))
-    assert list(choice.layouts) == list(choice.paths) == paths[1:]
-    job = prepare(choice.paths, choice.outputs, Options(), layouts=choice.layouts)
+    assert list(choice.scanned[0]) == list(choice.paths) == paths[1:]
+    job = prepare(choice.paths, choice.outputs, Options(), layouts=choice.scanned[0])
     assert [layout.path for layout in job.layouts] == paths[1:]
     assert scans == dict.fromkeys([path.name for path in paths], 1)
 
@@ -243,29 +250,24 @@ def test_post_hoc_ema_scans_once_too(tmp_path, monkeypatch, scans):
     choice = choose(
         paths, Path("{name}.pt"), Criteria(), Series(prefixes=True), Weighting(sigma=0.1)
     )
-    prepare(choice.paths, choice.outputs, Options(), layouts=choice.layouts)
+    prepare(choice.paths, choice.outputs, Options(), layouts=choice.scanned[0])
     assert scans == dict.fromkeys(paths, 1)
 
 
-def test_files_that_are_named_are_left_to_planning(tmp_path, monkeypatch, scans):
-    """Where nothing is asked about checkpoints, choosing them scans none."""
-    monkeypatch.chdir(tmp_path)
-    paths = [of_epoch(epoch, epoch) for epoch in (1, 2)]
-    choice = choose(paths, Path("o.ckpt"), Criteria(), Series(), Weighting())
-    assert not choice.layouts
-    assert not scans
-
-
-def test_layouts_are_kept_while_there_is_room(tmp_path, monkeypatch, scans):
-    """With more tensors than are kept, the layouts of the last checkpoints are those at hand."""
+@pytest.mark.parametrize("criteria", [Criteria(), Criteria(last=4)])
+def test_layouts_are_kept_while_there_is_room(tmp_path, monkeypatch, scans, criteria):
+    """With more tensors than there is room for, the template at most is scanned again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_choose, "_MOST_TENSORS", 2)
-    paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3)]
-    choice = chosen()
-    assert choice.paths == tuple(paths)
-    assert list(choice.layouts) == paths[1:]
-    prepare(choice.paths, choice.outputs, Options(), layouts=choice.layouts)
-    assert scans == {paths[0].name: 2, paths[1].name: 1, paths[2].name: 1}
+    paths = [of_epoch(epoch, epoch) for epoch in (1, 2, 3, 4)]
+    choice = choose(["."], Path("o.ckpt"), criteria, Series(), Weighting())
+    assert list(choice.scanned[0]) == paths[2:]
+    options = Options(template=paths[1])
+    job = prepare(choice.paths, choice.outputs, options, *choice.scanned)
+    assert job.layout.whole
+    # Of a selection, those are forgotten that are mostly not chosen.
+    again = paths[:2] if criteria.last else paths[1:2]
+    assert scans == {path.name: 1 + (path in again) for path in paths}
 
 
 def test_choosing_needs_no_torch(tmp_path, monkeypatch):
@@ -283,10 +285,10 @@ def test_choosing_needs_no_torch(tmp_path, monkeypatch):
 
 
 def test_patterns(tmp_path):
-    """A quoted pattern stands for what it matches; one that matches nothing is an error."""
+    """A quoted pattern stands for what it matches, as in a shell; nothing matched is an error."""
     for fold in (2, 10):
         bare(tmp_path / f"fold{fold}.pt", fold)
-    assert names(select([tmp_path / "fold*.pt"], Criteria())) == ["fold2.pt", "fold10.pt"]
+    assert names(select([tmp_path / "fold*.pt"], Criteria())) == ["fold10.pt", "fold2.pt"]
     with pytest.raises(MergeError, match="no file matches the pattern"):
         select([tmp_path / "*.ckpt"], Criteria())
 
@@ -295,7 +297,7 @@ def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path):
     """What exists is not a pattern, whatever characters its name has."""
     path = bare(tmp_path / "a[1].pt")
     bare(tmp_path / "a1.pt")
-    assert expand(path, runs=True) == ([path], False)
+    assert expand([path]) == [(path, [path], "name")]
 
 
 def test_numbers_in_names_sort_as_numbers():
@@ -310,7 +312,7 @@ def test_files_beside_the_checkpoints_of_a_run_are_passed_over(tmp_path, name):
     """Hidden files and the states of a training are not even candidates."""
     path = lightning(tmp_path, 0, 10)
     bare(tmp_path / name)
-    assert expand(tmp_path, runs=True) == ([path], True)
+    assert expand([tmp_path]) == [(tmp_path, [path], "run")]
 
 
 def test_names_without_numbers_of_steps_sort_naturally(tmp_path):
@@ -348,7 +350,7 @@ def test_directories_that_are_named_are_checkpoints(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         for part in ("encoder", "decoder"):
-            bare(tmp_path / name / f"{part}.pt")
+            bare(tmp_path / name / f"{part}.pt", ord(name))
     paths = [tmp_path / "a", tmp_path / "b"]
     assert select(paths, Criteria()).paths == tuple(paths)
 
@@ -356,12 +358,12 @@ def test_directories_that_are_named_are_checkpoints(tmp_path):
 # Which checkpoints are chosen, which are not, and the words for it.
 
 
-def test_named_files_are_taken_as_they_are(tmp_path):
-    """Files that are named one by one keep their order, copies included, and are not even read."""
-    paths = [tmp_path / "b.pt", tmp_path / "a.pt", tmp_path / "b.pt"]
-    selection = select(paths, Criteria())
-    assert selection.paths == tuple(paths)
-    assert selection.notes == ()
+def test_named_files_keep_their_order(tmp_path):
+    """Files that are named one by one are averaged in that order, whatever their age."""
+    paths = [lightning(tmp_path, epoch, epoch) for epoch in (2, 3, 1)]
+    choice = select(paths, Criteria())
+    assert choice.paths == tuple(paths)
+    assert choice.newest(choice.paths) == paths[1]
 
 
 def test_a_run_is_sorted_by_step(tmp_path):
@@ -398,20 +400,25 @@ def test_b9_earlier_outputs_do_not_count(tmp_path):
     assert why(selection)["epoch=9-step=9.ckpt"] == "an earlier output of merge-avg"
 
 
-def test_the_output_itself_does_not_count(tmp_path):
-    """The file that the merge is to write is not a candidate, whatever is in it."""
-    lightning(tmp_path, 0, 1)
-    out = bare(tmp_path / "out.pt")
-    assert names(select([tmp_path], Criteria(), out)) == ["epoch=0-step=1.ckpt"]
+def test_an_output_that_is_a_checkpoint_is_no_output(command):
+    """A file in a run that no merge wrote is a checkpoint, and is not overwritten as the output."""
+    lightning(Path(), 0, 1)
+    out = bare(Path("out.pt"))
+    assert set(names(select(["."], Criteria(), out))) == {"epoch=0-step=1.ckpt", "out.pt"}
+    code, _, err = command("epoch=0-step=1.ckpt", "out.pt", "-o", "out.pt", "--overwrite")
+    assert code == 1
+    assert "the output is the input" in err
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    """A run that holds only an earlier output is an error that says what is there."""
-    bare(tmp_path / "a.pt")
-    merge_checkpoints([tmp_path / "a.pt"], tmp_path / "o.pt")
-    (tmp_path / "a.pt").unlink()
+    """A run that holds only the output of this merge is an error that says what is there."""
+    paths = [bare(tmp_path / f"{name}.pt", name == "a") for name in "ab"]
+    merge_checkpoints(paths, tmp_path / "o.pt")
+    for path in paths:
+        path.unlink()
     with pytest.raises(MergeError, match=r"no checkpoint to average.*o\.pt"):
-        select([tmp_path], Criteria())
+        select([tmp_path], Criteria(), tmp_path / "o.pt")
+    assert names(select([tmp_path], Criteria())) == ["o.pt"]  # on which another mean may go on
 
 
 # Several averages: which checkpoints go into each, and what it is called.
@@ -448,17 +455,24 @@ def test_otherwise_there_is_one_average_of_all(series):
 @pytest.mark.parametrize(
     ("series", "count", "words"),
     [
-        (Series(leave_one_out=True, prefixes=True), 3, "exclude each other"),
-        (Series(lasts=(2, 3), prefixes=True), 3, "exclude each other"),
         (Series(leave_one_out=True), 1, "at least two checkpoints"),
         (Series(lasts=(2, 9)), 3, "last=9 of 3 checkpoints"),
         (Series(lasts=(0, 2)), 3, "last=0 of 3 checkpoints"),
     ],
 )
 def test_what_cannot_be_is_refused(series, count, words):
-    """Series that exclude each other, or ask for more than there is, are a usage error."""
+    """Series that ask for more than there is are a usage error."""
     with pytest.raises(UsageError, match=words):
         members(folds(count), series)
+
+
+@pytest.mark.parametrize(
+    "series", [Series(leave_one_out=True, prefixes=True), Series(lasts=(2, 3), prefixes=True)]
+)
+def test_series_exclude_each_other(series):
+    """A run makes one series of averages; that shows before anything is read."""
+    with pytest.raises(UsageError, match="exclude each other"):
+        choose(["none.pt"], Path("{name}.pt"), Criteria(), series, Weighting())
 
 
 @given(st.integers(2, 12), st.sampled_from(["leave_one_out", "prefixes"]))
@@ -542,10 +556,10 @@ def test_a_pattern_leads_through_no_closed_folder(tmp_path, monkeypatch, pattern
 
     monkeypatch.setattr(os, "scandir", scandir)
     if pattern == "fold?/best.pt":  # whose folders are never listed
-        assert len(expand(tmp_path / pattern, runs=True)[0]) == 2
+        assert len(expand([tmp_path / pattern])) == 2
         return
     with pytest.raises(MergeError, match=r"cannot be listed \(Permission denied\)") as caught:
-        expand(tmp_path / pattern, runs=True)
+        expand([tmp_path / pattern])
     assert caught.value.where == closed
 
 
@@ -576,11 +590,14 @@ def test_averages_of_other_tools_do_not_count(tmp_path, name, average):
         selection = select([tmp_path], criteria)
         assert average not in names(selection)
         assert why(selection)[average] == "an average of other checkpoints, by its name"
-    # What the user names file by file is taken, and so is a pattern that fits nothing else.
+    # It is taken where there is nothing else, or where it is given a weight.
     (tmp_path / "avg").mkdir()
     run(tmp_path / "avg", average, f"2-{average}")
     assert len(select([tmp_path / "avg"], Criteria()).paths) == 2
-    assert len(select([tmp_path / name.format(1), tmp_path / average], Criteria()).paths) == 2
+    paths = [tmp_path / name.format(1), tmp_path / average]
+    assert names(select(paths, Criteria())) == [name.format(1)]
+    weighted = choose(paths, Path("o"), Criteria(), Series(), Weighting(weights=[1, 3]))
+    assert list(weighted.paths) == paths
 
 
 @pytest.mark.parametrize("other", ["epoch={}-avg_loss=0.5.pt", "epoch_{}_avg_val_acc_0.93.pt"])

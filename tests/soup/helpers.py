@@ -2,8 +2,8 @@
 
 import torch
 
-from merge_avg import merge_checkpoints
 from merge_avg.soup import greedy
+from tests.helpers import merge_checkpoints
 
 VALUES = (4.0, 1.0, -2.0, 9.0)
 

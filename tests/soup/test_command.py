@@ -56,14 +56,16 @@ def test_a_terminal_shows_which_one_runs(tmp_path):
     assert shown.rstrip().endswith("2 of 2 checkpoints, score 1")
 
 
-@pytest.mark.parametrize("more", [["--min-agreement", "0.5"], ["--fail-on", "drifted"]])
+@pytest.mark.parametrize(
+    "more", [["--min-agreement", "0.5"], ["--fail-on", "drifted"], ["--no-agreement"]]
+)
 def test_a_soup_has_no_verdict(command, more):
     """A gate that would never close is wrong usage, by the former spelling of the command too."""
     paths = made(Path(), (1.0, 2.0))
     done, out, err = command(*paths, "-o", "soup.pt", *options("print(1)"), *more)
     assert (done, out) == (2, "")
     assert "error: a soup has no verdict" in err
-    assert "hint: leave out --min-agreement and --fail-on" in err
+    assert "hint: leave out --min-agreement, --fail-on and --no-agreement" in err
 
 
 def test_a_failing_evaluation(command):

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_avg import merge_checkpoints, verify_output
+from merge_avg import verify_output
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.soup import greedy, score
+from tests.helpers import merge_checkpoints
 from tests.soup.helpers import made, soup_of, weight
 
 

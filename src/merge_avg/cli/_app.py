@@ -91,21 +91,29 @@ def command(
         hint = first if checkpoints[0] in COMMANDS else "name one, as in -o merged.pt"
         raise UsageError("there is no output", hint=hint)
     else:
-        from merge_avg.selection import choose
+        from merge_avg.cli._usage import refuse_misfits
+        from merge_avg.plan import refuse_inputs, refuse_values
+        from merge_avg.selection import choose, refuse_place, refuse_trivial
 
+        refuse_misfits(series, criteria, weighting, options, soup, action, display)
+        refuse_values(options)
+        mode, command = criteria.mode, soup.evaluation
+        if command is not None and criteria.best is None and not criteria.one_best_per_fold:
+            criteria = replace(criteria, mode=None)  # it is that of the score only
         criteria = replace(criteria, last=max(series.lasts, default=None))
         choice = choose(checkpoints, Path(output), criteria, series, weighting)
+        refuse_place(output, choice, options)
+        if not criteria.allow_trivial:
+            refuse_trivial(choice)
         if criteria.metrics_file is not None:
-            from merge_avg.plan import refuse_inputs
-
             pages = display.page, os.environ.get("GITHUB_STEP_SUMMARY")
             for path in (*choice.outputs, *(Path(one) for one in pages if one)):
                 refuse_inputs(path, (), [criteria.metrics_file])
         # A dry run evaluates nothing: it shows what a soup would choose from.
-        if not action.dry_run and (soup.recipe is not None or soup.evaluation is not None):
+        if command is not None and mode is not None and not action.dry_run:
             from merge_avg.cli._soup import make_soup
 
-            make_soup(choice, weighting, options, soup, criteria.mode, display)
+            make_soup(choice, options, command, soup.eval_json, mode, display)
         else:
             from merge_avg.cli._merge import merge
 

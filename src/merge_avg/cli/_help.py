@@ -20,7 +20,8 @@ from merge_avg.options import suggested
 QUESTIONS = {
     "Options": "output evaluation eval_json weights lasts best metric inputs dry_run overwrite "
     "page as_json quiet help",
-    "Which checkpoints": "mode steps epochs min_interval metrics_file one_best_per_fold",
+    "Which checkpoints": "mode steps epochs min_interval metrics_file one_best_per_fold "
+    "allow_trivial",
     "How much of each, in which averages": "scheme sigma normalize leave_one_out prefixes",
     "What is averaged, and what is written": "key include exclude missing int_policy "
     "allow_nonfinite dtype template weights_only max_shard_size hashes strict_pickle",
@@ -46,7 +47,7 @@ COMMANDS = {
         """output evaluation eval_json lasts best metric mode steps epochs min_interval metrics_file
         one_best_per_fold key include exclude missing int_policy allow_nonfinite weights_only
         max_shard_size hashes strict_pickle device threads max_memory overwrite dry_run as_json
-        quiet""",
+        quiet allow_trivial""",
     ),
 }
 # The options that were commands, and those that only such a command takes.

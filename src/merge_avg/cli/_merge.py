@@ -19,7 +19,7 @@ from merge_avg.selection import Choice
 
 def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> None:
     """Average the chosen checkpoints, or plan to, and report it."""
-    job = prepare(choice.paths, choice.outputs, options, layouts=choice.layouts)
+    job = prepare(choice.paths, choice.outputs, choice.templated(options), *choice.scanned)
     # The page of a GitHub Actions job, which this variable names, gets a summary.
     page = None if dry_run else os.environ.get("GITHUB_STEP_SUMMARY")
     if page:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_avg.cli._github import summarize
-from merge_avg.cli._parameters import Display, SoupOptions
+from merge_avg.cli._parameters import Display
 from merge_avg.cli._process import print_result, say
 from merge_avg.engine import run
-from merge_avg.errors import UsageError
-from merge_avg.options import Mode, Options, Weighting
+from merge_avg.options import Mode, Options
 from merge_avg.plan import prepare
 from merge_avg.report import printable
 from merge_avg.selection import Choice
@@ -22,27 +21,13 @@ from merge_avg.soup import Soup, Trial, greedy, score
 
 def make_soup(
     choice: Choice,
-    weighting: Weighting,
     options: Options,
-    asked: SoupOptions,
-    mode: Mode | None,
+    command: str,
+    key: str | None,
+    mode: Mode,
     display: Display,
 ) -> None:
-    """Make a soup of the chosen checkpoints, and show how."""
-    if display.page is not None or options.base is not None:
-        raise UsageError("a soup has no report", hint="leave out --report and --base")
-    if options.min_agreement is not None or options.fail_on is not None:
-        hint = "leave out --min-agreement and --fail-on"
-        raise UsageError("a soup has no verdict: the score decides", hint=hint)
-    if weighting != Weighting() or not options.normalize or options.template or options.dtype:
-        hint = "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
-        raise UsageError("a soup is the plain mean of its members", hint=hint)
-    command, key = asked.evaluation, asked.eval_json
-    if asked.recipe is None or command is None or mode is None:
-        hint = "write merge-avg soup ... --eval 'python eval.py {}' --mode max"
-        raise UsageError("a soup needs the command soup, --eval and --mode", hint=hint)
-    if len(choice.outputs) > 1:
-        raise UsageError("a soup is one output", hint="leave out --leave-one-out or --prefixes")
+    """Make a soup of the chosen checkpoints by a command's score, and show how."""
     (output,) = choice.outputs
 
     # The score decides about a member. How far members agree is nowhere shown.
@@ -50,7 +35,7 @@ def make_soup(
 
     def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
         # Scanned anew each time: an evaluation may have written beside the weights meanwhile.
-        run(prepare(paths, output, replace(alone, overwrite=overwrite)))
+        run(prepare(paths, output, replace(choice.templated(alone, paths), overwrite=overwrite)))
 
     prepare(choice.paths, output, alone)  # what forbids their mean shows before an evaluation
     with _shown(display.quiet) as (now, show):

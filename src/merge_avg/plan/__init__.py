@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from merge_avg.plan._alignment import without
 from merge_avg.plan._budget import Piece, Window, batches, spans
-from merge_avg.plan._job import Job, OutputSpec, prepare, refuse_inputs, without_collector
+from merge_avg.plan._job import (
+    Job,
+    OutputSpec,
+    prepare,
+    refuse_inputs,
+    refuse_values,
+    without_collector,
+)
 from merge_avg.plan._masters import Masters, roles_of
 from merge_avg.plan._provenance import Hashes, Record, read_record
 from merge_avg.plan._targets import FILE
@@ -31,6 +38,7 @@ __all__ = [
     "prepare",
     "read_record",
     "refuse_inputs",
+    "refuse_values",
     "roles_of",
     "spans",
     "without",

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from merge_avg.errors import MergeError, UsageError
+from merge_avg.errors import MergeError
 from merge_avg.io import cores
 from merge_avg.plan._units import Unit
 from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
@@ -21,7 +21,7 @@ from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
-_MOST_ASKED = 256
+MOST_THREADS = 256
 
 # Upper bounds, measured over dtypes and paths. For each element of its window a worker holds sums,
 # the result, and what is known of those that are not finite, not equal or in doubt; and for each of
@@ -123,9 +123,6 @@ def plan_budget(
     The default is 64 MiB, or 32 MiB a thread where that is more, and what is known of very many
     tensors and pairs; and a thread for each core. `lengths` are those of tensors, in elements.
     """
-    if threads is not None and not 1 <= threads <= _MOST_ASKED:
-        hint = f"give a number from 1 to {_MOST_ASKED:,}"
-        raise UsageError("the number of threads is out of range", hint=hint)
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     buffers += max(_known(entries, checkpoints)[1] - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from merge_avg.io import refuse_loss, refuse_output
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
-from merge_avg.plan._budget import Budget, plan_budget
+from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._derived import parts_note
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, write_record
@@ -111,18 +112,50 @@ def prepare(
     paths: Sequence[Location],
     outputs: Outputs,
     options: Options,
+    layouts: Mapping[Path, Layout] | None = None,
+    sources: Mapping[Path, Layout] | None = None,
     *,
     made_by: str | None = None,
-    layouts: Mapping[Path, Layout] | None = None,
 ) -> Job:
     """Scan the checkpoints and plan the merge.
 
     The options' weights are those of a single output; several come with weights of their own. Where
     the output exists and is to be compared, `made_by` is the version that made it. Checkpoints that
-    have been scanned already are not scanned again: `layouts` has them.
+    have been scanned already are not scanned again: `layouts` has them, or `sources` those that may
+    not be the template.
     """
     inputs = [Path(path) for path in paths]
     asked = _asked(inputs, outputs, options)
+    refuse_values(options)
+    if made_by is None and (options.weights_only or options.state_dict):
+        options = replace(options, weights_only=True, state_dict=True)
+    try:
+        places = _template_first(inputs, options.template)
+        inputs, order = [path for path, _ in places], [number for _, number in places]
+        if options.base is not None and _number_of(inputs, Path(options.base)) is None:
+            order.append(None)
+        # A template or a base that is not one of the inputs has the weight zero.
+        specs = []
+        for path, row in asked.items():
+            numbers = [0 if k is None else row[k] for k in order]
+            specs.append(OutputSpec(path, Weights.of(numbers, normalize=options.normalize)))
+        with without_collector():
+            scanned = layouts or {}, sources or {}
+            job = _prepared(inputs, tuple(specs), options, made_by or __version__, *scanned)
+            directory = job.layout.directory
+            # An output to compare with exists, and is not written.
+            for path in asked if made_by is None else ():
+                refuse_inputs(path, job.layouts)
+                refuse_output(path, directory=directory, overwrite=options.overwrite)
+                if directory and path.is_dir():
+                    refuse_loss(path, job.layout.files)
+            return job
+    except OSError as error:  # a name too long, a directory that may not be looked into
+        raise failure(error) from None
+
+
+def refuse_values(options: Options) -> None:
+    """Raise UsageError for values that are out of range, or options that exclude each other."""
     if options.dtype is not None and options.dtype not in (*CONVERTIBLE, TEMPLATE):
         hint = f"choose one of {', '.join((*CONVERTIBLE, TEMPLATE))}"
         raise UsageError(f"the dtype {options.dtype!r} cannot be written", hint=hint)
@@ -137,30 +170,11 @@ def prepare(
     if least is not None and not -1 <= least <= 1:  # nor NaN, below which nothing is
         hint = "give a cosine between -1 and 1"
         raise UsageError(f"the minimum agreement {least:g} is out of range", hint=hint)
-    if made_by is None and (options.weights_only or options.state_dict):
-        options = replace(options, weights_only=True, state_dict=True)
-    try:
-        places = _template_first(inputs, options.template)
-        inputs, order = [path for path, _ in places], [number for _, number in places]
-        if options.base is not None and _number_of(inputs, Path(options.base)) is None:
-            order.append(None)
-        # A template or a base that is not one of the inputs has the weight zero.
-        specs = []
-        for path, row in asked.items():
-            numbers = [0 if k is None else row[k] for k in order]
-            specs.append(OutputSpec(path, Weights.of(numbers, normalize=options.normalize)))
-        with without_collector():
-            job = _prepared(inputs, tuple(specs), options, made_by or __version__, layouts or {})
-            directory = job.layout.directory
-            # An output to compare with exists, and is not written.
-            for path in asked if made_by is None else ():
-                refuse_inputs(path, job.layouts)
-                refuse_output(path, directory=directory, overwrite=options.overwrite)
-                if directory and path.is_dir():
-                    refuse_loss(path, job.layout.files)
-            return job
-    except OSError as error:  # a name too long, a directory that may not be looked into
-        raise failure(error) from None
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        hint = f"give a number from 1 to {MOST_THREADS:,}"
+        raise UsageError("the number of threads is out of range", hint=hint)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        raise UsageError(f"there is no device {options.device!r}", hint="use cpu, cuda, or cuda:N")
 
 
 def _asked(
@@ -209,12 +223,14 @@ def _prepared(
     options: Options,
     version: str,
     scanned: Mapping[Path, Layout],
+    sources: Mapping[Path, Layout],
 ) -> Job:
     # Copies: the caller may change its lists before the record is written.
     options = replace(options, include=[*options.include], exclude=[*options.exclude])
     # Only a copy of the template needs its pickle and list of records. A record that `verify` reads
     # may name one checkpoint ten thousand times.
-    once = functools.cache(lambda path: (scanned.get(path) or scan(path)).source)
+    known = {**sources, **scanned}
+    once = functools.cache(lambda path: (known.get(path) or scan(path)).source)
     layouts = [scanned.get(inputs[0]) or scan(inputs[0]), *map(once, inputs[1:])]
     roles, masters = roles_of(layouts, options.key)
     weights = [role.weights for role in roles]

@@ -28,8 +28,16 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats import FORMATS, Format, copy, format_for
-from merge_avg.formats.directory import INDEX, is_index, leads_out, read_index, relative, unsharded
-from merge_avg.options import Options
+from merge_avg.formats.directory import (
+    INDEX,
+    SUFFIXES,
+    is_index,
+    leads_out,
+    read_index,
+    relative,
+    unsharded,
+)
+from merge_avg.options import Options, suggested
 from merge_avg.plan._units import Plan, Unit, tiled
 
 # The formats of new files: with views, and without.
@@ -102,6 +110,7 @@ def lay_out(
     # names without an ending, the template does. A copy keeps what else the template holds.
     template, asked = plan.layouts[0], format_for(path.suffix)
     try:
+        _refuse_ending(path, plan, asked, options)
         if options.max_shard_size is not None:
             return _sharded(plan, weights, options.max_shard_size)
         if template.members and asked is None:
@@ -121,6 +130,24 @@ def lay_out(
         return OutputLayout({FILE: file}, tuple(map(tuple, targets)))
     except MergeError as error:
         raise error.at(path) from None
+
+
+def _refuse_ending(path: Path, plan: Plan, asked: Format | None, options: Options) -> None:
+    """Raise UsageError for an ending that no format has, or that a directory has."""
+    if options.max_shard_size is not None:
+        if asked is not None:
+            hint = f"give the output a directory's name, such as {path.stem}"
+            raise UsageError("--max-shard-size writes a directory of shards", hint=hint)
+        return
+    # As .tar, which torch writes whatever the ending: what an input is called is no mistake.
+    ending, inputs = path.suffix.lower(), {one.path.suffix.lower() for one in plan.layouts}
+    if asked is not None or ending in {"", *SUFFIXES, *inputs} or ending[1:].isdecimal():
+        return
+    known = [suffix for one in FORMATS for suffix in one.suffixes]
+    near = suggested(ending, known)
+    if near is not None or not plan.layouts[0].members:  # a directory has any name
+        hint = near or f"end its name in one of {', '.join(known)}"
+        raise UsageError(f"no format has the ending {path.suffix!r}", hint=hint)
 
 
 def _copied(plan: Plan) -> OutputLayout:

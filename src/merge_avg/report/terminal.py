@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_avg.report import printable
-from merge_avg.report.text import columns, facts, headline, style
+from merge_avg.report.text import columns, facts, headline, shortened, style
 from merge_avg.report.values import KNOWN, Report
 
 _BAR = 10
@@ -69,6 +69,8 @@ def _checkpoints(report: Report, console: Console) -> Table:
                 for mean in means
             )
             cells.append(list(map(Text, bars, colours)))
-    for row in zip(*cells, strict=True):
+    rows = [list(row) for row in zip(*cells, strict=True)]
+    blank = [Text("")] * (len(cells) - 1)
+    for row in shortened(rows, lambda more: [Text(f"... {more:,} more ..."), *blank]):
         table.add_row(*row)
     return table

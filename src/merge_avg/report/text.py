@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
 from merge_avg.errors import MergeError, named
@@ -14,10 +15,12 @@ from merge_avg.report import aligned, counted, printable, shown
 from merge_avg.report.values import KNOWN, Report
 from merge_avg.selection import Candidate
 
+T = TypeVar("T")
 Style = Literal["", "good", "doubtful"]
 # Outputs up to which each has a column of weights; of more, the facts alone have the weights.
 _MOST_WEIGHTS = 6
 _MOST_NAMES = 8
+MOST_ROWS = 16  # of checkpoints
 # So many tensors are named at most, and only where the checkpoints agree so much less about them.
 _LEAST = 3
 _LESS = 0.05
@@ -71,8 +74,8 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
     # A single output is in the headline, and its weights are in the table.
     if len(report.outputs) > 1:
         for number, output in enumerate(report.outputs):
-            weights = f"(weights {', '.join(weights_of(report, number))})"
-            yield Fact(written, f"{output.path} {weights}")
+            weights = shortened(weights_of(report, number), lambda left: f"({left} more)")
+            yield Fact(written, f"{output.path} (weights {', '.join(weights)})")
     yield from _integers(report)
     kept = [
         f"{entry.key} ({counted(entry.tensors, 'tensor')}, {shown(entry.nbytes)})"
@@ -120,8 +123,29 @@ def messages(report: Report) -> Iterator[Fact]:
 
 def weights_of(report: Report, number: int) -> list[str]:
     """Return the weights in an output, without that of a base that is not averaged."""
-    pairs = zip(report.inputs, report.outputs[number].weights, strict=True)
-    return [f"{w:.4g}" for entry, w in pairs if entry.averaged or entry.path != report.base]
+    weights = report.outputs[number].weights
+    some = ((report.inputs[i], weights[i]) for i in in_order(report))
+    return [f"{w:.4g}" for entry, w in some if entry.averaged or entry.path != report.base]
+
+
+def in_order(report: Report) -> list[int]:
+    """Return the numbers of the inputs as they were chosen: by age, or as they were named."""
+    places = {str(one.path): number for number, (one, _) in enumerate(report.candidates)}
+    # What was not chosen among others is the template, which comes first, or a base.
+    places = {entry.path: places.get(entry.path, len(places)) for entry in report.inputs}
+    if report.candidates and not any(
+        str(one.path) == report.template for one, _ in report.candidates
+    ):
+        places[report.template] = -1
+    return sorted(range(len(report.inputs)), key=lambda i: places[report.inputs[i].path])
+
+
+def shortened(rows: Sequence[T], rest: Callable[[int], T], most: int = MOST_ROWS) -> list[T]:
+    """Return rows, of which those in the middle are one row if there are too many."""
+    if len(rows) <= most:
+        return [*rows]
+    left = len(rows) - most + 1
+    return [*rows[: most // 2], rest(left), *rows[most // 2 + left :]]
 
 
 def _integers(report: Report) -> Iterator[Fact]:
@@ -178,7 +202,8 @@ def reading(nbytes: int, seconds: float) -> tuple[str, str]:
 
 def columns(report: Report) -> Iterator[Column]:
     """Yield the table of checkpoints, whose rows are the inputs, by its columns."""
-    inputs, outputs = report.inputs, report.outputs
+    order, outputs = in_order(report), report.outputs
+    inputs = [report.inputs[i] for i in order]
     names = (entry.path + " (base)" * (entry.path == report.base) for entry in inputs)
     yield Column("checkpoint", tuple(names))
     yield Column("format", tuple(entry.format for entry in inputs))
@@ -193,12 +218,13 @@ def columns(report: Report) -> Iterator[Column]:
             yield Column(key, tuple(cells))
     for output in outputs if len(outputs) <= _MOST_WEIGHTS else ():
         title = "weight" if len(outputs) == 1 else f"in {output.path}"
-        yield Column(title, tuple(f"{weight:.4g}" for weight in output.weights))
+        yield Column(title, tuple(f"{output.weights[i]:.4g}" for i in order))
     for title, figures in (("agrees", report.agreement), ("from base", report.centred)):
         if figures is not None:
             # Figures are those of the averaged inputs, in their order. A path may come twice.
             each = iter(zip(figures.each, figures.errors, strict=True))
-            ones = tuple(next(each) if entry.averaged else (None, 0.0) for entry in inputs)
+            known = [next(each) if entry.averaged else (None, 0.0) for entry in report.inputs]
+            ones = tuple(known[i] for i in order)
             cells = ("" if mean is None else f"{mean:.3f}" for mean, _ in ones)
             yield Column(title, tuple(cells), ones)
 
@@ -206,17 +232,30 @@ def columns(report: Report) -> Iterator[Column]:
 def lines(report: Report) -> Iterator[str]:
     """Yield the report, a line at a time. Names in it may hold controls: see `printable`."""
     yield headline(report)
-    # After a merge, candidates that were all taken would only repeat what was named.
-    if report.result is None or len(report.candidates) > len(report.averaged):
-        for line in aligned([_candidate(*pair) for pair in report.candidates]):
-            yield f"  {line}"
-    weights = weights_of(report, 0)
-    if len(report.outputs) == 1 and len(set(weights)) > 1:
-        yield f"  weights {', '.join(weights)}"
+    yield from _chosen(report)
     for fact in facts(report):
         yield f"  {fact.label}{':' * (fact.label in _COLON)} {fact.value}"
         if fact.label == "agreement" and report.agreement is not None:
             yield from _bars(report.averaged, report.agreement.each)
+
+
+def _chosen(report: Report) -> Iterator[str]:
+    """Yield a line for each checkpoint with its weight, and for those left out with the reason."""
+    looked_at = [*report.candidates]
+    if not looked_at:
+        averaged = [entry for entry in report.inputs if entry.averaged]
+        looked_at = [(Candidate(Path(entry.path)), entry.weight) for entry in averaged]
+    chosen = [_candidate(*pair) for pair in looked_at if pair[0].chosen]
+    left = [_candidate(*pair) for pair in looked_at if not pair[0].chosen]
+    blank = [""] * (len(KNOWN) + 2)
+    rows = shortened(chosen, lambda more: ["", f"... {more:,} more ...", *blank])
+    counts = Counter(row[-1].partition(":")[0] for row in left)
+    if not left:  # then it goes without saying which are chosen, and why
+        rows = [row[1:-1] for row in rows]
+    for line in aligned([*rows, *(left if len(left) <= MOST_ROWS else ())]):
+        yield f"  {line}"
+    for why, count in counts.most_common() if len(left) > MOST_ROWS else ():
+        yield f"  - {count:,} more: {why}"
 
 
 def _candidate(one: Candidate, weight: float | None) -> list[str]:
@@ -245,8 +284,10 @@ def markdown(report: Report) -> str:
     table = [column for column in columns(report) if column.title != "format"]
     written = [("written", report.outputs[0].path)] if len(report.outputs) == 1 else []
     told = written + [(fact.label, fact.value) for fact in facts(report)]
-    rows = ([column.title for column in table], *zip(*(one.cells for one in table), strict=True))
-    return section(f"{counted(len(report.averaged), 'checkpoint')} averaged", told, rows)
+    cells = [[*row] for row in zip(*(column.cells for column in table), strict=True)]
+    rows = shortened(cells, lambda more: [f"... {more:,} more ...", *[""] * (len(table) - 1)])
+    head = [column.title for column in table]
+    return section(f"{counted(len(report.averaged), 'checkpoint')} averaged", told, [head, *rows])
 
 
 def section(title: str, told: Iterable[tuple[str, str]], rows: Sequence[Sequence[str]] = ()) -> str:

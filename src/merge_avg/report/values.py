@@ -150,7 +150,13 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         threads=job.budget.threads,
         memory=job.budget.nbytes,
         policies={key: getattr(job.options, key) for key in REPORTED},
-        notes=(*notes, *aligned.notes, *job.notes, *_notes(job, result, used)),
+        notes=(
+            *_template(job, choice),
+            *notes,
+            *aligned.notes,
+            *job.notes,
+            *_notes(job, result, used),
+        ),
         warnings=plan.warnings if result is None else result.warnings,
         candidates=tuple((one, weights.get(str(one.path))) for one in candidates),
         agreement=None if result is None else result.agreement,
@@ -178,6 +184,12 @@ def _inputs(
             hash=f"{digests[number]:032x}" if digests and number in averaged else None,
             **{key: getattr(chosen.get(layout.path), key, None) for key in KNOWN},
         )
+
+
+def _template(job: Job, choice: Choice | None) -> Iterator[str]:
+    newest = None if choice is None else choice.newest(choice.paths)
+    if newest is not None and job.options.template == newest and job.layout.whole:
+        yield f"{newest} is the template, as the newest"
 
 
 def _notes(job: Job, result: Result | None, used: Sequence[tuple[Name, str]]) -> Iterator[str]:

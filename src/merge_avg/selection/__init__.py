@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from merge_avg.selection._choose import Choice, choose, expand
+from merge_avg.selection._choose import Choice, choose, expand, refuse_place, refuse_trivial
 from merge_avg.selection._criteria import Candidate
 from merge_avg.selection._metadata import read_metadata
 
-__all__ = ["Candidate", "Choice", "choose", "expand", "read_metadata"]
+__all__ = [
+    "NAMED",
+    "Candidate",
+    "Choice",
+    "choose",
+    "expand",
+    "read_metadata",
+    "refuse_place",
+    "refuse_trivial",
+]

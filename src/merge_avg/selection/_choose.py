@@ -9,39 +9,49 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from merge_avg.checkpoint import Layout
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
 from merge_avg.io import TEMPORARY
-from merge_avg.options import Criteria, Mode, Series, Weight, Weighting
+from merge_avg.options import Criteria, Location, Mode, Options, Series, Weight, Weighting
 from merge_avg.selection._copies import sum_of
 from merge_avg.selection._criteria import (
     NAMED,
+    Age,
     Candidate,
+    age_of,
     by_age,
     check,
     natural,
     pick,
+    refuse_unordered,
     without_copies,
 )
 from merge_avg.selection._logs import Log, read_log
 from merge_avg.selection._metadata import STATE, read_metadata
 from merge_avg.selection._names import CLOCKS, is_average, read_names
-from merge_avg.selection._schemes import phema, resolve
+from merge_avg.selection._schemes import exponent, phema, resolve
 
 # A layout takes about 500 bytes for each tensor: those kept take 32 MiB. A run of many large
 # checkpoints must not fill the memory with layouts of which few are used.
 _MOST_TENSORS = 1 << 16
+_MOST_LISTED = 8
 # States of a training beside the checkpoints of a run, by torch, Accelerate and transformers.
 _BESIDE = re.compile(r"(?i)optimizer|scheduler|scaler|rng_state|random_states|training_args")
+# Why averages are left out where there are other checkpoints.
+_OURS = "an earlier output of merge-avg"
+_AVERAGE = "an average of other checkpoints, by its name"
 # Folders of a run that hold checkpoints: Lightning's, those of many, and one for each fold.
 _FOLDERS = re.compile(r"(?i)checkpoints?|ckpts?|(fold|version)[-_]?\d+|lightning_logs")
 _FOLD = re.compile(r"(?i)fold")
+
+Found = Literal["name", "pattern", "run"]  # how a checkpoint came to be looked at
 
 
 @dataclass(frozen=True)
@@ -50,22 +60,47 @@ class Choice:
 
     paths: tuple[Path, ...]
     outputs: dict[Path, tuple[Weight, ...]]  # with a weight for each of the `paths`
-    candidates: tuple[Candidate, ...]  # all looked at; empty where the user named each checkpoint
+    # All looked at; empty where the user named each checkpoint, and none tells anything.
+    candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]  # for the user, one sentence each
-    layouts: Mapping[Path, Layout] = field(default_factory=dict)  # of those scanned and kept
+    ages: Mapping[Path, Age] = field(default_factory=dict)  # of those that tell a step or epoch
+    # Layouts of those scanned and kept, and of others without their archives: see `prepare`.
+    scanned: tuple[Mapping[Path, Layout], ...] = ({}, {})
+
+    def newest(self, paths: Iterable[Path]) -> Path | None:
+        """Return the newest of some of the paths, if one of them tells its age."""
+        # Of several of the same age, as folds are, `max` takes the first.
+        return max(
+            (one for one in paths if one in self.ages), key=self.ages.__getitem__, default=None
+        )
+
+    def templated(self, options: Options, paths: Iterable[Path] | None = None) -> Options:
+        """Return options by which the newest of the paths is the template, where none is named."""
+        newest = self.newest(self.paths if paths is None else paths)
+        named = options.template is not None or newest is None
+        return options if named else replace(options, template=newest)
 
 
 class _Layouts(dict[Path, Layout]):
     """The layouts scanned last, so that planning need not scan the chosen checkpoints again."""
 
-    tensors = 0
+    def __init__(self, *, every: bool) -> None:
+        self.every = every  # whether nearly all of them will be chosen
+        self.tensors = 0
+        self.sources: dict[Path, Layout] = {}
 
     def __missing__(self, path: Path) -> Layout:
+        if path in self.sources:
+            return self.sources[path]
         layout = self[path] = scan(path)
         self.tensors += len(layout.tensors)
         # The oldest goes first: it is mostly the last checkpoints of a run that are chosen.
         while self.tensors > _MOST_TENSORS:
-            self.tensors -= len(self.pop(next(iter(self))).tensors)
+            oldest = next(iter(self))
+            gone = self.pop(oldest)
+            self.tensors -= len(gone.tensors)
+            if self.every:  # the plan will hold it in any case
+                self.sources[oldest] = gone.source
         return layout
 
 
@@ -75,38 +110,111 @@ def choose(
     criteria: Criteria,
     series: Series,
     weighting: Weighting,
+    *,
+    listed: bool = False,
 ) -> Choice:
     """Choose checkpoints, and their weights in each average.
 
     UsageError where options do not fit each other, or a metric has no direction; MergeError where
-    there are fewer checkpoints than asked for, or one does not say what is needed.
+    there are fewer checkpoints than asked for, or one does not say what is needed. Numbers as
+    weights belong to the arguments in the order in which these are `listed`.
     """
+    if not arguments:
+        raise UsageError("there are no checkpoints to average", hint="name at least one")
+    _check(criteria, series, weighting)
+    layouts = _Layouts(every=criteria.empty)
+    numbers = weighting.weights
+    listed = listed or numbers is not None
+    places = expand(arguments, runs=not criteria.empty)
+    if numbers is not None and all(how != "run" for *_, how in places):
+        _refuse_count(len(numbers), len(places))  # before 0.7 0.3 is looked for as a checkpoint
+    candidates, notes, mode = _select(places, output, criteria, layouts, listed=listed)
+    chosen = [one for one in candidates if one.chosen]
+    paths = tuple(one.path for one in chosen)
+    if numbers is not None:
+        _refuse_count(len(numbers), len(paths))
+    age = age_of(chosen)
+    order = [number for number, _ in sorted(enumerate(chosen), key=lambda one: age(one[1]))]
+    if numbers is not None and len(set(numbers)) > 1 and order != list(range(len(paths))):
+        names = named([path.name for path in paths], _MOST_LISTED)
+        notes.append(f"the weights are in the order of the arguments, not by age: {names}")
+    if weighting.scheme and weighting.scheme not in ("uniform", "metric"):
+        refuse_unordered(chosen, f"--weighting {weighting.scheme}")
+    elif series.prefixes:
+        refuse_unordered(chosen, "--prefixes")
+
+    # Each average of a series is weighted on its own: the oldest of *its* checkpoints is the first.
+    def weigh(numbered: Sequence[int]) -> Sequence[Weight]:
+        if numbers is not None:
+            return [numbers[index] for index in numbered]
+        if weighting.sigma is not None:
+            return phema([_snapshot(layouts[paths[index]]) for index in numbered], weighting.sigma)
+        metrics = [chosen[index].metric for index in numbered]
+        return resolve(weighting.scheme or "uniform", len(numbered), metrics, mode or criteria.mode)
+
+    table = outputs(output, members(paths, series, order), len(paths), weigh)
+    # A table of checkpoints that were all named, and say nothing, would only repeat their names.
+    plain = all(one.chosen and one.step is one.epoch is one.metric is None for one in candidates)
+    kept = {path: layouts[path] for path in paths if path in layouts}
+    said = () if plain else tuple(candidates)
+    # 1.pt and 2.pt may be folds: what is only guessed makes no template.
+    sure = [one for one in chosen if one.said.timed and (one.said.counted or not one.said.guessed)]
+    ages = {one.path: age(one) for one in sure}
+    return Choice(paths, table, said, tuple(notes), ages, (kept, layouts.sources))
+
+
+def _refuse_count(weights: int, checkpoints: int) -> None:
+    if weights != checkpoints:
+        counts = f"{weights} weights for {checkpoints} checkpoints"
+        raise UsageError(counts, hint="give one weight a checkpoint, as in -w 0.7,0.3")
+
+
+def _check(criteria: Criteria, series: Series, weighting: Weighting) -> None:
+    """Raise UsageError, before anything is read, for options that exclude each other or are odd."""
     asked = [weighting.weights, weighting.scheme, weighting.sigma]
     if sum(one is not None for one in asked) > 1:
         what = "--weights, --weighting and --phema exclude each other"
         raise UsageError(what, hint="give one of them")
-    layouts = _Layouts()
-    candidates, notes, mode = _select(arguments, output, criteria, layouts)
-    paths = tuple(one.path for one in candidates if one.chosen)
-    if weighting.weights is not None and len(weighting.weights) != len(paths):
-        counts = f"{len(weighting.weights)} weights for {len(paths)} checkpoints"
-        raise UsageError(counts, hint="give one weight a checkpoint, as in -w 0.7,0.3")
+    check(criteria)
+    if sum([series.leave_one_out, series.prefixes, len(series.lasts) > 1]) > 1:
+        what = "--leave-one-out, --prefixes and a second --last exclude each other"
+        raise UsageError(what, hint="run them one after the other")
+    decided = criteria.best is not None or criteria.one_best_per_fold
+    if weighting.scheme == "metric" and criteria.metric is None and not decided:
+        hint = "name it, as in --metric val_loss"
+        raise UsageError("weights by a metric need one", hint=hint)
+    if not decided and weighting.scheme != "metric":
+        idle = {"metric": criteria.metric, "mode": criteria.mode, "metrics": criteria.metrics_file}
+        for name in (name for name, value in idle.items() if value is not None):
+            hint = "add --best N, --one-best-per-fold or --weighting metric, or leave it out"
+            raise UsageError(f"--{name} decides nothing", hint=hint)
+    if weighting.scheme is not None:
+        resolve(weighting.scheme, 2, (1.0, 1.0), "max")
+    if weighting.sigma is not None:
+        exponent(weighting.sigma)
 
-    # Each average of a series is weighted on its own: the oldest of *its* checkpoints is the first.
-    def weigh(chosen: Sequence[int]) -> Sequence[Weight]:
-        if weighting.weights is not None:
-            return [weighting.weights[index] for index in chosen]
-        if weighting.sigma is not None:
-            return phema([_snapshot(layouts[paths[index]]) for index in chosen], weighting.sigma)
-        # The chosen checkpoints are the first of the candidates, in the order of `paths`.
-        metrics = [candidates[index].metric for index in chosen]
-        return resolve(weighting.scheme or "uniform", len(chosen), metrics, mode or criteria.mode)
 
-    table = outputs(output, members(paths, series), len(paths), weigh)
-    # A table of checkpoints that were all named, and say nothing, would only repeat their names.
-    plain = all(one.chosen and one.step is one.epoch is one.metric is None for one in candidates)
-    kept = {path: layouts[path] for path in paths if path in layouts}
-    return Choice(paths, table, () if plain else tuple(candidates), tuple(notes), kept)
+def refuse_trivial(choice: Choice) -> None:
+    """Raise MergeError where there is nothing to average: a mean of one checkpoint."""
+    if len(choice.paths) == 1:
+        left = [f"{one.path.name} is {one.why}" for one in choice.candidates if not one.chosen]
+        why = f": {left[0]}" if len(left) == 1 else f": {len(left):,} are left out" if left else ""
+        hint = "name more, or allow it with --allow-trivial"
+        raise MergeError(f"it is the only checkpoint{why}", where=choice.paths[0], hint=hint)
+
+
+def refuse_place(output: Location, choice: Choice, options: Options) -> None:
+    """Raise UsageError for an output that cannot be meant: stdout, or a folder for a file."""
+    text = os.fspath(output)
+    if text == "-":
+        raise UsageError("an output is not written to stdout", hint="name a file, or ./- for this")
+    folder = options.max_shard_size is not None or choice.paths[0].is_dir()
+    if text.endswith(("/", os.sep)) and not folder:
+        hint = f"name a file in it, as in {text}merged{choice.paths[0].suffix}"
+        raise UsageError(f"{text} is a directory, and the average is a file", hint=hint)
+    if any("{name}" in str(path) for path in choice.outputs):
+        hint = "{name} tells several averages apart, as of --leave-one-out; choose another name"
+        raise UsageError("one average has no {name}", hint=hint)
 
 
 def _snapshot(layout: Layout) -> tuple[float, float]:
@@ -120,59 +228,61 @@ def _snapshot(layout: Layout) -> tuple[float, float]:
 
 
 def _select(
-    arguments: Sequence[str | os.PathLike[str]], output: Path, criteria: Criteria, layouts: _Layouts
+    places: Sequence[tuple[Path, list[Path], Found]],
+    output: Path,
+    criteria: Criteria,
+    layouts: _Layouts,
+    *,
+    listed: bool,
 ) -> tuple[list[Candidate], list[str], Mode | None]:
     """Return all candidates, the chosen ones first; notes; and the direction of the metric.
 
-    What is named one by one is all taken, in its order, where nothing else is asked for. What is
-    found in a run's directory or by a pattern is sorted by step, epoch and name; copies of one
-    checkpoint count once, and neither earlier outputs nor the `output` of this merge count.
+    The chosen ones come in the order of the arguments, but sorted by age where these stand for many
+    or not all are wanted. Copies of one checkpoint count once, and averages do not count, unless
+    weights are `listed`.
     """
-    check(criteria)
-    # Several directories with nothing else asked for are checkpoints, whatever is in them.
-    runs = not criteria.empty or len(arguments) == 1
-    try:
-        places = [(Path(place), *expand(Path(place), runs=runs)) for place in arguments]
-    except OSError as error:
-        raise MergeError(error.strerror or str(error), where=error.filename) from None
-    if criteria.empty and not any(many for _, _, many in places):
-        return [Candidate(path) for _, paths, _ in places for path in paths], [], None
     log = Log() if criteria.metrics_file is None else read_log(criteria.metrics_file)
     # Only the user knows what a number counts that no word explains.
     clocks = [kind for kind in CLOCKS if getattr(criteria, f"{kind}s") is not None]
     everything = [path for _, paths, _ in places for path in paths]
     names = read_names(everything, clocks[0] if len(clocks) == 1 else None)
     seen: list[Candidate] = []
-    for place, paths, many in places:
+    for number, (place, paths, how) in enumerate(places):
         for path in paths:
-            fold = _fold_of(path, place if many else path.parent)
-            one = Candidate(path, name=names[path], fold=fold)
+            fold = _fold_of(path, path.parent if how == "name" else place)
+            one = Candidate(path, name=names[path], fold=fold, listed=number)
             try:
                 one = _read(one, layouts, log)
             except MergeError as error:
-                if not many or isinstance(error.__context__, PermissionError):  # it may be one
+                denied = isinstance(error.__context__, PermissionError)  # it may be one
+                if how == "name" or denied:
                     raise
                 # A run holds other files too. Only what the user named has to be a checkpoint.
                 seen.append(one.left(f"no checkpoint: {error.what}"))
                 continue
-            if one.said.ours or (output.exists() and path.samefile(output)):
-                one = one.left("an earlier output of merge-avg")
-            elif is_average(path):
-                one = replace(one, why="an average of other checkpoints, by its name")
-            seen.append(one if many or one.rough is not None else replace(one, why=NAMED))
+            if one.said.ours and not listed and output.exists() and path.samefile(output):
+                one = one.left(_OURS)
+            elif (one.said.ours or is_average(path)) and not (listed and how != "run"):
+                one = replace(one, why=_OURS if one.said.ours else _AVERAGE)
+            seen.append(one if how != "name" or one.rough is not None else replace(one, why=NAMED))
     # Where there is nothing but averages, or what only --key can name, it is what is asked for.
     sure = any(one.chosen and one.why == NAMED for one in seen)
     found = [one for one in seen if one.chosen and (one.why == NAMED or not sure)]
     left = [one.left(one.why) for one in seen if not one.chosen or (sure and one.why != NAMED)]
-    found, notes = without_copies(
-        found, lambda path: sum_of(layouts[path]), left, per_fold=criteria.one_best_per_fold
+    reasons = {why: [one.path for one in left if one.why == why] for why in (_OURS, _AVERAGE)}
+    notes = [f"left out {named(paths)}: {why}" for why, paths in reasons.items() if paths]
+    found, copies = without_copies(
+        found, lambda path: sum_of(layouts[path]), left, criteria, listed=listed
     )
     if not found:
-        listed = named([str(one.path) for one in left]) if left else "nothing"
-        where = Path(arguments[0]) if arguments else None
-        raise MergeError(f"no checkpoint to average; found {listed}", where=where)
-    chosen, mode, more = pick(found, criteria, left)
-    return [*chosen, *by_age(left)], [*notes, *more], mode
+        told = named([f"{one.path} ({one.why})" for one in left]) if left else "nothing"
+        where = places[0][0] if places else None
+        raise MergeError(f"no checkpoint to average; found {told}", where=where)
+    named_all = criteria.empty and all(how == "name" for *_, how in places)
+    chosen, mode, more = pick(found, criteria, left, mixed=named_all)
+    if criteria.empty:
+        chosen.sort(key=lambda one: one.listed)  # of a run, the oldest still comes first
+    return [*chosen, *by_age(left)], [*notes, *copies, *more], mode
 
 
 def _read(one: Candidate, layouts: _Layouts, log: Log) -> Candidate:
@@ -195,26 +305,45 @@ def _fold_of(path: Path, run: Path) -> Path:
     return next((one for one in (*below, *path.parents) if _FOLD.match(one.name)), run)
 
 
-def expand(place: Path, *, runs: bool) -> tuple[list[Path], bool]:
-    """Return the checkpoints that an argument stands for, and whether it may stand for many.
+def expand(
+    arguments: Iterable[str | os.PathLike[str]], *, runs: bool = False
+) -> list[tuple[Path, list[Path], Found]]:
+    """Return the places that arguments stand for, the checkpoints of each, and how it was found.
 
-    With `runs` a directory may be a run, and otherwise is one checkpoint.
+    What a pattern matches are places of their own, in the order in which a shell lists them. A
+    directory is a run if it is the only place, or if all may be `runs`; otherwise several
+    directories are checkpoints, whatever is in them.
     """
+    try:
+        places = [(one, found) for argument in arguments for one, found in _matched(Path(argument))]
+        runs = runs or len(places) == 1
+        return [_expanded(place, found, runs=runs) for place, found in places]
+    except OSError as error:
+        raise MergeError(error.strerror or str(error), where=error.filename) from None
+
+
+def _matched(place: Path) -> Iterator[tuple[Path, Found]]:
     # A file may be called a[1].pt: only what does not exist is a pattern.
-    if not os.path.lexists(place) and glob.has_magic(str(place)):
-        paths = sorted(_matching(place), key=lambda path: natural(str(path)))
-        _refuse_unlisted(place.parts)
-        if not paths:
-            raise MergeError("no file matches the pattern", where=place)
-        return paths, True
+    if os.path.lexists(place) or not glob.has_magic(str(place)):
+        yield place, "name"
+        return
+    paths = sorted(_matching(place))
+    _refuse_unlisted(place.parts)
+    if not paths:
+        raise MergeError("no file matches the pattern", where=place)
+    for path in paths:
+        yield path, "pattern"
+
+
+def _expanded(place: Path, found: Found, *, runs: bool) -> tuple[Path, list[Path], Found]:
     if runs and place.is_dir():
         # A Trainer's folder may hold its final model beside checkpoint-N/. As a run it stands for
         # these folders; the files of the final model are not checkpoints of their own.
         whole = is_one(place)
-        found = [path for path in _of_run(place) if path.is_dir() or not whole]
-        if found and not (whole and of_a_run(place.name)):
-            return sorted(found, key=lambda path: natural(str(path))), True
-    return [place], False
+        inside = [path for path in _of_run(place) if path.is_dir() or not whole]
+        if inside and not (whole and of_a_run(place.name)):
+            return place, sorted(inside, key=lambda path: natural(str(path))), "run"
+    return place, [place], found
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -249,18 +378,20 @@ def _of_run(folder: Path) -> Iterator[Path]:
 # Several averages of the same checkpoints: which go into each, and what it is called.
 
 
-def members(checkpoints: Sequence[Path], series: Series) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of the checkpoints, the oldest first, in each average, by its name."""
-    if sum([series.leave_one_out, series.prefixes, len(series.lasts) > 1]) > 1:
-        what = "--leave-one-out, --prefixes and a second --last exclude each other"
-        raise UsageError(what, hint="run them one after the other")
+def members(
+    checkpoints: Sequence[Path], series: Series, order: Sequence[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the checkpoints in each average, by its name.
+
+    They come in an `order`, which is that of the checkpoints or has the oldest first.
+    """
     count = len(checkpoints)
     if series.several and count < 2:
         raise UsageError("several averages need at least two checkpoints", hint="name more of them")
-    everything = tuple(range(count))
+    everything = tuple(order or range(count))
     if series.leave_one_out:
         names = enumerate(distinct_names(checkpoints))
-        return {f"without-{name}": everything[:i] + everything[i + 1 :] for i, name in names}
+        return {f"without-{name}": tuple(k for k in everything if k != i) for i, name in names}
     if series.prefixes:
         return {f"first-{size}": everything[:size] for size in range(2, count + 1)}
     # A single --last is a criterion: the selection has seen to it.

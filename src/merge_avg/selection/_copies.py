@@ -15,14 +15,17 @@ _PIECE = 1 << 20
 # Small weights tell nearly all checkpoints apart, at the cost of a few reads while these are
 # scanned. Those that they do not are read whole, each once, so that many cost no more than a merge.
 _FEW, _SMALL = 256, 1 << 20  # tensors, bytes
+# Of others a rough sum takes in a piece of the middle of some: where small weights were frozen, or
+# too small a change was rounded away, they differ, and nothing has to be read whole.
+_SOME, _SHORT = 32, 1 << 12  # tensors, bytes
 
 
 def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
     """Return a number that is the same for checkpoints with the same weights, and for no others.
 
-    A `rough` one takes in only names, dtypes, shapes and the smallest weights. None stands for what
-    cannot be told, or takes more reading than four times all its bytes, as views may overlap.
-    MergeError where it holds no weights.
+    A `rough` one takes in only names, dtypes, shapes, the smallest weights and pieces of others.
+    None stands for what cannot be told, or takes more reading than four times all its bytes, as
+    views may overlap. MergeError where it holds no weights.
     """
     names = [(str(name).split("."), info) for name, info in assign(layout).weights.items()]
     # A state dict may be all there is or lie in {"model": ...}, and wrappers add to each name.
@@ -32,7 +35,10 @@ def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
     found: list[Hashable] = [(*name[cut:], info.dtype.name, info.shape) for name, info in names]
     weights = [info for _, info in names]
     if rough:
-        weights = sorted(weights, key=_span)[:_FEW]
+        weights.sort(key=_span)
+        some = weights[_FEW:] or [info for info in weights if _span(info) > _SHORT]
+        found += [_piece(layout, info) for info in some[:: len(some) // _SOME + 1]]
+        del weights[_FEW:]
     room = _SMALL if rough else 4 * layout.nbytes
     for info in weights:
         room -= _span(info)
@@ -61,6 +67,16 @@ def _content(layout: Layout, info: TensorInfo) -> tuple[object, ...]:
     ]
     plain = single and info.contiguous and _span(info) == storage.nbytes
     return tuple(sums), storage.swapped, () if plain else (start, info.stride)
+
+
+def _piece(layout: Layout, info: TensorInfo) -> int | None:
+    """Return the CRC-32 of a few bytes in the middle of a tensor, if it is plain there."""
+    storage, size = info.storage, info.dtype.itemsize
+    if storage.ranges != (storage,) or storage.coded or info.trouble:
+        return None
+    half = (info.stop - info.start) // 2
+    offset, nbytes = storage.offset + (info.start + half) * size, min(half * size, _SHORT)
+    return _read(layout, replace(storage, offset=offset, nbytes=nbytes, crc=None))
 
 
 def _read(layout: Layout, part: Storage) -> int:

@@ -26,6 +26,7 @@ def natural(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
+Age = tuple[int, int]
 NAMED = "named"  # why a candidate is one, where nothing speaks against it
 
 
@@ -42,10 +43,11 @@ class Candidate:
     said: Metadata = field(default_factory=Metadata)  # all that is known of it
     name: Metadata = field(default_factory=Metadata)  # of that, what its name says
     fold: Path = Path()  # the folder of its fold
+    listed: int = 0  # the number of the argument, or of what its pattern matched
     rough: int | None = None  # a rough sum of its weights
 
     @property
-    def moment(self) -> tuple[int, int]:
+    def moment(self) -> Age:
         """Return its epoch and step, -1 for what is not known."""
         return (-1 if self.epoch is None else self.epoch, -1 if self.step is None else self.step)
 
@@ -57,33 +59,62 @@ class Candidate:
 Found = list[Candidate]
 
 
-def by_age(found: Iterable[Candidate]) -> Found:
-    """Return candidates by step, epoch and name; those that tell neither number come last.
+def age_of(found: Iterable[Candidate]) -> Callable[[Candidate], Age]:
+    """Return what tells which of candidates is older: their steps, then their epochs.
 
     Epochs come first where steps are not known of all, or repeat, as they do within epochs.
     """
-    found = list(found)
     timed = [one for one in found if one.said.timed]
     steps = {one.step for one in timed}
     within = None in steps or len(steps) < len(timed)
     within &= all(one.epoch is not None for one in timed)
+    return lambda one: one.moment if within else one.moment[::-1]
 
-    def age(one: Candidate) -> tuple[object, ...]:
-        moment = one.moment if within else one.moment[::-1]
-        return not one.said.timed, moment, natural(str(one.path))
 
-    return sorted(found, key=age)
+def by_age(found: Iterable[Candidate]) -> Found:
+    """Return candidates by age, then as they are listed; those that do not tell it come last."""
+    found = list(found)
+    age = age_of(found)
+
+    def key(one: Candidate) -> tuple[object, ...]:
+        return not one.said.timed, age(one), one.listed, natural(str(one.path))
+
+    return sorted(found, key=key)
+
+
+def refuse_unordered(chosen: Found, what: str) -> None:
+    """Raise MergeError where it is not known which of the chosen ones is older than another."""
+    hint = "give weights with -w, in the order of the checkpoints"
+    kinds = [{one.path for one in chosen if getattr(one, clock) is None} for clock in CLOCKS]
+    if all(kinds):
+        unknown = next(one.path for one in chosen if any(one.path in kind for kind in kinds))
+        told = f"{what} goes by age, and its step or epoch is not known"
+        raise MergeError(told, where=unknown, hint=hint)
+    age = age_of(chosen)
+    for a, b in itertools.pairwise(by_age(chosen)):
+        if age(a) == age(b):
+            same = f"{what} goes by age, and {a.path} is of the same {_when(a)}"
+            raise MergeError(same, where=b.path, hint=hint)
 
 
 def without_copies(
-    found: Found, whole: Callable[[Path], int | None], left: Found, *, per_fold: bool = False
+    found: Found,
+    whole: Callable[[Path], int | None],
+    left: Found,
+    criteria: Criteria,
+    *,
+    listed: bool = False,
 ) -> tuple[Found, list[str]]:
     """Return each checkpoint once, the oldest first, and a note for each copy.
 
-    Those with the same rough sum of weights are told apart by the `whole` one.
+    Those with the same rough sum of weights are told apart by the `whole` one. A copy has another
+    name, such as last.ckpt. Two of one series, such as two folds, are a mistake, and so are two
+    arguments that tell no time: an error in a plain merge. Where weights are `listed`, every two
+    arguments are.
     """
     alike: dict[object, Found] = {}
     whole = functools.cache(whole)
+    counts = Counter(series(one.path) for one in found)
 
     def same(a: Candidate, b: Candidate) -> bool:
         # Two names that say different epochs are believed, and so are two files. A name may count
@@ -92,8 +123,11 @@ def without_copies(
         told = a.rough is not None and not apart and whole(a.path) is not None
         return a.path.samefile(b.path) or (told and whole(a.path) == whole(b.path))
 
+    def by_mistake(a: Candidate, b: Candidate) -> bool:
+        apart = a.listed != b.listed and (listed or not (a.said.timed or b.said.timed))
+        return criteria.empty and (apart or series(a.path) == series(b.path))
+
     notes = []
-    counts = Counter(series(one.path) for one in found)
 
     def rank(one: Candidate) -> tuple[bool, bool, int]:
         return one.name == Metadata(), not one.said.timed, -counts[series(one.path)]
@@ -101,12 +135,19 @@ def without_copies(
     # Of a checkpoint and its copies last.ckpt and best_epoch_3.pth, the one that is named like the
     # others is kept: it may be the template.
     for one in sorted(found, key=rank):
-        others = alike.setdefault((one.rough, one.fold if per_fold else None), [])
+        group = one.fold if criteria.one_best_per_fold else None
+        others = alike.setdefault((one.rough, group), [])
         at = next((at for at, other in enumerate(others) if same(one, other)), None)
-        if at is None:
+        if at is None or (by_mistake(one, others[at]) and criteria.allow_trivial):
             others.append(one)
             continue
         twin, why = others[at], f"a copy of {others[at].path.name}"
+        if by_mistake(one, twin):
+            what = f"it has the weights of {twin.path}"
+            if one.path == twin.path:
+                what = "it is named twice"
+            hint = "leave one out, or count both with --allow-trivial"
+            raise MergeError(what, where=one.path, hint=hint)
         left.append(one.left(why))
         notes.append(f"{one.path} is {why} and is counted once")
         # checkpoint_best_bleu_27.5.pt tells what checkpoint12.pt does not.
@@ -186,6 +227,10 @@ def _told(found: Found, name: str, left: Found) -> Found:
     return _keep(found, told, f"its {name} is not known", left)
 
 
+def _when(one: Candidate) -> str:
+    return f"step {one.step}" if one.epoch is None else f"epoch {one.epoch}"
+
+
 def _twins(found: Found) -> Iterator[tuple[Candidate, Candidate]]:
     """Yield pairs of checkpoints of one run, and of the same step or epoch."""
     ordered = sorted(found, key=lambda one: (str(one.fold), one.moment))
@@ -218,9 +263,12 @@ def _doubts(chosen: Found) -> Iterator[str]:
             a, b = gaps[0]
             yield f"there is a gap between {clock} {a} and {clock} {b} of those chosen"
             break
-    for x, y in itertools.islice(_twins(chosen), 1):
-        when = f"step {x.step}" if x.epoch is None else f"epoch {x.epoch}"
-        yield f"{x.path.name} and {y.path.name} are both of {when}, with other weights"
+    for x, y in _twins(chosen):
+        # Names of one series that tell no time tell something else, such as folds.
+        if series(x.path) != series(y.path) or x.name.timed:
+            when = _when(x)
+            yield f"{x.path.name} and {y.path.name} are both of {when}, with other weights"
+            break
     mute = [one.path.name for one in chosen if not one.said.timed and one.metric is None]
     if 0 < len(mute) < len(chosen):
         yield f"{named(mute)} tells no step or epoch, unlike the others; it counts all the same"
@@ -265,15 +313,21 @@ def _value(metrics: Mapping[str, float], metric: str) -> float | None:
     return next((metrics[alike[0]] for alike in (same, ending) if len(alike) == 1), None)
 
 
-def pick(found: Found, criteria: Criteria, left: Found) -> tuple[Found, Mode | None, list[str]]:
-    """Return those asked for of candidates by age, the direction of the metric, and notes."""
+def pick(
+    found: Found, criteria: Criteria, left: Found, *, mixed: bool = False
+) -> tuple[Found, Mode | None, list[str]]:
+    """Return those asked for of candidates by age, the direction of the metric, and notes.
+
+    They may be of `mixed` series where the user named each.
+    """
     found = _within(found, criteria, left)
     metric, mode = _deciding({name for one in found for name in one.said.metrics}, criteria)
     notes = []
     if metric is not None:
         found = [replace(one, metric=_value(one.said.metrics, metric)) for one in found]
         notes.append(f"best is the {'lowest' if mode == 'min' else 'highest'} {metric}")
-    _refuse_mixture([one for one in found if metric is None or one.metric is not None])
+    if not mixed:
+        _refuse_mixture([one for one in found if metric is None or one.metric is not None])
     if criteria.one_best_per_fold:
         chosen = []
         for fold in dict.fromkeys(one.fold for one in found):

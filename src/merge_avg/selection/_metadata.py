@@ -48,6 +48,7 @@ def read_metadata(layout: Layout, name: Metadata | None = None) -> Metadata:
         name.sigma,
         any(key == PROVENANCE for key, _ in layout.metadata),
         counted=inside.timed or state.timed,
+        guessed=name.guessed,
     )
 
 

@@ -60,6 +60,7 @@ class Metadata:
     sigma: float | None = None  # the relative width of a stored power-function EMA
     ours: bool = False  # the output of an earlier merge
     counted: bool = False  # whether step or epoch are told by more than its name
+    guessed: bool = False  # whether its name tells them without a word, as the number that varies
 
     @property
     def timed(self) -> bool:
@@ -115,12 +116,14 @@ def _read(run: Sequence[Path], clock: Clock | None) -> Iterator[tuple[Path, Meta
     unnamed = [n for n in those("", "weak") if all(map(str.isdecimal, columns[n]))]
     free = [n for n in unnamed if varying[n] and not moving]
     weak = [n for n in unnamed if labels[n][0] == "weak" and (varying[n] or not any(varying))]
+    guessed = False
     for n in free if len(free) == 1 else weak if len(weak) == 1 and "epoch" not in counts else ():
         found = [*map(int, columns[n])]
         # Of detectron2 the steps count from zero: model_0004999.pth.
         rounded = max(found) >= 999 and all(one % 100 in (0, 99) for one in found)
         folders = n in weak and run[0].is_dir()
         counts["step" if folders else clock or ("step" if rounded else "epoch")] = n
+        guessed = clock is None
     for path, row in zip(run, rows, strict=True):
         step, epoch = (_whole(row[counts[kind]]) if kind in counts else None for kind in CLOCKS)
         pairs = zip(labels, row, strict=True)
@@ -128,7 +131,7 @@ def _read(run: Sequence[Path], clock: Clock | None) -> Iterator[tuple[Path, Meta
         if special := _SPECIAL.search(_stem(path)):
             step, epoch = int(special["step"]), int(special["epoch"]) if special["epoch"] else None
         sigma = float(special["sigma"]) if special and special["sigma"] else None
-        yield path, Metadata(step, epoch, metrics, sigma)
+        yield path, Metadata(step, epoch, metrics, sigma, guessed=guessed and not special)
 
 
 def _labels(stem: str, varying: Sequence[bool]) -> Iterator[tuple[str, str]]:

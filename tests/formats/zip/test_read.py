@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_avg import merge_checkpoints
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.io._reader import Reader
+from tests.helpers import merge_checkpoints
 
 DTYPES = [
     torch.float64,
