@@ -122,3 +122,15 @@ def sections(report):
 def rows_of(section):
     """The rows of the tables in a section, without their heads."""
     return [row.text for body in section.all("tbody") for row in body.all("tr")]
+
+
+def contrast(one, other):
+    """The ratio of two colours' luminances as WCAG 2 has it, from 1 to 21."""
+
+    def luminance(colour):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)

@@ -96,11 +96,14 @@ def test_axe_finds_nothing(tmp_path, width, dark):
     axe = (Path(AXE.origin).parent / "axe.min.js").read_text()
     paths = relatives(tmp_path)
     strangers = [{f"{i}.w": noise(9 * n + i, 40, 40) for i in range(3)} for n in range(3)]
+    endless = [f"{n}{'x' * 200}.pt" for n in range(2)]
     for number, report in enumerate(
         [
             report_of(paths, tmp_path / "o.pt", base=tmp_path / "base.pt"),
             report_of(save(tmp_path, *strangers), tmp_path / "o.pt"),
-            report_of(paths[:1], tmp_path / "o.pt"),
+            report_of(
+                relatives(tmp_path, 2, endless), tmp_path / "o.pt", base=tmp_path / endless[0]
+            ),
         ]
     ):
         text = scripted(

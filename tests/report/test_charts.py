@@ -3,8 +3,11 @@
 import re
 from html import unescape
 
+from matplotlib.colors import to_hex
+
 from merge_avg.agreement import TensorAgreement
 from merge_avg.report._charts import distances, heat_map, layers, svg
+from tests.report.helpers import contrast
 
 
 def tensor(name, norm, *distances):
@@ -49,6 +52,18 @@ def test_a_heat_map_has_its_numbers():
     assert texts(svg(heat_map, many, range(1, 14))).count("0.90") <= 1  # of the scale
 
 
+def test_numbers_can_be_read_on_their_cells():
+    """On each colour of the scale, black or white has a contrast of 4.5 or more."""
+    pairs = [[(12 * i + j) / 144 for j in range(12)] for i in range(12)]
+    axes = heat_map(pairs, range(1, 13)).axes[0]
+    (image,) = axes.images
+    assert len(axes.texts) == 144
+    for text in axes.texts:
+        (j, i), colour = text.get_position(), {"black": "#000000", "white": "#ffffff"}
+        cell = to_hex(image.cmap(image.norm(pairs[i][j])))
+        assert contrast(colour[text.get_color()], cell) >= 4.5, cell
+
+
 def test_only_the_farthest_of_many_are_named():
     """Up to eight checkpoints have a line with a name; of more, the three farthest."""
     for count, title, named in [(8, "checkpoint", 8), (9, "farthest", 3)]:
@@ -57,6 +72,16 @@ def test_only_the_farthest_of_many_are_named():
         assert title in shown
         labels = [text for text in shown if text.startswith("#")]
         assert labels == [f"#{number}" for number in range(count - named + 1, count + 1)]
+
+
+def test_lines_differ_by_more_than_colour():
+    """Each line has a marker of its own, and at most some 50 of them."""
+    axes = distances([tensor(f"a.{n}.w", 1.0, *([0.5] * 8)) for n in range(99)], range(1, 9)).axes[
+        0
+    ]
+    markers = [line.get_marker() for line in axes.lines]
+    assert len(set(markers)) == 8
+    assert {line.get_markevery() for line in axes.lines} == {3}
 
 
 def test_pictures_are_the_same_each_time():

@@ -76,7 +76,13 @@ def test_ids_are_distinct_and_nothing_is_loaded(tmp_path):
     assert html.page(report) == text
 
 
-NASTY = ["<script>alert(1)</script>", "a\"onload='x'&amp;", "$\\frac{1}{2}$", "\x1b[31mé漢\udc80"]
+NASTY = [
+    "<script>alert(1)</script>",
+    "{{ 7 * 7 }}{% raw %}</style>",
+    "a\"onload='x'&amp;",
+    "$\\frac{1}{2}$",
+    "\x1b[31mé漢\udc80",
+]
 
 
 @pytest.mark.parametrize("nasty", NASTY)
@@ -120,14 +126,14 @@ def test_odd_numbers_of_everything(tmp_path):
 def test_what_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     """A page over an output, an input or an older page, elsewhere, or without what it needs."""
     paths = relatives(tmp_path)
-    job = prepare(paths, tmp_path / "o.html", Options())
+    job = prepare(paths, tmp_path / "o.pt", Options())
     old = tmp_path / "old.html"
     old.write_text("old")
     linked = tmp_path / "linked.html"
     linked.symlink_to(paths[0])
     html.refuse(tmp_path / "r.html", job)
     for path, kind, message in [
-        (tmp_path / "o.html", UsageError, "is the output"),
+        (tmp_path / "o.pt" / "r.html", UsageError, "is the output, or lies in it"),
         (tmp_path / "r.pt", UsageError, "another ending"),
         (linked, MergeError, "the output is the input"),
         (old, MergeError, "exists already"),

@@ -1,5 +1,6 @@
 """The page's words and structure: what a newcomer, a screen reader and a narrow screen need."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -12,7 +13,16 @@ import torch
 from merge_avg.agreement import Verdict
 from merge_avg.report import _charts, html
 from tests.helpers import noise
-from tests.report.helpers import Node, Tree, relatives, report_of, rows_of, save, sections
+from tests.report.helpers import (
+    Node,
+    Tree,
+    contrast,
+    relatives,
+    report_of,
+    rows_of,
+    save,
+    sections,
+)
 
 CSS = (Path(html.__file__).parent / "page.css").read_text()
 SVG = _charts.svg
@@ -83,17 +93,18 @@ def test_the_one_that_strays_is_named(tmp_path):
     paths = relatives(tmp_path)
     report = report_of(paths, tmp_path / "o.pt")
     found = sections(report)
-    (said,) = (one.text for one in found["outliers"].all("li"))
+    said, layers = (one.text for one in found["outliers"].all("li"))
+    assert layers == f"#4 {paths[3]} stands apart in 1 layer"
     assert said.startswith(f"#4 {paths[3]} agrees least: {report.agreement.each[3]:.3f}")
     (row,) = rows_of(found["outliers"])
     far = sorted(report.agreement.tensors[2].distances)
     assert row == f"2 | #4 {paths[3]} | {far[-1]:.3f} | {far[-2]:.3f}"
-    assert "which stand out" in found["verdict"].text
+    assert f"Outliers: {said}; {layers} (see What stands out)." in found["verdict"].text
     # Without it, nothing stands out.
     found = sections(report_of(paths[:3], tmp_path / "o.pt"))
     assert "No checkpoint stands apart" in found["outliers"].text
     assert not rows_of(found["outliers"])
-    assert "which stand out" not in found["verdict"].text
+    assert "Outliers" not in found["verdict"].text
     found = sections(report_of(paths[2:], tmp_path / "o.pt"))
     assert "Of two checkpoints neither can stand out" in found["outliers"].text
 
@@ -129,7 +140,7 @@ def test_groups_are_named(tmp_path):
         f"group 2 of 3: #2 {paths[1]}",
         f"group 3 of 3: #4 {paths[3]}",
     ]
-    assert f"group 2 of 3: #2 {paths[1]}" in found["verdict"].text
+    assert f"group 2 of 3: #2 {paths[1]}; group 3 of 3" in found["verdict"].text
     found = sections(report_of([paths[0], paths[1], paths[3]], tmp_path / "o.pt"))
     assert "no two checkpoints have anything in common" in found["outliers"].text
 
@@ -143,20 +154,38 @@ def test_the_norm_of_the_mean_is_explained(tmp_path):
     assert "0.500 is what 4 checkpoints with nothing in common have left" in said
 
 
-def test_steps_and_epochs_are_in_the_table(command, tmp_path):
-    """What checkpoints tell of their age has columns of its own."""
-    for step in (500, 1000):
-        state = {"w": noise(1, 40, 50) + noise(step, 40, 50) / 9}
+def test_checkpoints_are_numbered_by_age(command, tmp_path):
+    """Steps and epochs are in the table; all else has its order, whichever the template is."""
+    for step in (500, 1000, 1500, 2000):
+        state = {"w": noise(1, 40, 50) + noise(step, 40, 50) * (1 if step == 1000 else 0.1)}
         content = {"state_dict": state, "epoch": step // 100, "global_step": step}
-        torch.save(content, tmp_path / f"checkpoint-{step}.pt")
-    command("checkpoint-*.pt", "-o", "o.pt", "--report", "r.html")
-    root = Tree((tmp_path / "r.html").read_text()).root
-    (table,) = (one for one in root.all("section") if one.attributes["id"] == "checkpoints")
-    head = next(one.text for one in table.all("thead"))
-    assert "step" in head
-    assert "epoch" in head
-    assert any("500 | 5 |" in row for row in rows_of(table))
-    assert any("1000 | 10 |" in row for row in rows_of(table))
+        torch.save(content, tmp_path / f"{step:04}.pt")
+    command(
+        "*.pt", "-o", "o.pt", "--report", "r.html", "--weighting", "linear", "--base", "0500.pt"
+    )
+    text = (tmp_path / "r.html").read_text()
+    found = {one.attributes["id"]: one for one in Tree(text).root.all("section")}
+    table = next(found["checkpoints"].all("table"))
+    head = [one.text for one in table.all("th")]
+    assert head[:8] == ["#", "checkpoint", "format", "size", "step", "epoch", "weight", "agrees"]
+    rows = [row.split(" | ") for row in rows_of(table)]
+    assert [[row[at] for at in (0, 4, 5, 6)] for row in rows] == [
+        ["1", "500", "5", "0.1"],
+        ["2", "1000", "10", "0.2"],
+        ["3", "1500", "15", "0.3"],
+        ["4", "2000", "20", "0.4"],
+    ]
+    assert min(rows, key=lambda row: float(row[7])) == rows[1]
+    assert "#2 1000.pt agrees least" in found["outliers"].text
+    ((layer, stray, *_),) = (row.split(" | ") for row in rows_of(found["outliers"]))
+    assert (layer, stray) == ("state_dict", "#2 1000.pt")
+    assert rows_of(found["tensors"])[0].endswith(" (#2)")
+    (data,) = (one for one in found["json"].all("pre"))
+    described = json.loads(data.children[0])
+    assert described["inputs"][0]["path"] == described["template"] == "2000.pt"
+    hashes = {one["path"]: one["hash"] for one in described["inputs"]}
+    origin = [row.split(" | ") for row in rows_of(found["origin"])]
+    assert {row[1]: row[3] for row in origin[:4]} == hashes
 
 
 # Where it came from
@@ -364,18 +393,6 @@ def palettes():
         dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", text))
         for text in (light, dark.partition("} }")[0])
     ]
-
-
-def contrast(one, other):
-    """The ratio of two colours' luminances as WCAG 2 has it, from 1 to 21."""
-
-    def luminance(colour):
-        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
-        return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_colours_can_be_read():

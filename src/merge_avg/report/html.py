@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,8 +25,7 @@ from merge_avg.errors import MergeError, UsageError, WrittenError, named
 from merge_avg.formats import bounded
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
-from merge_avg.report import counted, printable, shown
-from merge_avg.report.text import columns, facts, least_agreeing, messages, precision, reading
+from merge_avg.report import counted, printable, shown, text
 from merge_avg.report.values import Report, as_json
 
 _LEAST = 20  # tensors in the table of those that agree least, and layers in that of outliers
@@ -92,23 +92,24 @@ def page(report: Report) -> str:
         # Whatever is not HTML already is text, perhaps of a stranger's.
         finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
     )
-    numbers = [number for number, entry in enumerate(report.inputs, 1) if entry.averaged]
-    values: dict[str, Any] = {}
-    if report.agreement is not None:
-        values = _compared(report, report.agreement, numbers)
-    if report.result is not None:
-        values |= _origin(report.result.job) | _tensors(report, report.result.job, numbers)
     # Without the figures of each tensor, of which there may be thousands.
     found = as_json(report)
     for figures in (agreement := found.get("agreement") or {}, agreement.get("centred") or {}):
         figures.pop("tensors", None)
     # Line by line, as `printable` would escape the ends of lines.
     data = json.dumps(found, allow_nan=False, indent=2).splitlines()
+    report = _ordered(report)
+    numbers = [number for number, entry in enumerate(report.inputs, 1) if entry.averaged]
+    values: dict[str, Any] = {}
+    if report.agreement is not None:
+        values = _compared(report, report.agreement, numbers)
+    if report.result is not None:
+        values |= _origin(report.result.job) | _tensors(report, report.result.job, numbers)
     # Lines that scroll by end with the warnings, and a page begins with them. What the verdict
     # warns of stands above them.
     verdict = report.verdict
     doubt = "" if verdict is None else f"{verdict.word}: {verdict.reason}"
-    said = [one for one in messages(report) if not (doubt and one.value.startswith(doubt))]
+    said = [one for one in text.messages(report) if not (doubt and one.value.startswith(doubt))]
     said.sort(key=lambda one: one.label != "warning")
     return environment.get_template("report.html.jinja").render(
         values,
@@ -119,41 +120,37 @@ def page(report: Report) -> str:
         version=__version__,
         counted=counted,
         zip=zip,
-        precise=_precise,
+        precise=lambda figures: text.precision(figures).replace("+-", "± "),
         enough=LEAST_AGREEMENT,
-        tiles=list(_tiles(report)),
         messages=said,
-        checkpoints=_checkpoints(report),
+        columns=text.columns(report),
+        cosine=_cosine,
+        reading=text.reading,
         done=_done(report),
         data=data,
     )
 
 
-def _tiles(report: Report) -> Iterator[tuple[str, str]]:
-    """Yield the headline figures, each with its label."""
-    agreement = report.agreement
-    if agreement is not None:
-        yield f"{agreement.mean:.3f}", f"agreement, {_precise(agreement)}"
-        if report.centred is not None:
-            yield f"{report.centred.mean:.3f}", f"from the base, {_precise(report.centred)}"
-        yield f"{agreement.shrinkage:.3f}", "norm of the mean over mean of the norms"
-    yield f"{report.tensors['averaged']:,}", "tensors averaged"
-    yield f"{report.parameters:,}", "parameters"
-    if report.result is not None:
-        size, how = reading(report.result.nbytes, report.result.seconds)
-        yield size, f"read {how}"
+def _ordered(report: Report) -> Report:
+    """Return the report with its inputs as they were chosen; in the job the template is first."""
+    order = text.in_order(report)
+    compared = [i for i, entry in enumerate(report.inputs) if entry.averaged]
+    places = [compared.index(i) for i in order if report.inputs[i].averaged]
 
+    def some(values: Any, chosen: Sequence[int] = places) -> Any:
+        return tuple([values[i] for i in chosen])
 
-def _precise(figures: Agreement) -> str:
-    return precision(figures).replace("+-", "± ")
+    def figures(found: Agreement | None) -> Agreement | None:
+        if found is None:
+            return None
+        pairs = some([some(row) for row in found.pairs])
+        tensors = tuple([replace(one, distances=some(one.distances)) for one in found.tensors])
+        moved: Any = {key: some(getattr(found, key)) for key in ("each", "errors", "norms")}
+        return replace(found, pairs=pairs, tensors=tensors, **moved)
 
-
-def _checkpoints(report: Report) -> dict[str, list[str]]:
-    """Return the columns of the table of checkpoints by their titles."""
-    return {
-        one.title: list(starmap(_cosine, one.cosines) if one.cosines else one.cells)
-        for one in columns(report)
-    }
+    outputs = tuple(replace(one, weights=some(one.weights, order)) for one in report.outputs)
+    moved: Any = {key: figures(getattr(report, key)) for key in ("agreement", "centred")}
+    return replace(report, inputs=some(report.inputs, order), outputs=outputs, **moved)
 
 
 def _cosine(mean: float | None, error: float) -> str:
@@ -178,8 +175,10 @@ def _compared(report: Report, agreement: Agreement, numbers: Sequence[int]) -> d
             figures = f"{most:.3f}", f"{next_one:.3f}"
             far.append((most, layer, names[row.index(most)], *figures))
     far.sort(key=lambda one: -one[0])
+    most_often = Counter(name for _, _, name, *_ in far).most_common(_NAMED)
+    strays = (f"{name} stands apart in {counted(n, 'layer')}" for name, n in most_often)
     least = []
-    for one in least_agreeing(agreement, _LEAST):
+    for one in text.least_agreeing(agreement, _LEAST):
         looked = "all" if one.elements == one.size else f"{one.elements:,}"
         cosine, distance = _figures(one, numbers)
         least.append((one.name, cosine, f"{one.size:,}", looked, distance))
@@ -189,9 +188,9 @@ def _compared(report: Report, agreement: Agreement, numbers: Sequence[int]) -> d
             name: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", picture)
             for name, picture in charts.items()
         },
-        "outliers": list(_outliers(agreement, names)),
+        "outliers": [*_outliers(agreement, names), *strays],
         "layers": [row for _, *row in far[:_LEAST]],
-        "more_layers": max(0, len(far) - _LEAST),
+        "odd_layers": len(far),
         "least": least,
     }
 
@@ -209,9 +208,9 @@ def _outliers(agreement: Agreement, names: Sequence[str]) -> Iterator[str]:
         yield "no two checkpoints have anything in common"
         return
     for number, group in enumerate(groups[:_NAMED], 1):
-        rest = len(group) - _NAMED
+        more = f" and {len(group) - _NAMED:,} more" if len(group) > _NAMED else ""
         members = ", ".join(names[i] for i in group[:_NAMED])
-        yield f"group {number} of {len(groups)}: {members}{f' and {rest:,} more' * (rest > 0)}"
+        yield f"group {number} of {len(groups)}: {members}{more}"
     known = sorted((mean, i) for i, mean in enumerate(agreement.each) if mean is not None)
     if len(known) > 2 and not groups and known[1][0] - known[0][0] >= _APART:
         (least, i), (others, _) = known[:2]
@@ -236,11 +235,11 @@ def _origin(job: Job) -> dict[str, Any]:
         path = os.path.join("." * (str(output.path)[0] == "-"), output.path)  # noqa: PTH118
         found.setdefault(inputs, []).append(shlex.quote(path))
     commands = [f"merge-avg verify {' '.join(paths)}{inputs}" for inputs, paths in found.items()]
-    return {"commands": commands, "more_commands": max(0, len(job.outputs) - _NAMED)}
+    return {"commands": commands, "more_commands": len(job.outputs[_NAMED:])}
 
 
 def _tensors(report: Report, job: Job, numbers: Sequence[int]) -> dict[str, Any]:
-    """Return rows of all tensors of the template's weights, in its order, and in parts."""
+    """Return rows of all tensors of the template's weights, in its order."""
     agreement, aligned = report.agreement, job.plan.aligned
     figures = {one.name: one for one in agreement.tensors} if agreement is not None else {}
     rows = []
@@ -251,21 +250,15 @@ def _tensors(report: Report, job: Job, numbers: Sequence[int]) -> dict[str, Any]
         shape = "x".join(map(str, info.shape)) or "one value"
         compared = ("", "") if one is None else _figures(one, numbers)
         rows.append((str(name), what, job.plan.result(name).name, shape, *compared))
-    parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
-    return {
-        "parts": parts,
-        "part": _PART,
-        "all_tensors": len(aligned.rows),
-        "shown_tensors": len(rows),
-    }
+    return {"tensors": rows, "part": _PART, "all_tensors": len(aligned.rows)}
 
 
 def _done(report: Report) -> list[tuple[str, str]]:
     dtypes = (f"{name} ({counted(count, 'tensor')})" for name, count in report.dtypes.items())
-    told = ((one.label, one.value) for one in facts(report, _MOST_NAMES))
+    told = (one for one in text.facts(report, _MOST_NAMES) if one.label not in _ABOVE)
     rows = [
         ("template", report.template),
-        *(pair for pair in told if pair[0] not in _ABOVE),
+        *((one.label, one.value) for one in told),
         ("dtypes", ", ".join(dtypes)),
         ("written bytes", f"{report.bytes_to_write:,}"),
         ("threads, memory", f"{report.threads}, {shown(report.memory)}"),
