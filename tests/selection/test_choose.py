@@ -731,3 +731,133 @@ def test_a_dry_run_shows_steps_and_reasons(command, name):
     assert re.search(rf"- final\.pth .*its {clock} is not known", err)
     assert command(".", "-o", "out.pth", "--last", 3)[0] == 0
     assert float(torch.load("out.pth")["w"][0]) == 10.0
+
+
+# One meaning for the same words, whether the shell expands a pattern or merge-avg does.
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ([], {500: 1 / 3, 1000: 1 / 3, 1500: 1 / 3}),
+        (["--weighting", "linear"], {500: 1 / 6, 1000: 2 / 6, 1500: 3 / 6}),
+        (["--weighting", "ema:0.5"], {500: 0.25, 1000: 0.25, 1500: 0.5}),
+        (["-w", "1,2,5"], {1000: 1 / 8, 1500: 2 / 8, 500: 5 / 8}),
+        (["--last", "2", "--weighting", "linear"], {1000: 1 / 3, 1500: 2 / 3}),
+    ],
+)
+def test_a_pattern_means_what_the_shell_makes_of_it(command, tmp_path, options, weights):
+    """Quoted and unquoted patterns choose and weigh alike, and the newest is the template."""
+    for step in (500, 1000, 1500):
+        trainer(tmp_path, step)
+    listed = sorted(path.name for path in tmp_path.iterdir())
+    assert listed == ["checkpoint-1000", "checkpoint-1500", "checkpoint-500"]
+    mean = sum(step * weight for step, weight in weights.items())
+    found = []
+    for number, arguments in enumerate((["checkpoint-*"], listed)):
+        code, out, err = command(*arguments, "-o", f"out{number}", "--json", *options)
+        assert code == 0, err
+        report = json.loads(out)
+        known = {one["step"]: one["weight"] for one in report["inputs"]}
+        assert known == pytest.approx(weights)
+        assert report["template"] == "checkpoint-1500"
+        assert "checkpoint-1500 is the template, as the newest" in report["notes"]
+        for step, weight in weights.items():
+            assert re.search(rf"checkpoint-{step} +step {step} .*weight {weight:.4g}\b", err)
+        by_hand = "not by age: 'checkpoint-1000', 'checkpoint-1500', 'checkpoint-500'"
+        assert (by_hand in err) == ("-w" in options)
+        merged = load_file(tmp_path / f"out{number}" / "model.safetensors")
+        assert merged["w"].tolist() == pytest.approx([mean] * 2)
+        state = json.loads((tmp_path / f"out{number}" / "trainer_state.json").read_text())
+        assert state["global_step"] == 1500
+        found.append(report["inputs"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("option", [["--weighting", "linear"], ["--prefixes"]])
+def test_what_goes_by_age_needs_ages(command, option):
+    """Checkpoints that tell no age, or the same, are refused with both ways out."""
+    for name in "abc":
+        bare(Path(f"{name}.pt"), ord(name))
+    code, _, err = command("a.pt", "b.pt", "-o", "o-{name}.pt", *option)
+    assert code == 1
+    assert "a.pt: " in err
+    assert "goes by age, and its step or epoch is not known" in err
+    assert "give weights with -w" in err
+    for name in "abc":
+        torch.save({"w": torch.full((2,), ord(name)), "epoch": 3}, f"{name}.pt")
+    code, _, err = command("a.pt", "b.pt", "-o", "o-{name}.pt", *option)
+    assert code == 1
+    assert "b.pt: " in err
+    assert "and a.pt is of the same epoch 3" in err
+
+
+def test_an_earlier_output_is_left_out_however_it_is_named(command):
+    """Of *.pt, which the shell expands, the earlier average does not count, and a note says so."""
+    for name in ("a", "b", "other name"):
+        bare(Path(f"{name}.pt"), ord(name[0]))
+    assert command("a.pt", "b.pt", "-o", "merged.pt", "-q")[0] == 0
+    everything = sorted(path.name for path in Path().iterdir())
+    for arguments in (everything, ["*.pt"], ["."]):
+        code, _, err = command(*arguments, "-o", "merged.pt", "--overwrite")
+        assert code == 0, err
+        assert torch.load("merged.pt")["w"].tolist() == [(97 + 98 + 111) / 3] * 2
+        assert "note: left out 'merged.pt': an earlier output of merge-avg" in err
+    # With a weight it is meant.
+    assert command("merged.pt", "a.pt", "-w", "3,1", "-o", "next.pt", "-q")[0] == 0
+    assert torch.load("next.pt")["w"].tolist() == [(97 + 98 + 111 + 97) / 4] * 2
+
+
+def test_folds_of_one_epoch_keep_the_first_as_the_template(command):
+    """Of checkpoints of one age the first that is named is the template; no note doubts."""
+    for fold in (1, 2, 10):
+        content = {"state_dict": {"w": torch.full((2,), float(fold))}, "epoch": 9}
+        torch.save(content, f"fold{fold}.ckpt")
+    code, out, _ = command("fold2.ckpt", "fold1.ckpt", "fold10.ckpt", "-o", "o.ckpt", "--json")
+    report = json.loads(out)
+    assert (code, report["template"]) == (0, "fold2.ckpt")
+    assert not any("both of epoch" in note for note in report["notes"])
+
+
+def test_a_number_without_a_word_makes_no_template(command):
+    """1.pt and 2.pt may be folds: the first is the template, unless they tell their epochs."""
+    for number in (1, 2):
+        bare(Path(f"{number}.pt"), number)
+    _, out, _ = command("1.pt", "2.pt", "-o", "o.pt", "--json")
+    assert json.loads(out)["template"] == "1.pt"
+    _, out, _ = command("1.pt", "2.pt", "-o", "o.pt", "-f", "--json", "--template", "2")
+    assert json.loads(out)["template"] == "2.pt"
+
+
+def test_which_of_a_run_and_its_final_model_is_averaged(command, tmp_path):
+    """A Trainer's folder alone is a run; several are final models; a note says which it was."""
+    for fold in (1, 2):
+        folder = tmp_path / f"fold{fold}"
+        folder.mkdir()
+        for step in (10, 20):
+            trainer(folder, step)
+        (folder / "config.json").write_text("{}")
+        save_file({"w": torch.full((2,), float(fold))}, folder / "model.safetensors")
+    code, _, err = command("fold1", "-o", "run")
+    assert code == 0, err
+    assert load_file("run/model.safetensors")["w"].tolist() == [15.0] * 2
+    assert "fold1 holds a final model too, which is not averaged: its checkpoints are" in err
+    for number, arguments in enumerate((["fold1", "fold2"], ["fold*"])):
+        code, _, err = command(*arguments, "-o", f"folds{number}", "--no-hashes")
+        assert code == 0, err
+        assert load_file(f"folds{number}/model.safetensors")["w"].tolist() == [1.5] * 2
+        what = "the final model is averaged, not its checkpoints 'checkpoint-10' and 1 more"
+        assert f"of fold1 {what}" in err
+
+
+def test_runs_by_a_pattern(command, tmp_path):
+    """A quoted fold* stands for runs where one of each is asked for, as the shell's fold* does."""
+    for fold in (1, 2):
+        folder = tmp_path / f"fold{fold}"
+        folder.mkdir()
+        for epoch in (1, 2):
+            lightning(folder, epoch, epoch, f"-val_loss={fold / epoch}", 10 * fold + epoch)
+    options = ["--one-best-per-fold", "--metric", "val_loss"]
+    for number, arguments in enumerate((["fold*"], ["fold1", "fold2"])):
+        assert command(*arguments, "-o", f"o{number}.ckpt", *options)[0] == 0
+        assert value(f"o{number}.ckpt") == (12 + 22) / 2

@@ -122,8 +122,9 @@ def command(
 
 def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:
     from merge_avg.report.inspect import as_json, contents, lines
+    from merge_avg.selection import expand
 
-    found = [contents(path, key) for path in checkpoints]
+    found = [contents(path, key) for _, paths, _ in expand(checkpoints) for path in paths]
     text = (line for one in found for line in lines(one))
     print_result(display.as_json, lambda: [as_json(one) for one in found], text)
 

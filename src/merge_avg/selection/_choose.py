@@ -6,6 +6,7 @@ ones, those left out, and why, are one table: nothing is left out without a word
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -269,8 +270,9 @@ def _select(
     sure = any(one.chosen and one.why == NAMED for one in seen)
     found = [one for one in seen if one.chosen and (one.why == NAMED or not sure)]
     left = [one.left(one.why) for one in seen if not one.chosen or (sure and one.why != NAMED)]
+    notes = [*_finals(places)]
     reasons = {why: [one.path for one in left if one.why == why] for why in (_OURS, _AVERAGE)}
-    notes = [f"left out {named(paths)}: {why}" for why, paths in reasons.items() if paths]
+    notes += [f"left out {named(paths)}: {why}" for why, paths in reasons.items() if paths]
     found, copies = without_copies(
         found, lambda path: sum_of(layouts[path]), left, criteria, listed=listed
     )
@@ -344,6 +346,19 @@ def _expanded(place: Path, found: Found, *, runs: bool) -> tuple[Path, list[Path
         if inside and not (whole and of_a_run(place.name)):
             return place, sorted(inside, key=lambda path: natural(str(path))), "run"
     return place, [place], found
+
+
+def _finals(places: Iterable[tuple[Path, list[Path], Found]]) -> Iterator[str]:
+    """Yield a note for each run that holds a final model too: which of the two is averaged."""
+    for place, paths, how in places:
+        if how == "run" and is_one(place):
+            yield f"{place} holds a final model too, which is not averaged: its checkpoints are"
+        elif paths == [place] and place.is_dir() and not of_a_run(place.name):
+            with contextlib.suppress(OSError):  # which is an error where it is read
+                inside = [path.name for path in _of_run(place) if path.is_dir()]
+                if inside:
+                    what = "the final model is averaged, not its checkpoints"
+                    yield f"of {place} {what} {named(inside)}"
 
 
 def _matching(pattern: Path) -> list[Path]:
