@@ -131,6 +131,79 @@ def test_an_empty_path_is_not_the_current_directory(run):
             merge_checkpoints(paths, output)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"leave_one_out": True}, "--leave-one-out"),
+        ({"prefixes": True}, "--prefixes"),
+        ({"last": [2, 3]}, "--last 2 --last 3"),
+        ({"last": (2,)}, "--last 2"),
+        ({"last": [2, 3], "weighting": "linear"}, "--last 2 --last 3 --weighting linear"),
+        ({"leave_one_out": True, "weights": [1, 2, 3, 4]}, "--leave-one-out -w 1,2,3,4"),
+        ({"last": [2, 9]}, "--last 2 --last 9"),
+        ({"last": 2, "prefixes": True}, "--last 2 --prefixes"),
+        ({"last": [2, 3], "prefixes": True}, "--last 2 --last 3 --prefixes"),
+        ({"leave_one_out": True, "prefixes": True}, "--leave-one-out --prefixes"),
+    ],
+    ids=str,
+)
+def test_series_of_averages_are_those_of_the_command(run, options, words, command):
+    """An output with {name} makes as many files as the command does, with the same bytes."""
+    output = "ours-{name}.pt" if words != "--last 2" else "ours.pt"
+    code, _, err = command("run", "-o", output.replace("ours", "theirs"), *words.split())
+    if code:
+        with pytest.raises(MergeError) as caught:
+            merge_checkpoints("run", output, **options)
+        assert f"error: {caught.value.message}\n" in err
+        return
+    result = merge_checkpoints("run", output, **options)
+    written = [spec.path.name for spec in result.job.outputs]
+    assert sorted(written) == sorted(path.name for path in run.parent.glob("ours*"))
+    assert len(written) == len([*run.parent.glob("theirs*")]) > 0
+    for name in written:
+        assert Path(name).read_bytes() == Path(name.replace("ours", "theirs")).read_bytes()
+
+
+@pytest.mark.parametrize("last", [[], [2, "3"], [None], "2", [2.5], {2: 3}])
+def test_last_is_a_number_or_several(run, last):
+    """What is neither is refused before anything is read."""
+    with pytest.raises(TypeError, match="last must be a number"):
+        merge_checkpoints("missing", "out-{name}.pt", last=last)
+    with pytest.raises(TypeError, match="last must be a number, not"):
+        select_checkpoints("missing", last=[2, 3])
+
+
+@pytest.mark.parametrize(
+    "options", [{"last": [1, 2]}, {"leave_one_out": True}, {"weighting": "linear"}, {"phema": 0.1}]
+)
+def test_weights_of_outputs_are_all_there_is(run, options):
+    """A mapping of outputs has their weights: what would make others is refused."""
+    with pytest.raises(UsageError, match="each output has weights of its own\nhint: leave out"):
+        merge_checkpoints("run", {"a.pt": [1] * 4, "b.pt": [2] * 4}, **options)
+
+
+def test_several_averages_need_several_names(run):
+    """The hint is in the words of the library."""
+    with pytest.raises(UsageError, match=r"put \{name\} into it, as in avg-\{name\}.pt"):
+        merge_checkpoints("run", "out.pt", prefixes=True)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "torch.bfloat16", torch.bfloat16])
+def test_a_dtype_may_be_short_or_torchs_own(run, dtype):
+    """It is converted as by its name, and recorded so."""
+    merge_checkpoints("run", "out.pt", dtype=dtype)
+    merge_checkpoints("run", "named.pt", dtype="bfloat16")
+    assert torch.load("out.pt")["model"]["w"].dtype == torch.bfloat16
+    assert Path("out.pt").read_bytes() == Path("named.pt").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, float, 16])
+def test_what_is_no_dtype_to_write_is_refused(run, dtype):
+    """The error names what was given, and those that there are."""
+    with pytest.raises(UsageError, match="is not a dtype to write\nhint: "):
+        merge_checkpoints("run", "out.pt", dtype=dtype)
+
+
 def test_a_value_that_no_option_has_is_refused(run):
     """A typing error in a policy is an error, and so is a keyword that does not exist."""
     with pytest.raises(UsageError, match=r"missing is 'skp'\nhint: choose one of error, skip, av"):
@@ -273,6 +346,7 @@ def test_types_are_those_of_the_keywords(tmp_path):
         "from merge_avg import Result, Selection, merge_checkpoints, select_checkpoints\n"
         "r: Result = merge_checkpoints('run', 'o.pt', last=3, missing='skip', progress=True)\n"
         "merge_checkpoints([Path('a'), 'b'], {'o': [1, 2]}, weights=[1, 2], steps=(1, 2, None))\n"
+        "merge_checkpoints('run', 'o-{name}.pt', last=[2, 3], leave_one_out=False)\n"
         "s: Selection = select_checkpoints(Path('run').glob('*'), best=2, metric='loss')\n"
     )
     (tmp_path / "good.py").write_text(good)

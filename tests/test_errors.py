@@ -41,6 +41,12 @@ def test_a_path_is_added_once():
         ("or --no-agreement: it compares", "or agreement=False: it compares"),
         ("name it: --inputs DIR", 'name it: inputs="DIR"'),
         ("--last 3 of 2", "last=3 of 2"),
+        (
+            "give one a checkpoint, as in -w 0.7,0.3",
+            "give one a checkpoint, as in weights=[0.7,0.3]",
+        ),
+        ("give them with -w, in the order", "give them with weights, in the order"),
+        ("look at --dry-run or --metrics", "look at select_checkpoints or metrics_file"),
         ("choose a wider --dtype, such as float32", "choose a wider dtype, such as float32"),
         ("a file a--key.pt stays - and -- too", "a file a--key.pt stays - and -- too"),
     ],

@@ -7,11 +7,12 @@ import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from merge_avg.brief import Brief
 from merge_avg.engine import Result, run
@@ -21,21 +22,26 @@ from merge_avg.options import (
     Location,
     Options,
     Outputs,
+    ResultDtype,
     Series,
     Weight,
     Weighting,
     choices,
     meanings,
     option,
+    parse_dtype,
     parse_range,
 )
 from merge_avg.plan import prepare, refuse_inputs
 from merge_avg.report.inspect import Contents, contents
 from merge_avg.selection import Candidate, Choice, choose, expand, refuse_place, refuse_trivial
 
+if TYPE_CHECKING:
+    import torch
+
 P = ParamSpec("P")
 Places = Location | Iterable[Location]
-_META = {one.name: one.metadata for one in fields(Weighting)}
+_META = {one.name: one.metadata for cls in (Options, Series, Weighting) for one in fields(cls)}
 _NOWHERE = Path(os.devnull)  # an output that is none of the checkpoints
 
 
@@ -45,6 +51,10 @@ class _Selecting(Criteria):
     weighting: str | None = field(default=None, metadata=_META["scheme"])
     phema: float | None = field(default=None, metadata=_META["sigma"])
 
+    @property
+    def series(self) -> Series:
+        return Series(lasts=() if self.last is None else (self.last,))
+
     def choose(
         self,
         paths: Places,
@@ -53,15 +63,35 @@ class _Selecting(Criteria):
         *,
         listed: bool = False,
     ) -> Choice:
-        criteria = Criteria(**{one.name: getattr(self, one.name) for one in fields(Criteria)})
+        values = {one.name: getattr(self, one.name) for one in fields(Criteria)}
+        criteria = Criteria(**values | {"last": max(self.series.lasts, default=None)})
         weighting = Weighting(weights=weights, scheme=self.weighting, sigma=self.phema)
-        return choose(_listed(paths), Path(output), criteria, Series(), weighting, listed=listed)
+        return choose(_listed(paths), Path(output), criteria, self.series, weighting, listed=listed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Merging(Options, _Selecting):
+    last: int | Sequence[int] | None = option(  # type: ignore[assignment]
+        None, "The last N by step or epoch; or several such averages."
+    )
+    leave_one_out: bool = field(default=False, metadata=_META["leave_one_out"])
+    prefixes: bool = field(default=False, metadata=_META["prefixes"])
     weights: Any = field(default=None, metadata=_META["weights"])
+    dtype: ResultDtype | str | torch.dtype | None = field(  # type: ignore[assignment]
+        default=None, metadata=_META["dtype"]
+    )
     progress: bool | Callable[[int, int], object] = False
+
+    @property
+    def series(self) -> Series:
+        given = [] if self.last is None else self.last
+        lasts = tuple(given) if isinstance(given, Sequence) else (given,)
+        if self.last is not None and not (
+            lasts and all(isinstance(one, Integral) for one in lasts)
+        ):
+            raise TypeError(f"last must be a number or several, not {self.last!r}")
+        leave_one_out, prefixes = self.leave_one_out, self.prefixes
+        return Series(lasts=lasts, leave_one_out=leave_one_out, prefixes=prefixes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,9 +133,13 @@ def _understood(cls: Any, given: dict[str, Any]) -> Any:
         if meaning.parse is parse_range and isinstance(value, int | tuple | list):
             bounds = [value] if isinstance(value, int) else value
             value = ":".join("" if bound is None else str(bound) for bound in bounds)
+        if meaning.parse is parse_dtype and value is not None:
+            value = str(value)  # of torch too
         if isinstance(value, str) and (meaning.parse or getattr(cls, name) == ()):
             given[name] = meaning.parse(value) if meaning.parse else (value,)
-        elif isinstance(value, str) and types[name].startswith(("int |", "float |")):
+        elif types[name].startswith(("int |", "float |")) and isinstance(
+            value, str if "Sequence" in types[name] else str | list | tuple
+        ):
             raise TypeError(f"{name} must be a number, not {value!r}")
         elif name in given and allowed and value not in allowed:
             raise UsageError(f"{name} is {value!r}", hint=f"choose one of {', '.join(allowed)}")
@@ -165,9 +199,9 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     Args:
         paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors),
             directories, runs that hold many, or patterns; one of these or a list.
-        output: the file or directory to write; the ending .safetensors asks for that format. Or
-            several, with the weights of the checkpoints for each: all are made in one reading, and
-            all are copies of one template.
+        output: the file or directory to write; the ending .safetensors asks for that format. For
+            several averages, made in one reading, a pattern: 'avg-{name}.pt'. Or a mapping of
+            outputs, with the weights of the checkpoints for each.
         options: by name.
         progress: True for a bar, in a terminal or a notebook; or a function, which is called with
             the bytes read and all there are to read, from any thread.
@@ -179,6 +213,9 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     """
     asked = _understood(_Merging, options)
     several = isinstance(output, Mapping)
+    if several and (asked.weighting or asked.phema or asked.series.several):
+        hint = "leave out --weighting, --phema, --leave-one-out, --prefixes and a second --last"
+        raise UsageError("each output has weights of its own", hint=hint)
     places = _listed([*output] if isinstance(output, Mapping) else output, "output")
     weights = None if several else asked.weights
     choice = asked.choose(paths, *places[:1], weights=weights, listed=several)
@@ -186,11 +223,11 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
         refuse_place(place, choice, asked)
     if not asked.allow_trivial:
         refuse_trivial(choice)
-    for path in places if asked.metrics_file else ():
+    outputs = output if isinstance(output, Mapping) else choice.outputs
+    for path in outputs if asked.metrics_file else ():
         refuse_inputs(Path(path), (), [asked.metrics_file])
     values = {one.name: getattr(asked, one.name) for one in fields(Options)}
     merging = Options(**values | {"weights": asked.weights if several else None})
-    outputs = output if several else choice.outputs
     job = prepare(choice.paths, outputs, choice.templated(merging), *choice.scanned)
     done = 0
 

@@ -8,15 +8,18 @@ from collections.abc import Iterable
 from typing import Any
 
 Where = str | os.PathLike[str] | None
-# An option of the command, and its value where that is plainly one. Keywords are spelled alike.
+# Options of the command, and their values where these are plain. Keywords are spelled alike.
 _OPTION = (
     r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])"
     r"(?: ('[^']*'|\w*[\d_]\w*|(?:[A-Z]+|skip|available|template|max|min|cpu)\b))?"
 )
+_WEIGHTS = r"(?<![\w-])-w(?: ([\d.,]+))?(?![\w-])"
+_NAMES = {"metrics": "metrics_file", "dry_run": "select_checkpoints"}  # where they are not alike
 
 
 def _keyword(found: Any) -> str:
     name, value = found[2].replace("-", "_"), "False" if found[1] else found[3]
+    name = _NAMES.get(name, name)
     if value and not found[1] and value[0] != "'" and not value.isdecimal():
         value = f'"{value}"'
     return f"{name}={value}" if value else name
@@ -53,6 +56,9 @@ class MergeError(ValueError):
         said = self.what if self.hint is None else f"{self.what}\nhint: {self.hint}"
         # A caller of the library writes --missing skip as missing="skip".
         said = re.sub(_OPTION, _keyword, said).replace("' exclude='", "', '")
+        said = re.sub(
+            _WEIGHTS, lambda found: f"weights=[{found[1]}]" if found[1] else "weights", said
+        )
         return said if self.where is None else f"{self.where}: {said}"
 
     def at(self, where: str | os.PathLike[str]) -> MergeError:

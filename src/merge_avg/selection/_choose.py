@@ -438,7 +438,7 @@ def outputs(
 ) -> dict[Path, tuple[Weight, ...]]:
     """Return each output, with `count` weights: those that `weigh` gives to a group, and zeros."""
     if len(groups) > 1 and "{name}" not in str(pattern):
-        hint = "put {name} into it, as in -o 'avg-{name}.pt'"
+        hint = "put {name} into it, as in avg-{name}.pt"
         raise UsageError(f"{len(groups)} averages need as many outputs, not {pattern}", hint=hint)
     table: dict[Path, tuple[Weight, ...]] = {}
     for name, chosen in groups.items():
