@@ -117,7 +117,7 @@ def test_models_are_sent_to_their_own_function(tmp_path):
             merge_checkpoints(paths, tmp_path / "out.pt")
 
 
-@pytest.mark.parametrize("output", [None, 3, ["a.pt", 3]])
+@pytest.mark.parametrize("output", [None, 3, ["a.pt", "b.pt"], ["a.pt"], {3: [1]}])
 def test_an_output_is_a_path(run, output):
     """An output that is nothing of the kind is refused before anything is read."""
     with pytest.raises(TypeError, match="output must be a path"):
@@ -208,8 +208,10 @@ def test_a_value_that_no_option_has_is_refused(run):
     """A typing error in a policy is an error, and so is a keyword that does not exist."""
     with pytest.raises(UsageError, match=r"missing is 'skp'\nhint: choose one of error, skip, av"):
         merge_checkpoints("run", "out.pt", missing="skp")
-    with pytest.raises(TypeError, match="misssing"):
+    with pytest.raises(TypeError, match="no keyword 'misssing'; did you mean missing"):
         merge_checkpoints("run", "out.pt", misssing="skip")
+    with pytest.raises(TypeError, match=r"no keyword 'dtype'; see help\(\)"):
+        select_checkpoints("run", dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["last", "best", "phema", "threads", "min_agreement"])
@@ -297,6 +299,13 @@ def test_progress_is_drawn_on_a_terminal_and_in_logs(run, capsys):
     for nothing in (False, None):
         merge_checkpoints("run", "out.pt", progress=nothing, overwrite=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_a_function_or_none(run):
+    """Anything else is refused before a merge begins."""
+    with pytest.raises(TypeError, match="progress must be True or a function, not 'yes'"):
+        merge_checkpoints("run", "out.pt", progress="yes")
+    assert not Path("out.pt").exists()
 
 
 def test_progress_is_drawn_in_notebooks(run, monkeypatch):

@@ -46,10 +46,13 @@ def test_results_are_small_whatever_the_models(tmp_path, layers):
     result = merge_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "mean.pt")
     verified = verify_output(tmp_path / "mean.pt")
     held = contents(tmp_path / "0.pt")
-    for value in (result, result.agreement, result.job, verified, held):
+    for value in (result, result.agreement, result.verdict, result.job, verified, held):
         assert len(repr(value)) < 1500
-    for value in (result, held):
+    for value in (result, held, verified):
         assert len(value._repr_html_()) < 2000
     assert repr(result).startswith("Result: 2 checkpoints averaged into '")
     assert "verdict: " in repr(result)
+    assert f"bytes are what its 2 inputs give; their hashes are as recorded\n  {tmp_path}" in repr(
+        verified
+    )
     assert f"averaged: {layers} tensors ('layer0.weight', " in repr(held)

@@ -46,6 +46,7 @@ def test_a_path_is_added_once():
             "give one a checkpoint, as in weights=[0.7,0.3]",
         ),
         ("give them with -w, in the order", "give them with weights, in the order"),
+        ("add --best N or --weighting metric", 'add best=N or weighting="metric"'),
         ("look at --dry-run or --metrics", "look at select_checkpoints or metrics_file"),
         ("choose a wider --dtype, such as float32", "choose a wider dtype, such as float32"),
         ("a file a--key.pt stays - and -- too", "a file a--key.pt stays - and -- too"),

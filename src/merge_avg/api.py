@@ -31,6 +31,7 @@ from merge_avg.options import (
     option,
     parse_dtype,
     parse_range,
+    suggested,
 )
 from merge_avg.plan import prepare, refuse_inputs
 from merge_avg.report.inspect import Contents, contents
@@ -110,24 +111,29 @@ class Selection(Brief):
             yield f"{'+' if one.chosen else '-'} {one.path}: {one.why}"
 
 
-def _listed(given: Any, name: str = "paths") -> list[Location]:
+def _listed(given: Any) -> list[Location]:
     """Return the paths that a caller gave, or raise an error that says what is expected."""
     # A set has no order, and of a dict of tensors the values would be lost.
     several = isinstance(given, Iterable) and not isinstance(given, str | bytes | dict | set)
     listed = list(given) if several else [given]
     for path in listed:
-        if not isinstance(path, str | os.PathLike):
-            models = "; AverageModelMerger averages models" if hasattr(path, "state_dict") else ""
-            expected = f"{name} must be a path or several, such as a list or a pattern"
-            raise TypeError(f"{expected}, not {type(path).__name__}{models}")
-        if not os.fspath(path):
-            raise UsageError("a path is empty", hint="the current directory is '.'")
+        models = "; AverageModelMerger averages models" if hasattr(path, "state_dict") else ""
+        _check(path, "paths must be a path or several, such as a list or a pattern", models)
     return listed
+
+
+def _check(path: Any, expected: str, more: str = "") -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{expected}, not {type(path).__name__}{more}")
+    if not os.fspath(path):
+        raise UsageError("a path is empty", hint="the current directory is '.'")
 
 
 def _understood(cls: Any, given: dict[str, Any]) -> Any:
     """Return options with the values of keywords; texts that the command takes are parsed."""
     types = {one.name: str(one.type) for one in fields(cls)}
+    for name in given.keys() - types.keys():
+        raise TypeError(f"there is no keyword {name!r}; {suggested(name, types, 'see help()')}")
     for name, meaning in meanings(cls):
         value, allowed = given.get(name), choices(cls, name)
         if meaning.parse is parse_range and isinstance(value, int | tuple | list):
@@ -216,7 +222,11 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     if several and (asked.weighting or asked.phema or asked.series.several):
         hint = "leave out --weighting, --phema, --leave-one-out, --prefixes and a second --last"
         raise UsageError("each output has weights of its own", hint=hint)
-    places = _listed([*output] if isinstance(output, Mapping) else output, "output")
+    places = [*output] if isinstance(output, Mapping) else [output]
+    for place in places:
+        _check(place, "output must be a path, or a mapping of paths to weights")
+    if not (isinstance(asked.progress, bool | None) or callable(asked.progress)):
+        raise TypeError(f"progress must be True or a function, not {asked.progress!r}")
     weights = None if several else asked.weights
     choice = asked.choose(paths, *places[:1], weights=weights, listed=several)
     for place in () if several else places:

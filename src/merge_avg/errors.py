@@ -11,7 +11,7 @@ Where = str | os.PathLike[str] | None
 # Options of the command, and their values where these are plain. Keywords are spelled alike.
 _OPTION = (
     r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])"
-    r"(?: ('[^']*'|\w*[\d_]\w*|(?:[A-Z]+|skip|available|template|max|min|cpu)\b))?"
+    r"(?: ('[^']*'|\w*[\d_]\w*|(?:[A-Z]+|skip|available|template|max|min|cpu|metric)\b))?"
 )
 _WEIGHTS = r"(?<![\w-])-w(?: ([\d.,]+))?(?![\w-])"
 _NAMES = {"metrics": "metrics_file", "dry_run": "select_checkpoints"}  # where they are not alike
@@ -20,7 +20,7 @@ _NAMES = {"metrics": "metrics_file", "dry_run": "select_checkpoints"}  # where t
 def _keyword(found: Any) -> str:
     name, value = found[2].replace("-", "_"), "False" if found[1] else found[3]
     name = _NAMES.get(name, name)
-    if value and not found[1] and value[0] != "'" and not value.isdecimal():
+    if value and not found[1] and value[0] != "'" and not value.isdecimal() and value != "N":
         value = f'"{value}"'
     return f"{name}={value}" if value else name
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_avg._version import __version__
+from merge_avg.brief import Brief
 from merge_avg.checkpoint import File, FileLayout, Layout, dotted
 from merge_avg.engine import run
 from merge_avg.errors import MergeError, failure
@@ -25,14 +26,21 @@ _BLOCK = 1 << 20
 _AS_IT_WAS = "find the checkpoint as it was then"
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Brief):
     """An output that is what its inputs give."""
 
     output: Path  # the file or directory
     inputs: tuple[Path, ...]  # as they were found
     nbytes: int  # of the output; all of them were compared
     hashed: bool  # whether the inputs' hashes were recorded, and compared too
+
+    def brief(self) -> Iterator[str]:
+        """Yield what was compared."""
+        hashes = "; their hashes are as recorded" if self.hashed else ""
+        given = f"what its {len(self.inputs):,} inputs give{hashes}"
+        yield f"{self.output}: all {self.nbytes:,} bytes are {given}"
+        yield from map(str, self.inputs)
 
 
 def verify_output(

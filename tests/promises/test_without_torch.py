@@ -130,9 +130,9 @@ def test_merges_without_torch_give_the_same_bytes(inputs, command, monkeypatch):
 def test_merges_that_need_torch_say_how_to_get_it(inputs):
     """The error comes before anything is read, and says what needs torch."""
     commands = {
-        "float64-1.pt: tensor 'model.w' is to be averaged as float64, which needs": two("float64"),
-        "complex64-1.pt: tensor 'model.w' is to be averaged as complex64, which": two("complex64"),
-        "float32-1.pt: tensor 'model.w' is to be averaged as float64, which needs": [
+        "float64-2.pt: tensor 'model.w' is to be averaged as float64, which needs": two("float64"),
+        "complex64-2.pt: tensor 'model.w' is to be averaged as complex64, which": two("complex64"),
+        "float32-2.pt: tensor 'model.w' is to be averaged as float64, which needs": [
             *two("float32"),
             "--dtype",
             "double",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from merge_avg.agreement._cosines import Agreement, TensorAgreement
@@ -52,7 +52,7 @@ class Verdict:
     number: float
     reason: str = ""
     advice: str = ""
-    tensors: tuple[str, ...] = ()  # those that have nothing in common
+    tensors: tuple[str, ...] = field(default=(), repr=False)  # those that have nothing in common
     groups: tuple[tuple[int, ...], ...] = ()  # of checkpoints, the largest first; if not one
 
     def doubts(self, names: Sequence[str]) -> tuple[str, ...]:

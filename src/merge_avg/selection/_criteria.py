@@ -40,8 +40,8 @@ class Candidate:
     metric: float | None = None
     chosen: bool = True
     why: str = NAMED
-    said: Metadata = field(default_factory=Metadata)  # all that is known of it
-    name: Metadata = field(default_factory=Metadata)  # of that, what its name says
+    said: Metadata = field(default_factory=Metadata, repr=False)  # all that is known of it
+    name: Metadata = field(default_factory=Metadata, repr=False)  # of that, what its name says
     fold: Path = Path()  # the folder of its fold
     listed: int = 0  # the number of the argument, or of what its pattern matched
     rough: int | None = None  # a rough sum of its weights
