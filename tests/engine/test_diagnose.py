@@ -9,6 +9,8 @@ from torch.nn.utils import parametrizations, prune
 
 from merge_avg import verify_output
 from merge_avg.arithmetic import _mean
+from merge_avg.checkpoint import BY_NAME
+from merge_avg.engine._diagnose import _SPECIAL, _special
 from merge_avg.errors import MergeError
 from tests.helpers import bits, load, merge_checkpoints, noise, save
 
@@ -339,3 +341,31 @@ def test_the_state_of_a_metric_is_named_with_its_way_out(merge):
     assert caught.value.hint == "--exclude 'val_metrics.*' keeps the template's"
     found, _ = merge(*states, exclude=["val_metrics.*"])
     assert torch.equal(found["val_metrics.acc.preds"], torch.ones(1))
+
+
+REAL = [name for name in _SPECIAL if BY_NAME[name].kind == "float"]
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_is_not_finite_is_found_and_converted_as_by_torch(name):
+    """Of every float8 and float16, and of wide numbers with all kinds of NaN, into every dtype."""
+    dtype = getattr(torch, name)
+    if dtype.itemsize <= 2:
+        every = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32)
+        values = every.to(WORDS[dtype.itemsize]).view(dtype)
+    else:
+        plain = torch.tensor([0, -0.0, 1, 1e-40, 3e38, INF, -INF, NAN], dtype=dtype)
+        words = plain.view(WORDS[dtype.itemsize])
+        odd = [words, words ^ 1, words | 5, ~words, words | 1 << 8 * dtype.itemsize - 2]
+        values = torch.cat(odd).view(dtype)
+    wide = values.float() if dtype.itemsize == 1 else values
+    for other in REAL:
+        target = getattr(torch, other)
+        expected = values.to(target).view(WORDS[target.itemsize])
+        if target != dtype:
+            usual = torch.full((1,), NAN, dtype=target).view(WORDS[target.itemsize])
+            expected = expected.where(~wide.isnan(), usual)
+        expected = expected.where(~wide.isfinite(), 0)
+        found = _special(bits(values), BY_NAME[name], BY_NAME[other])
+        assert found == bits(expected), other

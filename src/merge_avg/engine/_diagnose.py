@@ -7,10 +7,10 @@ reading the window once more, so that merges without trouble do not pay for it.
 from __future__ import annotations
 
 import ctypes
-import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import compress
 from operator import mul
 
@@ -22,11 +22,20 @@ from merge_avg.errors import MergeError
 from merge_avg.io import Buffer, Matrix, same
 from merge_avg.plan import Piece, Unit, Window, spans, without
 
-# Infinity: the bits of the exponent, all set, which NaN has with others. The sign lies above them.
-_INFINITY = {"float64": 0x7FF << 52, "float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-_INFINITY |= {"complex128": _INFINITY["float64"], "complex64": _INFINITY["float32"]}
-_INFINITY |= {"float8_e5m2": 0x7C}
+# The bits that are all set in what is not finite; infinity; and the usual NaN. The sign lies above.
+_SPECIAL = {
+    "float64": (0x7FF << 52, 0x7FF << 52, 0xFFF << 51),
+    "float32": (0x7F800000, 0x7F800000, 0x7FC00000),
+    "float16": (0x7C00, 0x7C00, 0x7E00),
+    "bfloat16": (0x7F80, 0x7F80, 0x7FC0),
+    "float8_e5m2": (0x7C, 0x7C, 0x7F),
+    "float8_e4m3fn": (0x7F, 0x7E, 0x7F),  # without infinities: torch takes the largest number
+    "float8_e4m3fnuz": (0x80, 0x80, 0x80),  # with one NaN, in the place of -0
+    "float8_e5m2fnuz": (0x80, 0x80, 0x80),
+}
+_SPECIAL |= {"complex128": _SPECIAL["float64"], "complex64": _SPECIAL["float32"]}
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of words, in arrays
+_integer = partial(int.from_bytes, byteorder="little")
 _EMPTY = b"\xff" + bytes(255)  # for `translate`: a flag for each zero
 # What has no mean, and how to have the values that it and others give instead of them.
 _MASK = "is a mask of zeros and ones"
@@ -46,7 +55,6 @@ class Diagnosis:
         self._options = space.job.options
         self._paths = [layout.path for layout in space.job.layouts]
         self._findings = space.findings
-        self._load_torch = space.load_torch
         self._reader = reader
 
     def nonfinite(
@@ -61,10 +69,10 @@ class Diagnosis:
         for k in sources:
             data, dtype = bytes(self._reader.again(window, k)), window[0].unit.sources[k].dtype
             if self._options.allow_nonfinite:
-                special = self._special(data, dtype, dtype)
+                special = _special(data, dtype, dtype)
                 self._note(window, _places(special, dtype.word))
                 continue
-            theirs = self._special(data, dtype, out.dtype)
+            theirs = _special(data, dtype, out.dtype)
             ours = ours or theirs
             if theirs == ours:  # mostly those of causal masks
                 continue
@@ -80,7 +88,7 @@ class Diagnosis:
                     raise MergeError(what, where=where, hint=hint, tensor=name)
         if not ours:
             return None
-        words, infinity = _words(ours, size), _INFINITY.get(out.dtype.name, 0)
+        words, infinity = _words(ours, size), _SPECIAL[out.dtype.name][1]
         nan = set(words) - {0, infinity, infinity | 1 << 8 * size - 1}  # which nobody means to have
         if nan:
             self._note(window, [place for place in _places(ours, size) if words[place] in nan])
@@ -94,7 +102,7 @@ class Diagnosis:
 
     def overflow(self, window: Window, result: Matrix) -> None:
         """Raise for a tensor whose mean does not fit its dtype."""
-        special = self._special(bytes(_bytes(result)), result.dtype, result.dtype)
+        special = _special(bytes(_bytes(result)), result.dtype, result.dtype)
         for name, _ in self._reached(window, _places(special, result.dtype.word)):
             what = f"the mean of tensor {str(name)!r} does not fit {window[0].unit.dtype.name}"
             hint = "choose a wider --dtype, such as float32 or bfloat16"
@@ -137,36 +145,31 @@ class Diagnosis:
             for name, _, count in _touched(piece.unit, some, shift) if some else ():
                 yield name, count
 
-    def _special(self, data: bytes, dtype: DType, into: DType) -> bytes:
-        """Return numbers in another dtype, with zeros in place of the finite ones."""
-        size = dtype.word
-        if 1 in (size, into.word):
-            self._load_torch()
-            return _float8(data, dtype, into)
-        # A merge that needs no torch needs none for this either. Its numbers are looked at all at a
-        # time, as the digits of integers: those whose exponent has all bits set.
-        flags, infinity = -1, _INFINITY[dtype.name]
-        for at in (size - 2, size - 1):
-            bits = infinity >> 8 * at & 0xFF
-            full = bytes(0xFF * (byte & bits == bits) for byte in range(256))
-            flags &= _integer(data[at::size].translate(full))
-        special = _masked(data, size, flags.to_bytes(len(data) // size, "little"))
-        if dtype == into:
-            return special
-        words, theirs, sign = _words(special, size), _INFINITY[into.name], 1 << 8 * into.word - 1
-        table = {0: 0, infinity: theirs, infinity | 1 << 8 * size - 1: theirs | sign}
-        nan = theirs | (theirs & -theirs) >> 1  # the usual one, whatever its bits were
-        converted = array(_CODES[into.word], [table.get(word, nan) for word in words])
-        return converted.tobytes()
+
+def _special(data: bytes, dtype: DType, into: DType) -> bytes:
+    """Return numbers in another dtype, with zeros in place of the finite ones."""
+    # Without torch, which the merge may do without: all at a time, as the digits of integers.
+    size, flags = dtype.word, -1
+    full, infinity, _ = _SPECIAL[dtype.name]
+    for at in range(max(size - 2, 0), size):
+        bits = full >> 8 * at & 0xFF
+        alone = size == 1 and bits == 0x80
+        table = (byte == bits if alone else byte & bits == bits for byte in range(256))
+        flags &= _integer(data[at::size].translate(bytes(0xFF * one for one in table)))
+    special = _masked(data, size, flags.to_bytes(len(data) // size, "little"))
+    if dtype == into:
+        return special
+    # Which NaN a conversion by torch gives depends on how many numbers it converts at a time.
+    (_, theirs, nan), words, sign = _SPECIAL[into.name], _words(special, size), 1 << 8 * size - 1
+    said = dict.fromkeys({*words}, nan) | {0: 0}
+    if not infinity & sign:
+        said |= {infinity: theirs, infinity | sign: theirs | 1 << 8 * into.word - 1}
+    return array(_CODES[into.word], [said[word] for word in words]).tobytes()
 
 
 def _bytes(row: Matrix) -> memoryview:
     nbytes = row.numel * row.dtype.itemsize
     return memoryview((ctypes.c_ubyte * nbytes).from_address(row.address)).cast("B")
-
-
-def _integer(data: bytes | memoryview) -> int:
-    return int.from_bytes(data, "little")
 
 
 def _words(data: bytes, size: int) -> Sequence[int]:
@@ -184,25 +187,6 @@ def _masked(data: bytes | memoryview, size: int, flags: bytes) -> bytes:
     for at in range(size):
         found[at::size] = (_integer(data[at::size]) & kept).to_bytes(len(flags), "little")
     return bytes(found)
-
-
-def _float8(data: bytes, dtype: DType, into: DType) -> bytes:
-    """Return numbers converted to or from float8, with zeros in place of finite ones."""
-    import torch
-
-    source, target = getattr(torch, dtype.name), getattr(torch, into.name)
-    values = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(source)
-    if values.is_complex():
-        values, target = torch.view_as_real(values).flatten(), target.to_real()
-    finite = (values.float() if values.itemsize < 2 else values).isfinite()  # as float8 has none
-    words = (torch.uint8, torch.int16, torch.int32, torch.int64)[into.word.bit_length() - 1]
-    bits = values.to(target).view(words)
-    if values.dtype != target:
-        # Which NaN a conversion gives depends on how many numbers torch converts at a time.
-        usual = torch.full((1,), math.nan, dtype=target).view(words)
-        bits = bits.where(~values.isnan(), usual)
-    bits = bits.where(~finite, 0).contiguous()
-    return ctypes.string_at(bits.data_ptr(), bits.nbytes)
 
 
 def refuse_derived(space: Workspace) -> None:

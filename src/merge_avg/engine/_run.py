@@ -106,9 +106,7 @@ def run(
             what = f"torch is needed and cannot be loaded ({str(error).partition(chr(10))[0]})"
             hint = "see python -c 'import torch', or reinstall it"
             if error.name == "torch":
-                raise (
-                    _needs_torch(job) or _missing("some numbers that are not finite need")
-                ) from None
+                raise (_needs_torch(job) or _missing("this merge needs")) from None
             raise MergeError(what, hint=hint) from None
         hint = "lower --max-memory and --threads, or allow this process more"
         raise MergeError("there is not enough memory for it", hint=hint) from None
