@@ -1,12 +1,14 @@
-"""merge_avg.io._memory: a nameless file that grows and is mapped."""
+"""merge_avg.io._memory: a nameless file that grows and is mapped, and a collector that waits."""
 
+import contextlib
 import errno
+import gc
 import os
 
 import pytest
 
 from merge_avg.errors import MergeError
-from merge_avg.io._memory import Scratch
+from merge_avg.io._memory import Scratch, without_collector
 
 
 def test_the_file_has_no_name_and_grows(tmp_path):
@@ -32,3 +34,18 @@ def test_no_room_is_an_error(tmp_path, monkeypatch):
         scratch.map(0, 1 << 16)
     assert "65,536 bytes" in str(caught.value.hint)
     scratch.close()
+
+
+def test_the_collector_runs_again():
+    """Garbage is collected again afterwards, also after an error, if it was before."""
+    with contextlib.suppress(ZeroDivisionError), without_collector():
+        assert not gc.isenabled()
+        assert 1 / 0
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collector():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

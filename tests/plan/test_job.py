@@ -1,8 +1,5 @@
 """merge_avg.plan: a job is what is known before any payload is read, or one error."""
 
-import contextlib
-import gc
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +8,7 @@ from safetensors.torch import save_file
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.formats import scan
 from merge_avg.options import Options
-from merge_avg.plan import prepare, without_collector
+from merge_avg.plan import prepare
 from merge_avg.plan._job import _template_first
 
 
@@ -149,21 +146,6 @@ def test_an_output_never_replaces_an_input(paths, tmp_path):
         prepare([run], run / "o.pt", Options(overwrite=True))
     with pytest.raises(MergeError, match="the output holds the input"):
         prepare([run / "model.safetensors"], run, Options(overwrite=True, max_shard_size=100))
-
-
-def test_the_collector_runs_again():
-    """Garbage is collected again afterwards, also after an error, if it was before."""
-    with contextlib.suppress(ZeroDivisionError), without_collector():
-        assert not gc.isenabled()
-        assert 1 / 0
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with without_collector():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
 
 
 class Running:

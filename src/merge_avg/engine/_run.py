@@ -23,9 +23,9 @@ from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
 from merge_avg.errors import MergeError, failure, named
-from merge_avg.io import Output, Reader, Scratch, Sink
+from merge_avg.io import Output, Reader, Scratch, Sink, without_collector
 from merge_avg.options import DOUBTS
-from merge_avg.plan import Hashes, Job, OutputSpec, batches, without_collector
+from merge_avg.plan import Hashes, Job, OutputSpec, batches
 
 # In the words of torch's allocators and of Python's threads, whose errors have no type.
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|can't start new thread")

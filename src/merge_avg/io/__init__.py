@@ -5,7 +5,7 @@ Files are read by offset and checked on the way; an output appears whole, or not
 
 from __future__ import annotations
 
-from merge_avg.io._memory import Buffer, Matrix, Scratch, Stack, same
+from merge_avg.io._memory import Buffer, Matrix, Scratch, Stack, same, without_collector
 from merge_avg.io._output import Output, OutputFile, Sink, refuse_loss, refuse_output, workplace
 from merge_avg.io._platform import cores, read_fully
 from merge_avg.io._reader import Reader, Tap
@@ -28,5 +28,6 @@ __all__ = [
     "refuse_output",
     "remove",
     "same",
+    "without_collector",
     "workplace",
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import mmap
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,6 +19,22 @@ from merge_avg.io._platform import memcmp, read_fully, reserve
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Suspend the collector of cyclic garbage.
+
+    A scan makes no cycles, nor does importing torch. The collector takes a third of the time of the
+    one, and a sixth of the other.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

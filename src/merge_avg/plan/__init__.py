@@ -15,7 +15,6 @@ from merge_avg.plan._job import (
     prepare,
     refuse_inputs,
     refuse_values,
-    without_collector,
 )
 from merge_avg.plan._masters import Masters, roles_of
 from merge_avg.plan._provenance import Hashes, Record, read_record
@@ -42,5 +41,4 @@ __all__ = [
     "roles_of",
     "spans",
     "without",
-    "without_collector",
 ]

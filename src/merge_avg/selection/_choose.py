@@ -19,7 +19,7 @@ from merge_avg.checkpoint import Layout
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
-from merge_avg.io import TEMPORARY
+from merge_avg.io import TEMPORARY, without_collector
 from merge_avg.options import Criteria, Location, Mode, Options, Series, Weight, Weighting
 from merge_avg.selection._copies import sum_of
 from merge_avg.selection._criteria import (
@@ -32,6 +32,7 @@ from merge_avg.selection._criteria import (
     natural,
     pick,
     refuse_unordered,
+    told_apart,
     without_copies,
 )
 from merge_avg.selection._logs import Log, read_log
@@ -129,7 +130,8 @@ def choose(
     places = expand(arguments, runs=not criteria.empty)
     if numbers is not None and all(how != "run" for *_, how in places):
         _refuse_count(len(numbers), len(places))  # before 0.7 0.3 is looked for as a checkpoint
-    candidates, notes, mode = _select(places, output, criteria, layouts, listed=listed)
+    with without_collector():
+        candidates, notes, mode = _select(places, output, criteria, layouts, listed=listed)
     chosen = [one for one in candidates if one.chosen]
     paths = tuple(one.path for one in chosen)
     if numbers is not None:
@@ -253,7 +255,7 @@ def _select(
             fold = _fold_of(path, path.parent if how == "name" else place)
             one = Candidate(path, name=names[path], fold=fold, listed=number)
             try:
-                one = _read(one, layouts, log)
+                one = _read(one, layouts, log, summed=how != "name")
             except MergeError as error:
                 denied = isinstance(error.__context__, PermissionError)  # it may be one
                 if how == "name" or denied:
@@ -265,7 +267,9 @@ def _select(
                 one = one.left(_OURS)
             elif (one.said.ours or is_average(path)) and not (listed and how != "run"):
                 one = replace(one, why=_OURS if one.said.ours else _AVERAGE)
-            seen.append(one if how != "name" or one.rough is not None else replace(one, why=NAMED))
+            seen.append(one)
+    if not told_apart(seen):  # by their times, or else by their weights, whose sums take a while
+        seen = [one if one.rough else _summed(one, layouts, named=True) for one in seen]
     # Where there is nothing but averages, or what only --key can name, it is what is asked for.
     sure = any(one.chosen and one.why == NAMED for one in seen)
     found = [one for one in seen if one.chosen and (one.why == NAMED or not sure)]
@@ -287,18 +291,24 @@ def _select(
     return [*chosen, *by_age(left)], [*notes, *copies, *more], mode
 
 
-def _read(one: Candidate, layouts: _Layouts, log: Log) -> Candidate:
-    """Return a candidate with what is known of it, and a rough sum of its weights, if any."""
+def _read(one: Candidate, layouts: _Layouts, log: Log, *, summed: bool) -> Candidate:
+    """Return a candidate with what is known of it, and a rough sum of its weights if asked for."""
     layout = layouts[one.path]
     said = read_metadata(layout, one.name)
     said = replace(said, metrics={**said.metrics, **log.of(one.path, said)})
     one = replace(one, step=said.step, epoch=said.epoch, said=said)
+    return _summed(one, layouts) if summed else one
+
+
+def _summed(one: Candidate, layouts: _Layouts, *, named: bool = False) -> Candidate:
+    """Return a candidate with a rough sum of its weights; without any it may be no checkpoint."""
     try:
-        return replace(one, rough=sum_of(layout, rough=True))
+        return replace(one, rough=sum_of(layouts[one.path], rough=True))
     except MergeError as error:
         if isinstance(error.__context__, OSError):
             raise
-        return replace(one, why=f"no checkpoint: {error.what}")
+        # What is named is left to planning, as --key may find weights in it.
+        return one if named else replace(one, why=f"no checkpoint: {error.what}")
 
 
 def _fold_of(path: Path, run: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 from collections.abc import Hashable
 from dataclasses import replace
 
@@ -12,35 +14,37 @@ from merge_avg.checkpoint import Layout, Storage, TensorInfo, assign
 from merge_avg.errors import failure
 
 _PIECE = 1 << 20
-# Small weights tell nearly all checkpoints apart, at the cost of a few reads while these are
-# scanned. Those that they do not are read whole, each once, so that many cost no more than a merge.
-_FEW, _SMALL = 256, 1 << 20  # tensors, bytes
-# Of others a rough sum takes in a piece of the middle of some: where small weights were frozen, or
-# too small a change was rounded away, they differ, and nothing has to be read whole.
-_SOME, _SHORT = 32, 1 << 12  # tensors, bytes
+# A rough sum takes in the smallest weights, such as the bias of a head, and as many others, of each
+# at most a piece. That tells nearly all checkpoints apart, at the cost of a few reads. The others
+# are read whole, each once, so that many cost no more than a merge.
+_FEW, _SHORT = 64, 1 << 12  # tensors, bytes
 
 
 def sum_of(layout: Layout, *, rough: bool = False) -> int | None:
     """Return a number that is the same for checkpoints with the same weights, and for no others.
 
-    A `rough` one takes in only names, dtypes, shapes, the smallest weights and pieces of others.
-    None stands for what cannot be told, or takes more reading than four times all its bytes, as
-    views may overlap. MergeError where it holds no weights.
+    A `rough` one takes in only some of the weights. None stands for what cannot be told, or takes
+    more reading than four times all its bytes, as views may overlap. MergeError where it holds no
+    weights.
     """
-    names = [(str(name).split("."), info) for name, info in assign(layout).weights.items()]
-    # A state dict may be all there is or lie in {"model": ...}, and wrappers add to each name.
-    levels = zip(*(name[:-1] for name, _ in names), strict=False)
-    cut = sum(itertools.takewhile(bool, (len(set(level)) == 1 for level in levels)))
-    names.sort(key=lambda one: one[0][cut:])
-    found: list[Hashable] = [(*name[cut:], info.dtype.name, info.shape) for name, info in names]
-    weights = [info for _, info in names]
+    weights = {str(name): info for name, info in assign(layout).weights.items()}
+    names = sorted(weights)
+    # A state dict may be all there is or lie in {"model": ...}, and wrappers add to each name. What
+    # the first and the last begin with, all do.
+    ends = zip(names[0].split(".")[:-1], names[-1].split(".")[:-1], strict=False)
+    cut = sum(len(a) + 1 for a, _ in itertools.takewhile(lambda end: end[0] == end[1], ends))
+    found: list[Hashable] = [len(names)]
     if rough:
-        weights.sort(key=_span)
-        some = weights[_FEW:] or [info for info in weights if _span(info) > _SHORT]
-        found += [_piece(layout, info) for info in some[:: len(some) // _SOME + 1]]
-        del weights[_FEW:]
-    room = _SMALL if rough else 4 * layout.nbytes
-    for info in weights:
+        sizes = {name: math.prod(weights[name].shape) for name in names}
+        small = heapq.nsmallest(_FEW, names, key=sizes.__getitem__)
+        names = sorted({*small, *names[:: len(names) // _FEW + 1]})
+    room = 4 * layout.nbytes
+    for name in names:
+        info = weights[name]
+        found.append((name[cut:], info.dtype.name, info.shape))
+        if rough and _span(info) > _SHORT:
+            found.append(_piece(layout, info))
+            continue
         room -= _span(info)
         if (info.trouble or room < 0) and not rough:
             return None

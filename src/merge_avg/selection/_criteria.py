@@ -136,7 +136,8 @@ def without_copies(
     # others is kept: it may be the template.
     for one in sorted(found, key=rank):
         group = one.fold if criteria.one_best_per_fold else None
-        others = alike.setdefault((one.rough, group), [])
+        alone = one.path.resolve() if one.rough is None else None
+        others = alike.setdefault((one.rough, alone, group), [])
         at = next((at for at, other in enumerate(others) if same(one, other)), None)
         if at is None or (by_mistake(one, others[at]) and criteria.allow_trivial):
             others.append(one)
@@ -154,6 +155,13 @@ def without_copies(
         metrics = {**one.said.metrics, **twin.said.metrics}
         others[at] = replace(twin, said=replace(twin.said, metrics=metrics))
     return by_age(itertools.chain(*alike.values())), notes
+
+
+def told_apart(found: Found) -> bool:
+    """Return whether their times alone tell that none is a copy of another."""
+    times = ({getattr(one, clock) for one in found} - {None} for clock in CLOCKS)
+    same = len({one.said.counted for one in found}) == 1
+    return same and any(len(some) == len(found) for some in times)
 
 
 def _same_time(a: Candidate, b: Candidate) -> bool | None:
