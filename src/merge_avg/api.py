@@ -265,4 +265,4 @@ def inspect_checkpoints(paths: Places, key: str | None = None) -> tuple[Contents
     The weights are the tensors of the state dict `key`; by default they are found.
     """
     found = expand(_listed(paths))
-    return tuple(contents(path, key) for _, some, _ in found for path in some)
+    return tuple(contents(path, key) for place in found for path in place.checkpoints)

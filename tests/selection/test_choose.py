@@ -22,8 +22,9 @@ from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
 from merge_avg.plan import prepare
 from merge_avg.selection import _choose, choose
-from merge_avg.selection._choose import distinct_names, expand, members, outputs
 from merge_avg.selection._criteria import natural
+from merge_avg.selection._places import Place, expand
+from merge_avg.selection._series import distinct_names, members, outputs
 from tests.selection.helpers import bare, lightning, names, select, trainer, why
 
 
@@ -297,7 +298,7 @@ def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path):
     """What exists is not a pattern, whatever characters its name has."""
     path = bare(tmp_path / "a[1].pt")
     bare(tmp_path / "a1.pt")
-    assert expand([path]) == [(path, [path], "name")]
+    assert expand([path]) == [Place(path, (path,), "name")]
 
 
 def test_numbers_in_names_sort_as_numbers():
@@ -312,7 +313,7 @@ def test_files_beside_the_checkpoints_of_a_run_are_passed_over(tmp_path, name):
     """Hidden files and the states of a training are not even candidates."""
     path = lightning(tmp_path, 0, 10)
     bare(tmp_path / name)
-    assert expand([tmp_path]) == [(tmp_path, [path], "run")]
+    assert expand([tmp_path]) == [Place(tmp_path, (path,), "run")]
 
 
 def test_names_without_numbers_of_steps_sort_naturally(tmp_path):

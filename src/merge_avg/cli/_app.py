@@ -124,7 +124,7 @@ def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:
     from merge_avg.report.inspect import as_json, contents, lines
     from merge_avg.selection import expand
 
-    found = [contents(path, key) for _, paths, _ in expand(checkpoints) for path in paths]
+    found = [contents(path, key) for place in expand(checkpoints) for path in place.checkpoints]
     text = (line for one in found for line in lines(one))
     print_result(display.as_json, lambda: [as_json(one) for one in found], text)
 

@@ -6,20 +6,15 @@ ones, those left out, and why, are one table: nothing is left out without a word
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from merge_avg.checkpoint import Layout
-from merge_avg.errors import MergeError, UsageError, failure, named
+from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.formats import scan
-from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
-from merge_avg.io import TEMPORARY, without_collector
+from merge_avg.io import without_collector
 from merge_avg.options import Criteria, Location, Mode, Options, Series, Weight, Weighting
 from merge_avg.selection._copies import sum_of
 from merge_avg.selection._criteria import (
@@ -29,31 +24,25 @@ from merge_avg.selection._criteria import (
     age_of,
     by_age,
     check,
-    natural,
     pick,
     refuse_unordered,
     told_apart,
     without_copies,
 )
 from merge_avg.selection._logs import Log, read_log
-from merge_avg.selection._metadata import STATE, read_metadata
+from merge_avg.selection._metadata import read_metadata
 from merge_avg.selection._names import CLOCKS, is_average, read_names
+from merge_avg.selection._places import Place, expand, final_models, fold_of
 from merge_avg.selection._schemes import exponent, phema, resolve
+from merge_avg.selection._series import members, outputs
 
 # A layout takes about 500 bytes for each tensor: those kept take 32 MiB. A run of many large
 # checkpoints must not fill the memory with layouts of which few are used.
 _MOST_TENSORS = 1 << 16
 _MOST_LISTED = 8
-# States of a training beside the checkpoints of a run, by torch, Accelerate and transformers.
-_BESIDE = re.compile(r"(?i)optimizer|scheduler|scaler|rng_state|random_states|training_args")
 # Why averages are left out where there are other checkpoints.
 _OURS = "an earlier output of merge-avg"
 _AVERAGE = "an average of other checkpoints, by its name"
-# Folders of a run that hold checkpoints: Lightning's, those of many, and one for each fold.
-_FOLDERS = re.compile(r"(?i)checkpoints?|ckpts?|(fold|version)[-_]?\d+|lightning_logs")
-_FOLD = re.compile(r"(?i)fold")
-
-Found = Literal["name", "pattern", "run"]  # how a checkpoint came to be looked at
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ def choose(
     numbers = weighting.weights
     listed = listed or numbers is not None
     places = expand(arguments, runs=not criteria.empty)
-    if numbers is not None and all(how != "run" for *_, how in places):
+    if numbers is not None and all(place.found != "run" for place in places):
         _refuse_count(len(numbers), len(places))  # before 0.7 0.3 is looked for as a checkpoint
     with without_collector():
         candidates, notes, mode = _select(places, output, criteria, layouts, listed=listed)
@@ -231,7 +220,7 @@ def _snapshot(layout: Layout) -> tuple[float, float]:
 
 
 def _select(
-    places: Sequence[tuple[Path, list[Path], Found]],
+    places: Sequence[Place],
     output: Path,
     criteria: Criteria,
     layouts: _Layouts,
@@ -247,12 +236,13 @@ def _select(
     log = Log() if criteria.metrics_file is None else read_log(criteria.metrics_file)
     # Only the user knows what a number counts that no word explains.
     clocks = [kind for kind in CLOCKS if getattr(criteria, f"{kind}s") is not None]
-    everything = [path for _, paths, _ in places for path in paths]
+    everything = [path for place in places for path in place.checkpoints]
     names = read_names(everything, clocks[0] if len(clocks) == 1 else None)
     seen: list[Candidate] = []
-    for number, (place, paths, how) in enumerate(places):
-        for path in paths:
-            fold = _fold_of(path, path.parent if how == "name" else place)
+    for number, place in enumerate(places):
+        how = place.found
+        for path in place.checkpoints:
+            fold = fold_of(path, path.parent if how == "name" else place.path)
             one = Candidate(path, name=names[path], fold=fold, listed=number)
             try:
                 one = _read(one, layouts, log, summed=how != "name")
@@ -274,7 +264,7 @@ def _select(
     sure = any(one.chosen and one.why == NAMED for one in seen)
     found = [one for one in seen if one.chosen and (one.why == NAMED or not sure)]
     left = [one.left(one.why) for one in seen if not one.chosen or (sure and one.why != NAMED)]
-    notes = [*_finals(places)]
+    notes = [*final_models(places)]
     reasons = {why: [one.path for one in left if one.why == why] for why in (_OURS, _AVERAGE)}
     notes += [f"left out {named(paths)}: {why}" for why, paths in reasons.items() if paths]
     found, copies = without_copies(
@@ -282,9 +272,9 @@ def _select(
     )
     if not found:
         told = named([f"{one.path} ({one.why})" for one in left]) if left else "nothing"
-        where = places[0][0] if places else None
+        where = places[0].path if places else None
         raise MergeError(f"no checkpoint to average; found {told}", where=where)
-    named_all = criteria.empty and all(how == "name" for *_, how in places)
+    named_all = criteria.empty and all(place.found == "name" for place in places)
     chosen, mode, more = pick(found, criteria, left, mixed=named_all)
     if criteria.empty:
         chosen.sort(key=lambda one: one.listed)  # of a run, the oldest still comes first
@@ -309,151 +299,3 @@ def _summed(one: Candidate, layouts: _Layouts, *, named: bool = False) -> Candid
             raise
         # What is named is left to planning, as --key may find weights in it.
         return one if named else replace(one, why=f"no checkpoint: {error.what}")
-
-
-def _fold_of(path: Path, run: Path) -> Path:
-    """Return the folder that tells folds apart: fold*/ below or above, or that of the argument."""
-    below = [one for one in path.parents if one.parent == run]
-    return next((one for one in (*below, *path.parents) if _FOLD.match(one.name)), run)
-
-
-def expand(
-    arguments: Iterable[str | os.PathLike[str]], *, runs: bool = False
-) -> list[tuple[Path, list[Path], Found]]:
-    """Return the places that arguments stand for, the checkpoints of each, and how it was found.
-
-    What a pattern matches are places of their own, in the order in which a shell lists them. A
-    directory is a run if it is the only place, or if all may be `runs`; otherwise several
-    directories are checkpoints, whatever is in them.
-    """
-    try:
-        places = [(one, found) for argument in arguments for one, found in _matched(Path(argument))]
-        runs = runs or len(places) == 1
-        return [_expanded(place, found, runs=runs) for place, found in places]
-    except OSError as error:
-        raise MergeError(error.strerror or str(error), where=error.filename) from None
-
-
-def _matched(place: Path) -> Iterator[tuple[Path, Found]]:
-    # A file may be called a[1].pt: only what does not exist is a pattern.
-    if os.path.lexists(place) or not glob.has_magic(str(place)):
-        yield place, "name"
-        return
-    paths = sorted(_matching(place))
-    _refuse_unlisted(place.parts)
-    if not paths:
-        raise MergeError("no file matches the pattern", where=place)
-    for path in paths:
-        yield path, "pattern"
-
-
-def _expanded(place: Path, found: Found, *, runs: bool) -> tuple[Path, list[Path], Found]:
-    if runs and place.is_dir():
-        # A Trainer's folder may hold its final model beside checkpoint-N/. As a run it stands for
-        # these folders; the files of the final model are not checkpoints of their own.
-        whole = is_one(place)
-        inside = [path for path in _of_run(place) if path.is_dir() or not whole]
-        if inside and not (whole and of_a_run(place.name)):
-            return place, sorted(inside, key=lambda path: natural(str(path))), "run"
-    return place, [place], found
-
-
-def _finals(places: Iterable[tuple[Path, list[Path], Found]]) -> Iterator[str]:
-    """Yield a note for each run that holds a final model too: which of the two is averaged."""
-    for place, paths, how in places:
-        if how == "run" and is_one(place):
-            yield f"{place} holds a final model too, which is not averaged: its checkpoints are"
-        elif paths == [place] and place.is_dir() and not of_a_run(place.name):
-            with contextlib.suppress(OSError):  # which is an error where it is read
-                inside = [path.name for path in _of_run(place) if path.is_dir()]
-                if inside:
-                    what = "the final model is averaged, not its checkpoints"
-                    yield f"of {place} {what} {named(inside)}"
-
-
-def _matching(pattern: Path) -> list[Path]:
-    return [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207 - any root
-
-
-def _refuse_unlisted(parts: Sequence[str]) -> None:
-    """Raise MergeError for a folder that a pattern leads through and that cannot be listed."""
-    # glob passes over what it cannot look into.
-    for count in range(1, len(parts)):
-        if glob.has_magic(parts[count]) or parts[count - 1] == "**":
-            for folder in filter(Path.is_dir, _matching(Path(*parts[:count]))):
-                try:
-                    os.scandir(folder).close()
-                except OSError as error:
-                    raise failure(error, "cannot be listed", folder) from None
-
-
-def _of_run(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints in a run's directory: files, folders, and those in known subfolders."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or TEMPORARY in entry.name or _BESIDE.match(entry.name):
-            continue
-        if entry.is_dir() and (of_a_run(entry.name) or (entry / STATE).is_file()):
-            yield entry
-        elif entry.is_dir() and _FOLDERS.fullmatch(entry.name):
-            yield from _of_run(entry)
-        elif entry.is_file() and entry.suffix.lower() in SUFFIXES:
-            yield entry
-
-
-# Several averages of the same checkpoints: which go into each, and what it is called.
-
-
-def members(
-    checkpoints: Sequence[Path], series: Series, order: Sequence[int] = ()
-) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of the checkpoints in each average, by its name.
-
-    They come in an `order`, which is that of the checkpoints or has the oldest first.
-    """
-    count = len(checkpoints)
-    if series.several and count < 2:
-        raise UsageError("several averages need at least two checkpoints", hint="name more of them")
-    everything = tuple(order or range(count))
-    if series.leave_one_out:
-        names = enumerate(distinct_names(checkpoints))
-        return {f"without-{name}": tuple(k for k in everything if k != i) for i, name in names}
-    if series.prefixes:
-        return {f"first-{size}": everything[:size] for size in range(2, count + 1)}
-    # A single --last is a criterion: the selection has seen to it.
-    if len(series.lasts) < 2:
-        return {"": everything}
-    for number in series.lasts:
-        if not 1 <= number <= count:
-            hint = "choose a smaller number for --last"
-            raise UsageError(f"--last {number} of {count} checkpoints", hint=hint)
-    return {f"last-{number}": everything[-number:] for number in series.lasts}
-
-
-def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Return a name for each path, of as many of its last parts as tell all of them apart."""
-    paths = [path if path.name.strip(".") else path.resolve() for path in paths]  # of "." and ".."
-    for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
-        names = tuple("-".join([*path.parts[:-1], path.stem][-depth:]) for path in paths)
-        if len(set(names)) == len(names):
-            return tuple(name.lstrip("/") for name in names)
-    # The same checkpoint twice, or paths that differ in their suffix only.
-    return tuple(f"{number}-{path.stem}" for number, path in enumerate(paths, 1))
-
-
-def outputs(
-    pattern: Path,
-    groups: Mapping[str, Sequence[int]],
-    count: int,
-    weigh: Callable[[Sequence[int]], Sequence[Weight]],
-) -> dict[Path, tuple[Weight, ...]]:
-    """Return each output, with `count` weights: those that `weigh` gives to a group, and zeros."""
-    if len(groups) > 1 and "{name}" not in str(pattern):
-        hint = "put {name} into it, as in avg-{name}.pt"
-        raise UsageError(f"{len(groups)} averages need as many outputs, not {pattern}", hint=hint)
-    table: dict[Path, tuple[Weight, ...]] = {}
-    for name, chosen in groups.items():
-        weights = dict(zip(chosen, weigh(chosen), strict=True))
-        # Without a series the average has no name, and the path is taken as it is.
-        path = Path(str(pattern).replace("{name}", name)) if name else pattern
-        table[path] = tuple(weights.get(index, 0) for index in range(count))
-    return table
