@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from merge_avg import merge_checkpoints
@@ -22,9 +20,6 @@ from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
 from merge_avg.plan import prepare
 from merge_avg.selection import _choose, choose
-from merge_avg.selection._criteria import natural
-from merge_avg.selection._places import Place, expand
-from merge_avg.selection._series import distinct_names, members, outputs
 from tests.selection.helpers import bare, lightning, names, select, trainer, why
 
 
@@ -282,80 +277,6 @@ def test_choosing_needs_no_torch(tmp_path, monkeypatch):
     subprocess.run(arguments, check=True, capture_output=True)
 
 
-# What arguments stand for: files, directories, runs and patterns.
-
-
-def test_patterns(tmp_path):
-    """A quoted pattern stands for what it matches, as in a shell; nothing matched is an error."""
-    for fold in (2, 10):
-        bare(tmp_path / f"fold{fold}.pt", fold)
-    assert names(select([tmp_path / "fold*.pt"], Criteria())) == ["fold10.pt", "fold2.pt"]
-    with pytest.raises(MergeError, match="no file matches the pattern"):
-        select([tmp_path / "*.ckpt"], Criteria())
-
-
-def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path):
-    """What exists is not a pattern, whatever characters its name has."""
-    path = bare(tmp_path / "a[1].pt")
-    bare(tmp_path / "a1.pt")
-    assert expand([path]) == [Place(path, (path,), "name")]
-
-
-def test_numbers_in_names_sort_as_numbers():
-    """Digits compare by value, and come before letters."""
-    assert sorted(["b10", "b9", "a", "10"], key=natural) == ["10", "a", "b9", "b10"]
-
-
-@pytest.mark.parametrize(
-    "name", [".hidden.pt", "optimizer.pt", "random_states_0.pkl", "training_args.bin"]
-)
-def test_files_beside_the_checkpoints_of_a_run_are_passed_over(tmp_path, name):
-    """Hidden files and the states of a training are not even candidates."""
-    path = lightning(tmp_path, 0, 10)
-    bare(tmp_path / name)
-    assert expand([tmp_path]) == [Place(tmp_path, (path,), "run")]
-
-
-def test_names_without_numbers_of_steps_sort_naturally(tmp_path):
-    """In a run without steps, fold 10 comes after fold 9."""
-    for fold in (1, 9, 10):
-        bare(tmp_path / f"fold{fold}.pt", fold)
-    assert names(select([tmp_path], Criteria())) == ["fold1.pt", "fold9.pt", "fold10.pt"]
-
-
-def test_folders_of_a_lightning_run(tmp_path):
-    """Lightning's version_0/checkpoints/ belongs to the run above it."""
-    folder = tmp_path / "version_0" / "checkpoints"
-    folder.mkdir(parents=True)
-    lightning(folder, 0, 10)
-    (tmp_path / "version_0" / "hparams.yaml").write_text("a: 1")
-    assert names(select([tmp_path], Criteria())) == ["epoch=0-step=10.ckpt"]
-
-
-def test_folders_of_a_trainer(tmp_path):
-    """Folders checkpoint-N/ are the candidates of a run, also beside a final model."""
-    for step in (1000, 200, 30):
-        trainer(tmp_path, step)
-    found = ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
-    assert names(select([tmp_path], Criteria())) == found
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert names(select([tmp_path], Criteria(last=2))) == found[1:]
-    one = tmp_path / "checkpoint-30"
-    assert select([one, tmp_path / "checkpoint-200"], Criteria()).paths[0] == one
-    assert names(select([one], Criteria(last=1))) == ["checkpoint-30"]
-
-
-def test_directories_that_are_named_are_checkpoints(tmp_path):
-    """Several directories are one checkpoint each, where nothing else is asked for."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        for part in ("encoder", "decoder"):
-            bare(tmp_path / name / f"{part}.pt", ord(name))
-    paths = [tmp_path / "a", tmp_path / "b"]
-    assert select(paths, Criteria()).paths == tuple(paths)
-
-
 # Which checkpoints are chosen, which are not, and the words for it.
 
 
@@ -422,51 +343,6 @@ def test_nothing_left_is_an_error(tmp_path):
     assert names(select([tmp_path], Criteria())) == ["o.pt"]  # on which another mean may go on
 
 
-# Several averages: which checkpoints go into each, and what it is called.
-
-
-def folds(count):
-    return [Path(f"fold{i}.pt") for i in range(1, count + 1)]
-
-
-def test_leave_one_out_has_an_average_for_each_checkpoint():
-    """Each average has all checkpoints but the one that it is named after."""
-    found = members(folds(3), Series(leave_one_out=True))
-    assert found == {"without-fold1": (1, 2), "without-fold2": (0, 2), "without-fold3": (0, 1)}
-
-
-def test_prefixes_begin_with_two():
-    """The first average is of two checkpoints, and the last one of all."""
-    found = members(folds(4), Series(prefixes=True))
-    assert found == {"first-2": (0, 1), "first-3": (0, 1, 2), "first-4": (0, 1, 2, 3)}
-
-
-def test_several_numbers_of_last_ones():
-    """Each number gives an average of so many of the newest checkpoints."""
-    found = members(folds(5), Series(lasts=(3, 5, 3)))
-    assert found == {"last-3": (2, 3, 4), "last-5": (0, 1, 2, 3, 4)}
-
-
-@pytest.mark.parametrize("series", [Series(), Series(lasts=(3,))])
-def test_otherwise_there_is_one_average_of_all(series):
-    """Without a series, or with one number that the selection has seen to, all are averaged."""
-    assert members(folds(3), series) == {"": (0, 1, 2)}
-
-
-@pytest.mark.parametrize(
-    ("series", "count", "words"),
-    [
-        (Series(leave_one_out=True), 1, "at least two checkpoints"),
-        (Series(lasts=(2, 9)), 3, "last=9 of 3 checkpoints"),
-        (Series(lasts=(0, 2)), 3, "last=0 of 3 checkpoints"),
-    ],
-)
-def test_what_cannot_be_is_refused(series, count, words):
-    """Series that ask for more than there is are a usage error."""
-    with pytest.raises(UsageError, match=words):
-        members(folds(count), series)
-
-
 @pytest.mark.parametrize(
     "series", [Series(leave_one_out=True, prefixes=True), Series(lasts=(2, 3), prefixes=True)]
 )
@@ -474,49 +350,6 @@ def test_series_exclude_each_other(series):
     """A run makes one series of averages; that shows before anything is read."""
     with pytest.raises(UsageError, match="exclude each other"):
         choose(["none.pt"], Path("{name}.pt"), Criteria(), series, Weighting())
-
-
-@given(st.integers(2, 12), st.sampled_from(["leave_one_out", "prefixes"]))
-def test_every_average_has_a_place_of_its_own(count, kind):
-    """Each average has an output of its own, with a weight of 0 for checkpoints left out."""
-    groups = members(folds(count), Series(**{kind: True}))
-    table = outputs(Path("out/avg-{name}.pt"), groups, count, lambda chosen: [1] * len(chosen))
-    assert len(table) == len(groups)
-    for row, chosen in zip(table.values(), groups.values(), strict=True):
-        assert tuple(i for i, weight in enumerate(row) if weight) == tuple(chosen)
-
-
-def test_weights_go_where_their_checkpoints_are():
-    """The weights of an average's checkpoints are given in their order."""
-    groups = {"a": (0, 2), "b": (1, 2)}
-    table = outputs(Path("{name}.pt"), groups, 3, lambda chosen: [10 + i for i in chosen])
-    assert table == {Path("a.pt"): (10, 0, 12), Path("b.pt"): (0, 11, 12)}
-
-
-def test_several_averages_need_a_pattern():
-    """Without {name} in the output, all averages would have the same path: a usage error."""
-    groups = members(folds(3), Series(leave_one_out=True))
-    with pytest.raises(UsageError, match="3 averages need as many outputs") as caught:
-        outputs(Path("avg.pt"), groups, 3, lambda chosen: [1] * len(chosen))
-    assert "{name}" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("given_", "names"),
-    [
-        (["a/x.pt", "a/y.pt"], ("x", "y")),
-        (["fold1/best.ckpt", "fold2/best.ckpt"], ("fold1-best", "fold2-best")),
-        (["run/epoch=1-loss=0.5.ckpt", "run/epoch=2-loss=0.4.ckpt"], None),
-        (["same.pt", "same.pt"], ("1-same", "2-same")),
-        ([".", "x.pt"], (Path.cwd().name, "x")),
-        (["..", "x.pt"], (Path.cwd().parent.name, "x")),
-    ],
-)
-def test_names_tell_checkpoints_apart(given_, names):
-    """A name has as many parts of the path as needed, or a number where nothing else differs."""
-    found = distinct_names([Path(one) for one in given_])
-    assert len(set(found)) == len(given_)
-    assert names is None or found == names
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
@@ -540,28 +373,6 @@ def test_what_cannot_be_read_is_not_left_out(tmp_path, monkeypatch, what):
     with pytest.raises(MergeError, match="Permission denied") as caught:
         select([tmp_path], Criteria(last=1))
     assert caught.value.where == str(place)
-
-
-@pytest.mark.parametrize("pattern", ["fold*/*.pt", "**/*.pt", "fold?/best.pt", "fold2/*.pt"])
-def test_a_pattern_leads_through_no_closed_folder(tmp_path, monkeypatch, pattern):
-    """A folder that a pattern would look into, and cannot, may hold a match: an error."""
-    for number in (1, 2):
-        (tmp_path / f"fold{number}").mkdir()
-        (tmp_path / f"fold{number}" / "best.pt").touch()
-    closed = str(tmp_path / "fold2")
-
-    def scandir(path, real=os.scandir):
-        if os.fspath(path) == closed:
-            raise PermissionError(errno.EACCES, "Permission denied", closed)
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    if pattern == "fold?/best.pt":  # whose folders are never listed
-        assert len(expand([tmp_path / pattern])) == 2
-        return
-    with pytest.raises(MergeError, match=r"cannot be listed \(Permission denied\)") as caught:
-        expand([tmp_path / pattern])
-    assert caught.value.where == closed
 
 
 # Runs of real trainings: several series, averages, and files that say nothing.
