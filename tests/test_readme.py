@@ -61,3 +61,47 @@ def test_ci_examples_run(number, tmp_path):
     assert done.stdout == "4 parameters\n"
     assert torch.equal(torch.load(tmp_path / "merged.pt")["w"], torch.ones(2, 2))
     assert "3 checkpoints averaged" in (tmp_path / "page.md").read_text()
+
+
+def masked(text):
+    """Return lines without their numbers, and without blanks beyond one."""
+    return [
+        re.sub(r"\s+", " ", re.sub(r"\d[\d.,]*", "N", line)).strip() for line in text.splitlines()
+    ]
+
+
+def test_commands_print_what_is_shown(tmp_path):
+    """The commands at the top, typed in a shell, print the lines that stand below them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"0": (64, 20), "2": (64, 64), "4": (5, 64)}
+
+    def network(base=None):
+        state = {}
+        for name, shape in shapes.items():
+            for kind, size in (("weight", shape), ("bias", shape[:1])):
+                key = f"{name}.{kind}"
+                start = 0 if base is None else base[key]
+                state[key] = start + torch.randn(size, generator=generator) * (0.1 if base else 1)
+        return state
+
+    base = network()
+    for fold in range(3):
+        torch.save(network(base), tmp_path / f"fold{fold}.pt")
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    moments = {
+        k: {"step": torch.tensor(1.0), "m": torch.ones(900), "v": torch.ones(900)} for k in range(6)
+    }
+    for epoch in range(1, 6):
+        content = {"epoch": epoch, "global_step": 20 * epoch + 20, "state_dict": network(base)}
+        content["optimizer_states"] = [{"state": moments, "param_groups": []}]
+        torch.save(content, folder / f"epoch={epoch}-step={20 * epoch + 20}.ckpt")
+    (folder / "last.ckpt").write_bytes((folder / "epoch=5-step=120.ckpt").read_bytes())
+    blocks = re.findall(r"```console\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for command, shown in blocks:
+        script = command.replace("merge-avg ", f'"{sys.executable}" -m merge_avg ')
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert masked(done.stderr + done.stdout) == masked(shown)

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", ".github/JSON.md"]
+DOCUMENTS = ["README.md", *(f".github/{name}.md" for name in ("AGREEMENT", "CONTRIBUTING"))]
+DOCUMENTS += [f".github/{name}.md" for name in ("SECURITY", "JSON")]
+HOSTED = [
+    "https://github.com/merge-avg/merge-avg/blob/main/",
+    "https://raw.githubusercontent.com/merge-avg/merge-avg/main/",
+]
 FILES = [
     path.relative_to(ROOT).as_posix()
     for folder in ("src", "tests", "scripts")
@@ -17,8 +22,13 @@ PATH = re.compile(r"\b(?:src|tests|scripts)/[\w/.-]*\w|\b[\w/]+\.(?:py|c|h)\b")
 
 
 def links(text):
-    """Return where the links of a document lead, except for those to the web or within it."""
-    return [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    """Return where the links of a document lead, except for those to the web or within it.
+
+    The README is shown by the package index too, where only whole addresses lead anywhere.
+    """
+    found = re.findall(r"\]\(([^)#]+)", text)
+    found = [re.sub(f"^({'|'.join(map(re.escape, HOSTED))})", "", link) for link in found]
+    return [link for link in found if "://" not in link]
 
 
 def quoted(text):
@@ -41,3 +51,10 @@ def test_quoted_paths_exist(document):
     assert found or document == ".github/JSON.md"
     lost = [p for p in found if not any(f"/{file}".endswith(f"/{p}") for file in FILES)]
     assert lost == []
+
+
+def test_links_of_the_readme_are_whole():
+    """On the package index nothing lies beside the README: its links are whole addresses."""
+    found = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert [link for link in found if not link.startswith(("https://", "#"))] == []
+    assert any(link.startswith(HOSTED[1]) for link in found)  # pictures
