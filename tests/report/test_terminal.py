@@ -3,12 +3,15 @@
 import io
 import os
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from merge_avg.report.terminal import show
+from merge_avg.selection import Candidate
 from tests.helpers import COMMAND, noise
 from tests.report.helpers import report_of, save
 from tests.terminal import on_terminal
@@ -105,3 +108,17 @@ def test_a_real_terminal_of_40_columns(tmp_path, term):
     assert "agrees" in plain
     assert ("\x1b" in summary) == (term == "xterm")
     assert term == "xterm" or plain.isascii()
+
+
+def test_many_are_shortened_and_those_left_out_are_counted(tmp_path):
+    """Of sixty checkpoints the middle is a row, and why others are left out is a line."""
+    paths = save(tmp_path, *({"w": torch.full((2,), float(k))} for k in range(60)))
+    chosen = [(Candidate(path), 1 / 60) for path in paths]
+    left = [(Candidate(Path(f"{k}.ckpt"), chosen=False, why="too old"), None) for k in range(3)]
+    report = replace(report_of(paths, tmp_path / "o.pt"), candidates=(*chosen, *left))
+    file = io.StringIO()
+    show(report, Console(file=file, width=200, force_terminal=False))
+    text = file.getvalue()
+    assert "... 45 more ..." in text
+    assert sum("0.01667" in line for line in text.splitlines()) == 15
+    assert re.search(r"others +3 too old", text)

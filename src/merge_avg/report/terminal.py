@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_avg.report import printable
-from merge_avg.report.text import columns, facts, headline, shortened, style
+from merge_avg.report.text import columns, facts, headline, left_out, shortened, style
 from merge_avg.report.values import KNOWN, Report
 
 _BAR = 10
@@ -35,6 +35,9 @@ def show(report: Report, console: Console | None = None) -> None:
     about = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     about.add_column(style="dim", no_wrap=True)
     about.add_column(overflow="fold")
+    others = left_out(report)
+    if others:
+        about.add_row("others", Text(printable("; ".join(f"{n:,} {why}" for why, n in others))))
     for fact in facts(report):
         about.add_row(fact.label, Text(printable(fact.value), _COLOURS[fact.style]))
     console.print(about)

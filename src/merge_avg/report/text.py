@@ -249,13 +249,18 @@ def _chosen(report: Report) -> Iterator[str]:
     left = [_candidate(*pair) for pair in looked_at if not pair[0].chosen]
     blank = [""] * (len(KNOWN) + 2)
     rows = shortened(chosen, lambda more: ["", f"... {more:,} more ...", *blank])
-    counts = Counter(row[-1].partition(":")[0] for row in left)
     if not left:  # then it goes without saying which are chosen, and why
         rows = [row[1:-1] for row in rows]
     for line in aligned([*rows, *(left if len(left) <= MOST_ROWS else ())]):
         yield f"  {line}"
-    for why, count in counts.most_common() if len(left) > MOST_ROWS else ():
+    for why, count in left_out(report) if len(left) > MOST_ROWS else ():
         yield f"  - {count:,} more: {why}"
+
+
+def left_out(report: Report) -> list[tuple[str, int]]:
+    """Return why candidates are left out, and how many, the most frequent reason first."""
+    whys = (one.why.partition(":")[0] for one, _ in report.candidates if not one.chosen)
+    return Counter(whys).most_common()
 
 
 def _candidate(one: Candidate, weight: float | None) -> list[str]:
