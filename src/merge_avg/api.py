@@ -197,7 +197,8 @@ def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _
 def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     """Average checkpoints into a new one, in bounded memory.
 
-    The output is the first checkpoint, the template, with its weights replaced by their mean. Float
+    The output is a copy of one checkpoint, the template, with its weights replaced by their mean. It
+    is the newest where they tell a step or epoch, and else the first. Float
     and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
     not depend on the order of the checkpoints, nor on threads, memory or device. What may make the
     mean meaningless is in the result's `warnings`, and is raised as `MergeWarning`.

@@ -186,7 +186,7 @@ class Options:
     # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
     template: Location | int | None = option(
         None,
-        "Copy checkpoint number N, or one that is not averaged, instead of the first.",
+        "Copy checkpoint number N, or one that is not averaged, instead of the newest or first.",
         metavar="N|PATH",
     )
     base: Location | None = option(

@@ -17,9 +17,8 @@ from merge_avg.cli._github import summarize
 from merge_avg.cli._help import COMMANDS, Command, words
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import print_result, say
-from merge_avg.errors import UsageError
+from merge_avg.errors import UsageError, counted
 from merge_avg.options import Criteria, Options, Series, Weighting
-from merge_avg.report import counted
 
 # Errors reach `main`, which knows how to show them; of a crash, Python's own traceback says more
 # than one that leaves out what lies in libraries.
@@ -77,8 +76,8 @@ def command(
     """Average the weights of PyTorch checkpoints, exactly and in bounded memory.
 
     CHECKPOINT is a file (.pt, .pth, .bin, .ckpt, .safetensors), a directory, a run, or a quoted
-    pattern. The output is a copy of the first with other weights. verify, inspect and soup are
-    commands; write ./verify for a checkpoint of that name.
+    pattern. The output is a copy of the newest, or of the first where that is not known, with other
+    weights. verify, inspect and soup are commands; write ./verify for a checkpoint of that name.
     """
     if "" in (*checkpoints, output, options.template):
         raise UsageError("a path is empty", hint="is a variable of the shell not set?")
