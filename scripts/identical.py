@@ -167,6 +167,8 @@ def main() -> int:
                     shutil.rmtree(outputs, ignore_errors=True)
                     outputs.mkdir()
                     where = ["-q", "-o", str(outputs / f"{stem}{suffix}")]
+                    # Of which checkpoint is the template by default, versions think otherwise.
+                    where += [] if case == "template" else ["--template", "1"]
                     codes.append(run(python, [*map(str, paths), *asked, *where]))
                     made.append(tree(outputs))
                     if python == options.old and not codes[0][0]:
