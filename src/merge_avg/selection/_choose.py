@@ -127,7 +127,11 @@ def choose(
         _refuse_count(len(numbers), len(paths))
     age = age_of(chosen)
     order = [number for number, _ in sorted(enumerate(chosen), key=lambda one: age(one[1]))]
-    if numbers is not None and len(set(numbers)) > 1 and order != list(range(len(paths))):
+    # 1.pt and 2.pt may be folds: what is only guessed makes neither a template nor a note.
+    sure = [one for one in chosen if one.said.timed and (one.said.counted or not one.said.guessed)]
+    ages = {one.path: age(one) for one in sure}
+    by_hand = numbers is not None and len(set(numbers)) > 1
+    if by_hand and len(sure) == len(chosen) and order != sorted(order):
         names = named([path.name for path in paths], _MOST_LISTED)
         notes.append(f"the weights are in the order of the arguments, not by age: {names}")
     if weighting.scheme and weighting.scheme not in ("uniform", "metric"):
@@ -149,9 +153,6 @@ def choose(
     plain = all(one.chosen and one.step is one.epoch is one.metric is None for one in candidates)
     kept = {path: layouts[path] for path in paths if path in layouts}
     said = () if plain else tuple(candidates)
-    # 1.pt and 2.pt may be folds: what is only guessed makes no template.
-    sure = [one for one in chosen if one.said.timed and (one.said.counted or not one.said.guessed)]
-    ages = {one.path: age(one) for one in sure}
     return Choice(paths, table, said, tuple(notes), ages, (kept, layouts.sources))
 
 
