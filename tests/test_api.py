@@ -1,5 +1,6 @@
 """merge_avg.api: the functions for files take what the command takes, and say what is wrong."""
 
+import json
 import subprocess
 import sys
 import types
@@ -98,7 +99,9 @@ def test_keywords_mean_what_the_options_of_their_names_mean(run, options, words,
 
 
 @pytest.mark.parametrize(
-    "paths", [{"w": torch.ones(1)}, 3, None, b"a.pt", {"a.pt"}, [3], [["a"]]], ids=repr
+    "paths",
+    [{"w": torch.ones(1)}, 3, None, b"a.pt", {"a.pt"}, frozenset(["a.pt"]), [3], [["a"]]],
+    ids=repr,
 )
 def test_what_is_no_path_is_refused(tmp_path, paths):
     """A state dict, a number, None and the like: the error says what is expected."""
@@ -164,12 +167,12 @@ def test_series_of_averages_are_those_of_the_command(run, options, words, comman
         assert Path(name).read_bytes() == Path(name.replace("ours", "theirs")).read_bytes()
 
 
-@pytest.mark.parametrize("last", [[], [2, "3"], [None], "2", [2.5], {2: 3}])
+@pytest.mark.parametrize("last", [[], [2, "3"], [None], "2", [2.5], {2: 3}, True])
 def test_last_is_a_number_or_several(run, last):
     """What is neither is refused before anything is read."""
     with pytest.raises(TypeError, match="last must be a number"):
         merge_checkpoints("missing", "out-{name}.pt", last=last)
-    with pytest.raises(TypeError, match="last must be a number, not"):
+    with pytest.raises(TypeError, match="last must be a whole number, not"):
         select_checkpoints("missing", last=[2, 3])
 
 
@@ -217,8 +220,110 @@ def test_a_value_that_no_option_has_is_refused(run):
 @pytest.mark.parametrize("name", ["last", "best", "phema", "threads", "min_agreement"])
 def test_a_text_is_no_number(run, name):
     """Where a number is meant, the error names the keyword and what stands there."""
-    with pytest.raises(TypeError, match=f"{name} must be a number, not '2'"):
+    with pytest.raises(TypeError, match=rf"{name} must be a( whole)? number\b.*, not '2'"):
         merge_checkpoints("run", "out.pt", **{name: "2"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overwrite": "no"}, "overwrite must be True or False, not 'no'"),
+        ({"agreement": None}, "agreement must be True or False, not None"),
+        ({"best": True}, "best must be a whole number, not True"),
+        ({"threads": 2.5}, "threads must be a whole number, not 2.5"),
+        ({"min_agreement": True}, "min_agreement must be a number, not True"),
+        ({"key": ["model"]}, "key must be a text, not ['model']"),
+        ({"key": Path("model")}, "key must be a text, not PosixPath('model')"),
+        ({"weighting": 1}, "weighting must be a text, not 1"),
+        ({"metric": 1, "best": 2}, "metric must be a text, not 1"),
+        ({"metrics_file": 1}, "metrics_file must be a path, not 1"),
+        ({"template": 1.5}, "template must be a path or a number, not 1.5"),
+        ({"template": True}, "template must be a path or a number, not True"),
+        ({"base": 2}, "base must be a path, not 2"),
+        ({"steps": range(9)}, "steps must be a range, such as (1000, 5000), not range(0, 9)"),
+        ({"epochs": slice(9)}, "epochs must be a range, such as (1000, 5000), not slice(None, 9, "),
+        ({"include": None}, "include must be a text, or several, not None"),
+        ({"weights": 0.5}, "weights must be a list of numbers, not float"),
+        ({"weights": {5: 0.5}}, "weights must be a list of numbers, not dict"),
+        ({"weights": {1, 2, 3, 4}}, "weights must be a list of numbers, not set"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_kind_is_refused(run, options, message):
+    """Before anything is read, by its keyword; a state dict in its place does not fill a page."""
+    with pytest.raises(TypeError) as caught:
+        merge_checkpoints("missing", "out.pt", **options)
+    assert str(caught.value).startswith(message)
+    with pytest.raises(TypeError, match="base must be a path") as caught:
+        merge_checkpoints(
+            "missing", "out.pt", base={"w": torch.ones(99, 99)} | dict.fromkeys("abc")
+        )
+    assert len(str(caught.value)) < 200
+
+
+def test_a_mode_is_min_or_max(run):
+    """Any other word would choose the lowest in silence."""
+    with pytest.raises(UsageError, match="mode is 'maximum'\nhint: choose one of min, max"):
+        merge_checkpoints("run", "out.pt", best=2, metric="loss", mode="maximum")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (1, 0, 0, 3),
+        (weight for weight in (1, 0, 0, 3)),
+        torch.tensor([1, 0, 0, 3]),
+        [torch.tensor(0.25), 0, 0, torch.tensor(0.75)],
+        "1,0,0,3",
+        {1: 1, 2: 0, 3: 0, 4: 3}.values(),
+    ],
+    ids=lambda weights: type(weights).__name__,
+)
+def test_weights_may_be_anything_with_an_order(run, weights):
+    """A generator, a tensor, a list of tensors, the command's text: also for several outputs."""
+    weights = [*weights] if isinstance(weights, types.GeneratorType) else weights
+    assert merged("run", weights=weights) == 76.25
+    merge_checkpoints("run", {"a.pt": weights, "b.pt": [1] * 4})
+    assert torch.load("a.pt")["model"]["w"][0] == 76.25
+
+
+def test_numbers_and_devices_of_other_libraries_are_taken(run):
+    """Two billion bytes as 2e9, and torch's own device."""
+    assert merged("run", max_memory=2e9, device=torch.device("cpu")) == 33.75
+
+
+def test_a_path_that_leads_nowhere_has_the_commands_hint(run, command):
+    """A typing error, an address and a home are told as by the command."""
+    for path in (
+        "run/step=5-loss=0.65.ckpt",
+        "https://example.org/a.pt",
+        "~/no-such.pt",
+        "someone/some-model",
+    ):
+        _, _, err = command(path, "-o", "out.pt")
+        assert "hint: " in err
+        for call in (select_checkpoints, inspect_checkpoints):
+            with pytest.raises(MergeError) as caught:
+                call(path)
+            assert f"hint: {caught.value.hint}\n" in err
+
+
+def test_notes_of_a_merge_are_in_the_result(run, command):
+    """They are those of the command: what was left out, and which one is the template."""
+    merge_checkpoints("run/*", "run/mean.pt")
+    result = merge_checkpoints("run/*", "out.pt")
+    _, out, _ = command("run/*", "-o", "theirs.pt", "--json")
+    assert list(result.notes) == json.loads(out)["notes"]
+    assert any("run/mean.pt" in note for note in result.notes)
+    assert "\n  note: left out 'run/mean.pt'" in repr(result)
+    assert "\n  note: left out 'run/mean.pt'" in repr(select_checkpoints("run/*"))
+
+
+def test_keywords_of_the_command_are_led_to_the_librarys(run):
+    """Options that have another name here, or a function of their own."""
+    for name, right in (("metrics", "metrics_file"), ("dry_run", "select_checkpoints")):
+        with pytest.raises(TypeError, match=f"no keyword '{name}'; did you mean {right}"):
+            merge_checkpoints("run", "out.pt", **{name: "log.csv"})
 
 
 def test_texts_of_the_command_are_understood(run):
@@ -263,6 +368,7 @@ def test_a_selection_is_told_without_a_merge(run):
     left = {one.path.name: one.why for one in found.candidates if not one.chosen}
     assert left.keys() == {"step=5-loss=0.625.ckpt", "step=10-loss=1.25.ckpt"}
     assert repr(found).startswith("Selection: 2 checkpoints\n  + run/step=20-")
+    assert "step=20-loss=2.5.ckpt: weight 0.333, among the last 2\n" in repr(found)
     assert "\n  - run/step=5-" in repr(found)
     merge_checkpoints(found.paths, "out.pt", weights=found.weights)
     assert torch.load("out.pt")["model"]["w"][0] == pytest.approx(220 / 3)
@@ -311,15 +417,15 @@ def test_progress_is_a_function_or_none(run):
 def test_progress_is_drawn_in_notebooks(run, monkeypatch):
     """In a notebook the bar is one cell of output, which changes in place, without ipywidgets."""
     seen = []
-    handle = types.SimpleNamespace(update=seen.append)
+    handle = types.SimpleNamespace(update=lambda shown, raw: seen.append(shown))
     module = types.ModuleType("IPython.display")
-    module.HTML = str
-    module.display = lambda first, display_id: handle
+    module.display = lambda first, display_id, raw: handle
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     result = merge_checkpoints("run", "out.pt", progress=True)
-    assert seen[-1].count(str(result.nbytes)) == 2
-    assert "<progress " in seen[-1]
+    assert seen[-1]["text/html"].count(str(result.nbytes)) == 2
+    assert "<progress " in seen[-1]["text/html"]
+    assert seen[-1]["text/plain"] == "averaging 100 %"
 
 
 def test_the_api_is_what_dir_shows():

@@ -113,6 +113,18 @@ def test_weights_count():
     for model, value in zip(models, (0.0, 4.0), strict=True):
         nn.init.constant_(model.weight, value)
     assert AverageModelMerger(models, weights=[1, 3]).merge_models().weight.item() == 3.0
+    for weights in (torch.tensor([1.0, 3.0]), iter([1, 3])):
+        assert AverageModelMerger(models, weights=weights).merge_models().weight.item() == 3.0
+
+
+def test_weights_have_an_order():
+    """The keys of a dict, or the letters of a text, would be other weights in silence."""
+    models = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    for weights in ({1: 0.5, 2: 0.5}, {1, 2}, 0.5):
+        with pytest.raises(TypeError, match="weights must be a list of numbers, not "):
+            AverageModelMerger(models, weights=weights)
+    with pytest.raises(ValueError, match="1 weights for 2 models"):
+        AverageModelMerger(models, weights="12")
 
 
 @pytest.mark.parametrize(

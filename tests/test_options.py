@@ -122,6 +122,8 @@ def test_choices_are_those_of_the_type():
     assert choices(Options, "missing") == ("error", "skip", "available")
     assert choices(Options, "int_policy") == ("error", "template", "max", "mean")
     assert choices(Options, "key") == choices(Options, "dtype") == choices(Options, "include") == ()
+    assert choices(Criteria, "mode") == ("min", "max")  # or None
+    assert choices(Options, "fail_on") == ("drifted", "strangers")
 
 
 def test_defaults_ask_for_nothing():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import reprlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from merge_avg.brief import Brief
 from merge_avg.engine import Result, run
-from merge_avg.errors import MergeWarning, UsageError
+from merge_avg.errors import NAMES, MergeError, MergeWarning, UsageError, counted, in_keywords
 from merge_avg.options import (
     Criteria,
     Location,
@@ -27,7 +28,9 @@ from merge_avg.options import (
     Weight,
     Weighting,
     choices,
+    instead,
     meanings,
+    numbers,
     option,
     parse_dtype,
     parse_range,
@@ -35,6 +38,7 @@ from merge_avg.options import (
 )
 from merge_avg.plan import prepare, refuse_inputs
 from merge_avg.report.inspect import Contents, contents
+from merge_avg.report.values import notes_of
 from merge_avg.selection import Candidate, Choice, choose, expand, refuse_place, refuse_trivial
 
 if TYPE_CHECKING:
@@ -43,7 +47,28 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Places = Location | Iterable[Location]
 _META = {one.name: one.metadata for cls in (Options, Series, Weighting) for one in fields(cls)}
+_KINDS: tuple[tuple[str, Any, str], ...] = (  # how a type begins, what fits it, and in words
+    ("bool", bool, "True or False"),
+    ("int | None", Integral, "a whole number"),
+    ("float", Real, "a number"),
+    ("str | os.PathLike[str] | int", (str, os.PathLike, Integral), "a path or a number"),
+    ("str | os.PathLike[str] | N", (str, os.PathLike), "a path"),
+    ("pathlib.Path", os.PathLike, "a path"),
+    ("str", str, "a text"),
+    ("tuple", tuple, "a range, such as (1000, 5000)"),
+    ("collections.abc.Sequence", Iterable, "a text, or several"),
+)
 _NOWHERE = Path(os.devnull)  # an output that is none of the checkpoints
+
+
+@contextlib.contextmanager
+def _hinted() -> Iterator[None]:
+    """Give an error about a path that leads nowhere the hint that the command has."""
+    try:
+        yield
+    except MergeError as error:
+        error.hint = instead(error.where or "", error.hint)
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +81,7 @@ class _Selecting(Criteria):
     def series(self) -> Series:
         return Series(lasts=() if self.last is None else (self.last,))
 
+    @_hinted()
     def choose(
         self,
         paths: Places,
@@ -87,9 +113,8 @@ class _Merging(Options, _Selecting):
     def series(self) -> Series:
         given = [] if self.last is None else self.last
         lasts = tuple(given) if isinstance(given, Sequence) else (given,)
-        if self.last is not None and not (
-            lasts and all(isinstance(one, Integral) for one in lasts)
-        ):
+        numeric = all(isinstance(one, Integral) for one in lasts) and bool not in map(type, lasts)
+        if self.last is not None and not (lasts and numeric):
             raise TypeError(f"last must be a number or several, not {self.last!r}")
         leave_one_out, prefixes = self.leave_one_out, self.prefixes
         return Series(lasts=lasts, leave_one_out=leave_one_out, prefixes=prefixes)
@@ -105,17 +130,21 @@ class Selection(Brief):
     notes: tuple[str, ...]  # for the user, one sentence each
 
     def brief(self) -> Iterator[str]:
-        """Yield which checkpoints are chosen, which are not, and why."""
-        yield f"{len(self.paths):,} checkpoints"
+        """Yield which checkpoints are chosen, with what share, which are not, and why."""
+        yield counted(len(self.paths), "checkpoint")
+        yield from (f"note: {text}" for text in self.notes)
+        weights = dict(zip(self.paths, map(float, self.weights), strict=True))
+        total = sum(weights.values()) or 1
         for one in self.candidates or map(Candidate, self.paths):
-            yield f"{'+' if one.chosen else '-'} {one.path}: {one.why}"
+            share = f"weight {weights[one.path] / total:.3g}, " if one.chosen else ""
+            yield f"{'+' if one.chosen else '-'} {one.path}: {share}{one.why}"
 
 
 def _listed(given: Any) -> list[Location]:
     """Return the paths that a caller gave, or raise an error that says what is expected."""
     # A set has no order, and of a dict of tensors the values would be lost.
-    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | dict | set)
-    listed = list(given) if several else [given]
+    single = isinstance(given, str | bytes | dict | set | frozenset)
+    listed = list(given) if isinstance(given, Iterable) and not single else [given]
     for path in listed:
         models = "; AverageModelMerger averages models" if hasattr(path, "state_dict") else ""
         _check(path, "paths must be a path or several, such as a list or a pattern", models)
@@ -131,25 +160,39 @@ def _check(path: Any, expected: str, more: str = "") -> None:
 
 def _understood(cls: Any, given: dict[str, Any]) -> Any:
     """Return options with the values of keywords; texts that the command takes are parsed."""
-    types = {one.name: str(one.type) for one in fields(cls)}
+    types = {one.name: str(one.type).removeprefix("<class '") for one in fields(cls)}
     for name in given.keys() - types.keys():
-        raise TypeError(f"there is no keyword {name!r}; {suggested(name, types, 'see help()')}")
+        close = f"did you mean {NAMES[name]}?" if name in NAMES else suggested(name, types)
+        raise TypeError(f"there is no keyword {name!r}; {close or 'see help()'}")
     for name, meaning in meanings(cls):
-        value, allowed = given.get(name), choices(cls, name)
+        value, allowed = given.get(name, getattr(cls, name)), choices(cls, name)
+        if value is getattr(cls, name):
+            continue
         if meaning.parse is parse_range and isinstance(value, int | tuple | list):
             bounds = [value] if isinstance(value, int) else value
             value = ":".join("" if bound is None else str(bound) for bound in bounds)
-        if meaning.parse is parse_dtype and value is not None:
+        if meaning.parse is parse_dtype or name == "device":
             value = str(value)  # of torch too
-        if isinstance(value, str) and (meaning.parse or getattr(cls, name) == ()):
-            given[name] = meaning.parse(value) if meaning.parse else (value,)
-        elif types[name].startswith(("int |", "float |")) and isinstance(
-            value, str if "Sequence" in types[name] else str | list | tuple
-        ):
-            raise TypeError(f"{name} must be a number, not {value!r}")
-        elif name in given and allowed and value not in allowed:
+        if meaning.parse and (isinstance(value, str) or meaning.parse is numbers):
+            value = meaning.parse(value)
+        elif isinstance(value, str) and getattr(cls, name) == ():
+            value = (value,)
+        if allowed and value not in allowed:
             raise UsageError(f"{name} is {value!r}", hint=f"choose one of {', '.join(allowed)}")
+        given[name] = _fitting(name, value, types[name])
     return cls(**given)
+
+
+def _fitting(name: str, value: Any, kind: str) -> Any:
+    """Return the value of a keyword, or raise TypeError for one that does not fit its type."""
+    for start, fits, expected in _KINDS:
+        if kind.startswith(start):
+            if fits is Integral and isinstance(value, float) and value.is_integer():
+                value = int(value)  # as of 2e9
+            if isinstance(value, bool) is not (fits is bool) or not isinstance(value, fits):
+                raise TypeError(f"{name} must be {expected}, not {reprlib.repr(value)}")
+            break
+    return value
 
 
 @contextlib.contextmanager
@@ -158,18 +201,24 @@ def _bar() -> Iterator[Callable[[int, int], object]]:
     from rich.progress import Progress
 
     console, due = Console(stderr=True), 0.0
+
+    def said(done: int, total: int) -> dict[str, str]:
+        text = f"averaging {100 * done // max(total, 1)} %"
+        bar = f"<progress value={done} max={total}></progress>"
+        return {"text/plain": text, "text/html": f"{bar} {text}"}
+
     if not console.is_jupyter:
         with Progress(console=console) as bar:
             task = bar.add_task("averaging")
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     shown = import_module("IPython.display")  # with which rich could do only by ipywidgets
-    handle = shown.display(shown.HTML("averaging"), display_id=True)
+    handle = shown.display(said(0, 1), display_id=True, raw=True)
 
     def show(done: int, total: int) -> None:
         nonlocal due
         if done >= total or time.monotonic() > due:
-            handle.update(shown.HTML(f"averaging <progress value={done} max={total}></progress>"))
+            handle.update(said(done, total), raw=True)
             due = time.monotonic() + 0.1
 
     yield show
@@ -197,11 +246,11 @@ def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _
 def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     """Average checkpoints into a new one, in bounded memory.
 
-    The output is a copy of one checkpoint, the template, with its weights replaced by their mean. It
-    is the newest where they tell a step or epoch, and else the first. Float
-    and complex tensors get the exact weighted mean, rounded once to their dtype; so the result does
-    not depend on the order of the checkpoints, nor on threads, memory or device. What may make the
-    mean meaningless is in the result's `warnings`, and is raised as `MergeWarning`.
+    The output is a copy of one checkpoint, the template, with its weights replaced by their mean.
+    It is the newest where they tell a step or epoch, and else the first. Float and complex tensors
+    get the exact weighted mean, rounded once to their dtype; so the result does not depend on the
+    order of the checkpoints, nor on threads, memory or device. What may make the mean meaningless
+    is in the result's `warnings`, and is raised as `MergeWarning`.
 
     Args:
         paths: checkpoints of one architecture: files (.pt, .pth, .bin, .ckpt, .safetensors),
@@ -216,7 +265,7 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     Raises:
         MergeError: nothing was written; the message names the file and the tensor.
         UsageError: the options do not fit each other.
-        TypeError: something else stands where a path is meant.
+        TypeError: an argument is of another kind than is meant.
     """
     asked = _understood(_Merging, options)
     several = isinstance(output, Mapping)
@@ -234,7 +283,9 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
         refuse_place(place, choice, asked)
     if not asked.allow_trivial:
         refuse_trivial(choice)
-    outputs = output if isinstance(output, Mapping) else choice.outputs
+    outputs = choice.outputs
+    if isinstance(output, Mapping):
+        outputs = {Path(path): numbers(row) for path, row in output.items()}
     for path in outputs if asked.metrics_file else ():
         refuse_inputs(Path(path), (), [asked.metrics_file])
     values = {one.name: getattr(asked, one.name) for one in fields(Options)}
@@ -249,17 +300,20 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
 
     with _bar() if asked.progress is True else contextlib.nullcontext(asked.progress) as show:
         result = run(job, advance if show else None)
+    notes = tuple(map(in_keywords, notes_of(job, result, choice)))
     for text in result.warnings:
         warnings.warn(text, MergeWarning, stacklevel=2)
-    return result
+    return replace(result, notes=notes)
 
 
 def select_checkpoints(paths: Places, **options: Any) -> Selection:
     """Choose checkpoints of runs and patterns as `merge_checkpoints` does, by the same keywords."""
     choice = _understood(_Selecting, options).choose(paths)
-    return Selection(choice.paths, choice.outputs[_NOWHERE], choice.candidates, choice.notes)
+    notes = tuple(map(in_keywords, choice.notes))
+    return Selection(choice.paths, choice.outputs[_NOWHERE], choice.candidates, notes)
 
 
+@_hinted()
 def inspect_checkpoints(paths: Places, key: str | None = None) -> tuple[Contents, ...]:
     """Return what is in checkpoints: their tensors, and which would be averaged or kept, and why.
 

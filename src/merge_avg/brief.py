@@ -25,4 +25,5 @@ class Brief(ABC):
         return f"{type(self).__name__}: " + "\n  ".join(lines)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        # Else a long warning would run out of the notebook's page.
+        return f'<pre style="white-space: pre-wrap">{html.escape(repr(self))}</pre>'

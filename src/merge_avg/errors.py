@@ -14,15 +14,23 @@ _OPTION = (
     r"(?: ('[^']*'|\w*[\d_]\w*|(?:[A-Z]+|skip|available|template|max|min|cpu|metric)\b))?"
 )
 _WEIGHTS = r"(?<![\w-])-w(?: ([\d.,]+))?(?![\w-])"
-_NAMES = {"metrics": "metrics_file", "dry_run": "select_checkpoints"}  # where they are not alike
+NAMES = {"metrics": "metrics_file", "dry_run": "select_checkpoints"}  # where they are not alike
 
 
 def _keyword(found: Any) -> str:
     name, value = found[2].replace("-", "_"), "False" if found[1] else found[3]
-    name = _NAMES.get(name, name)
+    name = NAMES.get(name, name)
     if value and not found[1] and value[0] != "'" and not value.isdecimal() and value != "N":
         value = f'"{value}"'
     return f"{name}={value}" if value else name
+
+
+def in_keywords(said: str) -> str:
+    """Return a text with the library's keywords: --missing skip is missing="skip"."""
+    import re  # which `import merge_avg` need not wait for
+
+    said = re.sub(_OPTION, _keyword, said).replace("' exclude='", "', '")
+    return re.sub(_WEIGHTS, lambda found: f"weights=[{found[1]}]" if found[1] else "weights", said)
 
 
 class MergeError(ValueError):
@@ -51,14 +59,7 @@ class MergeError(ValueError):
         return self.what if self.where is None else f"{self.where}: {self.what}"
 
     def __str__(self) -> str:
-        import re  # which `import merge_avg` need not wait for
-
-        said = self.what if self.hint is None else f"{self.what}\nhint: {self.hint}"
-        # A caller of the library writes --missing skip as missing="skip".
-        said = re.sub(_OPTION, _keyword, said).replace("' exclude='", "', '")
-        said = re.sub(
-            _WEIGHTS, lambda found: f"weights=[{found[1]}]" if found[1] else "weights", said
-        )
+        said = in_keywords(self.what if self.hint is None else f"{self.what}\nhint: {self.hint}")
         return said if self.where is None else f"{self.where}: {said}"
 
     def at(self, where: str | os.PathLike[str]) -> MergeError:
@@ -102,6 +103,11 @@ def failure(
         where=where if where is not None else named,
         hint=_HINTS.get(error.errno or 0),
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: 1 tensor, 2 tensors."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def named(names: Iterable[object], limit: int = 1) -> str:

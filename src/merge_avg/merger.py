@@ -21,6 +21,7 @@ from merge_avg.arithmetic import Mean, MeanFactory, Weight, Weights, is_counter
 from merge_avg.arithmetic.torch_mean import TorchMean
 from merge_avg.checkpoint import is_matrix
 from merge_avg.errors import MergeError, MergeWarning
+from merge_avg.options import numbers
 
 # Elements that are averaged at a time: few enough to stay in a cache from the sum to the result.
 _CHUNK = 1 << 17
@@ -58,6 +59,7 @@ class AverageModelMerger(Generic[M]):
                 raise TypeError(f"models[{index}] is not an nn.Module: {type(model).__name__}")
         if not models:
             raise ValueError("there are no models to average")
+        weights = None if weights is None else numbers(weights)
         if weights is not None and len(weights) != len(models):
             raise ValueError(f"{len(weights)} weights for {len(models)} models")
         self.models = models

@@ -9,10 +9,12 @@ here, and the code that acts on it.
 # Without `annotations` of __future__: types that are text would be compiled each time one is asked
 # for, and while a file is verified nothing is compiled.
 
+import contextlib
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -68,9 +70,10 @@ def meanings(cls: type) -> Iterator[tuple[str, Meaning]]:
 
 
 def choices(cls: type, name: str) -> tuple[str, ...]:
-    """Return the values that a field of a Literal type may have; none for any other type."""
+    """Return the values that a field of a Literal type may have; none where any text may stand."""
     (hint,) = (one.type for one in fields(cls) if one.name == name)
-    return get_args(hint) if get_origin(hint) is Literal else ()
+    kinds = () if str in get_args(hint) else (hint, *get_args(hint))  # it may be None, too
+    return next((get_args(one) for one in kinds if get_origin(one) is Literal), ())
 
 
 def suggested(word: str, words: Iterable[str], otherwise: str | None = None) -> str | None:
@@ -79,6 +82,22 @@ def suggested(word: str, words: Iterable[str], otherwise: str | None = None) -> 
 
     close = get_close_matches(word[:99], [one[:99] for one in itertools.islice(words, 999)], 1, 0.8)
     return f"did you mean {close[0]}?" if close else otherwise
+
+
+def instead(path: str, hint: str | None) -> str | None:
+    """Return what to do about a path that leads nowhere, where nothing better is known."""
+    if path.startswith("~") and not os.path.lexists(path):  # then mkdir ~ would be a bad hint
+        return f"the shell expands ~ outside of quotes only; write {Path(path).expanduser()}"
+    if not path or hint or os.path.lexists(path):
+        return hint
+    if re.match(r"\w+:/", path):
+        return "only files of this machine are read; download it first"
+    folder, name = os.path.split(path)
+    if re.fullmatch(r"[\w-]+/[\w-]+(\.v?\d[\w-]*)*", path) and not os.path.lexists(folder):
+        return f"if it is a model of the Hugging Face Hub: hf download {path} --local-dir {name}"
+    with contextlib.suppress(OSError):
+        return suggested(name, [one.name for one in Path(folder).iterdir()])
+    return None
 
 
 _DTYPES = get_args(ResultDtype)
@@ -128,6 +147,15 @@ def parse_range(text: str) -> Bounds:
     if every == 0 or (first is not None and last is not None and first > last):
         raise UsageError(f"the range {text!r} is empty", hint="write it as FIRST:LAST[:EVERY]")
     return first, last, every
+
+
+def numbers(given: Any) -> list[Weight]:
+    """Return weights as a list; TypeError for a value that is not several or has no order."""
+    if isinstance(given, str):
+        return [*given.split(",")]
+    if isinstance(given, Mapping | AbstractSet) or not isinstance(given, Iterable):
+        raise TypeError(f"weights must be a list of numbers, not {type(given).__name__}")
+    return [one.item() if hasattr(one, "detach") else one for one in given]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +317,7 @@ class Weighting:
         "One number per checkpoint, of any sum; negative only with --no-normalize.",
         metavar="W,W,...",
         names=("--weights", "-w"),
-        parse=lambda text: text.split(","),
+        parse=numbers,
     )
     scheme: str | None = option(
         None,

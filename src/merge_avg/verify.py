@@ -17,7 +17,7 @@ from merge_avg._version import __version__
 from merge_avg.brief import Brief
 from merge_avg.checkpoint import File, FileLayout, Layout, dotted
 from merge_avg.engine import run
-from merge_avg.errors import MergeError, failure
+from merge_avg.errors import MergeError, counted, failure
 from merge_avg.formats import check, scan
 from merge_avg.io import OutputFile, read_fully
 from merge_avg.plan import FILE, Hashes, Job, Record, prepare, read_record
@@ -38,7 +38,7 @@ class Verification(Brief):
     def brief(self) -> Iterator[str]:
         """Yield what was compared."""
         hashes = "; their hashes are as recorded" if self.hashed else ""
-        given = f"what its {len(self.inputs):,} inputs give{hashes}"
+        given = f"what its {counted(len(self.inputs), 'input')} give{hashes}"
         yield f"{self.output}: all {self.nbytes:,} bytes are {given}"
         yield from map(str, self.inputs)
 

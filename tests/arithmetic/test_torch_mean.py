@@ -389,6 +389,16 @@ def test_without_revisit_only_the_neighbour_is_possible():
     assert all(r in (x, a, b) for r, x, a, b in zip(result, right, *neighbours, strict=True))
 
 
+def test_a_list_of_weights_is_enough():
+    """A mean of two with the weights 1 and 3 needs no `Weights`; a number alone is a count."""
+    mean = RunningMean([1, 3])
+    for value in (0.0, 4.0):
+        mean.update(torch.full((2,), value))
+    assert mean.result().tolist() == [3.0, 3.0]
+    with pytest.raises(TypeError, match="weights must be a list of numbers, not float"):
+        RunningMean(2.5)
+
+
 def test_wrong_use_is_a_value_error():
     """Too many or too few tensors, other shapes, and dtypes without a mean are refused."""
     mean = RunningMean(1)

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from merge_avg.report import aligned, counted, printable, shown
+from merge_avg.errors import counted
+from merge_avg.report import aligned, printable, shown
 
 
 @pytest.mark.parametrize("text", ["plain.pt", "é漢 a:b", "#1", "a::b", "[red]"])

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from merge_avg.checkpoint import DType
 from merge_avg.errors import UsageError
-from merge_avg.options import MOST_BITS, IntPolicy
+from merge_avg.options import MOST_BITS, IntPolicy, numbers
 
 Weight = int | float | Fraction | str
 _LEAST = Fraction(1, 10**30)  # of weights that are not normalized, which have to fit float64
@@ -39,7 +39,7 @@ class Weights:
         Raises:
             UsageError: a weight is negative or not a finite number, or all of them are zero.
         """
-        exact = list(map(_fraction, values))
+        exact = list(map(_fraction, numbers(values)))
         for value in exact:
             if normalize and value < 0:
                 hint = "weights are zero or above, but for linear combinations (--no-normalize)"

@@ -29,7 +29,7 @@ from merge_avg.arithmetic._sums import (
     WideSum,
     span_of,
 )
-from merge_avg.arithmetic._weights import Weights
+from merge_avg.arithmetic._weights import Weight, Weights
 from merge_avg.io import Matrix, Stack
 from merge_avg.tuning import BLOCK, CONVERTED
 
@@ -64,7 +64,7 @@ class RunningMean:
     """The weighted mean of tensors that are shown one at a time.
 
     Args:
-        weights: how many tensors there will be, or their `Weights`.
+        weights: how many tensors there will be, or a weight for each, or their `Weights`.
         dtype: of the result; by default that of the first tensor.
         device: where the sum is kept; by default that of the first tensor.
         buffers: scratch tensors, which means that are used in turn may share.
@@ -79,12 +79,14 @@ class RunningMean:
 
     def __init__(
         self,
-        weights: int | Weights,
+        weights: int | Sequence[Weight] | Weights,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        self._weights = Weights.uniform(weights) if isinstance(weights, int) else weights
+        if not isinstance(weights, Weights):
+            weights = Weights.uniform(weights) if isinstance(weights, int) else Weights.of(weights)
+        self._weights = weights
         self._wanted = self._dtype = dtype
         self._device = device
         self._buffers = buffers or Buffers()

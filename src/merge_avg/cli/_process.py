@@ -14,19 +14,17 @@ import contextlib
 import gc
 import itertools
 import os
-import re
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 from merge_avg._version import __version__
 from merge_avg.errors import MergeError, UsageError, WrittenError, failure
-from merge_avg.options import suggested
+from merge_avg.options import instead
 from merge_avg.report import printable, shown
 
 _SCHEMA = 1  # of the JSON, as .github/JSON.md has it
@@ -170,25 +168,9 @@ def _failure(error: BaseException | None) -> dict[str, Any]:
         code, error = error.code, MergeError("stopped; each output is as it was, or complete")
     if not isinstance(error, MergeError):
         return {}
-    hint = _instead(error.where or "", error.hint)
+    hint = instead(error.where or "", error.hint)
     about = {"file": error.where, "tensor": error.tensor, "exit_code": code}
     return {"error": error.message, "hint": hint, **about}
-
-
-def _instead(path: str, hint: str | None) -> str | None:
-    """Return what to do about a path that leads nowhere, where nothing better is known."""
-    if path.startswith("~") and not os.path.lexists(path):  # then mkdir ~ would be a bad hint
-        return f"the shell expands ~ outside of quotes only; write {Path(path).expanduser()}"
-    if not path or hint or os.path.lexists(path):
-        return hint
-    if re.match(r"\w+:/", path):
-        return "only files of this machine are read; download it first"
-    folder, name = os.path.split(path)
-    if re.fullmatch(r"[\w-]+/[\w-]+(\.v?\d[\w-]*)*", path) and not os.path.lexists(folder):
-        return f"if it is a model of the Hugging Face Hub: hf download {path} --local-dir {name}"
-    with contextlib.suppress(OSError):
-        return suggested(name, [one.name for one in Path(folder).iterdir()])
-    return None
 
 
 def print_result(as_json: bool, value: Callable[[], Any], lines: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
-from merge_avg.errors import MergeError, failure, named
+from merge_avg.errors import MergeError, counted, failure, named
 from merge_avg.io import Output, Reader, Scratch, Sink, without_collector
 from merge_avg.options import DOUBTS
 from merge_avg.plan import Hashes, Job, OutputSpec, batches
@@ -48,6 +48,7 @@ class Result(Brief):
         centred: the same for their differences to the base, if there is one.
         compared: the numbers of the checkpoints that `agreement` is about.
         hashes: of what was read of each checkpoint; None where they were not asked for.
+        notes: what else is to be known, such as what was left out; of `merge_checkpoints` only.
     """
 
     job: Job
@@ -61,17 +62,19 @@ class Result(Brief):
     centred: Agreement | None
     compared: tuple[int, ...]
     hashes: Hashes | None
+    notes: tuple[str, ...] = ()
 
     def brief(self) -> Iterator[str]:
         """Yield what was averaged, and what is to be known of it."""
         written = named(output.path for output in self.job.outputs)
-        yield f"{len(self.job.averaged):,} checkpoints averaged into {written}"
+        yield f"{counted(len(self.job.averaged), 'checkpoint')} averaged into {written}"
         yield f"read: {self.nbytes:,} bytes in {self.seconds:.2f} s"
         if self.verdict is not None:
             yield f"verdict: {self.verdict.word} ({self.verdict.number:.3f})"
         for label, names in (("differing", self.differing), ("nonfinite", self.nonfinite)):
             yield from [f"{label}: {named(names, 3)}"] if names else []
         yield from (f"warning: {text}" for text in self.warnings)
+        yield from (f"note: {text}" for text in self.notes)
 
 
 def run(

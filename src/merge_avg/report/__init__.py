@@ -32,11 +32,6 @@ def shown(nbytes: float) -> str:
     return f"{nbytes:,.0f} {unit}" if unit == "bytes" else f"{nbytes:,.1f} {unit}"
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number of things: 1 tensor, 2 tensors."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def aligned(rows: Sequence[Sequence[str]], gap: str = " ", widest: int = 100) -> Iterator[str]:
     """Yield rows of equal length as lines with aligned cells; empty columns are left out.
 

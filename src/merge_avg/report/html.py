@@ -21,11 +21,11 @@ from typing import Any
 from merge_avg._version import __version__
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement, groups_of
 from merge_avg.checkpoint import FileLayout
-from merge_avg.errors import MergeError, UsageError, WrittenError, named
+from merge_avg.errors import MergeError, UsageError, WrittenError, counted, named
 from merge_avg.formats import bounded
 from merge_avg.io import Output, refuse_output
 from merge_avg.plan import FILE, Job, refuse_inputs
-from merge_avg.report import counted, printable, shown, text
+from merge_avg.report import printable, shown, text
 from merge_avg.report.values import Report, as_json
 
 _LEAST = 20  # tensors in the table of those that agree least, and layers in that of outliers

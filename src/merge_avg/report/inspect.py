@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from merge_avg.brief import Brief
 from merge_avg.checkpoint import Name, Roles, TensorInfo, dotted
-from merge_avg.errors import named
+from merge_avg.errors import counted, named
 from merge_avg.formats import scan
 from merge_avg.plan import Masters, roles_of
-from merge_avg.report import aligned, counted, shown
+from merge_avg.report import aligned, shown
 from merge_avg.report.values import plain
 from merge_avg.selection import read_metadata
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
-from merge_avg.errors import MergeError, named
-from merge_avg.report import aligned, counted, printable, shown
+from merge_avg.errors import MergeError, counted, named
+from merge_avg.report import aligned, printable, shown
 from merge_avg.report.values import KNOWN, Report
 from merge_avg.selection import Candidate
 

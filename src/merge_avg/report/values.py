@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from merge_avg._version import __version__
 from merge_avg.agreement import Agreement, Verdict, groups_of
+from merge_avg.errors import counted
 from merge_avg.formats.directory import relative
 from merge_avg.options import REPORTED
-from merge_avg.report import counted
 
 if TYPE_CHECKING:
-    from merge_avg.checkpoint import Kept, Name
+    from merge_avg.checkpoint import Kept
     from merge_avg.engine import Result
     from merge_avg.plan import Job
     from merge_avg.selection import Candidate, Choice
@@ -120,7 +120,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
     gone = {number: relative(template, number) for number in job.layout.left_out}
     there = (i for i in template.tensors if any(p.file not in gone for p in i.storage.ranges))
     stays = {why.key for info in there if (why := job.roles.reasons.get(info.path))}
-    candidates, notes = ((), ()) if choice is None else (choice.candidates, choice.notes)
+    candidates = () if choice is None else choice.candidates
     inputs = tuple(_inputs(job, result, candidates))
     weights = {entry.path: entry.weight for entry in inputs}
     return Report(
@@ -150,13 +150,7 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         threads=job.budget.threads,
         memory=job.budget.nbytes,
         policies={key: getattr(job.options, key) for key in REPORTED},
-        notes=(
-            *_template(job, choice),
-            *notes,
-            *aligned.notes,
-            *job.notes,
-            *_notes(job, result, used),
-        ),
+        notes=notes_of(job, result, choice),
         warnings=plan.warnings if result is None else result.warnings,
         candidates=tuple((one, weights.get(str(one.path))) for one in candidates),
         agreement=None if result is None else result.agreement,
@@ -186,14 +180,23 @@ def _inputs(
         )
 
 
+def notes_of(job: Job, result: Result | None, choice: Choice | None) -> tuple[str, ...]:
+    """Return the notes on a merge, for the user, one sentence each."""
+    chosen = () if choice is None else choice.notes
+    notes = *_template(job, choice), *chosen, *job.plan.aligned.notes, *job.notes
+    return (*notes, *_notes(job, result))
+
+
 def _template(job: Job, choice: Choice | None) -> Iterator[str]:
     newest = None if choice is None else choice.newest(choice.paths)
     if newest is not None and job.options.template == newest and job.layout.whole:
         yield f"{newest} is the template, as the newest"
 
 
-def _notes(job: Job, result: Result | None, used: Sequence[tuple[Name, str]]) -> Iterator[str]:
-    statistics = sum(name.key.endswith(("running_mean", "running_var")) for name, _ in used)
+def _notes(job: Job, result: Result | None) -> Iterator[str]:
+    aligned = job.plan.aligned
+    used = (name for name in aligned.rows if aligned.rows[name][0] and name not in aligned.skipped)
+    statistics = sum(name.key.endswith(("running_mean", "running_var")) for name in used)
     if statistics and len(job.averaged) > 1:
         # The mean network has other activations, and so other statistics than the mean ones.
         what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
