@@ -235,7 +235,8 @@ def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _
         # Type checkers see the ParamSpec; `help()` and editors see these.
         named = inspect.signature(options).parameters.values()
         function.__signature__ = inspect.Signature([*first, *named])
-        texts = (f"        {name}: {one.help}" for name, one in meanings(options))  # type: ignore[arg-type]
+        helps = ((name, in_keywords(one.help)) for name, one in meanings(options))  # type: ignore[arg-type]
+        texts = (f"        {name}: {text}" for name, text in helps)
         function.__doc__ = function.__doc__.replace("        options: by name.", "\n".join(texts))
         return function
 

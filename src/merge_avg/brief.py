@@ -25,5 +25,6 @@ class Brief(ABC):
         return f"{type(self).__name__}: " + "\n  ".join(lines)
 
     def _repr_html_(self) -> str:
-        # Else a long warning would run out of the notebook's page.
-        return f'<pre style="white-space: pre-wrap">{html.escape(repr(self))}</pre>'
+        # Else a long warning would leave the page, and nbconvert show it in another font.
+        style = "font-family: monospace; white-space: pre-wrap"
+        return f'<pre style="{style}">{html.escape(repr(self))}</pre>'
