@@ -160,3 +160,23 @@ def test_a_log_of_other_numbers_is_refused(tmp_path, entry):
         file.write(f"{entry}\n")
     with pytest.raises(MergeError, match="the log of another soup"):
         soup_of(paths, tmp_path / "o.pt", overwrite=True)
+
+
+def test_a_mistyped_evaluation_leaves_no_log_in_the_way(tmp_path):
+    """A log without any score is begun anew by another command; a cut score counts as one."""
+    paths, log = made(tmp_path), tmp_path / LOG
+
+    def fail(path):
+        raise MergeError("cannot be run", where=path)
+
+    with pytest.raises(MergeError, match="cannot be run"):
+        soup_of(paths, tmp_path / "o.pt", fail, command="pyhton eval.py")
+    begun = log.read_bytes()
+    assert begun.count(b"\n") == 1
+    log.write_bytes(begun + b'{"members"')
+    with pytest.raises(MergeError, match="another soup"):
+        soup_of(paths, tmp_path / "o.pt", command="eval")
+    log.write_bytes(begun)
+    soup_of(paths, tmp_path / "o.pt", command="eval")
+    header, *scores = map(json.loads, log.read_text().splitlines())
+    assert (header["command"], len(scores) > 1) == ("eval", True)

@@ -40,7 +40,10 @@ class Log:
         try:
             first, *entries = map(bounded.loads, whole.splitlines())
             if first != header:
-                raise ValueError
+                # Before there is any score, the evaluation may have been mistyped.
+                if entries or whole != data or set(first) != set(header):
+                    raise ValueError
+                self._write(header, "wb")
             for entry in entries:
                 # Earlier versions tried a mean that was rounded twice, by way of a sum in float64.
                 # Where the final soup was not that mean, they evaluated it as well and added an
