@@ -88,6 +88,8 @@ def instead(path: str, hint: str | None) -> str | None:
     """Return what to do about a path that leads nowhere, where nothing better is known."""
     if path.startswith("~") and not os.path.lexists(path):  # then mkdir ~ would be a bad hint
         return f"the shell expands ~ outside of quotes only; write {Path(path).expanduser()}"
+    if hint and re.match(r"\w+:/", path) and hint.startswith("create it"):
+        return "outputs are written on this machine only; name a file here, and upload it"
     if not path or hint or os.path.lexists(path):
         return hint
     if re.match(r"\w+:/", path):

@@ -217,9 +217,10 @@ def test_a_path_that_leads_nowhere(command, folds, tmp_path, path, hint):
 
 
 def test_a_home_in_quotes_is_no_folder_to_make(command, folds):
-    """For an output in ~ the hint is its path, not to make a folder of this name."""
+    """For an output in ~ or at a URL the hint is not to make a folder of this name."""
     _, _, err = command(*folds, "-o", "~/no such folder/out.pt")
     assert err.endswith(f"only; write {Path.home()}/no such folder/out.pt\n")
+    assert "hint: outputs are written on this machine" in command(*folds, "-o", "s3://b/o.pt")[2]
 
 
 def test_weights_are_separated_by_commas(command, folds):
@@ -228,7 +229,7 @@ def test_weights_are_separated_by_commas(command, folds):
         code, _, err = command(*folds[:2], "-o", "out.pt", "-w", *given)
         assert (code, err.splitlines()[1]) == (
             2,
-            "hint: give one weight a checkpoint, as in -w 0.7,0.3",
+            "hint: give one weight per checkpoint, with commas between, as in -w 0.7,0.3",
         )
 
 

@@ -43,7 +43,7 @@ def test_patterns_choose_what_is_averaged(merge):
     }
     values, job = merge(*states, include=["enc.*"], exclude=["*.b"])
     assert values == {"enc.w": 2.0, "enc.b": 1.0, "head.w": 1.0}
-    assert "'enc.b' and 1 more is not to be averaged" in job.plan.aligned.notes[0]
+    assert "as not to be averaged: 'enc.b' and 1 more" in job.plan.aligned.notes[0]
 
 
 def test_what_is_excluded_need_not_match(merge):
@@ -68,7 +68,7 @@ def test_another_template(merge, tmp_path):
     assert list(values) == ["n", "a"]
     assert job.layouts[0].path == tmp_path / "1.pt"
     assert job.outputs[0].weights.integers == (2, 1, 1)
-    values, _ = merge(*states, template=tmp_path / "2.pt", weights=[1, 0, 0])
+    values, _ = merge(*states, template=tmp_path / "2.pt", weights=[1, 0, 0], allow_trivial=True)
     assert values == {"a": 1.0, "n": 30}
 
 
@@ -90,6 +90,13 @@ def test_a_template_number_that_does_not_exist(merge, number):
     with pytest.raises(UsageError, match=f"no checkpoint number {number}") as caught:
         merge({"a": 1.0}, {"a": 2.0}, template=number)
     assert "1 to 2" in str(caught.value.hint)
+
+
+def test_a_checkpoint_without_any_of_the_tensors(merge):
+    """--missing available is an error where a checkpoint would add nothing to any mean."""
+    states = [{"a": 1.0, "b": 1.0}, {"a": 2.0}, {"c": 3.0}]
+    with pytest.raises(MergeError, match=r"2\.pt: it lacks 'a' and 1 more.*\n.*nothing of it"):
+        merge(*states, missing="available")
 
 
 def test_missing_tensors(merge):

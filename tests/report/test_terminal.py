@@ -57,7 +57,7 @@ def test_everything_is_told(tmp_path, monkeypatch, width):
     for what in ("averaged2tensors,2,400parameters(float32)", "kBin", "agreement0.", "(exact;"):
         assert what in flat
     assert "keptfrom[red]a[bold]b.pt:epoch" in flat
-    assert "isnottobeaveragedandiskeptfromthetemplate" in flat
+    assert "keptfromthetemplate,asnottobeaveraged:" in flat
     assert "warning" in flat
     assert "verdictstrangers(" in flat
     assert "strangers:thecheckpointsfallintogroupsthathavenothingincommon('[red]a[bold]" in flat

@@ -169,7 +169,7 @@ def test_post_hoc_ema(command):
         (["-w", "1,2,3"], "3 weights for 2 checkpoints"),
         (["--leave-one-out"], "as many outputs"),
         (["--eval", "x"], "needs the command soup, --eval and --mode"),
-        (["--soup", "greedy"], "needs the command soup, --eval and --mode"),
+        (["--soup", "greedy"], "a soup needs --eval and --mode"),
         (["--soup", "greedy", "--eval", "x", "--mode", "min", "-w", "1,2"], "plain mean"),
         (["--steps", "x"], "not understood"),
         (["--weighting", "cosine"], "no weighting 'cosine'"),
@@ -470,7 +470,7 @@ def test_a_file_that_says_no_epoch_is_left_out_of_a_selection(tmp_path, criteria
     assert why(selection)["best.pth"] == "its epoch is not known"
     selection = select([tmp_path], Criteria())
     assert len(selection.paths) == 4
-    assert "'best.pth' tells no step or epoch" in selection.notes[0]
+    assert "no step or epoch is known, unlike for the others: 'best.pth'" in selection.notes[0]
 
 
 def test_the_clock_that_most_tell_decides(tmp_path):
@@ -615,8 +615,9 @@ def test_an_earlier_output_is_left_out_however_it_is_named(command):
         assert code == 0, err
         assert torch.load("merged.pt")["w"].tolist() == [(97 + 98 + 111) / 3] * 2
         assert "note: left out 'merged.pt': an earlier output of merge-avg" in err
-    # With a weight it is meant.
-    assert command("merged.pt", "a.pt", "-w", "3,1", "-o", "next.pt", "-q")[0] == 0
+    # With a weight it is meant, and told.
+    _, _, err = command("merged.pt", "a.pt", "-w", "3,1", "-o", "next.pt")
+    assert "note: averaged too, as weights are given: 'merged.pt', an earlier output" in err
     assert torch.load("next.pt")["w"].tolist() == [(97 + 98 + 111 + 97) / 4] * 2
 
 

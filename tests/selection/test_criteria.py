@@ -71,7 +71,7 @@ def test_the_metric_is_asked_for(tmp_path):
     with pytest.raises(UsageError, match="known are 'a', 'b'"):
         select([tmp_path], Criteria(best=1))
     bare(tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="known are none"):
+    with pytest.raises(UsageError, match="depends on a metric; no checkpoint tells one"):
         select([tmp_path / "x.pt"], Criteria(best=1))
 
 
@@ -153,7 +153,7 @@ def test_what_is_needed_and_not_known(tmp_path):
     """The last of files that tell neither step nor epoch is an error, not a guess by time."""
     bare(tmp_path / "a.pt")
     bare(tmp_path / "b.pt", 1)
-    with pytest.raises(MergeError, match="its epoch is not known"):
+    with pytest.raises(MergeError, match="its step or epoch is not known"):
         select([tmp_path], Criteria(last=1))
 
 

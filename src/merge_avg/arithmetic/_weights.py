@@ -42,7 +42,7 @@ class Weights:
         exact = list(map(_fraction, numbers(values)))
         for value in exact:
             if normalize and value < 0:
-                hint = "weights are zero or above, but for linear combinations (--no-normalize)"
+                hint = "weights are zero or above; --no-normalize allows all, as of --phema"
                 raise UsageError(f"the weight {value} is negative", hint=hint)
             if not normalize and value and not _LEAST < abs(value) < 1 / _LEAST:
                 hint = "weights that are not normalized lie between 1e-30 and 1e30"

@@ -82,7 +82,7 @@ class Diagnosis:
                 places = [place for place in _places(special, size) if differ[place]]
                 for name, count in self._reached(window, places):
                     what = f"tensor {str(name)!r} holds NaN or infinity"
-                    what += f" ({count:,} elements of a window)"
+                    what += f" ({count:,} element{'s' * (count > 1)} of those read at once)"
                     where = self._paths[window[0].unit.sources[number].checkpoint]
                     hint = "--allow-nonfinite averages it all the same"
                     raise MergeError(what, where=where, hint=hint, tensor=name)

@@ -171,7 +171,7 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
     if nested:
         if _latest(root) in nested:  # which readers would look for in vain
             del files["latest"]
-        notes.append(f"{root}: {named(sorted(nested))} is left out, a checkpoint of its own")
+        notes.append(f"{root}: left out, as other checkpoints are: {named(sorted(nested))}")
     return files, notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
@@ -86,23 +86,21 @@ def align(
     kept = [name for name in weights[0] if name not in template]
     for opaque, why in ((False, "not to be averaged"), (True, "state of a module beside weights")):
         if some := [name for name in kept if bool(_OPAQUE.fullmatch(name.key)) == opaque]:
-            notes.append(f"{named(some)} is {why} and is kept from the template")
+            notes.append(f"kept from the template, as {why}: {named(some)}")
     left_out: set[str] = set()
     for path, column in zip(paths[1:], columns, strict=True):
         lacking = [name for name in template if name not in column]
         extra = [name for name in column if name not in template]
-        if missing == "error" and (lacking or extra):
+        if advice := _not_to_miss(missing, lacking, extra, template):
             has = f"it has {named(extra)}, which {paths[0]} lacks"
             what = f"it lacks {named(lacking)}, which {paths[0]} has" if lacking else has
-            hint = "--missing skip keeps such tensors from the template, --missing available "
-            hint += "averages them where they are present"
-            raise MergeError(what, where=path, hint=hint, tensor=(lacking or extra)[0])
+            raise MergeError(what, where=path, hint=advice, tensor=(lacking or extra)[0])
         left_out.update(map(str, extra))
     if left_out:
-        notes.append(f"{named(sorted(left_out))} is not in the template and is left out")
+        notes.append(f"left out, as the template has no such tensor: {named(sorted(left_out))}")
     if incomplete := [name for name in template if any(name not in one for one in columns)]:
-        lot = "kept from the template" if missing == "skip" else "averaged where it is present"
-        notes.append(f"{named(incomplete)} is not in every checkpoint and is {lot}")
+        lot = "kept from the template" if missing == "skip" else "averaged where present"
+        notes.append(f"not in every checkpoint, so {lot}: {named(incomplete)}")
         kept += incomplete if missing == "skip" else []
     skipped = frozenset(kept)
     if skipped.issuperset(weights[0]):
@@ -116,6 +114,16 @@ def align(
         for name, info in weights[0].items()
     }
     return Aligned(rows, tuple(notes), skipped, frozenset(masters or ()))
+
+
+def _not_to_miss(missing: Missing, lacking: Sized, extra: Sized, template: Sized) -> str | None:
+    """Return the hint of an error, where a checkpoint lacks, or has more, than it may."""
+    if missing == "available" and len(lacking) == len(template):
+        return "leave it out: nothing of it would be averaged"
+    if missing != "error" or not (lacking or extra):
+        return None
+    skip = "--missing skip keeps such tensors from the template"
+    return f"{skip}, --missing available averages them where they are present"
 
 
 def is_chosen(name: Name, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout
-from merge_avg.errors import MergeError, UsageError, named
+from merge_avg.errors import MergeError, UsageError, counted, named
 from merge_avg.formats import scan
 from merge_avg.io import without_collector
 from merge_avg.options import Criteria, Location, Mode, Options, Series, Weight, Weighting
@@ -149,6 +149,11 @@ def choose(
         return resolve(weighting.scheme or "uniform", len(numbered), metrics, mode or criteria.mode)
 
     table = outputs(output, members(paths, series, order), len(paths), weigh)
+    for path, row in table.items() if len(paths) > 1 and not criteria.allow_trivial else ():
+        used = [one for one, weight in zip(paths, row, strict=True) if str(weight).strip(" +-.0")]
+        if len(used) == 1 and weighting.sigma is None:  # a stored EMA may be the one asked for
+            hint = "give others a weight too, or allow it with --allow-trivial"
+            raise MergeError(f"it alone has a weight in {path}", where=used[0], hint=hint)
     # A table of checkpoints that were all named, and say nothing, would only repeat their names.
     plain = all(one.chosen and one.step is one.epoch is one.metric is None for one in candidates)
     kept = {path: layouts[path] for path in paths if path in layouts}
@@ -158,8 +163,9 @@ def choose(
 
 def _refuse_count(weights: int, checkpoints: int) -> None:
     if weights != checkpoints:
-        counts = f"{weights} weights for {checkpoints} checkpoints"
-        raise UsageError(counts, hint="give one weight a checkpoint, as in -w 0.7,0.3")
+        counts = f"{counted(weights, 'weight')} for {counted(checkpoints, 'checkpoint')}"
+        hint = "give one weight per checkpoint, with commas between, as in -w 0.7,0.3"
+        raise UsageError(counts, hint=hint)
 
 
 def _check(criteria: Criteria, series: Series, weighting: Weighting) -> None:
@@ -268,6 +274,8 @@ def _select(
     notes = [*final_models(places)]
     reasons = {why: [one.path for one in left if one.why == why] for why in (_OURS, _AVERAGE)}
     notes += [f"left out {named(paths)}: {why}" for why, paths in reasons.items() if paths]
+    if ours := [one.path for one in found if one.said.ours and one.why == NAMED]:
+        notes.append(f"averaged too, as weights are given: {named(ours)}, {_OURS}")
     found, copies = without_copies(
         found, lambda path: sum_of(layouts[path]), left, criteria, listed=listed
     )

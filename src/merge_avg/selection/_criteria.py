@@ -198,7 +198,7 @@ def _within(found: Found, criteria: Criteria, left: Found) -> Found:
         inside = [_inside(getattr(one, name), bounds) for one in known]
         found = _keep(known, inside, f"its {name} is not asked for", left)
         if not found:
-            what = f"no checkpoint has a {name} that is asked for: there are {_names(known)}"
+            what = f"no checkpoint has one of the {name}s asked for: there are {_names(known)}"
             raise MergeError(what)
     if criteria.min_interval is None:
         return found
@@ -231,7 +231,8 @@ def _told(found: Found, name: str, left: Found) -> Found:
     told = [getattr(one, name) is not None for one in found]
     if not any(told):
         hint = f"put it into the name, as in {name}=3.pt, or leave out the option"
-        raise MergeError(f"its {name} is not known", where=found[0].path, hint=hint)
+        what = name if any(one.said.timed for one in found) else "step or epoch"
+        raise MergeError(f"its {what} is not known", where=found[0].path, hint=hint)
     return _keep(found, told, f"its {name} is not known", left)
 
 
@@ -277,9 +278,10 @@ def _doubts(chosen: Found) -> Iterator[str]:
             when = _when(x)
             yield f"{x.path.name} and {y.path.name} are both of {when}, with other weights"
             break
-    mute = [one.path.name for one in chosen if not one.said.timed and one.metric is None]
+    mute = [one.path for one in chosen if not one.said.timed and one.metric is None]
     if 0 < len(mute) < len(chosen):
-        yield f"{named(mute)} tells no step or epoch, unlike the others; it counts all the same"
+        names = named([path.name or path for path in mute])  # the name of . is empty
+        yield f"counted although no step or epoch is known, unlike for the others: {names}"
 
 
 def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | None]:
@@ -288,9 +290,11 @@ def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | N
     if metric is None and (criteria.best is not None or criteria.one_best_per_fold):
         names = sorted(known - {"step", "epoch"})
         if len(names) != 1:
-            listed = named(names, 8) if names else "none"
-            hint = "name the one that decides with --metric"
-            raise UsageError(f"what is best depends on a metric; known are {listed}", hint=hint)
+            told = f"known are {named(names, 8)}" if names else "no checkpoint tells one"
+            hint = "name the one that decides with --metric" + ", its log with --metrics" * (
+                not names
+            )
+            raise UsageError(f"what is best depends on a metric; {told}", hint=hint)
         metric = names[0]
     if metric is None:
         return None, None
