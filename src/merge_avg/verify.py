@@ -35,11 +35,17 @@ class Verification(Brief):
     nbytes: int  # of the output; all of them were compared
     hashed: bool  # whether the inputs' hashes were recorded, and compared too
 
+    @property
+    def said(self) -> str:
+        """Return what was compared."""
+        one = len(self.inputs) == 1
+        hashes = f"; {'its hash is' if one else 'their hashes are'} as recorded"
+        given = f"what its {counted(len(self.inputs), 'input')} give{'s' * one}"
+        return f"all {self.nbytes:,} bytes are {given}{hashes * self.hashed}"
+
     def brief(self) -> Iterator[str]:
-        """Yield what was compared."""
-        hashes = "; their hashes are as recorded" if self.hashed else ""
-        given = f"what its {counted(len(self.inputs), 'input')} give{hashes}"
-        yield f"{self.output}: all {self.nbytes:,} bytes are {given}"
+        """Yield what was compared, and the inputs."""
+        yield f"{self.output}: {self.said}"
         yield from map(str, self.inputs)
 
 

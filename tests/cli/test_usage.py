@@ -23,7 +23,12 @@ import torch
         (["--last", "0"], "--last is 0", "give one or more"),
         (["--leave-one-out", "--prefixes"], "exclude each other", "one after the other"),
         (["--no-agreement", "--base", "x.pt"], "the agreement is asked for", "leave out"),
-        (["-w", "1,2,3"], "3 weights for 2 checkpoints", "give one weight a checkpoint"),
+        (["-w", "1,2,3"], "3 weights for 2 checkpoints", "give one weight per checkpoint"),
+        (["-w", "1 2"], "1 weight for 2 checkpoints", "with commas between"),
+        (["--missing", "skipp"], "'skipp' is not one of 'error', 'skip'", "did you mean skip?"),
+        (["--fail-on", "drited"], "'drited' is not one of", "did you mean drifted?"),
+        (["--fail-on", "agree"], "'agree' is not one of", "see merge-avg --help"),
+        (["-out", "x.pt"], "no such option: -out", "did you mean --output?"),
     ],
 )
 def test_options_that_do_nothing_or_are_out_of_range(command, options, says, hint):
@@ -88,6 +93,8 @@ def test_shards_go_into_a_directory(command, folds):
         (["0.pt", "0.safetensors"], "0.safetensors: it has the weights of 0.pt"),
         (["fold1.pt", "fold2.pt", "fold3.pt"], "fold3.pt: it has the weights of fold2.pt"),
         (["fold*.pt"], "fold3.pt: it has the weights of fold2.pt"),
+        (["0.pt", "1.pt", "-w", "0,2"], "1.pt: it alone has a weight in o.pt"),
+        (["0.pt", "1.pt", "-w", "1/2, 0.0"], "0.pt: it alone has a weight in o.pt"),
     ],
 )
 def test_nothing_to_average_is_no_success(command, tmp_path, arguments, says):
@@ -117,3 +124,23 @@ def test_a_copy_of_a_run_counts_once_and_leaves_one(command, tmp_path):
         assert code == 1
         copy = "last.ckpt is a copy of epoch=1-step=10.ckpt"
         assert f"epoch=1-step=10.ckpt: it is the only checkpoint: {copy}" in err
+
+
+@pytest.mark.parametrize("options", [["--leave-one-out"], ["--last", "1", "--last", "2"]])
+def test_a_copy_among_several_averages_is_no_success(command, options):
+    """An average of a series that would be one checkpoint is refused as the only one is."""
+    for epoch in (1, 2):
+        torch.save({"w": torch.full((2,), float(epoch))}, f"epoch={epoch}.pt")
+    paths = "epoch=1.pt", "epoch=2.pt", "-o", "a-{name}.pt"
+    code, out, err = command(*paths, *options)
+    assert (code, out) == (1, "")
+    assert "epoch=2.pt: it alone has a weight in a-" in err
+    assert command(*paths, *options, "--allow-trivial", "-q")[0] == 0
+
+
+@pytest.mark.parametrize("word", ["verfy", "inspct"])
+def test_a_misspelt_command_gets_the_nearest(command, folds, word):
+    """A first word that is no file and nearly a command is told which; other words are not."""
+    nearest = {"verfy": "verify", "inspct": "inspect"}[word]
+    assert command(word, folds[0])[2].endswith(f"\nhint: did you mean {nearest}?\n")
+    assert command(*folds)[2].endswith("\nhint: name one, as in -o merged.pt\n")

@@ -18,7 +18,7 @@ from merge_avg.cli._help import COMMANDS, Command, words
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import print_result, say
 from merge_avg.errors import UsageError, counted
-from merge_avg.options import Criteria, Options, Series, Weighting
+from merge_avg.options import Criteria, Options, Series, Weighting, suggested
 
 # Errors reach `main`, which knows how to show them; of a crash, Python's own traceback says more
 # than one that leaves out what lies in libraries.
@@ -86,9 +86,7 @@ def command(
     elif action.verify:
         _verify(checkpoints, action.inputs, options, display)
     elif output is None:
-        first = f"write the command first: merge-avg {checkpoints[0]} ..."
-        hint = first if checkpoints[0] in COMMANDS else "name one, as in -o merged.pt"
-        raise UsageError("there is no output", hint=hint)
+        raise UsageError("there is no output", hint=_instead(checkpoints[0]))
     else:
         from merge_avg.cli._usage import refuse_misfits
         from merge_avg.plan import refuse_inputs, refuse_values
@@ -119,6 +117,14 @@ def command(
             merge(choice, options, display, action.dry_run)
 
 
+def _instead(word: str) -> str | None:
+    """Return the hint for a line without an output, which may be a misspelt command's."""
+    if word in COMMANDS:
+        return f"write the command first: merge-avg {word} ..."
+    name_one = "name one, as in -o merged.pt"
+    return name_one if os.path.lexists(word) else suggested(word, COMMANDS, name_one)
+
+
 def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:
     from merge_avg.report.inspect import as_json, contents, lines
     from merge_avg.selection import expand
@@ -135,9 +141,7 @@ def _verify(outputs: list[str], inputs: Path | None, options: Options, display: 
     for output in outputs:
         one = verify_output(output, inputs, options.threads, options.max_memory)
         found.append({"output": one.output, "inputs": one.inputs, "bytes": one.nbytes})
-        hashes = "; their hashes are as recorded" if one.hashed else ""
-        given = f"what its {len(one.inputs)} inputs give{hashes}"
-        told.append(f"{output}: all {one.nbytes:,} bytes are {given}")
+        told.append(f"{output}: {one.said}")
         if not display.quiet:
             say(told[-1])
     summarize(f"{counted(len(told), 'output')} verified", [("verified", line) for line in told])

@@ -130,8 +130,9 @@ def _refuse_one_dash(args: list[str], names: set[str]) -> None:
         word = f"-{arg.partition('=')[0]}"
         if re.fullmatch(r"--[a-z][a-z-]+", word):
             # What follows -o and -w may be like an option by accident.
-            hint = f"did you mean {word}?" if word in names else suggested(word, names)
-            if word in names or (hint and word[2] not in "ow"):
+            begun = [one for one in names if one.startswith(word) and (one == word or word[4:])]
+            hint = f"did you mean {min(begun, key=len)}?" if begun else suggested(word, names)
+            if begun or (hint and word[2] not in "ow"):
                 raise UsageError(f"no such option: {word[1:]}", hint=hint)
 
 
@@ -141,6 +142,8 @@ def _told(error: Any) -> UsageError:
     hint, word = f"see {path} --help", path.split()[-1]
     if getattr(error, "possibilities", None):
         what, hint = error.message, f"did you mean {error.possibilities[0]}?"
+    elif odd := re.search("'([^']*)' is not one of (.*)", what):
+        hint = suggested(odd[1], re.findall("'([^']*)'", odd[2]), hint) or hint
     elif word in COMMANDS and os.path.lexists(word):
         hint = f"write ./{word} for a checkpoint of that name"
     # Where the library that checks types shows through.

@@ -25,7 +25,8 @@ def refuse_misfits(
     if soup == SoupOptions():
         return
     if soup.recipe is None or soup.evaluation is None or criteria.mode is None:
-        raise UsageError("a soup needs the command soup, --eval and --mode", hint=_SOUP)
+        word = "" if soup.recipe else "the command soup, "
+        raise UsageError(f"a soup needs {word}--eval and --mode", hint=_SOUP)
     if display.page is not None or options.base is not None:
         raise UsageError("a soup has no report", hint="leave out --report and --base")
     if options.min_agreement is not None or options.fail_on is not None or not options.agreement:
