@@ -660,7 +660,7 @@ def test_which_of_a_run_and_its_final_model_is_averaged(command, tmp_path):
         assert code == 0, err
         assert load_file(f"folds{number}/model.safetensors")["w"].tolist() == [1.5] * 2
         what = "the final model is averaged, not its checkpoints 'checkpoint-10' and 1 more"
-        assert f"of fold1 {what}" in err
+        assert f"note: fold1: {what}" in err
 
 
 def test_runs_by_a_pattern(command, tmp_path):

@@ -298,8 +298,9 @@ def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | N
         metric = names[0]
     if metric is None:
         return None, None
-    if known and _value(dict.fromkeys(known, 0.0), metric) is None:
-        others = f"known are {named(sorted(known), 8)}"
+    if _value(dict.fromkeys(known, 0.0), metric) is None:
+        known_are = f"known are {named(sorted(known), 8)}"
+        others = known_are if known else "give a log that has it with --metrics"
         what = f"no checkpoint has the metric {metric!r}"
         raise MergeError(what, hint=suggested(metric, known, others))
     mode = criteria.mode or direction(metric)

@@ -86,7 +86,7 @@ def final_models(places: Iterable[Place]) -> Iterator[str]:
                 inside = [one.name for one in _of_run(path) if one.is_dir()]
                 if inside:
                     what = "the final model is averaged, not its checkpoints"
-                    yield f"of {path} {what} {named(inside)}"
+                    yield f"{path}: {what} {named(inside)}"
 
 
 def _matching(pattern: Path) -> list[Path]:
