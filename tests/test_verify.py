@@ -180,6 +180,25 @@ def test_an_input_that_is_missing_or_renamed_is_named(tmp_path):
     assert "--inputs" in caught.value.hint
 
 
+@pytest.mark.parametrize("folder", ["run", "run/checkpoints [1]"])
+def test_inputs_in_a_run_beside_the_output_are_found_for_the_hint(tmp_path, folder):
+    """Where all lie in one folder below, the hint names it; where one is missing, it does not."""
+    below = tmp_path / folder
+    below.mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for number in (1, 2):
+        torch.save({"w": torch.full((2,), float(number))}, below / f"c{number}.pt")
+    merge_checkpoints([below / "c1.pt", below / "c2.pt"], tmp_path / "o.pt")
+    with pytest.raises(MergeError, match=r"c1\.pt is not in") as caught:
+        verify_output(tmp_path / "o.pt")
+    assert caught.value.hint.endswith(f": --inputs {below}")
+    assert verify_output(tmp_path / "o.pt", below).inputs == (below / "c1.pt", below / "c2.pt")
+    (below / "c2.pt").unlink()
+    with pytest.raises(MergeError) as caught:
+        verify_output(tmp_path / "o.pt")
+    assert caught.value.hint.endswith(": --inputs DIR")
+
+
 def test_inputs_may_have_moved_together(tmp_path, monkeypatch):
     """Inputs are named from the directory of all, wherever that is by now."""
     runs = tmp_path / "runs"

@@ -115,7 +115,10 @@ def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) 
     if not lost[best]:
         return best
     name = lost[best][0]
-    hint = "name the directory that the inputs are in: --inputs DIR"
+    # A run's checkpoints lie in it, or in a folder of it.
+    below = (one for folder in folders for depth in ("*/", "*/*/") for one in folder.glob(depth))
+    whole = next((one for one in below if all(there(one / each) for each in wanted)), "DIR")
+    hint = f"name the directory that the inputs are in: --inputs {whole}"
     # Of a file that was only renamed the size is a good hint, and costs nothing.
     known = {output, *(best / name for name in wanted)}
     for path in sorted(best.iterdir()) if best.is_dir() else ():
