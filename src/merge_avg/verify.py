@@ -115,7 +115,6 @@ def _folder(record: Record, output: Path, given: str | os.PathLike[str] | None) 
     if not lost[best]:
         return best
     name = lost[best][0]
-    # A run's checkpoints lie in it, or in a folder of it.
     below = (one for folder in folders for depth in ("*/", "*/*/") for one in folder.glob(depth))
     whole = next((one for one in below if all(there(one / each) for each in wanted)), "DIR")
     hint = f"name the directory that the inputs are in: --inputs {whole}"

@@ -229,7 +229,7 @@ def test_weights_are_separated_by_commas(command, folds):
         code, _, err = command(*folds[:2], "-o", "out.pt", "-w", *given)
         assert (code, err.splitlines()[1]) == (
             2,
-            "hint: give one weight per checkpoint, with commas between, as in -w 0.7,0.3",
+            "hint: give one for each, with commas between, as in -w 0.7,0.3",
         )
 
 

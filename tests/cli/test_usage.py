@@ -23,7 +23,7 @@ import torch
         (["--last", "0"], "--last is 0", "give one or more"),
         (["--leave-one-out", "--prefixes"], "exclude each other", "one after the other"),
         (["--no-agreement", "--base", "x.pt"], "the agreement is asked for", "leave out"),
-        (["-w", "1,2,3"], "3 weights for 2 checkpoints", "give one weight per checkpoint"),
+        (["-w", "1,2,3"], "3 weights for 2 checkpoints", "give one for each"),
         (["-w", "1 2"], "1 weight for 2 checkpoints", "with commas between"),
         (["--missing", "skipp"], "'skipp' is not one of 'error', 'skip'", "did you mean skip?"),
         (["--fail-on", "drited"], "'drited' is not one of", "did you mean drifted?"),

@@ -73,7 +73,7 @@ def test_the_metric_is_asked_for(tmp_path):
     bare(tmp_path / "x.pt")
     with pytest.raises(UsageError, match="depends on a metric; no checkpoint tells one"):
         select([tmp_path / "x.pt"], Criteria(best=1))
-    with pytest.raises(MergeError, match=r"has the metric 'quux'\n.* a log that has it"):
+    with pytest.raises(MergeError, match=r"has the metric 'quux'\n.*name its log with "):
         select([tmp_path / "x.pt"], Criteria(best=1, metric="quux"))
 
 

@@ -121,8 +121,8 @@ def _instead(word: str) -> str | None:
     """Return the hint for a line without an output, which may be a misspelt command's."""
     if word in COMMANDS:
         return f"write the command first: merge-avg {word} ..."
-    name_one = "name one, as in -o merged.pt"
-    return name_one if os.path.lexists(word) else suggested(word, COMMANDS, name_one)
+    near = () if os.path.lexists(word) else COMMANDS
+    return suggested(word, near, "name one, as in -o merged.pt")
 
 
 def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:

@@ -91,7 +91,7 @@ def align(
     for path, column in zip(paths[1:], columns, strict=True):
         lacking = [name for name in template if name not in column]
         extra = [name for name in column if name not in template]
-        if advice := _not_to_miss(missing, lacking, extra, template):
+        if advice := _advice(missing, lacking, extra, template):
             has = f"it has {named(extra)}, which {paths[0]} lacks"
             what = f"it lacks {named(lacking)}, which {paths[0]} has" if lacking else has
             raise MergeError(what, where=path, hint=advice, tensor=(lacking or extra)[0])
@@ -116,7 +116,7 @@ def align(
     return Aligned(rows, tuple(notes), skipped, frozenset(masters or ()))
 
 
-def _not_to_miss(missing: Missing, lacking: Sized, extra: Sized, template: Sized) -> str | None:
+def _advice(missing: Missing, lacking: Sized, extra: Sized, template: Sized) -> str | None:
     """Return the hint of an error, where a checkpoint lacks, or has more, than it may."""
     if missing == "available" and len(lacking) == len(template):
         return "leave it out: nothing of it would be averaged"

@@ -164,8 +164,7 @@ def choose(
 def _refuse_count(weights: int, checkpoints: int) -> None:
     if weights != checkpoints:
         counts = f"{counted(weights, 'weight')} for {counted(checkpoints, 'checkpoint')}"
-        hint = "give one weight per checkpoint, with commas between, as in -w 0.7,0.3"
-        raise UsageError(counts, hint=hint)
+        raise UsageError(counts, hint="give one for each, with commas between, as in -w 0.7,0.3")
 
 
 def _check(criteria: Criteria, series: Series, weighting: Weighting) -> None:

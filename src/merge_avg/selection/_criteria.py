@@ -299,8 +299,7 @@ def _deciding(known: set[str], criteria: Criteria) -> tuple[str | None, Mode | N
     if metric is None:
         return None, None
     if _value(dict.fromkeys(known, 0.0), metric) is None:
-        known_are = f"known are {named(sorted(known), 8)}"
-        others = known_are if known else "give a log that has it with --metrics"
+        others = f"known are {named(sorted(known), 8)}" if known else "name its log with --metrics"
         what = f"no checkpoint has the metric {metric!r}"
         raise MergeError(what, hint=suggested(metric, known, others))
     mode = criteria.mode or direction(metric)
