@@ -93,8 +93,6 @@ def test_shards_go_into_a_directory(command, folds):
         (["0.pt", "0.safetensors"], "0.safetensors: it has the weights of 0.pt"),
         (["fold1.pt", "fold2.pt", "fold3.pt"], "fold3.pt: it has the weights of fold2.pt"),
         (["fold*.pt"], "fold3.pt: it has the weights of fold2.pt"),
-        (["0.pt", "1.pt", "-w", "0,2"], "1.pt: it alone has a weight in o.pt"),
-        (["0.pt", "1.pt", "-w", "1/2, 0.0"], "0.pt: it alone has a weight in o.pt"),
     ],
 )
 def test_nothing_to_average_is_no_success(command, tmp_path, arguments, says):
@@ -112,6 +110,14 @@ def test_nothing_to_average_is_no_success(command, tmp_path, arguments, says):
     if len(arguments) == 3:
         both = sum((1, 2, 2) if "fold1.pt" in arguments else (0, 1, 1)) / 3
         assert torch.load("o.pt")["w"].tolist() == pytest.approx([both] * 2)
+
+
+def test_weights_of_zero_are_meant(command, tmp_path):
+    """Who gives one checkpoint all the weight gets its weights, in a copy of the template."""
+    for name in "ab":
+        torch.save({"w": torch.full((2,), float(ord(name)))}, tmp_path / f"{name}.pt")
+    assert command("a.pt", "b.pt", "-w", "0,1", "-o", "o.pt", "-q")[0] == 0
+    assert torch.load("o.pt")["w"].tolist() == [98.0, 98.0]
 
 
 def test_a_copy_of_a_run_counts_once_and_leaves_one(command, tmp_path):

@@ -149,10 +149,10 @@ def choose(
         return resolve(weighting.scheme or "uniform", len(numbered), metrics, mode or criteria.mode)
 
     table = outputs(output, members(paths, series, order), len(paths), weigh)
-    for path, row in table.items() if len(paths) > 1 and not criteria.allow_trivial else ():
-        used = [one for one, weight in zip(paths, row, strict=True) if str(weight).strip(" +-.0")]
-        if len(used) == 1 and weighting.sigma is None:  # a stored EMA may be the one asked for
-            hint = "give others a weight too, or allow it with --allow-trivial"
+    for path, row in table.items() if series.several and not criteria.allow_trivial else ():
+        used = [one for one, weight in zip(paths, row, strict=True) if weight]
+        if len(used) == 1:
+            hint = "name more checkpoints, or allow it with --allow-trivial"
             raise MergeError(f"it alone has a weight in {path}", where=used[0], hint=hint)
     # A table of checkpoints that were all named, and say nothing, would only repeat their names.
     plain = all(one.chosen and one.step is one.epoch is one.metric is None for one in candidates)
