@@ -149,7 +149,9 @@ def choose(
         return resolve(weighting.scheme or "uniform", len(numbered), metrics, mode or criteria.mode)
 
     table = outputs(output, members(paths, series, order), len(paths), weigh)
-    for path, row in table.items() if series.several and not criteria.allow_trivial else ():
+    # A stored EMA may be the very one that is asked for.
+    averages = series.several and weighting.sigma is None and not criteria.allow_trivial
+    for path, row in table.items() if averages else ():
         used = [one for one, weight in zip(paths, row, strict=True) if weight]
         if len(used) == 1:
             hint = "name more checkpoints, or allow it with --allow-trivial"
