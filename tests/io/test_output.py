@@ -324,10 +324,10 @@ def test_two_steps_are_undone(tmp_path, monkeypatch):
 
 def test_a_file_never_lacks_its_name(tmp_path, monkeypatch):
     """Where names cannot be exchanged, a file is replaced by one rename, and not moved aside."""
-    path, real, renamed = tmp_path / "out", os.rename, []
+    path, real, renamed = tmp_path / "out", os.replace, []
     path.write_bytes(b"old")
     monkeypatch.setattr(platform, "exchange", lambda *_: False)
-    monkeypatch.setattr(os, "rename", lambda *names: renamed.append(names[1]) or real(*names))
+    monkeypatch.setattr(os, "replace", lambda *names: renamed.append(names[1]) or real(*names))
     write(path, overwrite=True)
     assert renamed == [path]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -31,7 +32,11 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
     A command that fails, or prints no score or NaN, is a MergeError.
     """
     try:
-        words = shlex.split(command)
+        lexer = shlex.shlex(command, posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.commenters = True, ""  # as `shlex.split` does
+        if os.sep == "\\":  # then a backslash does not escape, in C:\\eval.py
+            lexer.escape = ""
+        words = list(lexer)
     except ValueError as error:
         raise UsageError(f"the command {command!r} is not understood ({error})") from None
     if not words:
