@@ -1,0 +1,117 @@
+"""Merges on macOS and Windows, as far as Linux can be made to lack and refuse what they do."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import merge_avg
+from tests.helpers import noise, save
+from tests.promises import systems
+
+SYSTEMS = ["macos", "windows"]
+# Runs commands in one process, which takes no longer than the imports of one.
+CHILD = """
+import json, sys
+from merge_avg.cli import main
+
+codes = []
+for words in json.load(sys.stdin):
+    sys.argv = ["merge-avg", *words]
+    try:
+        main()
+        codes.append(0)
+    except SystemExit as stop:
+        codes.append(stop.code or 0)
+import sitecustomize
+print(json.dumps([codes, sorted(set(sitecustomize.TAKEN))]))
+"""
+
+
+def surroundings(system, folder):
+    """The environment of a process that finds what a system has."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(systems.__file__, folder / "sitecustomize.py")
+    root = Path(merge_avg.__file__).parent.parent
+    path = os.pathsep.join(map(str, (folder, root, Path(systems.__file__).parents[2])))
+    return {**os.environ, "PYTHONPATH": path, "MERGE_AVG_TEST_SYSTEM": system}
+
+
+def inputs(folder):
+    """Three checkpoints of a kind each: files, deflated ones, and directories."""
+    kinds = {"zip": ".pt", "plain": ".safetensors", "deflated": ".pt", "shards": ""}
+    made = {kind: [folder / f"{kind}{n}{end}" for n in range(3)] for kind, end in kinds.items()}
+    for n in range(3):
+        state = {"a": noise(n, 300, 70), "b": noise(n + 9, 5).half(), "count": torch.tensor(7)}
+        save(state, made["plain"][n])
+        save({"model": state, "epoch": n}, made["zip"][n])
+        with (
+            zipfile.ZipFile(made["zip"][n]) as whole,
+            zipfile.ZipFile(made["deflated"][n], "w", zipfile.ZIP_DEFLATED) as small,
+        ):
+            for name in whole.namelist():
+                small.writestr(name, whole.read(name))
+        made["shards"][n].mkdir()
+        weights = {"a": "one.safetensors", "b": "two.safetensors", "count": "two.safetensors"}
+        for file in set(weights.values()):
+            held = {name: state[name] for name, place in weights.items() if place == file}
+            save(held, made["shards"][n] / file)
+        index = {"metadata": {}, "weight_map": weights}
+        (made["shards"][n] / "model.safetensors.index.json").write_text(json.dumps(index))
+    return made
+
+
+def bytes_of(path):
+    """All files at a path or below it."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return {one.relative_to(path).as_posix(): one.read_bytes() for one in files}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoints, and what their merges are here."""
+    folder = tmp_path_factory.mktemp("made")
+    kinds = inputs(folder)
+    for kind, paths in kinds.items():
+        merge_avg.merge_checkpoints(paths, folder / f"here-{kind}{paths[0].suffix}")
+    return kinds
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_same_bytes_without_what_a_system_lacks(made, tmp_path, system):
+    """Each kind is merged, replaced and verified, to the bytes that Linux gives; nothing is left."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    outputs = {kind: folder / f"out-{kind}{paths[0].suffix}" for kind, paths in made.items()}
+    outputs["shards"].mkdir()  # an empty one is filled
+    commands, codes = [], []
+    for kind, paths in made.items():
+        merge = [*map(str, paths), "-o", str(outputs[kind]), "-q"]
+        verify = ["verify", str(outputs[kind]), "--inputs", str(paths[0].parent), "-q"]
+        commands += [merge, merge, [*merge, "--overwrite"], verify]
+        codes += [0, 1, 0, 0]
+    dead = folder / ".out-zip.pt.00000000-00000000.merge-avg-tmp"
+    dead.touch()
+    os.utime(dead, (0, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(commands),
+        env=surroundings(system, tmp_path / "site"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found, taken = json.loads(done.stdout.splitlines()[-1])
+    assert found == codes, done.stderr
+    assert taken == [{"macos": "full", "windows": "locking"}[system]]
+    for kind, path in outputs.items():
+        here = made[kind][0].parent / f"here-{kind}{path.suffix}"
+        assert bytes_of(path) == bytes_of(here), kind
+    assert sorted(folder.iterdir()) == sorted(outputs.values())
