@@ -718,3 +718,25 @@ def test_a_lock_that_cannot_be_closed_is_no_failure(tmp_path, monkeypatch):
     failing(monkeypatch, "close", 1, errno.EIO)
     write(tmp_path / "out", overwrite=True)
     assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+def test_windows_names_are_refused(tmp_path, monkeypatch):
+    """On Windows no output has the name of a device, nor has a file of one."""
+    monkeypatch.setattr(platform, "reserved", lambda name: name.lower().startswith("aux"))
+    with pytest.raises(MergeError, match=r"Windows takes 'AUX\.pt' for no name of a file"):
+        refuse_output(tmp_path / "AUX.pt", directory=False, overwrite=False)
+    with pytest.raises(MergeError, match="Windows takes 'aux' for no name of a file") as caught:
+        Output(tmp_path / "out", {"a": LAYOUT, "sub/aux/b": LAYOUT}, overwrite=False)
+    assert caught.value.where == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_may_be_too_long_has_a_hint(tmp_path, monkeypatch):
+    """Windows says that a file with a long path is missing; the hint says what it may be."""
+    monkeypatch.setattr(platform, "WINDOWS", True)
+    for length, hint in ((10, None), (230, "choose a shorter path, or switch on long paths")):
+        path = Path("/", "none", "a" * length)
+        with pytest.raises(MergeError, match="cannot be written") as caught:
+            Output(path, {".": LAYOUT}, overwrite=False)
+        assert (caught.value.hint or "").startswith(hint or "")
+        assert bool(caught.value.hint) == bool(hint)

@@ -1,7 +1,6 @@
 """merge_avg.io._temporary: what a dead run left is swept away, what a living one holds stays."""
 
 import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_avg.io import _platform as platform
 from merge_avg.io import _temporary as temporary
 from merge_avg.io._platform import lock
 from merge_avg.io._temporary import TEMPORARY, Temporary, remove, sweep
@@ -108,7 +108,7 @@ def test_without_locks_nothing_is_swept(tmp_path, monkeypatch, number):
         raise OSError(number, "no locks")
 
     dead = abandon(make(tmp_path))
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(platform.fcntl, "flock", refuse)
     living = make(tmp_path)
     sweep(tmp_path)
     assert {dead, living.path} == set(tmp_path.iterdir())

@@ -57,7 +57,7 @@ def _hide_tables():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return stat(path, **options)
 
-    io.open = builtins.open = opened  # type: ignore[assignment]
+    io.open = builtins.open = opened
     os.stat = told
 
 
@@ -81,8 +81,8 @@ def _MACOS():  # noqa: N802
         TAKEN.append("full")
         return os.fsync(fd)
 
-    fcntl.fcntl, fcntl.F_FULLFSYNC = control, FULL  # type: ignore[attr-defined]
-    ctypes.CDLL = _Library  # type: ignore[misc]
+    fcntl.fcntl, fcntl.F_FULLFSYNC = control, FULL
+    ctypes.CDLL = _Library
 
 
 def _WINDOWS():  # noqa: N802
@@ -98,14 +98,14 @@ def _WINDOWS():  # noqa: N802
             raise PermissionError(errno.EACCES, "Permission denied") from None
 
     for name in ("fcntl", "resource", "termios", "pwd", "grp"):
-        sys.modules[name] = None  # type: ignore[assignment]
-    assert not subprocess._mswindows  # type: ignore[attr-defined]
+        sys.modules[name] = None
+    assert not subprocess._mswindows
     module = types.ModuleType("msvcrt")
-    module.locking, module.LK_NBLCK = locking, 2  # type: ignore[attr-defined]
+    module.locking, module.LK_NBLCK = locking, 2
     sys.modules["msvcrt"] = module
     for name in SIGNALS.split():
         delattr(signal, name)
-    os.O_BINARY = BINARY  # type: ignore[attr-defined]
+    os.O_BINARY = BINARY
     library = ctypes.CDLL
 
     def loaded(name, *args, **options):
@@ -113,8 +113,8 @@ def _WINDOWS():  # noqa: N802
             raise TypeError("LoadLibrary() argument 1 must be str, not None")
         return library(name, *args, **options)
 
-    ctypes.CDLL = loaded  # type: ignore[assignment, misc]
-    shutil._use_fd_functions = False  # type: ignore[attr-defined]
+    ctypes.CDLL = loaded
+    shutil._use_fd_functions = False
     _refuse_as_windows()
 
 
@@ -168,9 +168,9 @@ def _refuse_as_windows():
             raise denied(path)
         return unlink(path, **options)
 
-    os.open, os.rename, os.replace = opened, rename, replace  # type: ignore[assignment]
-    os.unlink = os.remove = remove  # type: ignore[assignment]
-    assert tempfile._O_TMPFILE_WORKS  # type: ignore[attr-defined]
+    os.open, os.rename, os.replace = opened, rename, replace
+    os.unlink = os.remove = remove
+    assert tempfile._O_TMPFILE_WORKS
 
 
 if Path(__file__).stem == "sitecustomize":

@@ -85,7 +85,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_same_bytes_without_what_a_system_lacks(made, tmp_path, system):
-    """Each kind is merged, replaced and verified, to the bytes that Linux gives; nothing is left."""
+    """Each kind is merged, replaced and verified, to the bytes that Linux gives."""
     folder = tmp_path / "out"
     folder.mkdir()
     outputs = {kind: folder / f"out-{kind}{paths[0].suffix}" for kind, paths in made.items()}
@@ -115,3 +115,31 @@ def test_the_same_bytes_without_what_a_system_lacks(made, tmp_path, system):
         here = made[kind][0].parent / f"here-{kind}{path.suffix}"
         assert bytes_of(path) == bytes_of(here), kind
     assert sorted(folder.iterdir()) == sorted(outputs.values())
+
+
+STOPPED = """
+import signal, time, weakref
+from merge_avg import cli, plan
+
+class Thing: pass
+
+def bad(*_, **__):
+    thing = Thing()
+    ref = weakref.ref(thing, lambda _: signal.raise_signal(15))
+    del thing  # what the callback raises is written off
+    print("went on", flush=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end: pass
+
+plan.prepare = bad
+cli.main()
+"""
+
+
+def test_a_signal_that_is_lost_comes_again_without_alarms(made, tmp_path):
+    """Where a system has no alarms, one whose exception was lost ends the command all the same."""
+    command = [sys.executable, "-c", STOPPED, *made["plain"], "-o", tmp_path / "out.safetensors"]
+    env = surroundings("windows", tmp_path / "site")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "went on\n")
+    assert done.stderr == "stopped; each output is as it was, or complete\n"

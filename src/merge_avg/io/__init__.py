@@ -10,6 +10,7 @@ from merge_avg.io._output import Output, OutputFile, Sink, refuse_loss, refuse_o
 from merge_avg.io._platform import (
     FLAGS,
     READS_AHEAD,
+    WINDOWS,
     ask_for,
     cores,
     leads_elsewhere,
@@ -23,6 +24,7 @@ __all__ = [
     "FLAGS",
     "READS_AHEAD",
     "TEMPORARY",
+    "WINDOWS",
     "Buffer",
     "Matrix",
     "Output",

@@ -45,7 +45,7 @@ CAUTION = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
 _RESERVED = re.compile(
     r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\..*)?"
-    r"|.*[. ]|.*[\x00-\x1f<>:\"|?*\\].*",
+    r"|.*[^.][. ]+|.*[\x00-\x1f<>:\"|?*\\].*",
     re.DOTALL,
 )
 _LONGEST = 259  # characters of a path, where longer ones are not switched on

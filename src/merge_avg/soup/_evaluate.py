@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 from merge_avg.errors import MergeError, UsageError
+from merge_avg.io import WINDOWS
 
 # A number that is not part of a word, such as epoch3, checkpoint-500.pt or 1.5s. NaN counts as a
 # number, so that it is refused: a number printed before it is not the score.
@@ -34,7 +34,7 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
     try:
         lexer = shlex.shlex(command, posix=True, punctuation_chars=False)
         lexer.whitespace_split, lexer.commenters = True, ""  # as `shlex.split` does
-        if os.sep == "\\":  # then a backslash does not escape, in C:\\eval.py
+        if WINDOWS:  # C:\eval.py
             lexer.escape = ""
         words = list(lexer)
     except ValueError as error:
