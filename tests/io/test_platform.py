@@ -1,5 +1,6 @@
 """merge_avg.io._platform: whole reads and writes, and what stands in for missing calls."""
 
+import contextlib
 import errno
 import importlib.util
 import itertools
@@ -149,21 +150,24 @@ def test_space_is_claimed_by_zeros(tmp_path, monkeypatch):
             reserve(file.fileno(), 9)
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_a_drive_is_told_to_empty_its_memory(tmp_path, monkeypatch, able):
+@pytest.mark.parametrize(
+    ("code", "told"), [(0, [51]), (errno.ENOTSUP, [51, "fsync"]), (errno.EIO, [51])]
+)
+def test_a_drive_is_told_to_empty_its_memory(monkeypatch, code, told):
     """On macOS the file is forced through the drive; where it cannot be, `fsync` has to do."""
     calls = []
 
     def control(fd, command):
         calls.append(command)
-        if not able:
-            raise OSError(errno.ENOTSUP, "not supported")
+        if code:
+            raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(platform.fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(platform.fcntl, "fcntl", control)
     monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
-    platform.sync(0)
-    assert calls == ([51] if able else [51, "fsync"])
+    with pytest.raises(OSError) if code == errno.EIO else contextlib.nullcontext():
+        platform.sync(0)
+    assert calls == told
 
 
 def test_names_are_swapped_by_the_call_of_macos(monkeypatch):

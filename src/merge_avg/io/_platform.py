@@ -48,6 +48,8 @@ _RESERVED = re.compile(
     r"|.*[^.][. ]+|.*[\x00-\x1f<>:\"|?*\\].*",
     re.DOTALL,
 )
+# What a file system says that cannot do what it is asked for.
+_UNABLE = errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY
 _LONGEST = 259  # characters of a path, where longer ones are not switched on
 
 if hasattr(os, "preadv"):
@@ -173,8 +175,12 @@ def sync(fd: int) -> None:
     """Force a file to the disk."""
     # fsync(2) of macOS leaves it in the drive's own memory; some file systems know no other way.
     if not WINDOWS and hasattr(fcntl, "F_FULLFSYNC"):
-        with contextlib.suppress(OSError):
+        try:
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in _UNABLE:  # after a failure, `fsync` could say that all is well
+                raise
+        else:
             return
     os.fsync(fd)
 
