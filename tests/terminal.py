@@ -1,7 +1,6 @@
 """A pseudo-terminal to run commands on."""
 
 import os
-import pty
 import struct
 import subprocess
 
@@ -12,6 +11,7 @@ def on_terminal(command, columns=80, **options):
     The command has to succeed.
     """
     import fcntl
+    import pty
     import termios  # where a test of other systems takes them away, others still run
 
     reader, writer = pty.openpty()

@@ -26,6 +26,7 @@ LACKING = {
     "O_CLOEXEC O_NOFOLLOW O_NONBLOCK O_DIRECTORY O_SYNC O_DSYNC",
 }
 SIGNALS = "SIGHUP SIGALRM setitimer getitimer alarm pthread_sigmask sigwait siginterrupt"
+TABLES = "/proc/self/mountinfo", "/proc/sys/kernel/random/boot_id", "/sys/fs/cgroup/cpu.max"
 CALLS = "renameat2", "sync_file_range"  # of libc
 BINARY = 1 << 29  # no flag of Linux
 FULL = 51  # F_FULLFSYNC of macOS
@@ -48,12 +49,12 @@ def _hide_tables():
     real, stat = io.open, os.stat
 
     def opened(file, *args, **options):
-        if str(file).startswith(("/proc/", "/sys/")):
+        if str(file) in TABLES:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
         return real(file, *args, **options)
 
     def told(path, **options):
-        if str(path).startswith(("/proc/", "/sys/")):
+        if str(path) in TABLES:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return stat(path, **options)
 
