@@ -145,20 +145,25 @@ def test_a_signal_that_is_lost_comes_again_without_alarms(made, tmp_path):
     assert done.stderr == "stopped; each output is as it was, or complete\n"
 
 
-# What the tests below leave out: those that patch or read what only Linux has.
-LINUX = "in_memory_comes_there or only_a_hint or is_asked_for or order_budget_and_threads"
+# What the test below leaves out: tests that patch or count on what only Linux has.
+LINUX = (
+    "in_memory_comes_there or only_a_hint or is_asked_for or order_budget_and_threads or "
+    "terminal_shows or killed_soup_left or ignored_signal or handlers_are_as_before"
+)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_other_tests_hold_without_what_a_system_lacks(tmp_path, system):
     """Tests of formats, plans, merges, soups, verification and signals pass there as well."""
-    packages = "engine formats plan selection soup test_api.py test_signals.py test_verify.py"
-    root = Path(systems.__file__).parents[1]
+    packages = (
+        "engine formats plan selection soup test_api.py test_signals.py test_verify.py "
+        "cli/test_process.py"
+    )
+    places = [Path(systems.__file__).parents[1] / one for one in packages.split()]
+    options = "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not ({LINUX})"]
-        + [f"--basetemp={tmp_path / 'base'}", *(str(root / one) for one in packages.split())]
-        + [str(root / "cli/test_process.py")],
+        [sys.executable, "-m", "pytest", *options, "-k", f"not ({LINUX})", *map(str, places)],
         env=surroundings(system, tmp_path / "site"),
         capture_output=True,
         text=True,
