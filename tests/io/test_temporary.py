@@ -362,7 +362,8 @@ def test_locks_lie_beside_on_windows(tmp_path, windows, directory):
 
 def test_one_run_replaces_an_output_on_windows(tmp_path, windows):
     """Of an output there is one lock, which nobody gets while another has it."""
-    first, second = (Lock.of(tmp_path / "out.pt") for _ in range(2))
+    name = "long" * 60 + ".pt"
+    first, second = (Lock.of(tmp_path / name) for _ in range(2))
     assert first.take()
     assert second.take() is False
     second.close()

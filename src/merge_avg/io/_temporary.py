@@ -45,13 +45,9 @@ class Temporary:
     """
 
     def __init__(self, output: Path, *, directory: bool) -> None:
-        # The longest name that a file may have is 255 bytes on most file systems.
-        stem = output.name
-        if len(raw := os.fsencode(stem)) > 200:
-            stem = raw[:197].decode("utf-8", "ignore") + "..."
         for attempt in itertools.count(1):
             self.fd = -1
-            whole = f".{stem}.{_boot()}-{secrets.token_hex(4)}"
+            whole = _whole(output, secrets.token_hex(4))
             self.path = output.with_name(whole + TEMPORARY)
             # For what it replaces, where the two cannot be exchanged.
             self.aside = output.with_name(f"{whole}.old{TEMPORARY}")
@@ -112,7 +108,7 @@ class Lock:
     @classmethod
     def of(cls, output: Path) -> Lock:
         """Return the one lock of an output, for as long as it is replaced."""
-        return cls(output.with_name(f".{output.name}.{_boot()}-{0:08x}"))
+        return cls(output.with_name(_whole(output, f"{0:08x}")))
 
     def take(self) -> bool | None:
         """Return whether the lock is this object's from now on; None where there are no locks."""
@@ -129,6 +125,15 @@ class Lock:
             fd, self._fd = self._fd, -1
             os.close(fd)
             remove(self._path)
+
+
+def _whole(output: Path, key: str) -> str:
+    """Return the name of a temporary, without what all end in."""
+    # The longest name that a file may have is 255 bytes on most file systems.
+    stem = output.name
+    if len(raw := os.fsencode(stem)) > 200:
+        stem = raw[:197].decode("utf-8", "ignore") + "..."
+    return f".{stem}.{_boot()}-{key}"
 
 
 def _locked(fd: int, path: Path) -> bool | None:
