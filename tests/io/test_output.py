@@ -723,9 +723,9 @@ def test_a_lock_that_cannot_be_closed_is_no_failure(tmp_path, monkeypatch):
 def test_windows_names_are_refused(tmp_path, monkeypatch):
     """On Windows no output has the name of a device, nor has a file of one."""
     monkeypatch.setattr(platform, "reserved", lambda name: name.lower().startswith("aux"))
-    with pytest.raises(MergeError, match=r"Windows takes 'AUX\.pt' for no name of a file"):
+    with pytest.raises(MergeError, match=r"'AUX\.pt' is not a file name on Windows"):
         refuse_output(tmp_path / "AUX.pt", directory=False, overwrite=False)
-    with pytest.raises(MergeError, match="Windows takes 'aux' for no name of a file") as caught:
+    with pytest.raises(MergeError, match="'aux' is not a file name on Windows") as caught:
         Output(tmp_path / "out", {"a": LAYOUT, "sub/aux/b": LAYOUT}, overwrite=False)
     assert caught.value.where == str(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def _states(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _reserved(path: Path, name: str) -> MergeError:
-    what = f"Windows takes {name!r} for no name of a file"
+    what = f"{name!r} is not a file name on Windows"
     return MergeError(what, where=path, hint="choose another name")
 
 
