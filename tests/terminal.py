@@ -1,11 +1,8 @@
 """A pseudo-terminal to run commands on."""
 
-import fcntl
 import os
-import pty
 import struct
 import subprocess
-import termios
 
 
 def on_terminal(command, columns=80, **options):
@@ -13,6 +10,10 @@ def on_terminal(command, columns=80, **options):
 
     The command has to succeed.
     """
+    import fcntl
+    import pty
+    import termios  # where a test of other systems takes them away, others still run
+
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     shown = b""

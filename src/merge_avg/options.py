@@ -92,7 +92,7 @@ def instead(path: str, hint: str | None) -> str | None:
         return "outputs are written on this machine only; name a file here, and upload it"
     if not path or hint or os.path.lexists(path):
         return hint
-    if re.match(r"\w+:/", path):
+    if re.match(r"\w{2,}:/", path):  # C:/ is a drive
         return "only files of this machine are read; download it first"
     folder, name = os.path.split(path)
     if re.fullmatch(r"[\w-]+/[\w-]+(\.v?\d[\w-]*)*", path) and not os.path.lexists(folder):

@@ -202,6 +202,7 @@ def test_an_empty_path_is_a_usage_error(command, arguments):
         ("fold_frist.pt", "did you mean fold_first.pt?"),
         ("run/fold_frist.pt", "did you mean fold_first.pt?"),
         ("nothing like it", None),
+        ("C:/b.pt", None),
         ("run/b.pt", None),
         ("no such/b.pt", None),
     ],

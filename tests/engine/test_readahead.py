@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from merge_avg.engine import _readahead as ahead
 from merge_avg.engine._readahead import read_ahead, steps
+from merge_avg.io import _platform as platform
 from merge_avg.options import Options
 from merge_avg.plan import prepare
 
@@ -47,13 +48,13 @@ def test_what_is_not_in_memory_comes_there(job):
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         try:
-            there = ahead._cached(file.fileno(), offset)
+            there = platform._cached(file.fileno(), offset)
         except OSError:
             return  # this file system does not tell
         read_ahead(job)
         limit = time.monotonic() + 20
         while not there and time.monotonic() < limit:
-            there = ahead._cached(file.fileno(), offset)
+            there = platform._cached(file.fileno(), offset)
         assert there
 
 
@@ -79,7 +80,7 @@ def test_no_more_than_so_much_is_asked_for(tmp_path, monkeypatch):
     job = prepare([path, path], tmp_path / "o.safetensors", Options())
     asked = []
     monkeypatch.setattr(ahead, "_MOST", 2 * ahead._STEP)
-    monkeypatch.setattr(ahead, "_cached", lambda *_: False)
+    monkeypatch.setattr(platform, "_cached", lambda *_: False)
     monkeypatch.setattr(ahead.os, "posix_fadvise", lambda *args: asked.append(args))
     ahead._ask(job)
     assert [offset for _, offset, *_ in asked] == [0, ahead._STEP]

@@ -324,10 +324,10 @@ def test_two_steps_are_undone(tmp_path, monkeypatch):
 
 def test_a_file_never_lacks_its_name(tmp_path, monkeypatch):
     """Where names cannot be exchanged, a file is replaced by one rename, and not moved aside."""
-    path, real, renamed = tmp_path / "out", os.rename, []
+    path, real, renamed = tmp_path / "out", os.replace, []
     path.write_bytes(b"old")
     monkeypatch.setattr(platform, "exchange", lambda *_: False)
-    monkeypatch.setattr(os, "rename", lambda *names: renamed.append(names[1]) or real(*names))
+    monkeypatch.setattr(os, "replace", lambda *names: renamed.append(names[1]) or real(*names))
     write(path, overwrite=True)
     assert renamed == [path]
 
@@ -718,3 +718,25 @@ def test_a_lock_that_cannot_be_closed_is_no_failure(tmp_path, monkeypatch):
     failing(monkeypatch, "close", 1, errno.EIO)
     write(tmp_path / "out", overwrite=True)
     assert contents(tmp_path) == {"out": b"abcdef"}
+
+
+def test_windows_names_are_refused(tmp_path, monkeypatch):
+    """On Windows no output has the name of a device, nor has a file of one."""
+    monkeypatch.setattr(platform, "reserved", lambda name: name.lower().startswith("aux"))
+    with pytest.raises(MergeError, match=r"'AUX\.pt' is not a file name on Windows"):
+        refuse_output(tmp_path / "AUX.pt", directory=False, overwrite=False)
+    with pytest.raises(MergeError, match="'aux' is not a file name on Windows") as caught:
+        Output(tmp_path / "out", {"a": LAYOUT, "sub/aux/b": LAYOUT}, overwrite=False)
+    assert caught.value.where == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_may_be_too_long_has_a_hint(tmp_path, monkeypatch):
+    """Windows says that a file with a long path is missing; the hint says what it may be."""
+    monkeypatch.setattr(platform, "WINDOWS", True)
+    for length, hint in ((10, None), (230, "choose a shorter path, or switch on long paths")):
+        path = Path("/", "none", "a" * length)
+        with pytest.raises(MergeError, match="cannot be written") as caught:
+            Output(path, {".": LAYOUT}, overwrite=False)
+        assert (caught.value.hint or "").startswith(hint or "")
+        assert bool(caught.value.hint) == bool(hint)

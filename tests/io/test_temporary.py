@@ -1,19 +1,20 @@
 """merge_avg.io._temporary: what a dead run left is swept away, what a living one holds stays."""
 
 import errno
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
+from merge_avg.io import _platform as platform
 from merge_avg.io import _temporary as temporary
 from merge_avg.io._platform import lock
-from merge_avg.io._temporary import TEMPORARY, Temporary, remove, sweep
+from merge_avg.io._temporary import TEMPORARY, Lock, Temporary, remove, sweep
 
 
 def make(folder, *, directory=False):
@@ -108,7 +109,7 @@ def test_without_locks_nothing_is_swept(tmp_path, monkeypatch, number):
         raise OSError(number, "no locks")
 
     dead = abandon(make(tmp_path))
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(platform.fcntl, "flock", refuse)
     living = make(tmp_path)
     sweep(tmp_path)
     assert {dead, living.path} == set(tmp_path.iterdir())
@@ -314,3 +315,75 @@ def test_a_folder_in_which_nothing_can_be_made_is_an_error(tmp_path, monkeypatch
         with pytest.raises(FileNotFoundError):
             Temporary(place, directory=directory)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Locks of Windows, which say EACCES where another has one."""
+    flock, flags = platform.fcntl.flock, platform.fcntl.LOCK_EX | platform.fcntl.LOCK_NB
+
+    def locking(fd, mode, nbytes):
+        assert (mode, nbytes) == (2, 1)
+        try:
+            flock(fd, flags)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    module = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setattr(platform, "msvcrt", module, raising=False)
+    for one in (platform, temporary):
+        monkeypatch.setattr(one, "WINDOWS", True)
+    return module
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_locks_lie_beside_on_windows(tmp_path, windows, directory):
+    """There a living temporary has a locked file beside it; a dead one goes, with its file."""
+    living = make(tmp_path, directory=directory)
+    dead = make(tmp_path, directory=directory)
+    dead.remove.detach()
+    dead.release()
+    os.close(dead._lock._fd)
+    begun = Temporary(tmp_path / "begun", directory=directory)  # died before there was more
+    begun.remove.detach()
+    begun.release()
+    os.close(begun._lock._fd)
+    remove(begun.path)
+    aside = tmp_path / dead.aside.name.replace(".out.pt.", ".moved.")
+    aside.write_bytes(b"old")
+    assert len(list(tmp_path.iterdir())) == 6
+    sweep(tmp_path)
+    left = {living.path, living._lock._path, tmp_path / "moved"}
+    assert set(tmp_path.iterdir()) == left
+    assert (tmp_path / "moved").read_bytes() == b"old"
+    living.close()
+    assert [one.name for one in tmp_path.iterdir()] == ["moved"]
+
+
+def test_one_run_replaces_an_output_on_windows(tmp_path, windows):
+    """Of an output there is one lock, which nobody gets while another has it."""
+    name = "long" * 60 + ".pt"
+    first, second = (Lock.of(tmp_path / name) for _ in range(2))
+    assert first.take()
+    assert second.take() is False
+    second.close()
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    first.close()
+    assert second.take()
+    second.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_swept_on_windows_where_there_are_no_locks(tmp_path, windows):
+    """A lock that cannot be had tells nobody's death."""
+    living = make(tmp_path)
+    living.release()
+
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    windows.locking = refuse
+    other = make(tmp_path)
+    sweep(tmp_path)
+    assert {living.path, other.path} <= set(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Several averages: which checkpoints go into each, and what it is called."""
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 from hypothesis import given
@@ -84,6 +84,7 @@ def test_several_averages_need_a_pattern():
         (["a/x.pt", "a/y.pt"], ("x", "y")),
         (["fold1/best.ckpt", "fold2/best.ckpt"], ("fold1-best", "fold2-best")),
         (["run/epoch=1-loss=0.5.ckpt", "run/epoch=2-loss=0.4.ckpt"], None),
+        (["/x.pt", "/a/x.pt"], ("-x", "a-x")),
         (["same.pt", "same.pt"], ("1-same", "2-same")),
         ([".", "x.pt"], (Path.cwd().name, "x")),
         (["..", "x.pt"], (Path.cwd().parent.name, "x")),
@@ -94,3 +95,9 @@ def test_names_tell_checkpoints_apart(given_, names):
     found = distinct_names([Path(one) for one in given_])
     assert len(set(found)) == len(given_)
     assert names is None or found == names
+
+
+def test_a_drive_is_no_part_of_a_name():
+    """On Windows too a name is fit for a file, however much of the paths it takes."""
+    found = distinct_names([PureWindowsPath("C:\\x.pt"), PureWindowsPath("C:\\a\\x.pt")])
+    assert found == ("-x", "a-x")

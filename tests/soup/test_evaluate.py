@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_avg.errors import MergeError, UsageError
+from merge_avg.soup import _evaluate as evaluate
 from merge_avg.soup import score
 
 
@@ -120,3 +121,13 @@ score({shlex.join([sys.executable, "-c", code, str(mark)])!r}, Path("a.pt"))
     assert b"KeyboardInterrupt" in done.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
+
+
+def test_backslashes_of_windows_are_parts_of_names(monkeypatch, tmp_path):
+    """On Windows a backslash is no escape; quotes group words there too."""
+    told = []
+    monkeypatch.setattr(evaluate, "_run", lambda words: told.append(words) or (0, "1", ""))
+    for windows, last in ((True, "x\\y"), (False, "xy")):
+        monkeypatch.setattr(evaluate, "WINDOWS", windows)
+        score(r'"C:\a b\e.py" x\y {}', tmp_path)
+        assert told.pop() == ["C:\\a b\\e.py", last, str(tmp_path)]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
+from merge_avg import _signals
 from merge_avg._version import __version__
 from merge_avg.errors import MergeError, UsageError, WrittenError, failure
 from merge_avg.options import instead
@@ -53,7 +54,7 @@ def main(*, last: bool = False) -> None:
     """Run the command, and exit with its code; `last`: the process does nothing else after it."""
     _ANSWERED.clear()
     try:
-        with _signals(last):
+        with _caught(last):
             try:
                 _open_streams()
                 from merge_avg.cli._app import app  # whose imports take longest: a signal may come
@@ -70,16 +71,16 @@ class _Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def _signals(last: bool) -> Iterator[None]:
+def _caught(last: bool) -> Iterator[None]:
     """Make signals end the command by an exception, so that it cleans up."""
     code = 0
 
     def stop(signum: int, _: FrameType | None) -> None:
         nonlocal code
         code = code or 128 + signum  # the first signal decides, not the alarm that repeats it
-        # An exception is lost where C code calls back into Python, as in a finalizer. So an alarm
-        # calls this function again every 0.1 s ...
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        # An exception is lost where C code calls back into Python, as in a finalizer. So this is
+        # called again every 0.1 s ...
+        _signals.repeat(signum)
         # ... but it must not raise into code that is cleaning up because of the first exception.
         handled = sys.exception()
         while handled is not None:
@@ -94,14 +95,13 @@ def _signals(last: bool) -> Iterator[None]:
             hook(what)
 
     # One that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT for jobs in the background.
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    caught = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]
-    before = {one: signal.signal(one, stop) for one in (signal.SIGALRM, *caught)}
+    caught = [one for one in _signals.STOPS if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop) for one in (*_signals.ALARMS, *caught)}
     hook, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _signals.repeat_no_more()
         sys.unraisablehook = hook
         for one, handler in before.items():
             # All outputs are settled. While Python finalizes, a signal could only cause a traceback
@@ -122,7 +122,9 @@ def _open_streams() -> None:
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
     # A name need not be valid in the locale's encoding; to print it must not fail a merge.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        # What is not shown but read by another program has the same line ends on every system.
+        newline = None if stream.isatty() else "\n"
+        stream.reconfigure(errors="backslashreplace", newline=newline)  # type: ignore[union-attr]
 
 
 def say(text: str, *, escaped: bool = False) -> None:

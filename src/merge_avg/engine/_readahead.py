@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from itertools import islice
 
+from merge_avg.io import FLAGS, READS_AHEAD, ask_for
 from merge_avg.plan import Job
 
 # Bytes that are asked for at a time: enough to keep a disk busy between two calls.
@@ -25,8 +26,7 @@ def read_ahead(job: Job) -> None:
 
     It is a hint: where it cannot be given, nothing happens.
     """
-    # RWF_NOWAIT tells what is cached already; without it each step would be read for nothing.
-    if hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT"):
+    if READS_AHEAD:
         thread = threading.Thread(target=_ask, args=(job,), name="merge-avg-ahead", daemon=True)
         with contextlib.suppress(RuntimeError):  # there may be no more threads
             thread.start()
@@ -37,9 +37,8 @@ def _ask(job: Job) -> None:
     try:
         for path, offset in islice(steps(job), _MOST // _STEP):
             if path not in fds:
-                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if not _cached(fds[path], offset):
-                os.posix_fadvise(fds[path], offset, _STEP, os.POSIX_FADV_WILLNEED)
+                fds[path] = os.open(path, os.O_RDONLY | FLAGS)
+            ask_for(fds[path], offset, _STEP)
     except OSError:
         return  # whoever reads it will say what is wrong
     finally:
@@ -64,10 +63,3 @@ def steps(job: Job) -> Iterator[tuple[str, int]]:
                 if step not in seen:
                     seen.add(step)
                     yield step
-
-
-def _cached(fd: int, offset: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
-        return True
-    return False

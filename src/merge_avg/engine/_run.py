@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
+from merge_avg import _signals
 from merge_avg.agreement import Agreement, Comparison, Verdict, judge
 from merge_avg.arithmetic import LOOPS
 from merge_avg.brief import Brief
@@ -256,25 +256,22 @@ def in_parallel(
 
     with ThreadPoolExecutor(threads, thread_name_prefix="merge-avg") as pool:
         try:
-            with _signals_held():
+            # An exception while a thread begins would leave locks behind.
+            with _signals.held():
                 for _ in range(threads):
                     pool.submit(run)
             for _ in range(threads):
-                if (error := ended.get()) is not None:
+                if (error := _next(ended)) is not None:
                     raise error
         finally:
             stop.set()
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let signals wait while threads begin: an exception in between would leave locks behind."""
-    held = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _next(ended: SimpleQueue[BaseException | None]) -> BaseException | None:
+    """Wait for what a worker ends with."""
+    while True:
+        with contextlib.suppress(Empty):
+            return ended.get(timeout=_signals.PATIENCE)
 
 
 @contextlib.contextmanager

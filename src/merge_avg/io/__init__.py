@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from merge_avg.io._memory import Buffer, Matrix, Scratch, Stack, same, without_collector
 from merge_avg.io._output import Output, OutputFile, Sink, refuse_loss, refuse_output, workplace
-from merge_avg.io._platform import cores, read_fully
+from merge_avg.io._platform import (
+    FLAGS,
+    READS_AHEAD,
+    WINDOWS,
+    ask_for,
+    cores,
+    leads_elsewhere,
+    read_fully,
+    sync,
+)
 from merge_avg.io._reader import Reader, Tap
 from merge_avg.io._temporary import TEMPORARY, remove
 
 __all__ = [
+    "FLAGS",
+    "READS_AHEAD",
     "TEMPORARY",
+    "WINDOWS",
     "Buffer",
     "Matrix",
     "Output",
@@ -22,12 +34,15 @@ __all__ = [
     "Sink",
     "Stack",
     "Tap",
+    "ask_for",
     "cores",
+    "leads_elsewhere",
     "read_fully",
     "refuse_loss",
     "refuse_output",
     "remove",
     "same",
+    "sync",
     "without_collector",
     "workplace",
 ]

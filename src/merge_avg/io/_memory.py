@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from merge_avg.checkpoint import DType
 from merge_avg.errors import MergeError
-from merge_avg.io._platform import memcmp, read_fully, reserve
+from merge_avg.io._platform import read_fully, reserve, same_memory
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ class Buffer:
 def same(ours: Buffer, theirs: Buffer, nbytes: int) -> bool:
     """Return whether the first bytes of two buffers are the same."""
     # Python compares memoryviews element by element, and slices of bytes only after copying them.
-    return not memcmp(ours.address, theirs.address, nbytes)
+    return same_memory(ours.address, theirs.address, nbytes)
 
 
 class Scratch:

@@ -26,7 +26,7 @@ from merge_avg.checkpoint import FileLayout, Literal
 from merge_avg.errors import MergeError, WrittenError, failure, named
 from merge_avg.io import _platform
 from merge_avg.io._reader import Checksum
-from merge_avg.io._temporary import Temporary, remove, sweep
+from merge_avg.io._temporary import Lock, Temporary, remove, sweep
 
 # Bytes after which the disk is told to begin with them: then the last fsync of 1.4 GB takes 0.01 s
 # instead of 0.35 s.
@@ -37,8 +37,10 @@ def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
     """Raise MergeError where an output cannot or must not be written."""
     if path.is_dir() and not directory:
         raise MergeError("it is a directory", where=path, hint="give the output a file name")
+    if _platform.reserved(path.name):
+        raise _reserved(path, path.name)
     if not path.parent.is_dir():
-        hint = f"create it first: mkdir -p {path.parent}"
+        hint = f"create it first: mkdir {'' if _platform.WINDOWS else '-p '}{path.parent}"
         raise MergeError("the directory of the output does not exist", where=path, hint=hint)
     if not os.path.lexists(path):
         return
@@ -77,6 +79,11 @@ def _states(path: Path) -> dict[str, tuple[int, ...]]:
             s = one.lstat()
             found[one.relative_to(path).as_posix()] = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
     return dict(sorted(found.items()))
+
+
+def _reserved(path: Path, name: str) -> MergeError:
+    what = f"{name!r} is not a file name on Windows"
+    return MergeError(what, where=path, hint="choose another name")
 
 
 def _exists(path: Path, what: str) -> MergeError:
@@ -123,7 +130,9 @@ class Output:
                 fd = self._temporary.fd
                 if self._directory:
                     place = self._temporary.path / relative
-                    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+                    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | _platform.FLAGS
+                    for name in filter(_platform.reserved, Path(relative).parts):
+                        raise _reserved(self.path, name)
                     with _explained(self.path):
                         place.parent.mkdir(parents=True, exist_ok=True)
                         fd = os.open(place, flags, 0o666)
@@ -155,7 +164,7 @@ class Output:
             file.complete(record)
         with _explained(self.path):
             for file in self._files:
-                os.fsync(file.fd)
+                _platform.sync(file.fd)
             if self._directory:
                 for folder, _, _ in os.walk(self._temporary.path):
                     _platform.sync_directory(Path(folder))
@@ -164,18 +173,24 @@ class Output:
 
     def publish(self) -> None:
         """Give the complete output its name, for good."""
+        moves = self._directory or _platform.WINDOWS
+        if _platform.WINDOWS:
+            self._close()
         with _explained(self.path):
             try:
+                if _platform.WINDOWS and self._directory:
+                    with contextlib.suppress(OSError):  # only an empty one goes
+                        self.path.rmdir()
                 # Neither takes the place of a file, or of a directory that holds something.
-                (os.rename if self._directory else os.link)(self._temporary.path, self.path)
+                (os.rename if moves else os.link)(self._temporary.path, self.path)
             except OSError as error:
                 taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
                 if taken or (not self._directory and os.path.lexists(self.path)):
                     self._replace()
-                elif self._directory:
+                elif moves:
                     raise
                 else:  # a file system without hard links
-                    os.rename(self._temporary.path, self.path)
+                    os.replace(self._temporary.path, self.path)
         try:
             _platform.sync_directory(self.folder)
         except OSError as error:
@@ -195,7 +210,7 @@ class Output:
                     os.rename(self.path, aside)
                 self._refuse_changed(old)
                 if not exchanged:
-                    os.rename(temporary, self.path)
+                    (os.rename if self._directory else os.replace)(temporary, self.path)
             except BaseException:  # Ctrl-C too must leave the old one in its place
                 back = exchanged and _platform.exchange(temporary, self.path)
                 if not back and not os.path.lexists(self.path):
@@ -218,22 +233,33 @@ class Output:
         self._discard()
 
     def _discard(self) -> None:
+        self._close()
+        self._temporary.close()
+
+    def _close(self) -> None:
         for file in self._files if self._directory else ():
             with contextlib.suppress(OSError):  # all was forced to the disk before
                 os.close(file.fd)
         self._files.clear()
-        self._temporary.close()
+        self._temporary.release()
 
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Keep other runs from replacing an output, and from sweeping it once it has another name."""
+    taken = MergeError("another program has locked it", where=path, hint="run again later")
+    if _platform.WINDOWS:
+        with contextlib.closing(Lock.of(path)) as held:
+            if held.take() is False:
+                raise taken
+            yield
+        return
     fd = -1
     with contextlib.suppress(PermissionError):  # those of the same user cannot open it either
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _platform.FLAGS)
     try:
         if fd >= 0 and _platform.lock(fd) is False:
-            raise MergeError("another program has locked it", where=path, hint="run again later")
+            raise taken
         yield
     finally:
         with contextlib.suppress(OSError):  # nothing was written
@@ -305,4 +331,8 @@ def _explained(path: Path, what: str = "cannot be written", more: str = "") -> I
     try:
         yield
     except OSError as error:
-        raise failure(error, what, path, more) from None
+        found = failure(error, what, path, more)
+        # A temporary's name is up to 40 characters longer, and it is a file that is missing then.
+        if error.errno == errno.ENOENT and _platform.too_long(path, 40):
+            found.hint = "choose a shorter path, or switch on long paths in Windows"
+        raise found from None

@@ -19,7 +19,7 @@ from zlib_ng import zlib_ng
 
 from merge_avg.checkpoint import File, Layout, Storage
 from merge_avg.errors import MergeError, failure
-from merge_avg.io._platform import read_fully
+from merge_avg.io._platform import FLAGS, read_fully, write_all
 
 _BLOCK = 1 << 20
 # Parts that wait to be combined: combining takes a lock and some matrix products, adding does not.
@@ -188,7 +188,7 @@ class Reader:
             if number not in self._fds:
                 file = self._files[number]
                 try:
-                    self._fds[number] = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._fds[number] = os.open(file.path, os.O_RDONLY | FLAGS)
                 except OSError as error:
                     raise failure(error, "cannot be opened", file.path) from None
                 _refuse_changed(file, self._fds[number])
@@ -204,15 +204,16 @@ class Reader:
                 if self._spool is None:
                     self._spool = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - close()
                 spool = self._spool
-                start = spool.seek(0, os.SEEK_END)
+                start = os.fstat(spool.fileno()).st_size
                 for block in _inflated(fd, storage, path):
                     crc = zlib_ng.crc32(block, crc)
                     nbytes += len(block)
                     # An archive that lies about sizes must not fill the disk.
                     if nbytes > storage.nbytes:
                         raise _damaged(storage, path)
-                    spool.write(_little(block, storage.swapped))
-                spool.flush()
+                    # At its place: others read what was decoded before, maybe by seeking.
+                    data = memoryview(_little(block, storage.swapped))
+                    write_all(spool.fileno(), data, start + nbytes - len(data))
             except OSError as error:
                 what = f"record {storage.name!r} cannot be unpacked ({error.strerror})"
                 hint = f"{storage.nbytes:,} bytes are needed in {self._scratch}"

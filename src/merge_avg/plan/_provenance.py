@@ -24,6 +24,7 @@ from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import PROVENANCE, Layout
 from merge_avg.errors import MergeError
 from merge_avg.formats import bounded
+from merge_avg.io import leads_elsewhere
 from merge_avg.options import RECORDED, Options, choices
 
 _MOST_INPUTS = 10_000
@@ -152,7 +153,7 @@ def _record(value: Any) -> Record:
 
 def _input(value: Any, weight: Fraction) -> RecordedInput:
     path = PurePosixPath(_text(value["name"]))
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if leads_elsewhere(str(path)):
         raise ValueError("a path that leads elsewhere")
     digest = None if value["hash"] is None else int(_text(value["hash"]), 16)
     return RecordedInput(str(path), int(value["bytes"]), digest, weight)

@@ -313,7 +313,7 @@ def append(path: Path, text: str) -> None:
             with path.open("rb") as file:
                 if b"\0" in file.read(1 << 12):  # as in every checkpoint
                     raise MergeError("no summary was written, for it holds no text", where=path)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except OSError as error:
         raise MergeError(f"no summary was written ({error.strerror})", where=path) from None

@@ -39,9 +39,12 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Return a name for each path, of as many of its last parts as tell all of them apart."""
     paths = [path if path.name.strip(".") else path.resolve() for path in paths]  # of "." and ".."
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
-        names = tuple("-".join([*path.parts[:-1], path.stem][-depth:]) for path in paths)
+        parts = ([*path.parts[:-1], path.stem][-depth:] for path in paths)
+        # A root, with the drive before it, is no part of a name.
+        roots = {path.anchor for path in paths}
+        names = tuple("-".join("" if one in roots else one for one in part) for part in parts)
         if len(set(names)) == len(names):
-            return tuple(name.lstrip("/") for name in names)
+            return names
     # The same checkpoint twice, or paths that differ in their suffix only.
     return tuple(f"{number}-{path.stem}" for number, path in enumerate(paths, 1))
 

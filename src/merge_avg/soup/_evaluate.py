@@ -10,6 +10,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 from merge_avg.errors import MergeError, UsageError
+from merge_avg.io import WINDOWS
 
 # A number that is not part of a word, such as epoch3, checkpoint-500.pt or 1.5s. NaN counts as a
 # number, so that it is refused: a number printed before it is not the score.
@@ -31,7 +32,11 @@ def score(command: str, checkpoint: Path, key: str | None = None) -> float:
     A command that fails, or prints no score or NaN, is a MergeError.
     """
     try:
-        words = shlex.split(command)
+        lexer = shlex.shlex(command, posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.commenters = True, ""  # as `shlex.split` does
+        if WINDOWS:  # C:\eval.py
+            lexer.escape = ""
+        words = list(lexer)
     except ValueError as error:
         raise UsageError(f"the command {command!r} is not understood ({error})") from None
     if not words:

@@ -17,6 +17,7 @@ from typing import Any
 
 from merge_avg.errors import MergeError
 from merge_avg.formats import bounded, scan
+from merge_avg.io import sync
 
 Members = tuple[int, ...]
 
@@ -67,7 +68,7 @@ class Log:
         with _explained(self.path), self.path.open(mode) as file:
             file.write(_line(entry))
             file.flush()
-            os.fsync(file.fileno())  # an evaluation may take an hour
+            sync(file.fileno())  # an evaluation may take an hour
 
 
 def identities(paths: Sequence[Path]) -> list[list[str | int]]:
