@@ -304,6 +304,8 @@ class _Block:
         """Write the mean; return which elements might be neighbours of the right ones, or None."""
         assert self._sum is not None  # noqa: S101 - something was added
         mean, doubtful = self._sum.rounded(target, self._spans)
+        if out.dtype == torch.float8_e4m3fn:  # for what does not fit, torch has 448 or (2.4) NaN
+            mean = mean.where(mean.abs() <= torch.finfo(out.dtype).max, math.nan)
         if self.special is None:
             out.copy_(mean)
             return doubtful
