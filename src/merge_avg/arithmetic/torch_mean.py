@@ -304,18 +304,25 @@ class _Block:
         """Write the mean; return which elements might be neighbours of the right ones, or None."""
         assert self._sum is not None  # noqa: S101 - something was added
         mean, doubtful = self._sum.rounded(target, self._spans)
-        if out.dtype == torch.float8_e4m3fn:  # for what does not fit, torch has 448 or (2.4) NaN
-            mean = mean.where(mean.abs() <= torch.finfo(out.dtype).max, math.nan)
         if self.special is None:
-            out.copy_(mean)
+            out.copy_(_fitting(mean, out.dtype))
             return doubtful
         bad = ~self.special.isfinite()
-        out.copy_(torch.where(bad, self.special.where(~self.special.isnan(), math.nan), mean))
+        mean = torch.where(bad, self.special.where(~self.special.isnan(), math.nan), mean)
+        out.copy_(_fitting(mean, out.dtype))
         if out.dtype in WORDS:
             # Which NaN a conversion writes depends on the dtype, on the device, and for bfloat16
             # even on how many numbers torch converts at a time.
             out.view(WORDS[out.dtype]).masked_fill_(out.isnan(), target.nan)
         return None if doubtful is None else doubtful & ~bad
+
+
+def _fitting(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers with NaN for what a dtype has neither numbers nor infinities for."""
+    # Releases of torch differ: for such numbers older ones write NaN, newer ones the largest.
+    if dtype != torch.float8_e4m3fn:
+        return mean
+    return mean.where(mean.abs() <= torch.finfo(dtype).max, math.nan)
 
 
 def _indexable(flat: Tensor) -> Tensor:
