@@ -3,11 +3,19 @@
 import functools
 import inspect
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
 
 TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+SAFETENSORS, TYPER = (
+    tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("safetensors", "typer")
+)
+# The library and the command line are those that the lowest requirements give, or later ones.
+ordered = pytest.mark.skipif(SAFETENSORS < (0, 6), reason="safetensors 0.6 tells the order")
+typed = pytest.mark.skipif(SAFETENSORS < (0, 8), reason="safetensors 0.8 has every dtype")
+worded = pytest.mark.skipif(TYPER < (0, 27), reason="older releases of typer word it otherwise")
 
 
 def since(major, minor, what):

@@ -170,7 +170,7 @@ class RunningMean:
                 doubts.append(doubtful.nonzero().flatten() + number * BLOCK)
         if revisit is not None and doubts:
             for places in filter(len, torch.cat(doubts).split(BLOCK)):
-                settled = self._settle(places, target, revisit).to(flat.dtype)
+                settled = _fitting(self._settle(places, target, revisit), flat.dtype).to(flat.dtype)
                 _indexable(flat)[places] = _indexable(settled)
         self._count = 0  # for the next mean; what was allocated for this one is used again
         return out

@@ -181,8 +181,10 @@ def check(layout: Layout) -> None:
             views = [(name, file.get_slice(name)) for name in names]
             theirs = [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views]
     except (SafetensorError, ImportError) as error:  # the latter of a broken torch or NumPy
-        what = f"the safetensors library does not accept it ({error})"
-        raise MergeError(what, where=path, hint=_AGAIN) from None
+        what, hint = f"the safetensors library does not accept it ({error})", _AGAIN
+        if any(info.dtype.safetensors in _NEW for info in layout.tensors):
+            hint += ", or update the library: pip install -U safetensors"
+        raise MergeError(what, where=path, hint=hint) from None
     finally:
         if stub is not None:
             sys.modules.pop("numpy", None)
@@ -207,6 +209,7 @@ def _opened(path: object, framework: str) -> Any:
         return safe_open(path, framework)
 
 
+_NEW = "F4 F8_E8M0 C64 F8_E4M3FNUZ F8_E5M2FNUZ".split()  # since 0.6, 0.6, 0.7, 0.8 and 0.8
 _Entry = tuple[str, str | None, tuple[int, ...]]
 
 
