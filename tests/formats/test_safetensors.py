@@ -186,6 +186,7 @@ def headers(draw):
     return header, max(at + draw(st.sampled_from([0] * 9 + [1, -1])), 0)
 
 
+@typed
 @given(made=headers(), spaces=st.integers(0, 8))
 def test_whatever_is_read_the_library_reads_too(tmp_path_factory, made, spaces):
     """The two readers refuse the same headers of tensors, and see the same in the others."""

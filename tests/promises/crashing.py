@@ -117,11 +117,11 @@ def _shards(path: Path, fold: int, size: int) -> Path:
 
 
 def _dcp(path: Path, fold: int, size: int) -> Path:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_saver
 
     import tests.older  # noqa: F401 - of older releases
 
-    dcp.save({"model": _state(fold, size)}, checkpoint_id=path, no_dist=True)
+    state_dict_saver.save({"model": _state(fold, size)}, checkpoint_id=path, no_dist=True)
     return path
 
 

@@ -190,8 +190,8 @@ def check(layout: Layout) -> None:
             sys.modules.pop("numpy", None)
     ours = [(info.storage.name, info.dtype.safetensors, info.shape) for info in layout.tensors]
     # The order is that of their bytes, in which tensors without any may come in any.
-    theirs, ours = (_in_order(one) if ordered else sorted(one) for one in (theirs, ours))
-    if (theirs, dict(layout.metadata)) != (ours, metadata):
+    order = _in_order if ordered else sorted
+    if (order(theirs), dict(layout.metadata)) != (order(ours), metadata):
         what = "the safetensors library reads its header in another way"
         raise MergeError(what, where=path, hint=_AGAIN)
 
