@@ -6,6 +6,8 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.older  # noqa: F401 - what older releases of torch lack
+
 # No test may depend on the service that runs it, and tests add nothing to its page.
 for variable in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
     os.environ.pop(variable, None)

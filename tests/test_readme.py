@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.older import worded
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -21,6 +23,7 @@ def test_examples_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102 - the README is ours
 
 
+@worded
 def test_options_are_those_of_help():
     """The option list is, to the letter, what --help prints on 80 columns."""
     listed = re.findall(r"```text\n(Usage.*?)```", README, re.DOTALL)[0]

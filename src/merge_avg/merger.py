@@ -104,7 +104,7 @@ class AverageModelMerger(Generic[M]):
         storages: dict[int, torch.UntypedStorage] = {}
         for tensor in _tensors(model):
             # A subclass knows how to copy itself.
-            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and not tensor.is_meta
+            plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
             if plain and tensor.layout == torch.strided:
                 memo[id(tensor)] = _copied(tensor, storages)
         return copy.deepcopy(model, memo)
@@ -254,7 +254,7 @@ def _copied(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor
     new.set_(raw, tensor.storage_offset(), tensor.shape, tensor.stride())
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    elif isinstance(tensor, nn.Buffer):
+    elif hasattr(nn, "Buffer") and isinstance(tensor, nn.Buffer):  # torch has it since 2.5
         new = nn.Buffer(new, persistent=tensor.persistent)
     return new
 

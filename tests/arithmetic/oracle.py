@@ -37,6 +37,17 @@ def mean_of(column, weights, form):
     return -0.0 if negative else 0.0
 
 
+def converted(numbers, dtype):
+    """Return numbers as a vector of a dtype; what does not fit is NaN where there is no infinity.
+
+    Of such numbers, newer releases of torch make the largest of float8_e4m3fn.
+    """
+    wide = torch.tensor(numbers, dtype=torch.float64)
+    if dtype == torch.float8_e4m3fn:
+        wide[wide.abs() > torch.finfo(dtype).max] = math.nan
+    return wide.to(dtype)
+
+
 def reference(tensors, weights, dtype):
     """Return the mean of vectors of real numbers of any dtypes, in a dtype; NaN is the usual one.
 
@@ -45,7 +56,7 @@ def reference(tensors, weights, dtype):
     form = FORMATS[dtype]
     columns = zip(*[tensor.double().tolist() for tensor in tensors], strict=True)
     exact = [mean_of(column, weights, form) for column in columns]
-    result = torch.tensor(exact, dtype=torch.float64).to(dtype)
+    result = converted(exact, dtype)
     if form.nan:
         words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
         result.view(words)[result.isnan()] = torch.tensor(form.nan, dtype=torch.int64).to(words)

@@ -112,7 +112,9 @@ def test_bad_numbers_are_known_as_they_are_shown(factory):
     assert not mean.finite
 
 
-@pytest.mark.parametrize("dtype", ["float8_e5m2", "complex32", "complex64", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float8_e5m2", "float8_e4m3fn", "complex32", "complex64", "float64"]
+)
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_every_dtype_tells_what_does_not_fit(dtype):
     """Sums beyond the largest number are infinite, float8 and complex numbers included."""

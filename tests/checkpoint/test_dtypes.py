@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from merge_avg.checkpoint import BY_NAME, BY_SAFETENSORS, BY_STORAGE, CONVERTIBLE
+from tests.older import has
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=has(name)) for name in BY_NAME])
 def test_every_dtype_is_torchs(name):
     """Name, size and kind are those of torch's dtype; codes are neither float nor integer here."""
     ours, theirs = BY_NAME[name], getattr(torch, name)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from merge_avg import cli
 from tests.helpers import COMMAND, run_command
+from tests.older import typed
 
 FULL = Path("/dev/full")
 DOWNLOAD = "hf download org/a-model.v1.5 --local-dir a-model.v1.5"
@@ -161,6 +162,7 @@ def test_without_numpy_nothing_else_is_said(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "out.pt\n", "")
 
 
+@typed
 @pytest.mark.parametrize("says", ["libtorch.so: cannot open\nIt seems that", ""])
 def test_a_torch_that_cannot_be_loaded_is_an_error_in_a_line(tmp_path, says):
     """Most merges do without torch; one that needs it says so, and merge-avg itself still works."""

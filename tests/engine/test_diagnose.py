@@ -65,10 +65,11 @@ def test_what_is_the_same_everywhere_is_copied_to_the_bit(
     assert [bits(mine[k : k + 1]) for k in places] == [bits(real[0][k : k + 1]) for k in places]
     for state in states:
         part = torch.view_as_real(state["w"]).view(-1) if state["w"].is_complex() else state["w"]
-        part[places] = torch.zeros(5).to(part.dtype)
+        part.view(WORDS[part.itemsize])[places] = 0
     plain, _ = merge(*states, **options)
     other = torch.view_as_real(plain["w"]).view(-1) if plain["w"].is_complex() else plain["w"]
     rest = [k for k in range(len(mine)) if k not in places]
+    mine, other = (one.view(WORDS[one.itemsize]) for one in (mine, other))
     assert bits(mine[rest]) == bits(other[rest])
     assert torch.equal(found["v"], plain["v"])
     assert result.nonfinite == ("w",)  # NaN is told
@@ -364,7 +365,9 @@ def test_what_is_not_finite_is_found_and_converted_as_by_torch(name):
         target = getattr(torch, other)
         expected = values.to(target).view(WORDS[target.itemsize])
         if target != dtype:
-            usual = torch.full((1,), NAN, dtype=target).view(WORDS[target.itemsize])
+            if other == "float8_e4m3fn":  # older releases of torch have NaN for infinity here
+                expected = wide.clamp(-448, 448).to(target).view(WORDS[1])
+            usual = torch.tensor([NAN], dtype=target).view(WORDS[target.itemsize])
             expected = expected.where(~wide.isnan(), usual)
         expected = expected.where(~wide.isfinite(), 0)
         found = _special(bits(values), BY_NAME[name], BY_NAME[other])

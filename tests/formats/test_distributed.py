@@ -21,6 +21,7 @@ from merge_avg.errors import MergeError
 from merge_avg.formats import scan
 from merge_avg.formats.distributed import _tile
 from tests.helpers import merge_checkpoints
+from tests.older import TORCH, has
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore::UserWarning"
@@ -105,8 +106,13 @@ def test_another_dtype_is_refused_for_a_directory(folds, tmp_path):
 def write_sharded(rank, port, folder):
     """What each of two ranks does: FSDP2, and a tensor that is cut along its second dimension."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
+
+    if TORCH >= (2, 6):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard, distribute_tensor
+    else:  # where they are prototypes
+        from torch.distributed._composable.fsdp import fully_shard
+        from torch.distributed._tensor import Shard, distribute_tensor
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -302,6 +308,7 @@ def cut(path, *chunks):
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+@has("float8_e8m0fnu")
 @pytest.mark.parametrize("count", [1, 2])
 def test_chunks_that_are_not_plain_numbers_are_refused(tmp_path, count):
     """Values whose sign is pending, and codes, are no numbers however many chunks there are."""

@@ -19,7 +19,8 @@ from merge_avg import merge_checkpoints
 from merge_avg.checkpoint import BY_NAME, BY_SAFETENSORS, PROVENANCE, NewTensor
 from merge_avg.errors import MergeError
 from merge_avg.formats import check, safetensors, scan
-from merge_avg.formats.safetensors import create
+from merge_avg.formats.safetensors import _opened, create
+from tests.older import ordered, typed
 
 
 def written(path, header, data=b""):
@@ -39,7 +40,7 @@ def tensor(name, dtype, shape):
 
 def library_reads(path):
     try:
-        with safe_open(path, "pt", backend="pread"):
+        with _opened(path, "pt"):
             return True
     except SafetensorError:
         return False
@@ -65,6 +66,7 @@ def test_tensors_lie_where_the_library_reads_them(tmp_path):
         assert info.shape == expected.shape
 
 
+@typed
 def test_every_dtype_of_the_library_has_the_size_that_it_says(tmp_path):
     """The library takes a tensor of each dtype in the table, with the bytes that are expected."""
     header, at = {}, 0
@@ -184,6 +186,7 @@ def headers(draw):
     return header, max(at + draw(st.sampled_from([0] * 9 + [1, -1])), 0)
 
 
+@typed
 @given(made=headers(), spaces=st.integers(0, 8))
 def test_whatever_is_read_the_library_reads_too(tmp_path_factory, made, spaces):
     """The two readers refuse the same headers of tensors, and see the same in the others."""
@@ -222,6 +225,7 @@ def test_a_header_that_the_library_reads_otherwise_is_refused(tmp_path, change):
         check(replace(layout, metadata=(("format", "pt"),)))
 
 
+@ordered
 def test_two_tensors_in_another_order_are_refused(tmp_path):
     """Which bytes are whose is part of what the library has to see."""
     path = written(tmp_path / "a.safetensors", {"a": entry(0, 4), "b": entry(4, 8)}, bytes(8))
@@ -383,6 +387,7 @@ def test_names_that_no_file_can_hold_are_refused():
         create([tensor("__metadata__", "float32", (1,))], {})
 
 
+@ordered
 def test_packed_codes_are_copied_as_they_lie(tmp_path):
     """A tensor of 4-bit codes takes half a byte an element in the copy too, and is kept."""
     paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]

@@ -117,9 +117,11 @@ def _shards(path: Path, fold: int, size: int) -> Path:
 
 
 def _dcp(path: Path, fold: int, size: int) -> Path:
-    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint import state_dict_saver
 
-    save({"model": _state(fold, size)}, checkpoint_id=path, no_dist=True)
+    import tests.older  # noqa: F401 - of older releases
+
+    state_dict_saver.save({"model": _state(fold, size)}, checkpoint_id=path, no_dist=True)
     return path
 
 

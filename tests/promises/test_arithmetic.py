@@ -27,7 +27,7 @@ from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean, exact_mean
 from tests.arithmetic.helpers import as_matrix, same
-from tests.arithmetic.oracle import reference
+from tests.arithmetic.oracle import converted, reference
 
 COMPLEX = {
     torch.float64: torch.complex128,
@@ -141,7 +141,9 @@ def agrees(found, expected):
     if expected.itemsize > 1:
         return same(found, expected)
     nan = expected.isnan()
-    return torch.equal(found.isnan(), nan) and same(found[~nan], expected[~nan])
+    return torch.equal(found.isnan(), nan) and same(
+        found.view(torch.uint8)[~nan], expected.view(torch.uint8)[~nan]
+    )
 
 
 def attack(seeds, kernels=(), device="cpu"):
@@ -162,8 +164,8 @@ def attack(seeds, kernels=(), device="cpu"):
                 for column in columns
             ]
             finite = torch.stack([row.double().isfinite() for row in rows]).all(dim=0)
-            found = torch.tensor(exact, dtype=torch.float64).to(target)
-            assert agrees(found[finite], expected[finite]), seed
+            found = converted(exact, target)
+            assert agrees(found.double()[finite], expected.double()[finite]), seed
             counts["integers"] += len(found)
         names = {str(dtype)[6:] for dtype in [target, *[row.dtype for row in rows]]}
         for name, loops in kernels.items() if weights.small and Kernel.dtypes >= names else ():

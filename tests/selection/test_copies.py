@@ -14,6 +14,7 @@ from merge_avg.formats import scan
 from merge_avg.options import Criteria
 from merge_avg.selection import _copies
 from merge_avg.selection._copies import sum_of
+from tests.older import TORCH
 from tests.selection.helpers import names, select, trainer, why
 
 
@@ -40,6 +41,8 @@ def sums(*paths):
 
 def save_zero(content, path):
     """Save without checksums, as torch does where they are switched off."""
+    if TORCH < (2, 6):
+        pytest.skip("torch writes checksums always before 2.6")
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(content, path)

@@ -170,7 +170,7 @@ class RunningMean:
                 doubts.append(doubtful.nonzero().flatten() + number * BLOCK)
         if revisit is not None and doubts:
             for places in filter(len, torch.cat(doubts).split(BLOCK)):
-                settled = self._settle(places, target, revisit).to(flat.dtype)
+                settled = _fitting(self._settle(places, target, revisit), flat.dtype).to(flat.dtype)
                 _indexable(flat)[places] = _indexable(settled)
         self._count = 0  # for the next mean; what was allocated for this one is used again
         return out
@@ -305,15 +305,24 @@ class _Block:
         assert self._sum is not None  # noqa: S101 - something was added
         mean, doubtful = self._sum.rounded(target, self._spans)
         if self.special is None:
-            out.copy_(mean)
+            out.copy_(_fitting(mean, out.dtype))
             return doubtful
         bad = ~self.special.isfinite()
-        out.copy_(torch.where(bad, self.special.where(~self.special.isnan(), math.nan), mean))
+        mean = torch.where(bad, self.special.where(~self.special.isnan(), math.nan), mean)
+        out.copy_(_fitting(mean, out.dtype))
         if out.dtype in WORDS:
             # Which NaN a conversion writes depends on the dtype, on the device, and for bfloat16
             # even on how many numbers torch converts at a time.
             out.view(WORDS[out.dtype]).masked_fill_(out.isnan(), target.nan)
         return None if doubtful is None else doubtful & ~bad
+
+
+def _fitting(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers with NaN for what a dtype has neither numbers nor infinities for."""
+    # Releases of torch differ: for such numbers older ones write NaN, newer ones the largest.
+    if dtype != torch.float8_e4m3fn:
+        return mean
+    return mean.where(mean.abs() <= torch.finfo(dtype).max, math.nan)
 
 
 def _indexable(flat: Tensor) -> Tensor:

@@ -26,16 +26,18 @@ _BY_MAGIC = {
     b"BZh": ("a bzip2 archive", _UNPACK),
     b"\xfd7zXZ": ("an xz archive", _UNPACK),
 }
+_EXPORTED = (
+    "a program saved by torch.export (.pt2), not a checkpoint",
+    "save the state dict: torch.save(torch.export.load(PATH).state_dict, OUTPUT)",
+)
 # Zip archives, by the ending of a record's name.
 _BY_RECORD = {
     "constants.pkl": (
         "a TorchScript program, not a checkpoint",
         "save the model's state dict: torch.save(torch.jit.load(PATH).state_dict(), OUTPUT)",
     ),
-    "archive_format": (
-        "a program saved by torch.export (.pt2), not a checkpoint",
-        "save the state dict: torch.save(torch.export.load(PATH).state_dict, OUTPUT)",
-    ),
+    "archive_format": _EXPORTED,
+    "serialized_exported_program.json": _EXPORTED,  # by older releases of torch
     ".npy": ("a NumPy archive (.npz), not a checkpoint", "save the arrays as safetensors"),
     ".weights.h5": ("a Keras model", "save its weights as safetensors"),
     "policy.pth": (

@@ -165,7 +165,7 @@ def check(layout: Layout) -> None:
     Raises:
         MergeError: the library refuses the file, or sees other tensors or metadata in it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = layout.path
     # The framework is one that the library imports to open the file: the cheapest one.
@@ -174,24 +174,42 @@ def check(layout: Layout) -> None:
     if not torch and not numpy:  # an empty module will do: it is asked for names and shapes only
         stub = sys.modules.setdefault("numpy", ModuleType("numpy"))
     try:
-        # Without a map ("pread"): a mapped file that is cut short meanwhile kills the process.
-        with safe_open(path, "pt" if torch else "numpy", backend="pread") as file:
-            names, metadata = file.offset_keys(), file.metadata() or {}
+        with _opened(path, "pt" if torch else "numpy") as file:
+            # Releases before 0.6 do not tell the order.
+            ordered = hasattr(file, "offset_keys")
+            names, metadata = (file.offset_keys if ordered else file.keys)(), file.metadata() or {}
             views = [(name, file.get_slice(name)) for name in names]
             theirs = [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views]
     except (SafetensorError, ImportError) as error:  # the latter of a broken torch or NumPy
-        what = f"the safetensors library does not accept it ({error})"
-        raise MergeError(what, where=path, hint=_AGAIN) from None
+        what, hint = f"the safetensors library does not accept it ({error})", _AGAIN
+        if any(info.dtype.safetensors in _NEW for info in layout.tensors):
+            hint += ", or update the library: pip install -U safetensors"
+        raise MergeError(what, where=path, hint=hint) from None
     finally:
         if stub is not None:
             sys.modules.pop("numpy", None)
     ours = [(info.storage.name, info.dtype.safetensors, info.shape) for info in layout.tensors]
     # The order is that of their bytes, in which tensors without any may come in any.
-    if (_in_order(theirs), dict(layout.metadata)) != (_in_order(ours), metadata):
+    order = _in_order if ordered else sorted
+    if (order(theirs), dict(layout.metadata)) != (order(ours), metadata):
         what = "the safetensors library reads its header in another way"
         raise MergeError(what, where=path, hint=_AGAIN)
 
 
+def _opened(path: object, framework: str) -> Any:
+    """Open a file with the library: without a map ("pread"), which its releases have since 0.8.
+
+    A mapped file kills the process if it is cut short meanwhile.
+    """
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework, backend="pread")
+    except TypeError:
+        return safe_open(path, framework)
+
+
+_NEW = "F4 F8_E8M0 C64 F8_E4M3FNUZ F8_E5M2FNUZ".split()  # since 0.6, 0.6, 0.7, 0.8 and 0.8
 _Entry = tuple[str, str | None, tuple[int, ...]]
 
 

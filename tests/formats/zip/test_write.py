@@ -9,6 +9,7 @@ import torch
 
 from merge_avg.checkpoint import BY_NAME, NewTensor
 from merge_avg.formats.zip import create
+from tests.older import TORCH
 
 RECORD = b'{"merge_avg": "1"}'
 
@@ -46,7 +47,7 @@ def test_a_new_state_dict_is_what_torch_loads(tmp_path, recorded):
     contents = {"s": numbers.numpy().tobytes(), "u": short.numpy().tobytes(), "e": b""}
     layout = create(tensors, {}, recorded=recorded)
     path = filled(tmp_path / "a.pt", layout, contents, RECORD)
-    loaded = torch.load(path)
+    loaded = torch.load(path, weights_only=TORCH >= (2, 6))  # which older ones do not with uint16
     assert torch.equal(loaded["w"], numbers.view(2, 3))
     assert torch.equal(loaded["wö.t"], numbers.view(2, 3).t())
     assert loaded["tail"].tolist() == [4, 5]
@@ -70,6 +71,8 @@ def test_it_has_the_bytes_that_torch_would_write(tmp_path):
     ours = zipfile.ZipFile(path)
     with theirs, ours:
         for one in ours.infolist():
+            if one.filename not in theirs.namelist() and TORCH < (2, 7):
+                continue  # the records .format_version and .storage_alignment are newer
             other = theirs.getinfo(one.filename)
             assert (one.flag_bits, one.compress_type) == (other.flag_bits, other.compress_type)
             if one.filename != "archive/data.pkl":
