@@ -40,7 +40,7 @@ def test_help_imports_no_task(tmp_path):
     command = [sys.executable, "-c", code, "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     packages = {name.split(".")[1] for name in done.stderr.split()}
-    assert packages <= {"cli", "errors", "options", "report", "_version"}
+    assert packages <= {"_signals", "_version", "cli", "errors", "options", "report"}
 
 
 def test_the_version_needs_no_checkpoints(command, monkeypatch):
