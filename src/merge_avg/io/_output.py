@@ -244,14 +244,17 @@ class Output:
         self._temporary.release()
 
 
+def _taken(path: Path) -> MergeError:
+    return MergeError("another program has locked it", where=path, hint="run again later")
+
+
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Keep other runs from replacing an output, and from sweeping it once it has another name."""
-    taken = MergeError("another program has locked it", where=path, hint="run again later")
     if _platform.WINDOWS:
         with contextlib.closing(Lock.of(path)) as held:
             if held.take() is False:
-                raise taken
+                raise _taken(path)
             yield
         return
     fd = -1
@@ -259,7 +262,7 @@ def _held(path: Path) -> Iterator[None]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _platform.FLAGS)
     try:
         if fd >= 0 and _platform.lock(fd) is False:
-            raise taken
+            raise _taken(path)
         yield
     finally:
         with contextlib.suppress(OSError):  # nothing was written
@@ -331,8 +334,13 @@ def _explained(path: Path, what: str = "cannot be written", more: str = "") -> I
     try:
         yield
     except OSError as error:
-        found = failure(error, what, path, more)
-        # A temporary's name is up to 40 characters longer, and it is a file that is missing then.
-        if error.errno == errno.ENOENT and _platform.too_long(path, 40):
-            found.hint = "choose a shorter path, or switch on long paths in Windows"
-        raise found from None
+        # Not by way of a variable: a cycle of garbage would keep what is to be removed alive.
+        raise _failed(error, what, path, more) from None
+
+
+def _failed(error: OSError, what: str, path: Path, more: str) -> MergeError:
+    found = failure(error, what, path, more)
+    # A temporary's name is up to 40 characters longer, and it is a file that is missing then.
+    if error.errno == errno.ENOENT and _platform.too_long(path, 40):
+        found.hint = "choose a shorter path, or switch on long paths in Windows"
+    return found
