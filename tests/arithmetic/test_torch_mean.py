@@ -17,7 +17,7 @@ from merge_avg.arithmetic import torch_mean
 from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
 from merge_avg.arithmetic.torch_mean import RunningMean, TorchMean, exact_mean
-from merge_avg.tuning import BLOCK, CONVERTED
+from merge_avg.arithmetic.tuning import BLOCK, CONVERTED
 from tests.arithmetic.helpers import as_matrix, midpoint, narrowed, same
 from tests.arithmetic.oracle import mean_of, reference
 

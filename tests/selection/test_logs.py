@@ -294,7 +294,7 @@ def test_event_files_need_the_extra(tmp_path, monkeypatch):
 
 def test_a_directory_without_events_is_no_log(tmp_path):
     """A directory that holds something else is an error."""
-    with pytest.raises(MergeError, match="there are no event files of TensorBoard in it"):
+    with pytest.raises(MergeError, match="it holds no event files of TensorBoard"):
         read_log(tmp_path)
 
 

@@ -28,10 +28,10 @@ from merge_avg.agreement._cosines import (
     same,
 )
 from merge_avg.arithmetic import LOOPS, int64s
+from merge_avg.arithmetic.tuning import COMPARED, WHOLE
 from merge_avg.checkpoint import BY_NAME, is_matrix
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Unit, Window
-from merge_avg.tuning import COMPARED, WHOLE
 
 # The rule of thumb: about one element in 128, which costs next to nothing beside the reading. The
 # first 64 of every 8192 are taken, and not every 128th: 64 neighbours lie in a few cache lines, and

@@ -30,8 +30,8 @@ from merge_avg.arithmetic._sums import (
     span_of,
 )
 from merge_avg.arithmetic._weights import Weight, Weights
+from merge_avg.arithmetic.tuning import BLOCK, CONVERTED
 from merge_avg.io import Matrix, Stack
-from merge_avg.tuning import BLOCK, CONVERTED
 
 Revisit = Callable[[int], Tensor]
 

@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from merge_avg.arithmetic.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 from merge_avg.errors import MergeError
 from merge_avg.io import cores
 from merge_avg.plan._units import Unit
-from merge_avg.tuning import BLOCK, COMPARED, CONVERTED, WHOLE
 
 MIB = 1 << 20
 _DEFAULT = 64 * MIB

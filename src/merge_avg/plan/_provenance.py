@@ -139,7 +139,7 @@ def _record(value: Any) -> Record:
     weights = [_text(one["weight"]).partition("/") for one in value["inputs"]]
     # Weights of several denominators could be of any length as integers; records have one.
     if len({total for _, _, total in weights}) != 1 or len(weights) > _MOST_INPUTS:
-        raise ValueError("it has no inputs or too many, or their weights are no parts of one total")
+        raise ValueError("it has no inputs or too many, or their weights have several totals")
     fractions = (Fraction(int(integer), int(total)) for integer, _, total in weights)
     inputs = tuple(map(_input, value["inputs"], fractions))
     template = _input(value["template"], Fraction(0))

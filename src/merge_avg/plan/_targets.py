@@ -139,7 +139,7 @@ def _refuse_ending(path: Path, plan: Plan, asked: Format | None, options: Option
             hint = f"give the output a directory's name, such as {path.stem}"
             raise UsageError("--max-shard-size writes a directory of shards", hint=hint)
         return
-    # As .tar, which torch writes whatever the ending: what an input is called is no mistake.
+    # As .tar, which torch writes whatever the ending. An ending that an input has is right too.
     ending, inputs = path.suffix.lower(), {one.path.suffix.lower() for one in plan.layouts}
     if asked is not None or ending in {"", *SUFFIXES, *inputs} or ending[1:].isdecimal():
         return

@@ -130,7 +130,7 @@ def _events(path: Path) -> Iterable[Mapping[str, Any]]:
     files = sorted(path.glob("*tfevents*")) if path.is_dir() else [path]
     if not any(map(Path.is_file, files)):
         hint = "give the directory that holds events.out.tfevents.*, or one of these"
-        raise MergeError("there are no event files of TensorBoard in it", where=path, hint=hint)
+        raise MergeError("it holds no event files of TensorBoard", where=path, hint=hint)
     if sum(file.stat().st_size for file in files) > _MOST_EVENTS:
         raise ValueError(f"it is longer than {_MOST_EVENTS:,} bytes")
     rows: dict[int, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""What the user named: arguments as checkpoints, as runs of many, and as patterns of both."""
+"""Arguments, as the user named them: checkpoints, runs of many, and patterns of both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FOLD = re.compile(r"(?i)fold")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What an argument stands for, or one match of a pattern."""
+    """An argument, or one match of a pattern, and the checkpoints that it stands for."""
 
     path: Path
     checkpoints: tuple[Path, ...]

@@ -40,7 +40,7 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     paths = [path if path.name.strip(".") else path.resolve() for path in paths]  # of "." and ".."
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         parts = ([*path.parts[:-1], path.stem][-depth:] for path in paths)
-        # A root, with the drive before it, is no part of a name.
+        # A root, and the drive before it, do not belong to a name.
         roots = {path.anchor for path in paths}
         names = tuple("-".join("" if one in roots else one for one in part) for part in parts)
         if len(set(names)) == len(names):
