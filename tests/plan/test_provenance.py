@@ -16,6 +16,7 @@ from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import PROVENANCE, File, Layout
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
+from merge_avg.io import leads_elsewhere
 from merge_avg.options import RECORDED, Options
 from merge_avg.plan import Hashes, read_record
 from merge_avg.plan._provenance import write_record
@@ -65,8 +66,9 @@ def test_options_are_read_as_they_were_written(values, agreement, hashed):
 
 
 @given(
+    # Of those that stay in a directory: on Windows a backslash leads elsewhere.
     st.lists(
-        names.filter(lambda name: name not in (".", "..")), min_size=1, max_size=4, unique=True
+        names.filter(lambda name: not leads_elsewhere(name)), min_size=1, max_size=4, unique=True
     ),
     st.data(),
 )

@@ -5,23 +5,18 @@ torch on the CPU and on a GPU, and integers. The default suite tries some thousa
 `-m large` two millions.
 """
 
-import ast
 import itertools
 import math
 import random
-import re
-import shutil
-import subprocess
 from fractions import Fraction
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from merge_avg import merge_checkpoints
-from merge_avg.arithmetic import LOOPS, TILE, _kernel, _mean, torch_mean
-from merge_avg.arithmetic._kernel import Kernel
+from merge_avg.arithmetic import LOOPS, TILE, _mean, torch_mean
+from merge_avg.arithmetic._kernel import LIBRARY, Kernel
 from merge_avg.arithmetic._mean import CompiledMean
 from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic._weights import Weights
@@ -36,8 +31,6 @@ COMPLEX = {
 }
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129, 200]
 LONG = [TILE - 1, TILE, TILE + 1]
-SOURCES = Path(_kernel.__file__).parent
-SCRIPT = Path(__file__).parents[2] / "scripts" / "build_kernel.py"
 
 
 def chosen_weights(chance, count):
@@ -177,29 +170,10 @@ def attack(seeds, kernels=(), device="cpu"):
     return counts
 
 
-def built(folder, name, *flags):
-    """Return the loops compiled once, with some flags and one set of instructions."""
-    library = folder / f"{name}.so"
-    found = re.search(r"^FLAGS = (\[.*\])$", SCRIPT.read_text(), re.MULTILINE)
-    command = ["cc", "-DVARIANTS=", '-DSOURCE="no digest"', "-o", library, SOURCES / "kernel.c"]
-    subprocess.run([*command, *ast.literal_eval(found[1]), *flags], check=True)
-    return Kernel(library)
-
-
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """Return the installed loops, and those for each set of instructions that runs here."""
-    found = {} if LOOPS is None else {"loops": LOOPS}
-    if shutil.which("cc"):
-        folder = tmp_path_factory.mktemp("kernels")
-        found["plain"] = built(folder, "plain")
-        info = Path("/proc/cpuinfo")
-        flags = set(info.read_text().split()) if info.exists() else set()
-        needed = {"x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx2", "fma", "avx512vl"}}
-        for name, instructions in needed.items():
-            if flags >= instructions:
-                found[name] = built(folder, name, f"-march={name}")
-    return found
+def kernels():
+    """Return the loops for each set of instructions that runs here."""
+    return {level: Kernel(LIBRARY, level) for level in LOOPS.levels} if LOOPS else {}
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.large)])

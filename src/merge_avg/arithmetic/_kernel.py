@@ -1,4 +1,4 @@
-"""The compiled loops of kernel.c and loops.h, if the package was installed with them.
+"""The compiled loops of kernel.c, if the package was installed with them.
 
 They compute what torch computes, to the bit, in a third of its time. No result depends on them; but
 a merge which they can do alone need not wait for torch to be imported.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from merge_avg.io import Matrix
+from merge_avg.io import LIBRARY_SUFFIX, Matrix
 
 _NAMES = ("float32", "float16", "bfloat16")
 # The arguments of the functions: without these, ctypes would cut addresses to 32 bits.
@@ -24,6 +24,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "settle": (*_ROWS, _SIZE, _POINTER, ctypes.c_uint32, _POINTER, _POINTER),
     "take": (_POINTER, _SIZE, _POINTER, _POINTER),
 }
+LIBRARY = Path(__file__).with_name(f"_loops{LIBRARY_SUFFIX}")
 TILE = 1024  # how many columns are summed at a time, as in kernel.c
 KNOWN = 24  # bytes of `struct known`, what is known of each tile
 Written = tuple[bool, int, Sequence[int]]  # all is finite; where writing stopped; what is open
@@ -38,17 +39,20 @@ class Kernel:
 
     dtypes = frozenset(_NAMES)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, level: str | None = None) -> None:
+        """Load the loops for a level of processors: one of `levels`, by default the best."""
         library = ctypes.CDLL(str(path))
-        library.merge_avg_source.restype = ctypes.c_char_p
+        library.merge_avg_source.restype = library.merge_avg_levels.restype = ctypes.c_char_p
         self.source: bytes = library.merge_avg_source()  # the digest of its sources
+        self.levels: list[str] = library.merge_avg_levels().decode().split()  # those that run here
+        level = level or self.levels[0]
         self.default_rounding = library.merge_avg_default_rounding  # for this thread
         self._calls: dict[tuple[str, str], Any] = {}
         for what, types in _CALLS.items():
             for name in _NAMES:
-                call = self._calls[what, name] = library[f"merge_avg_{what}_{name}"]
+                call = self._calls[what, name] = library[f"merge_avg_{what}_{name}_{level}"]
                 call.argtypes = types
-        self._products = library.merge_avg_products
+        self._products = library[f"merge_avg_products_{level}"]
         self._products.argtypes = (*_ROWS, ctypes.c_int64, _SIZE, *6 * (_POINTER,))
 
     def add(self, rows: Matrix, factors: int, total: int, known: int, *, begun: bool) -> bool:
@@ -129,4 +133,4 @@ def load(path: Path) -> Kernel | None:
         return None
 
 
-LOOPS = load(Path(__file__).with_name("_loops.so"))
+LOOPS = load(LIBRARY)

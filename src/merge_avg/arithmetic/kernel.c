@@ -10,31 +10,17 @@
    it is. If not, the few elements whose rounding it leaves open are reported, and computed again in
    integers (`exact_mean`). What a function promises therefore holds for any input, in any order.
 
-   A sum, once for each format, is in loops.h. This file has what the formats share. Callers check
-   nothing here: addresses, sizes and weights are those of _kernel.py. */
+   A sum, once for each format, is in loops.h; level.h has all loops for one kind of processor. This
+   file has what they share. Callers check nothing here: addresses, sizes and weights are those of
+   _kernel.py. */
 
 #include <fenv.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-/* GCC compiles these functions once for each set of instructions, and the loader chooses when the
-   library is loaded: one wheel uses AVX-512 where there is any. Not on clang, whose target_clones
-   need resolvers that not all of its versions have. */
-#if defined(VARIANTS) /* tests compile one set at a time: -march=... -DVARIANTS= */
-#elif defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
-#define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VARIANTS
-#endif
-
-/* What such a function calls has to become part of it: left to itself GCC may compile one function
-   for all of them, for the oldest processor. */
-#if defined(__GNUC__)
+/* What a loop calls has to become part of it, and be compiled for the same processors. */
 #define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
 
 /* The digest of kernel.c and loops.h: tests refuse a library of other sources. */
 const char *merge_avg_source(void) { return SOURCE; }
@@ -235,24 +221,6 @@ static double exact_mean(const double *values, size_t stride, size_t count,
     return sign * (double)kept * power_of_two(last - UNIT);
 }
 
-#define NAME float32
-#define WORD uint32_t
-#define BITS 24
-#define EMIN (-126)
-#include "loops.h"
-
-#define NAME float16
-#define WORD uint16_t
-#define BITS 11
-#define EMIN (-14)
-#include "loops.h"
-
-#define NAME bfloat16
-#define WORD uint16_t
-#define BITS 8
-#define EMIN (-126)
-#include "loops.h"
-
 /* Partial sums of a product: as many as the widest register has doubles. Compilers may not reorder
    additions, so that one sum would take one addition after the other. */
 enum { LANES = 8 };
@@ -284,49 +252,57 @@ INLINE void blank(double *x, size_t count, size_t width, size_t n, uint8_t *same
             x[i * width + j] = same[j] ? 0.0 : x[i * width + j];
 }
 
-/* Add the products of rows with each other, over runs of columns.
+/* Each loop is compiled for the processors that any machine has and, for x86-64, again for two newer
+   kinds: the levels of its psABI (https://gitlab.com/x86-psABIs/x86-64-ABI), whose registers hold
+   twice and four times as many numbers. */
 
-   Run r is lengths[r] columns long. Its Gram matrix, times scales[r], is added to matrix groups[r]
-   of `grams`; of each row its square, and its product with the sum of all, to line numbers[r] of
-   `sums`. If `less` is not negative, row `less` is subtracted from the others first, which changes
-   them. Otherwise columns that are the same in all rows count as zeros: nothing was learned there.
-   The columns are cut into tiles so that all rows of one, too, stay in a cache. */
-VARIANTS void merge_avg_products(double *rows, size_t count, size_t width, int64_t less,
-                                 size_t runs, const int64_t *lengths, const int64_t *groups,
-                                 const int64_t *numbers, const double *scales, double *grams,
-                                 double *sums)
+#define LEVEL base
+#define TARGET
+#include "level.h"
+
+#if defined(__x86_64__)
+/* Not "arch=x86-64-v3", which does nothing where a compiler is also told what the oldest processor
+   lacks, as Zig tells clang. */
+#define V3 "avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe"
+#define V4 V3 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+
+#define LEVEL v3
+#define TARGET __attribute__((target(V3)))
+#include "level.h"
+
+#define LEVEL v4
+#define TARGET __attribute__((target(V4)))
+#include "level.h"
+
+#include <cpuid.h>
+
+INLINE int has(uint32_t found, uint32_t needed) { return (found & needed) == needed; }
+
+/* Return the level of this processor, as far as the system saves its registers. The compilers'
+   __builtin_cpu_supports is not used: without a library of theirs it finds nothing, in silence. */
+static int level(void)
 {
-    size_t at = 0;
-    for (size_t run = 0; run < runs; run++) {
-        size_t numel = (size_t)lengths[run];
-        double *gram = grams + (size_t)groups[run] * count * count;
-        double *line = sums + (size_t)numbers[run] * 2 * count;
-        for (size_t tile = 0; tile < numel; tile += TILE / 4) {
-            size_t n = numel - tile < TILE / 4 ? numel - tile : TILE / 4;
-            double *x = rows + at + tile, first[TILE / 4];
-            uint8_t same[TILE / 4];
-            memcpy(first, x, n * sizeof *x);
-            if (less < 0)
-                blank(x, count, width, n, same);
-            for (size_t i = 0; i < count && less >= 0; i++)
-                for (size_t j = 0; j < n; j++)
-                    x[i * width + j] -= x[(size_t)less * width + j];
-            for (size_t i = 0; i < count; i++)
-                for (size_t k = 0; k <= i; k++) {
-                    double value = scales[run] * product(x + i * width, x + k * width, n);
-                    gram[i * count + k] += value;
-                    line[count + i] += value;
-                    if (i == k) {
-                        line[i] += value;
-                    } else { /* a Gram matrix is symmetric */
-                        gram[k * count + i] += value;
-                        line[count + k] += value;
-                    }
-                }
-            for (size_t i = 0; i < count && less < 0; i++) /* differences to a base may follow */
-                for (size_t j = 0; j < n; j++)
-                    x[i * width + j] = same[j] ? first[j] : x[i * width + j];
-        }
-        at += numel;
-    }
+    uint32_t a, b, c, d, low, high;
+    const uint32_t v2 = bit_SSE3 | bit_SSSE3 | bit_CMPXCHG16B | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT;
+    if (!__get_cpuid(1, &a, &b, &c, &d) ||
+        !has(c, v2 | bit_FMA | bit_MOVBE | bit_OSXSAVE | bit_AVX | bit_F16C))
+        return 1;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* which registers the system saves */
+    if (!has(low, 0x06) || !__get_cpuid(0x80000001, &a, &b, &c, &d) || !has(c, bit_LZCNT) ||
+        !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, bit_BMI | bit_AVX2 | bit_BMI2))
+        return 1;
+    const uint32_t v4 = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+    return has(low, 0xE6) && has(b, v4) ? 4 : 3;
+}
+#endif
+
+/* The levels that run here, the best first: the last part of the loops' names. */
+const char *merge_avg_levels(void)
+{
+#if defined(__x86_64__)
+    int found = level();
+    return found == 4 ? "v4 v3 base" : found == 3 ? "v3 base" : "base";
+#else
+    return "base";
+#endif
 }

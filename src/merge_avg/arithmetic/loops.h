@@ -1,6 +1,6 @@
-/* The loops over numbers of one floating-point format. kernel.c includes this once for each.
+/* The loops over numbers of one floating-point format. level.h includes this once for each.
 
-   NAME  of the format; the functions' names end in it
+   NAME  of the format; the functions' names end in it, and in LEVEL
    WORD  the unsigned integer of its size
    BITS  of its significand, the leading one included
    EMIN  the exponent of its smallest normal number, 2^EMIN
@@ -9,12 +9,9 @@
    the numbers do, with infinity above all that are finite and NaN above infinity; and a register
    holds twice as many sizes of 16 bits as it holds floats. */
 
-#define PASTE_(prefix, name) prefix##_##name
-#define PASTE(prefix, name) PASTE_(prefix, name)
-#define LOOP(what) PASTE(what, NAME)
-
-#define FROM LOOP(from)
-#define TO LOOP(to)
+#define LOOP(what) PASTE(PASTE(what, NAME), LEVEL)
+#define FROM PASTE(from, NAME)
+#define TO PASTE(to, NAME)
 #define SIGN ((WORD)((WORD)1 << (8 * sizeof(WORD) - 1)))
 #define SPECIAL ((WORD)(SIGN - ((WORD)1 << (BITS - 1)))) /* the size of infinity */
 
@@ -59,7 +56,7 @@ INLINE struct known LOOP(look)(const WORD *restrict x, size_t n, double weight)
    Products are exact, as weights have at most 20 bits and numbers 24: so a multiply-add that rounds
    once gives the same. Formats of 16 bits are added in float first, twice as many numbers at once,
    as long as that is exact as well. */
-VARIANTS int LOOP(merge_avg_sum)(const WORD *rows, size_t count, size_t stride, size_t numel,
+TARGET int LOOP(merge_avg_sum)(const WORD *rows, size_t count, size_t stride, size_t numel,
                                  const double *weights, int begun, double *total,
                                  struct known *known)
 {
@@ -142,7 +139,7 @@ INLINE double LOOP(rounded)(double quotient, double scale)
    double, and is rounded to a multiple of 4 of them. Where S / D is the middle between two numbers,
    it has 25 bits or fewer, is such a multiple itself, and is what the product is rounded to. Any
    other S / D is at least 4 units from a middle, and stays on its side. */
-VARIANTS static WORD LOOP(divide_exact)(const double *restrict total, size_t numel, double divisor,
+TARGET static WORD LOOP(divide_exact)(const double *restrict total, size_t numel, double divisor,
                                         WORD *restrict out)
 {
     const double inverse = 1 / divisor;
@@ -164,7 +161,7 @@ VARIANTS static WORD LOOP(divide_exact)(const double *restrict total, size_t num
    below 2^28, S / D is the middle between two numbers or is at least half a unit of a double away
    from it, so that rounding the quotient rounds the mean. Nor are NaN and infinity, which follow
    IEEE 754, ever open. */
-VARIANTS static WORD LOOP(divide)(const double *restrict total, size_t numel, double divisor,
+TARGET static WORD LOOP(divide)(const double *restrict total, size_t numel, double divisor,
                                   WORD *restrict out, double bound, uint64_t *restrict open)
 {
     WORD high = 0;
@@ -192,7 +189,7 @@ VARIANTS static WORD LOOP(divide)(const double *restrict total, size_t numel, do
    Begin with the tile at column *at, and stop behind the first that has elements which might round
    otherwise: they are places[0 .. *open), and the caller settles them. Leave in *at where to go on,
    which is `numel` at the end. Return whether all that was written is finite. */
-int LOOP(merge_avg_mean)(const double *total, size_t numel, const struct known *known, size_t count,
+TARGET int LOOP(merge_avg_mean)(const double *total, size_t numel, const struct known *known, size_t count,
                          double divisor, WORD *out, size_t *at, int64_t *places, size_t *open)
 {
     WORD high = 0;
@@ -224,7 +221,7 @@ int LOOP(merge_avg_mean)(const double *total, size_t numel, const struct known *
 /* Sum and divide where all rows are there at a time, as numbers of the mean's own format. Tile by
    tile the sum never leaves the fastest cache. Return 1 if all that was written is finite, plus 2
    if all rows are, as far as it got. */
-int LOOP(merge_avg_whole)(const WORD *rows, size_t count, size_t stride, size_t numel,
+TARGET int LOOP(merge_avg_whole)(const WORD *rows, size_t count, size_t stride, size_t numel,
                           const double *weights, double divisor, WORD *out, size_t *at,
                           int64_t *places, size_t *open)
 {
@@ -245,7 +242,7 @@ int LOOP(merge_avg_whole)(const WORD *rows, size_t count, size_t stride, size_t 
 }
 
 /* out[places[i]] = the exact mean of column i of `values`; return whether all are finite. */
-int LOOP(merge_avg_settle)(const double *values, size_t count, size_t width, size_t columns,
+TARGET int LOOP(merge_avg_settle)(const double *values, size_t count, size_t width, size_t columns,
                            const int64_t *weights, uint32_t divisor, const int64_t *places,
                            WORD *out)
 {
@@ -260,7 +257,7 @@ int LOOP(merge_avg_settle)(const double *values, size_t count, size_t width, siz
 
 /* Copy some elements of a row, as double. Of each of `segments` runs, runs[2 * s] is where it begins
    and runs[2 * s + 1] how long it is; they go to `to`, one after the other. */
-VARIANTS void LOOP(merge_avg_take)(const WORD *restrict row, size_t segments, const int64_t *runs,
+TARGET void LOOP(merge_avg_take)(const WORD *restrict row, size_t segments, const int64_t *runs,
                                    double *restrict to)
 {
     for (size_t s = 0; s < segments; s++) {
@@ -276,8 +273,6 @@ VARIANTS void LOOP(merge_avg_take)(const WORD *restrict row, size_t segments, co
 #undef WORD
 #undef BITS
 #undef EMIN
-#undef PASTE_
-#undef PASTE
 #undef LOOP
 #undef FROM
 #undef TO

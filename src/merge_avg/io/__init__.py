@@ -9,6 +9,7 @@ from merge_avg.io._memory import Buffer, Matrix, Scratch, Stack, same, without_c
 from merge_avg.io._output import Output, OutputFile, Sink, refuse_loss, refuse_output, workplace
 from merge_avg.io._platform import (
     FLAGS,
+    LIBRARY_SUFFIX,
     READS_AHEAD,
     WINDOWS,
     ask_for,
@@ -22,6 +23,7 @@ from merge_avg.io._temporary import TEMPORARY, remove
 
 __all__ = [
     "FLAGS",
+    "LIBRARY_SUFFIX",
     "READS_AHEAD",
     "TEMPORARY",
     "WINDOWS",

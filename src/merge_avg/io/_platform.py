@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -25,6 +26,8 @@ except ImportError:
 else:
     WINDOWS = False
 
+# What names of libraries end in.
+LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _LARGEST_READ = 0x7FFFF000  # bytes that Linux moves in one call
 _BLOCK = 1 << 20
 _AT_FDCWD = -100
