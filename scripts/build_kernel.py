@@ -46,7 +46,7 @@ def build(folder: Path, library: Path) -> None:
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     flags = [*FLAGS, f'-DSOURCE="{digest(folder)}"']
-    command = [*compiler, *flags, "-o", str(library), str(folder / "kernel.c")]
+    command = [*compiler, *flags, "-o", str(library), str(folder / "kernel.c"), "-lm"]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
