@@ -4,8 +4,8 @@
     python scripts/wheels.py dist
 
 That is the source distribution, a wheel for any machine, and for each platform a wheel with the
-compiled loops. One machine builds them all: the loops know nothing of Python, and Zig compiles C for
-any system. scripts/try_wheel.py tries one where it belongs.
+compiled loops. One machine builds them all: the loops know nothing of Python, and Zig compiles C
+for any system. scripts/try_wheel.py tries one where it belongs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).resolve().parents[1]
-# Zig's names of the platforms that have wheels. torch 2.4 asks of no Linux less than glibc 2.17,
-# and of no macOS less than 11.
+# The platforms that have wheels, as Zig names them. No torch asks for less than glibc 2.17, or for
+# less than macOS 11.
 TARGETS = {
     "manylinux_2_17_x86_64": "x86_64-linux-gnu.2.17",
     "manylinux_2_17_aarch64": "aarch64-linux-gnu.2.17",

@@ -1,5 +1,6 @@
 """merge_avg.api: the functions for files take what the command takes, and say what is wrong."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -448,9 +449,21 @@ def test_the_package_imports_as_little_as_before():
 
 def test_help_has_every_keyword():
     """`help` and editors see each keyword with its meaning."""
-    text = merge_checkpoints.__doc__
+    text = inspect.getdoc(merge_checkpoints)
     for name in ("last", "best", "weighting", "missing", "progress", "metrics_file"):
-        assert f"        {name}: " in text
+        assert f"\n    {name}: " in text
+
+
+def test_python_without_docstrings(run):
+    """`python -OO`, which strips docstrings and assertions, merges and verifies all the same."""
+    code = (
+        "import sys; from merge_avg import merge_checkpoints, verify_output;"
+        "merge_checkpoints(sys.argv[1], 'out.pt', last=2, progress=False); verify_output('out.pt', inputs='run')"
+    )
+    subprocess.run([sys.executable, "-OO", "-c", code, "run"], check=True)
+    command = [sys.executable, "-OO", "-m", "merge_avg", "run", "-o", "again.pt", "--last", "2"]
+    subprocess.run([*command, "-q"], check=True, stdout=subprocess.DEVNULL)
+    assert Path("out.pt").read_bytes() == Path("again.pt").read_bytes()
 
 
 @pytest.mark.large  # mypy takes its time

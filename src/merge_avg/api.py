@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 import reprlib
 import time
 import warnings
@@ -53,7 +54,7 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (  # how a type begins, what fits it,
     ("float", Real, "a number"),
     ("str | os.PathLike[str] | int", (str, os.PathLike, Integral), "a path or a number"),
     ("str | os.PathLike[str] | N", (str, os.PathLike), "a path"),
-    ("pathlib.Path", os.PathLike, "a path"),
+    ("pathlib.", os.PathLike, "a path"),  # in Python 3.13 pathlib._local.Path
     ("str", str, "a text"),
     ("tuple", tuple, "a range, such as (1000, 5000)"),
     ("collections.abc.Sequence", Iterable, "a text, or several"),
@@ -236,8 +237,11 @@ def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _
         named = inspect.signature(options).parameters.values()
         function.__signature__ = inspect.Signature([*first, *named])
         helps = ((name, in_keywords(one.help)) for name, one in meanings(options))  # type: ignore[arg-type]
-        texts = (f"        {name}: {text}" for name, text in helps)
-        function.__doc__ = function.__doc__.replace("        options: by name.", "\n".join(texts))
+        texts = [f"{name}: {text}" for name, text in helps]
+        if function.__doc__:  # not with `python -OO`
+            # Since Python 3.13 lines are indented less in a docstring than in its source.
+            before, indent, after = re.split(r"( *)options: by name\.", function.__doc__)
+            function.__doc__ = before + "\n".join(indent + text for text in texts) + after
         return function
 
     return described

@@ -671,14 +671,14 @@ def test_a_directory_that_cannot_be_read_is_not_replaced(tmp_path, monkeypatch):
     """What lies in a folder that cannot be listed would be lost: an error that names it."""
     made(tmp_path / "out")
     (tmp_path / "out" / "sub").mkdir()
-    real = os.listdir
+    real = Path.iterdir
 
-    def listdir(path):
+    def iterdir(path):
         if path.name == "sub":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     with pytest.raises(PermissionError) as caught:
         refuse_loss(tmp_path / "out", {"w.bin"})
     assert caught.value.filename == str(tmp_path / "out" / "sub")
