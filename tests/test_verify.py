@@ -357,6 +357,22 @@ def test_equal_merges_give_equal_bytes(tmp_path, suffix):
     assert len(set(outputs)) == 1
 
 
+@pytest.mark.parametrize(("off", "fine"), [(1e-6, True), (-1e-6, True), (1e-4, False)])
+def test_the_last_digit_of_the_agreement_may_be_another_machines(tmp_path, off, fine):
+    """Sums that are rounded otherwise change its sixth place; more than that is a difference."""
+    paths, out, _ = made(tmp_path, "safetensors")
+    figure = merge_checkpoints(paths, out).agreement.mean
+    there, other = (f"{one:+.6f}".encode() for one in (figure, figure + off))
+    content = out.read_bytes()
+    assert content.count(there) == 1
+    out.write_bytes(content.replace(there, other))
+    if fine:
+        assert verify_output(out).hashed
+    else:
+        with pytest.raises(MergeError, match="bytes are not what its inputs give"):
+            verify_output(out)
+
+
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(

@@ -86,7 +86,7 @@ def verify_output(
         max_memory=max_memory,
     )
     paths = [folder / one.name for one in record.inputs]
-    job = prepare(paths, path, options, made_by=record.version)
+    job = prepare(paths, path, options, made_by=record)
     # A merge asks the safetensors library only where that costs little.
     for found in (layout, *job.layouts):
         check(found)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from merge_avg import merge_checkpoints, verify_output
 from merge_avg.errors import MergeError
 from merge_avg.options import Options
-from merge_avg.plan import prepare
+from merge_avg.plan import Record, prepare
+from merge_avg.plan._provenance import RecordedInput
 from merge_avg.report.text import lines
 from merge_avg.report.values import as_json, describe
 
@@ -177,7 +179,8 @@ def test_records_from_before_mean_what_they_meant(tmp_path):
     """Shards with `state_dict` had everything beside them, and are verified so."""
     path = folder(tmp_path / "c0", {"optimizer.pt": STATE})
     options = Options(state_dict=True, max_shard_size=1 << 20)
-    assert "optimizer.pt" in prepare([path], tmp_path / "o", options, made_by="0").layout.files
+    record = Record((), RecordedInput("c0", 1, None, Fraction(0)), options, "0", None)
+    assert "optimizer.pt" in prepare([path], tmp_path / "o", options, made_by=record).layout.files
     assert "optimizer.pt" not in prepare([path], tmp_path / "o", options).layout.files
 
 

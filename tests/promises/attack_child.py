@@ -10,6 +10,7 @@ one a line, and a JSON object for each goes to stdout. `verify` verifies each, a
 from __future__ import annotations
 
 import codecs
+import ctypes
 import importlib
 import json
 import os
@@ -22,7 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from merge_avg import MergeError
+from merge_avg.arithmetic import LOOPS
 from merge_avg.cli import main
+from merge_avg.io import _platform
 from merge_avg.report.inspect import contents, lines
 
 MEMORY = 256 << 20  # of address space, code and libraries included
@@ -62,9 +65,16 @@ class Watch:
     def __init__(self, path: str) -> None:
         self.seen: list[str] = []
         self._path, self._armed = path, False
+        # Since Python 3.14 every call of a function in C is an event: ours are known.
+        calls = [] if LOOPS is None else [LOOPS.default_rounding, *LOOPS._calls.values()]
+        calls += [] if LOOPS is None else [LOOPS._products]
+        calls.append(_platform._LIBC.memcmp)
+        self._ours = {ctypes.cast(call, ctypes.c_void_p).value for call in calls}
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event == "ctypes.call_function" and arguments[0] in self._ours:
+            return
         outside = event == "open" and not str(arguments[0]).startswith(self._path)
         if self._armed and (outside or event.startswith(tuple(self._REACHING))):
             self.seen.append(f"{event} {arguments!r}")

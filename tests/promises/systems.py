@@ -116,6 +116,8 @@ def _WINDOWS():  # noqa: N802
 
     ctypes.CDLL = loaded
     shutil._use_fd_functions = False
+    if hasattr(shutil, "_rmtree_impl"):  # Python 3.14
+        shutil._rmtree_impl = shutil._rmtree_unsafe
     _refuse_as_windows()
 
 

@@ -34,10 +34,12 @@ from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._derived import parts_note
 from merge_avg.plan._masters import roles_of
-from merge_avg.plan._provenance import Hashes, write_record
+from merge_avg.plan._provenance import Hashes, Record, write_record
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._training import training_state
 from merge_avg.plan._units import Plan, make_plan, with_base
+
+_LAST_DIGITS = 2e-6  # of a recorded agreement, which has six places
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Job:
     budget: Budget
     notes: tuple[str, ...]  # for the user, one sentence each
     base: int | None  # the number of the checkpoint that the others were fine-tuned from
-    version: str  # of merge-avg, in the provenance records
+    made_by: Record | None  # the record of an output that exists and is compared with the job's
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -98,11 +100,19 @@ class Job:
     def record(
         self, output: OutputSpec, hashes: Hashes | None = None, agreement: float | None = None
     ) -> bytes:
-        """Return the provenance record of an output; without hashes a draft of the same length."""
+        """Return the provenance record of an output; without hashes a draft of the same length.
+
+        The agreement of an output that exists is the recorded one, unless they differ: how sums are
+        rounded, and so perhaps the last digit, depends on the machine.
+        """
         merged = self.layouts[: self.plan.aligned.checkpoints]  # without a base
         # Records of files know it by its older name, `state_dict`.
         only = self.options.weights_only and self.layout.directory
-        made = merged, output.weights, replace(self.options, weights_only=only), self.version
+        version = __version__ if self.made_by is None else self.made_by.version
+        recorded = None if self.made_by is None else self.made_by.agreement
+        if agreement is not None and recorded is not None:
+            agreement = recorded if abs(agreement - recorded) < _LAST_DIGITS else agreement
+        made = merged, output.weights, replace(self.options, weights_only=only), version
         return write_record(*made, hashes, agreement, compared=len(self.outputs) == 1)
 
 
@@ -113,14 +123,14 @@ def prepare(
     layouts: Mapping[Path, Layout] | None = None,
     sources: Mapping[Path, Layout] | None = None,
     *,
-    made_by: str | None = None,
+    made_by: Record | None = None,
 ) -> Job:
     """Scan the checkpoints and plan the merge.
 
     The options' weights are those of a single output; several come with weights of their own. Where
-    the output exists and is to be compared, `made_by` is the version that made it. Checkpoints that
-    have been scanned already are not scanned again: `layouts` has them, or `sources` those that may
-    not be the template.
+    the output exists and is to be compared, `made_by` is its record. Checkpoints that have been
+    scanned already are not scanned again: `layouts` has them, or `sources` those that may not be
+    the template.
     """
     inputs = [Path(path) for path in paths]
     asked = _asked(inputs, outputs, options)
@@ -139,7 +149,7 @@ def prepare(
             specs.append(OutputSpec(path, Weights.of(numbers, normalize=options.normalize)))
         with without_collector():
             scanned = layouts or {}, sources or {}
-            job = _prepared(inputs, tuple(specs), options, made_by or __version__, *scanned)
+            job = _prepared(inputs, tuple(specs), options, made_by, *scanned)
             directory = job.layout.directory
             # An output to compare with exists, and is not written.
             for path in asked if made_by is None else ():
@@ -203,7 +213,7 @@ def _prepared(
     inputs: Sequence[Path],
     outputs: tuple[OutputSpec, ...],
     options: Options,
-    version: str,
+    made_by: Record | None,
     scanned: Mapping[Path, Layout],
     sources: Mapping[Path, Layout],
 ) -> Job:
@@ -248,7 +258,7 @@ def _prepared(
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
     said = (*_notes(layouts, options, layout), *parts, *notes)
-    return Job(outputs, layout, options, roles[0], plan, budget, said, base, version)
+    return Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by)
 
 
 def _based(
@@ -280,7 +290,7 @@ def _template_first(
     text = str(template)
     # A file that is called 3 wins over the third checkpoint, unless an int asks for that one.
     if text.isdecimal() and (isinstance(template, int) or not Path(text).exists()):
-        index = int(text) - 1
+        index = int(text[:19]) - 1  # of more digits Python may refuse to make an int
         if not 0 <= index < len(inputs):
             hint = f"give a number from 1 to {len(inputs)}, or the path of a checkpoint"
             raise UsageError(f"there is no checkpoint number {text}", hint=hint)

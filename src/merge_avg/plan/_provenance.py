@@ -112,6 +112,7 @@ class Record:
     template: RecordedInput
     options: Options
     version: str
+    agreement: float | None  # the mean cosine, if it was measured
 
     @property
     def all(self) -> tuple[RecordedInput, ...]:
@@ -148,7 +149,10 @@ def _record(value: Any) -> Record:
         agreement=value["agreement"] is not None,
         hashes=template.hash is not None,
     )
-    return Record(inputs, template, options, _text(value["merge_avg"]))
+    agreement = value["agreement"]
+    measured = agreement is not None and _text(agreement)[:1] in ("+", "-")
+    cosine = float(agreement) if measured else None
+    return Record(inputs, template, options, _text(value["merge_avg"]), cosine)
 
 
 def _input(value: Any, weight: Fraction) -> RecordedInput:
