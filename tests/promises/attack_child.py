@@ -166,6 +166,8 @@ def serve(what: str, first: Sequence[str]) -> None:
         pages = int(size().split()[0])
         importlib.import_module("safetensors.numpy")
         limit += (int(size().split()[0]) - pages) * resource.getpagesize()
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        limit += 4 << 30  # address space that the allocator of free-threaded Python sets aside
     for codec in ("cp437", "latin1", "raw_unicode_escape"):  # each is a module, imported when used
         codecs.lookup(codec)
     with tempfile.TemporaryDirectory() as folder:
