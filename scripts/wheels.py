@@ -11,6 +11,7 @@ for any system. scripts/try_wheel.py tries one where it belongs.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shlex
 import subprocess
@@ -113,7 +114,8 @@ def main() -> None:
         sys.exit(f"{folder} is not empty")
     build(folder)
     check(folder)
-    print(*sorted(f"{one.stat().st_size:>9,} {one.name}" for one in folder.iterdir()), sep="\n")
+    for one in sorted(folder.iterdir()):
+        print(hashlib.sha256(one.read_bytes()).hexdigest(), f"{one.stat().st_size:>9,}", one.name)
 
 
 if __name__ == "__main__":

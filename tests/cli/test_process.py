@@ -174,7 +174,8 @@ def test_a_torch_that_cannot_be_loaded_is_an_error_in_a_line(tmp_path, says):
         ["c.safetensors", "c.safetensors", "-o", "o.safetensors"],
         ["n.safetensors", "n.safetensors", "-o", "o.safetensors", "--device", "cuda"],
     ):
-        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        others = os.environ.get("PYTHONPATH", "")
+        env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{others}"}
         done = run_command(*arguments, "--quiet", "--allow-trivial", cwd=tmp_path, env=env)
         lines = done.stderr.splitlines()
         assert (done.returncode, len(lines)) == (1, 2), done.stderr
