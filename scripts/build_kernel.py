@@ -46,8 +46,9 @@ def build(folder: Path, library: Path) -> None:
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     flags = [*FLAGS, f'-DSOURCE="{digest(folder)}"']
-    command = [*compiler, *flags, "-o", str(library), str(folder / "kernel.c"), "-lm"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    # By its name alone, which macOS keeps in a library: the same sources give the same bytes.
+    command = [*compiler, *flags, "-o", library.name, str(folder / "kernel.c"), "-lm"]
+    subprocess.run(command, cwd=library.parent, check=True, capture_output=True, text=True)
 
 
 class KernelHook(BuildHookInterface[Any]):
