@@ -1,4 +1,4 @@
-"""scripts/try_wheel.py and scripts/build_kernel.py: an exact mean of their own, names of libraries."""
+"""The wheel scripts: an exact mean of their own, and the names of libraries."""
 
 import runpy
 import struct
