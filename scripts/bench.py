@@ -9,7 +9,8 @@ Every contender is a process of its own. Contenders take turns, so that a noisy 
 all of them. Where there is a GPU, merge-avg and the loop run on it too. Each time is also printed
 as a ratio to the limit, which is to read what has to be read of every input once and to copy one
 input with fsync: once as it is, and once less what `python -c "import torch"` takes in the same
-run. Memory is that of the whole process; `anon` leaves out mapped files and code.
+run. For small merges, `above hello` is the time above that of a command of typer which prints a
+word. Memory is that of the whole process; `anon` leaves out mapped files and code.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ class Workload:
         make: writes one; its arguments are a path, a seed and a size.
         suffix: the ending of inputs and output.
         needed: the part of a file that has to be read, which is its weights and comes first.
+        dry: whether it is a dry run, of files that are sparse: only merge-avg makes one.
     """
 
     count: int
@@ -59,6 +61,7 @@ class Workload:
     make: Callable[[Path, int, int], None]
     suffix: str
     needed: float = 1.0
+    dry: bool = False
 
 
 def _tensors(seed: int, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -138,6 +141,55 @@ def _tiny(path: Path, seed: int, nbytes: int) -> None:
     torch.save(_tensors(seed, _split(nbytes, 20_000), torch.float32), path)
 
 
+def _many(path: Path, seed: int, nbytes: int) -> None:
+    save_file(_tensors(seed, _split(nbytes, 20_000), torch.float32), path)
+
+
+def _of_1_kb(path: Path, seed: int, nbytes: int) -> None:
+    torch.save(_tensors(seed, _split(nbytes, nbytes // 1000), torch.float32), path)
+
+
+def _adapter(path: Path, seed: int, nbytes: int) -> None:
+    save_file(_tensors(seed, _split(nbytes, 400), torch.bfloat16), path)
+
+
+def _small(path: Path, seed: int, nbytes: int) -> None:
+    tensors = _tensors(seed, _split(nbytes, 60), torch.float32)
+    torch.save({"state_dict": tensors, "epoch": seed}, path)
+
+
+def _sparse(path: Path, _: int, nbytes: int) -> None:
+    """Write the headers of a mixture of experts like DeepSeek-V3, in shards, and no weights."""
+    path.mkdir()
+    width, narrow, layers = 7168, 2048, max(61 * nbytes // (1400 * 1000 * MB), 4)
+    shapes = {"lm_head": [129280, width], "model.embed_tokens": [129280, width]}
+    attention = {"q_a": [1536, width], "q_b": [24576, 1536], "kv_b": [32768, 512]}
+    for layer in range(layers):
+        front = f"model.layers.{layer}"
+        shapes |= {f"{front}.self_attn.{part}_proj": shape for part, shape in attention.items()}
+        shapes |= {f"{front}.input_layernorm": [width], f"{front}.mlp.gate": [256, width]}
+        for expert in range(256 if layer >= 3 else 1):
+            parts = {"gate": [narrow, width], "up": [narrow, width], "down": [width, narrow]}
+            inside = f"{front}.mlp.experts.{expert}"
+            shapes |= {f"{inside}.{part}_proj": shape for part, shape in parts.items()}
+    table: dict[str, str] = {}
+    for shard in range(84):
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        file, end = f"model-{shard + 1:05}-of-00084.safetensors", 0
+        for name, shape in [*shapes.items()][shard * len(shapes) // 84 :][: len(shapes) // 84 + 1]:
+            if (key := f"{name}.weight") not in table:
+                table[key] = file
+                start, end = end, end + 2 * math.prod(shape)
+                about = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+                header[key] = about
+        raw = json.dumps(header).encode()
+        with (path / file).open("wb") as handle:
+            handle.write(len(raw).to_bytes(8, "little") + raw)
+            handle.truncate(8 + len(raw) + end)
+    index = {"metadata": {"total_size": nbytes}, "weight_map": table}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 WORKLOADS = {
     "float32": Workload(8, 1400 * MB, _float32, ".pt"),
     "bfloat16": Workload(8, 700 * MB, _bfloat16, ".safetensors"),
@@ -145,6 +197,10 @@ WORKLOADS = {
     "sharded": Workload(3, 4000 * MB, _sharded, ""),
     "one": Workload(2, 4000 * MB, _one, ".safetensors"),
     "tiny": Workload(8, 20 * MB, _tiny, ".pt"),
+    "many": Workload(8, 20 * MB, _many, ".safetensors"),
+    "adapters": Workload(8, 26 * MB, _adapter, ".safetensors"),
+    "small": Workload(5, 4 * MB, _small, ".pt"),
+    "sparse": Workload(4, 1400 * 1000 * MB, _sparse, "", dry=True),
 }
 
 
@@ -272,6 +328,17 @@ def _limit(needed: float) -> Contender:
 
 
 _IMPORT = Contender(lambda *_: [sys.executable, "-c", "import torch"])
+_TYPER = """
+import typer
+app = typer.Typer()
+@app.command()
+def main(name: str = "world"):
+    print(f"hello {name}")
+app()
+"""
+_HELLO = Contender(lambda *_: [sys.executable, "-c", _TYPER])
+# What each race has beside its contenders.
+_MARKS = {"import torch": _IMPORT, "hello": _HELLO}
 
 
 def _mergekit(program: Path) -> Contender:
@@ -397,19 +464,21 @@ def race(
     cold: bool,
     patience: float,
     needed: float = 1.0,
+    dry: bool = False,
 ) -> dict[str, Reading]:
-    """Return the median of each contender over interleaved runs, "limit" and "import torch" too."""
+    """Return the median of each contender over interleaved runs, the limit and marks too."""
     output = inputs[0].parent / f"output{suffix}"
     readings: dict[str, list[Reading]] = {}
     failed: set[str] = set()
     for _ in range(repeat):
-        every = {"limit": _limit(needed), "import torch": _IMPORT, **contenders}
+        every = {"limit": _HELLO if dry else _limit(needed), **_MARKS, **contenders}
         for name, contender in every.items():
             command = contender.command(inputs, output)
             if command is None or name in failed:
                 continue
             _clean(output)
-            (_drop_cache if cold else _warm_cache)(inputs)
+            if not dry:
+                (_drop_cache if cold else _warm_cache)(inputs)
             log = inputs[0].parent / "log"
             reading = measure(command, log, patience if name in contenders else math.inf)
             if reading is None:
@@ -437,11 +506,12 @@ def ratios(results: dict[str, Reading], name: str) -> tuple[float, float]:
 def show(title: str, results: dict[str, Reading]) -> None:
     """Print a table."""
     print(f"\n{title}")
-    titles = "wall s", "x limit", "less import", "cpu s", "anon MiB", "rss MiB"
+    titles = "wall s", "x limit", "less import", "above hello", "cpu s", "anon MiB", "rss MiB"
     print(f"  {'':<16}" + "".join(f"{title:>12}" for title in titles))
     for name, r in results.items():
         whole, less = ratios(results, name)
-        numbers = f"{r.wall:12.2f}{whole:12.2f}{less:12.2f}{r.cpu:12.2f}"
+        above = r.wall - results["hello"].wall
+        numbers = f"{r.wall:12.2f}{whole:12.2f}{less:12.2f}{above:12.2f}{r.cpu:12.2f}"
         print(f"  {name:<16}{numbers}{r.anonymous:12.0f}{r.resident:12.0f}", flush=True)
 
 
@@ -455,26 +525,53 @@ def _made(workload: Workload, folder: Path, count: int, nbytes: int) -> list[Pat
 def _curves(
     run: Callable[[Sequence[Path], str], dict[str, Reading]], folder: Path, scale: int
 ) -> list[dict[str, object]]:
-    """Measure time and memory over the number of checkpoints, and over their size."""
+    """Measure time and memory over the number of checkpoints, of tensors, and over their size."""
     rows: list[dict[str, object]] = []
     grid = [("count", count, 100 * MB // scale) for count in (2, 4, 8, 16, 32, 64)]
     grid += [("nbytes", 4, nbytes * MB // scale) for nbytes in (50, 100, 200, 400, 800, 1600)]
+    # And of tensors of 1 KB each, over their number, and over that of the checkpoints.
+    grid += [("tensors", 8, number * 1000 // scale) for number in (5_000, 20_000, 80_000)]
+    grid += [("inputs", count, 20 * MB // scale) for count in (2, 8, 32)]
     for curve, count, nbytes in grid:
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            workload = WORKLOADS["float32"]
-            inputs = _made(workload, Path(place), count, nbytes)
+            tensors = nbytes // 1000 if curve in ("tensors", "inputs") else 40
+            make = _float32 if tensors == 40 else _of_1_kb
+            inputs = _made(replace(WORKLOADS["float32"], make=make), Path(place), count, nbytes)
             results = run(inputs, ".pt")
-            show(f"{count} checkpoints of {nbytes // MB} MB", results)
+            show(f"{count} checkpoints of {nbytes / MB:g} MB in {tensors:,} tensors", results)
             rows += [
                 {
                     "curve": curve,
                     "count": count,
+                    "inputs": count,
+                    "tensors": tensors,
                     "nbytes": nbytes,
                     "contender": name,
                     **asdict(reading),
                 }
                 for name, reading in results.items()
             ]
+    return rows
+
+
+def _races(
+    run: Callable[..., dict[str, Reading]], folder: Path, names: Sequence[str], scale: int
+) -> list[dict[str, object]]:
+    """Measure workloads, one after the other."""
+    rows: list[dict[str, object]] = []
+    for name in names:
+        workload = WORKLOADS[name]
+        nbytes = workload.nbytes // scale
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            inputs = _made(workload, Path(place), workload.count, nbytes)
+            dry = {"contenders": {"merge-avg": _ours("--dry-run")}, "dry": True}
+            about = dry if workload.dry else {"needed": workload.needed}
+            results = run(inputs, workload.suffix, **about)
+        show(f"{name}: {workload.count} x {nbytes / MB:.1f} MB", results)
+        for who, reading in results.items():
+            whole, less = ratios(results, who)
+            row = {"workload": name, "contender": who, "ratio": whole, "less_import": less}
+            rows.append({**row, **asdict(reading)})
     return rows
 
 
@@ -485,7 +582,7 @@ def _plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    names = [name for name in _names(rows, "contender") if name != "import torch"]
+    names = [name for name in _names(rows, "contender") if name not in _MARKS]
     bars = "workload" in rows[0]
     kinds = _names(rows, "workload" if bars else "curve")
     shape = (1, 2) if bars else (len(kinds), 2)
@@ -506,9 +603,11 @@ def _plot(rows: Sequence[dict[str, object]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), "-o", label=name)
             steps = sorted({int(str(r[kind])) for r in rows if r["curve"] == kind})
             axis.set_xscale("log")
-            axis.set_xticks(steps, [str(n if kind == "count" else n // MB) for n in steps])
+            axis.set_xticks(steps, [str(n // MB if kind == "nbytes" else n) for n in steps])
             axis.minorticks_off()
-            axis.set_xlabel("checkpoints" if kind == "count" else "MB of a checkpoint")
+            about = {"nbytes": "MB of a checkpoint", "tensors": "tensors of 1 KB in each of 8"}
+            about["inputs"] = "checkpoints of 20,000 tensors of 1 KB"
+            axis.set_xlabel(about.get(kind, "checkpoints"))
     for left, right in grid:
         left.set_ylabel("wall time / limit" if bars else "wall time, s")
         right.set_ylabel("peak anonymous memory, MiB")
@@ -576,17 +675,9 @@ def main() -> None:
         folder = Path(temporary)
         if options.curve:
             rows = _curves(run, folder, 10 if options.quick else 1)
-        for name in [] if options.curve else options.workloads or list(WORKLOADS):
-            workload = WORKLOADS[name]
-            nbytes = workload.nbytes // (100 if options.quick else 1)
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                inputs = _made(workload, Path(place), workload.count, nbytes)
-                results = run(inputs, workload.suffix, needed=workload.needed)
-            show(f"{name}: {workload.count} x {nbytes / MB:.1f} MB", results)
-            for who, reading in results.items():
-                whole, less = ratios(results, who)
-                row = {"workload": name, "contender": who, "ratio": whole, "less_import": less}
-                rows.append({**row, **asdict(reading)})
+        else:
+            names = options.workloads or list(WORKLOADS)
+            rows = _races(run, folder, names, 100 if options.quick else 1)
     if options.json:
         about = {"torch": torch.__version__, "cores": os.cpu_count(), "cold": options.cold}
         options.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench.py"
-OURS = {"limit", "import torch", "merge-avg", "less measuring"}
+OURS = {"limit", "import torch", "hello", "merge-avg", "less measuring"}
 
 
 @pytest.mark.large
@@ -26,11 +26,15 @@ def test_small_sizes(tmp_path, curve):
     assert all(row["wall"] > 0 for row in rows)
     if curve:
         assert {row["count"] for row in rows} == {2, 4, 8, 16, 32, 64}
+        assert {row["tensors"] for row in rows} == {40, 500, 2000, 8000}
         assert {row["contender"] for row in rows} == OURS
     else:
         found = {(row["workload"], row["contender"]) for row in rows}
         workloads = {workload for workload, _ in found}
-        assert workloads == {"float32", "bfloat16", "nested", "sharded", "one", "tiny"}
+        large = {"float32", "bfloat16", "nested", "sharded", "one"}
+        assert workloads == large | {"tiny", "many", "adapters", "small", "sparse"}
+        assert ("sparse", "merge-avg") in found
+        workloads.remove("sparse")
         assert found >= {(workload, who) for workload in workloads for who in OURS}
         assert found >= {(workload, "AveragedModel") for workload in workloads}
     assert plot.read_bytes().startswith(b"\x89PNG")
