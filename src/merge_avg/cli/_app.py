@@ -16,7 +16,7 @@ from merge_avg._version import __version__
 from merge_avg.cli._github import summarize
 from merge_avg.cli._help import COMMANDS, Command, words
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
-from merge_avg.cli._process import print_result, say
+from merge_avg.cli._process import collect_from_here, print_result, say
 from merge_avg.errors import UsageError, counted
 from merge_avg.options import Criteria, Options, Series, Weighting, suggested
 
@@ -139,6 +139,7 @@ def _verify(outputs: list[str], inputs: Path | None, options: Options, display: 
 
     found, told = [], []
     for output in outputs:
+        collect_from_here()
         one = verify_output(output, inputs, options.threads, options.max_memory)
         found.append({"output": one.output, "inputs": one.inputs, "bytes": one.nbytes})
         told.append(f"{output}: {one.said}")

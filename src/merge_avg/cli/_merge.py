@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_avg.cli._github import annotate
 from merge_avg.cli._parameters import Display
-from merge_avg.cli._process import discard, print_result, progress, say
+from merge_avg.cli._process import collect_from_here, discard, print_result, progress, say
 from merge_avg.engine import read_ahead, run
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
@@ -20,6 +20,7 @@ from merge_avg.selection import Choice
 def merge(choice: Choice, options: Options, display: Display, dry_run: bool) -> None:
     """Average the chosen checkpoints, or plan to, and report it."""
     job = prepare(choice.paths, choice.outputs, choice.templated(options), *choice.scanned)
+    collect_from_here()
     # The page of a GitHub Actions job, which this variable names, gets a summary.
     page = None if dry_run else os.environ.get("GITHUB_STEP_SUMMARY")
     if page:

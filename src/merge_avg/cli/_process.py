@@ -35,8 +35,8 @@ _ANSWERED = threading.Event()  # that stdout has got its one result
 def entry() -> None:
     """Run `main`, and leave the process the short way if all went well. The console script."""
     # A small merge is mostly imports, which make many objects and hardly any cycles of garbage.
-    # Looking for those ninety times would take 3 % of it.
-    gc.set_threshold(100_000)
+    # Looking for those ninety times would take 3 % of it, and a tenth of a large one's plan.
+    gc.disable()
     # Torch tells whoever imports it that NumPy is not installed. It is not needed.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
@@ -48,6 +48,15 @@ def entry() -> None:
     # functions registered with atexit are what is left to do: streams are flushed by each print.
     atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does for its children
     os._exit(0)
+
+
+def collect_from_here() -> None:
+    """Look for cycles of garbage in what is made from now on, if `entry` switched that off."""
+    if gc.isenabled():
+        return
+    gc.freeze()
+    gc.set_threshold(100_000)
+    gc.enable()
 
 
 def main(*, last: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merge_avg.cli._github import summarize
 from merge_avg.cli._parameters import Display
-from merge_avg.cli._process import print_result, say
+from merge_avg.cli._process import collect_from_here, print_result, say
 from merge_avg.engine import run
 from merge_avg.options import Mode, Options
 from merge_avg.plan import prepare
@@ -29,6 +29,7 @@ def make_soup(
 ) -> None:
     """Make a soup of the chosen checkpoints by a command's score, and show how."""
     (output,) = choice.outputs
+    collect_from_here()
 
     # The score decides about a member. How far members agree is nowhere shown.
     alone = replace(options, agreement=False)
