@@ -12,22 +12,25 @@ from hypothesis import strategies as st
 
 from merge_avg.checkpoint import File, Layout, Storage
 from merge_avg.errors import MergeError
-from merge_avg.io import _reader
+from merge_avg.io import _platform, _reader
 from merge_avg.io._platform import write_fully
 from merge_avg.io._reader import Checksum, Reader
 
 
-def opened(*paths):
-    return Reader(Layout(paths[0], "?", tuple(map(File.of, paths)), ()), paths[0].parent)
+def opened(*paths, sums=()):
+    """Return a reader of files, of which checksums of storages are recorded."""
+    checksums = {storage.bytes_at: crc for storage, crc in dict(sums).items()}
+    layout = Layout(paths[0], "?", tuple(map(File.of, paths)), (), checksums=checksums)
+    return Reader(layout, paths[0].parent)
 
 
 def test_finish_reads_the_rest_and_finds_damage(tmp_path):
     """Bytes that nobody asked for are read for their checksum; a wrong one is an error."""
     path = tmp_path / "a"
     path.write_bytes(b"xx" + b"0123456789")
-    good = Storage("data/0", 2, 10, zlib.crc32(b"0123456789"))
-    for storage, damaged in ((good, False), (Storage("data/0", 2, 10, 1), True)):
-        reader = opened(path)
+    storage = Storage("data/0", 2, 10)
+    for crc, damaged in ((zlib.crc32(b"0123456789"), False), (1, True)):
+        reader = opened(path, sums={storage: crc})
         part = bytearray(3)
         reader.read(memoryview(part), storage, 3)
         assert part == b"345"
@@ -94,11 +97,9 @@ def test_coded_storages_read_as_what_they_stand_for(tmp_path_factory, data, word
     packer = zlib.compressobj(wbits=-15)
     stored = packer.compress(data) + packer.flush() if packed else data
     path.write_bytes(b"xx" + stored)
-    storage = Storage(
-        "r", 2, len(data), zlib.crc32(data), packed=len(stored) if packed else None, swapped=word
-    )
+    storage = Storage("r", 2, len(data), packed=len(stored) if packed else None, swapped=word)
     words = [data[at : at + word][::-1] for at in range(0, len(data), word)]
-    reader = opened(path)
+    reader = opened(path, sums={storage: zlib.crc32(data)})
     into = bytearray(len(data))
     reader.read(memoryview(into), storage, 0)
     assert into == b"".join(words)
@@ -113,9 +114,12 @@ def test_a_deflated_storage_that_lies_is_damaged(tmp_path, lie):
     stored = packer.compress(data) + packer.flush()
     (tmp_path / "a").write_bytes(stored)
     true = {"nbytes": 100, "crc": zlib.crc32(data), "packed": len(stored)}
-    reader = opened(tmp_path / "a")
+    told = true | lie
+    crc = told.pop("crc")
+    storage = Storage("r", 0, **told)
+    reader = opened(tmp_path / "a", sums={storage: crc})
     with contextlib.closing(reader), pytest.raises(MergeError, match="'r' is damaged"):
-        reader.read(memoryview(bytearray(4)), Storage("r", 0, **(true | lie)), 0)
+        reader.read(memoryview(bytearray(4)), storage, 0)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
@@ -156,9 +160,10 @@ def test_what_is_read_again_counts_once(tmp_path):
     """The checksum holds although bytes are read twice, whether that is said or not."""
     path = tmp_path / "a"
     path.write_bytes(b"0123456789")
-    storage = Storage("r", 0, 10, zlib.crc32(b"0123456789"))
+    storage = Storage("r", 0, 10)
+    sums = {storage: zlib.crc32(b"0123456789")}
     five = memoryview(bytearray(5))
-    with contextlib.closing(opened(path)) as reader:
+    with contextlib.closing(opened(path, sums=sums)) as reader:
         reader.read(five, storage, 0)
         for options in ({}, {"again": True}, {}):
             reader.read(five, storage, 5, **options)
@@ -168,7 +173,7 @@ def test_what_is_read_again_counts_once(tmp_path):
             reader.finish()
     path.write_bytes(b"0123456789")
     parts = Storage("all", 0, 10, parts=(storage,))
-    with contextlib.closing(opened(path)) as reader:
+    with contextlib.closing(opened(path, sums=sums)) as reader:
         reader.read(five, parts, 0, again=True)
         assert reader._checksum(storage).missing() == [(0, 10)]
         reader.read(five, parts, 0)
@@ -178,10 +183,10 @@ def test_what_is_read_again_counts_once(tmp_path):
 def test_a_record_that_is_read_whole_is_checked_at_once(tmp_path):
     """Where one read takes all of a record, its checksum needs no keeping."""
     path = tmp_path / "a"
-    path.write_bytes(b"0123456789")
-    right = Storage("r", 0, 10, zlib.crc32(b"0123456789"))
-    wrong = Storage("w", 0, 10, zlib.crc32(b"0123456780"))
-    with contextlib.closing(opened(path)) as reader:
+    path.write_bytes(b"0123456789" * 2)
+    right, wrong = Storage("r", 0, 10), Storage("w", 10, 10)
+    sums = {right: zlib.crc32(b"0123456789"), wrong: zlib.crc32(b"0123456780")}
+    with contextlib.closing(opened(path, sums=sums)) as reader:
         reader.read(memoryview(bytearray(10)), right, 0)
         reader.read(memoryview(bytearray(10)), wrong, 0, again=True)
         with pytest.raises(MergeError, match="record 'w' is damaged"):
@@ -193,17 +198,63 @@ def test_the_rest_of_a_file_that_ends_early(tmp_path):
     """Bytes that only the checksum needs are named by their file too."""
     path = tmp_path / "a"
     path.write_bytes(b"0123")
-    with contextlib.closing(opened(path)) as reader:
-        reader.read(memoryview(bytearray(4)), Storage("r", 0, 8, 1), 0)
+    storage = Storage("r", 0, 8)
+    with contextlib.closing(opened(path, sums={storage: 1})) as reader:
+        reader.read(memoryview(bytearray(4)), storage, 0)
         with pytest.raises(MergeError, match=f"^{path}: it ends at byte 4"):
             reader.finish()
     for packed in (None, 9):
-        storage = Storage("r", 0, 8, 1, packed=packed, swapped=2)
+        storage = Storage("r", 0, 8, packed=packed, swapped=2)
         with (
-            contextlib.closing(opened(path)) as reader,
+            contextlib.closing(opened(path, sums={storage: 1})) as reader,
             pytest.raises(MergeError, match=f"^{path}: it ends at byte 4"),
         ):
             reader.read(memoryview(bytearray(4)), storage, 0)
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_neighbours_are_read_at_once(tmp_path, monkeypatch, spread):
+    """What lies close together takes one call, or one each where a system has no such call."""
+    path = tmp_path / "a"
+    data = bytes(range(256)) * 40
+    path.write_bytes(data)
+    near = [Storage(str(k), 100 * k, 80) for k in range(50)]  # 20 bytes between them
+    far, back = Storage("far", 9000, 80), Storage("back", 10, 5)
+    turned = Storage("turned", 9100, 4, swapped=2)
+    whole = Storage("whole", 0, 160, parts=(near[3], near[1]))
+    storages = [*near, far, back, turned, whole]
+    sums = {one: zlib.crc32(data[one.offset :][: one.nbytes]) for one in [*near, far]}
+    calls, real = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(a) or real(*a))
+    if not spread:
+        monkeypatch.setattr(_platform, "_SPREADS", False)
+    ends = [*itertools.accumulate(one.nbytes for one in storages)]
+    parts = [(end - one.nbytes, end, one, 0) for end, one in zip(ends, storages, strict=True)]
+    into = memoryview(bytearray(ends[-1]))
+    with contextlib.closing(opened(path, sums=sums)) as reader:
+        reader.read_all(reader.plan(parts, checked=True), into)
+        assert len([call for call in calls if len(call[1]) > 1]) == spread
+        for (begin, end, *_), one in zip(parts[:-2], storages, strict=False):
+            assert into[begin:end] == data[one.offset :][: one.nbytes]
+        assert into[ends[-3] : ends[-2]] == bytes([data[n] for n in (9101, 9100, 9103, 9102)])
+        assert into[ends[-2] :] == data[300:380] + data[100:180]
+        reader.finish()
+    with contextlib.closing(opened(path)) as reader:  # without checksums
+        again = memoryview(bytearray(ends[-1]))
+        reader.read_all(reader.plan(parts, checked=False), again)
+        assert again == into
+    bad = sums | {near[7]: 1}
+    with (
+        contextlib.closing(opened(path, sums=bad)) as reader,
+        pytest.raises(MergeError, match="record '7' is damaged"),
+    ):
+        reader.read_all(reader.plan(parts, checked=True), into)
+    os.truncate(path, 4000)
+    with (
+        contextlib.closing(opened(path, sums=sums)) as reader,
+        pytest.raises(MergeError, match=f"^{path}: it ends at byte 4,000"),
+    ):
+        reader.read_all(reader.plan(parts, checked=True), into)
 
 
 def test_files_and_storages_are_opened_once(tmp_path, monkeypatch):
@@ -228,8 +279,9 @@ def test_the_rest_is_read_in_blocks(tmp_path, monkeypatch):
     path = tmp_path / "a"
     data = bytes(range(100))
     path.write_bytes(b"xx" + data)
-    with contextlib.closing(opened(path)) as reader:
-        reader.read(memoryview(bytearray(1)), Storage("r", 2, 100, zlib.crc32(data)), 50)
+    storage = Storage("r", 2, 100)
+    with contextlib.closing(opened(path, sums={storage: zlib.crc32(data)})) as reader:
+        reader.read(memoryview(bytearray(1)), storage, 50)
         reader.finish()
 
 
@@ -237,20 +289,20 @@ def test_the_rest_is_read_in_blocks(tmp_path, monkeypatch):
 def test_long_deflated_storages(tmp_path, monkeypatch, word):
     """Blocks that cut words, and several storages in one file, come out whole."""
     monkeypatch.setattr(_reader, "_BLOCK", 48)
-    stored, storages, whole = b"", [], []
+    stored, storages, whole, sums = b"", [], [], {}
     for number in range(2):
         data = bytes((7 * i * i + number) % 256 for i in range(400 * 8))
         packer = zlib.compressobj(wbits=-15)
         packed = packer.compress(data) + packer.flush()
-        crc = zlib.crc32(data)
-        storages.append(
-            Storage(str(number), len(stored), len(data), crc, packed=len(packed), swapped=word)
-        )
+        more = {"packed": len(packed), "swapped": word}
+        storages.append(Storage(str(number), len(stored), len(data), **more))
+        sums[storages[-1]] = zlib.crc32(data)
         stored += packed
         whole.append(b"".join(data[at : at + word][::-1] for at in range(0, len(data), word)))
-    swapped = Storage("plain", len(stored), 400, zlib.crc32(whole[0][:400]), swapped=word)
+    swapped = Storage("plain", len(stored), 400, swapped=word)
+    sums[swapped] = zlib.crc32(whole[0][:400])
     (tmp_path / "a").write_bytes(stored + whole[0][:400])
-    with contextlib.closing(opened(tmp_path / "a")) as reader:
+    with contextlib.closing(opened(tmp_path / "a", sums=sums)) as reader:
         for _ in range(2):
             for storage, data in zip(storages, whole, strict=True):
                 into = bytearray(len(data))

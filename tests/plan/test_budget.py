@@ -283,6 +283,15 @@ def test_batches_hold_whole_chunks(sizes, limit):
     assert sum(map(len, chunks.values())) == sum(sizes)
 
 
+def test_a_window_has_a_greatest_number_of_pieces():
+    """Of tensors of one number a window would have very many, each of which takes memory."""
+    storages = [Storage(str(i), 4 * i, 4) for i in range(9000)]
+    ours = {str(i): info(str(i), one, 0, (1,)) for i, one in enumerate(storages)}
+    found = [*windows(make_plan(*rows_of(ours, ours)).units, 1 << 17)]
+    assert [len(window) for window in found] == [4096, 4096, 808]
+    assert [p.unit.number for window in found for p in window] == [*range(9000)]
+
+
 def test_windows_hold_what_is_alike():
     """Pieces of one window have the same kind, dtypes and checkpoints."""
     storages = [Storage(str(i), 0, 16) for i in range(4)]

@@ -12,7 +12,7 @@ from merge_avg.options import FloatName
 Kind = Literal["float", "complex", "int", "bool", "code"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # each is in the table once, and is hashed often
 class DType:
     """An element type."""
 

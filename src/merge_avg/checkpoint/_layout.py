@@ -14,8 +14,9 @@ from __future__ import annotations
 import errno
 import math
 import stat
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from merge_avg.checkpoint._dtypes import DType
@@ -31,6 +32,7 @@ _MOST_REPEATED = 1 << 30  # elements of a tensor that has far more than its stor
 Key = str | int
 TreePath = tuple[Key, ...]  # keys from the root of a checkpoint's object tree
 Scalar = int | float | str
+BytesAt = tuple[int, int, int]  # the number of a file, an offset in it, and a size
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,6 @@ class Storage:
     name: str  # in messages; unique in its file
     offset: int  # of its first byte in the file
     nbytes: int
-    crc: int | None = None  # the CRC-32 that the file records for exactly these bytes
     file: int = 0  # its number in the checkpoint
     packed: int | None = None  # the size that it takes in the file, if it is deflated (RFC 1951)
     swapped: int = 1  # the size of its words if they are big-endian
@@ -68,6 +69,11 @@ class Storage:
     # that tile it, each with the index of its first element.
     parts: tuple[Storage, ...] = ()
     tiles: tuple[tuple[tuple[int, ...], TensorInfo], ...] = ()
+
+    @property
+    def bytes_at(self) -> BytesAt:
+        """Return where its bytes are, for what is known of exactly these."""
+        return self.file, self.offset, self.nbytes
 
     @property
     def coded(self) -> bool:
@@ -104,8 +110,7 @@ class TensorInfo:
         if not self.numel:
             return self.start
         # Steps are never negative, as torch has none: the last index reaches farthest.
-        steps = zip(self.shape, self.stride, strict=True)
-        return self.start + sum((extent - 1) * step for extent, step in steps) + 1
+        return self.start + _reach(self.shape, self.stride) + 1
 
     @property
     def geometry(self) -> tuple[tuple[int, int], ...]:
@@ -120,14 +125,7 @@ class TensorInfo:
     @property
     def overlaps_itself(self) -> bool:
         """Return whether different indices reach one element, other than by repeating it whole."""
-        # From the smallest step up, each has to lead past all that smaller ones reach together.
-        # Steps of zero repeat elements, as `expand` does: a single value is behind them.
-        reach = 0
-        for extent, step in sorted(self.geometry, key=lambda pair: pair[1]):
-            if step and step <= reach:
-                return True
-            reach += (extent - 1) * step
-        return False
+        return _overlaps(self.geometry)
 
     @property
     def dense(self) -> bool:
@@ -162,6 +160,15 @@ class Layout:
     arrays: tuple[tuple[TreePath, str], ...] = ()
     # Folders and files of a directory that hold weights: what they are called decides nothing.
     named_files: tuple[TreePath, ...] = ()
+    # The CRC-32 that a file records for exactly the bytes of a storage. They are not in the storage
+    # itself: files that differ in their numbers alone, as those of a run do, share all tensors.
+    checksums: Mapping[BytesAt, int] = field(default_factory=dict, hash=False)
+    # What other layouts may share with it: readers remember it for as long as there is one.
+    shared: object = field(default=None, compare=False, repr=False)
+
+    def checksum(self, storage: Storage) -> int | None:
+        """Return the CRC-32 that is recorded for a storage, if one is."""
+        return self.checksums.get(storage.bytes_at)
 
     @property
     def nbytes(self) -> int:
@@ -204,11 +211,30 @@ class Archive:
     around: tuple[bytes, bytes] = (b"", b"")  # for a legacy file, the bytes beside the pickle
 
 
-def _geometry(shape: Iterable[int], stride: Iterable[int]) -> tuple[tuple[int, int], ...]:
+@lru_cache(maxsize=4096)  # layers repeat their shapes
+def _geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     # Torch leaves the step of a dimension with one element at whatever it was.
     return tuple(pair for pair in zip(shape, stride, strict=True) if pair[0] != 1)
 
 
+@lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    return sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _overlaps(geometry: tuple[tuple[int, int], ...]) -> bool:
+    # From the smallest step up, each has to lead past all that smaller ones reach together.
+    # Steps of zero repeat elements, as `expand` does: a single value is behind them.
+    reach = 0
+    for extent, step in sorted(geometry, key=lambda pair: pair[1]):
+        if step and step <= reach:
+            return True
+        reach += (extent - 1) * step
+    return False
+
+
+@lru_cache(maxsize=4096)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a contiguous tensor of this shape, in elements."""
     strides, step = [], 1

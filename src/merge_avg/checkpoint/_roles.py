@@ -12,7 +12,7 @@ from merge_avg.errors import MergeError, named
 UNASKED = "it is not below --key"  # the text of the reason of what may well be a weight
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Name:
     """The name of a weight: the state dict it lies in, and its key there."""
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from merge_avg.arithmetic import Mean, MeanFactory, Weights
 from merge_avg.engine._observers import Observer
 from merge_avg.engine._workspace import Workspace
-from merge_avg.io import Buffer, Matrix, Tap
+from merge_avg.io import Buffer, Matrix, Request, Strip, Tap
 from merge_avg.plan import Piece, Unit, Window, spans
 
 
@@ -111,6 +111,10 @@ class WindowReader:
         self._findings = space.findings
         self._watch = watch
         self.room = room
+        aligned = space.job.plan.aligned
+        self._alike = aligned.checkpoints if aligned.alike else 0
+        self._checked = any(layout.checksums for layout in space.job.layouts)
+        self._planned: tuple[Window, Sequence[Strip]] = (), ()
 
     def stack(self, window: Window, recipe: Recipe, group: Sequence[int], room: Buffer) -> Matrix:
         """Read a window as some sources have it, a row each."""
@@ -151,11 +155,21 @@ class WindowReader:
         return (buffer or self.room()).bytes(nbytes)
 
     def _fill(self, into: memoryview, window: Window, k: int, *, again: bool = False) -> None:
-        # The pieces of a window are alike, but for where they lie. With tensors of 1 KB this loop
-        # runs hundreds of times for each window and checkpoint: what can stand before it does.
-        source = window[0].unit.sources[k]
-        size, read = source.dtype.itemsize, self._readers[source.checkpoint].read
-        at = 0
+        number = window[0].unit.sources[k].checkpoint
+        reader = self._readers[number]
+        # Checkpoints that share their tensors have one plan; a base is none of them.
+        if number < self._alike and self._planned[0] is window:
+            strips = self._planned[1]
+        else:
+            strips = reader.plan(self._requests(into, window, k), checked=self._checked)
+        if number < self._alike:
+            self._planned = window, strips
+        reader.read_all(strips, into, again=again)
+
+    def _requests(self, into: memoryview, window: Window, k: int) -> Iterator[Request]:
+        """Yield what is to be read, but for what lies in the scratch file, which is read."""
+        # With tensors of 1 KB this loop runs hundreds of times for each window.
+        size, at = window[0].unit.sources[k].dtype.itemsize, 0
         for piece in window:
             source, start = piece.unit.sources[k], piece.start
             end = at + (piece.stop - start) * size
@@ -163,7 +177,7 @@ class WindowReader:
             if source.storage is None:
                 self._scratch.read(into[at:end], offset)
             else:
-                read(into[at:end], source.storage, offset, again=again)
+                yield at, end, source.storage, offset
             at = end
 
 

@@ -41,7 +41,7 @@ def restride(space: Workspace) -> None:
             places = range(offset, offset + len(space.sinks) * step, step)
             space.results[unit.number] = [scratch.map(place, nbytes) for place in places]
             offset = places.stop
-        if unit.holed:
+        if unit.number in job.plan.holed:
             mask = space.masks[unit.number] = scratch.map(offset, len(unit))
             mask_members(mask, unit.members, unit.start)
             offset = aligned_to_page(offset + len(unit))

@@ -204,7 +204,7 @@ def _missing(what: str, **about: Any) -> MergeError:
 def _restrides(job: Job) -> bool:
     """Return whether a tensor, or a result, lies otherwise than in the template: seldom."""
     viewed = any(target.view is not None for some in job.layout.targets for target in some)
-    return bool(job.plan.restrides) or viewed or any(unit.holed for unit in job.plan.units)
+    return bool(job.plan.restrides) or viewed or bool(job.plan.holed)
 
 
 def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:

@@ -17,9 +17,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from weakref import WeakValueDictionary
 
 from merge_avg.checkpoint import (
     LARGEST_PROVENANCE,
@@ -61,6 +62,26 @@ _SHARE, _LARGE = 20, 1 << 20
 _NO_WEIGHTS = (".json", ".jsonl", ".txt", ".model", ".spm", ".csv", ".log", ".yaml")
 
 
+_Key = tuple[tuple[str, TreePath, tuple[TensorInfo, ...]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What directories of one run share, whose files have the same tensors."""
+
+    key: _Key  # the files that hold weights
+    tensors: tuple[TensorInfo, ...]
+
+
+_LAST: WeakValueDictionary[str, _Shared] = WeakValueDictionary()
+
+
+def _same(a: _Key, b: _Key) -> bool:
+    """Return whether files have the same names, and share their tensors."""
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(x[:2] == y[:2] and x[2] is y[2] for x, y in pairs)
+
+
 def scan_directory(path: Path) -> Layout:
     """Return the layout of a checkpoint directory.
 
@@ -83,9 +104,14 @@ def scan_directory(path: Path) -> Layout:
     prefixes = _prefixes(members, named_so)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
+    key = tuple((name, prefixes[name], member.tensors) for name, member in members.items())
+    shared = _LAST.get("directory")
+    known = shared is not None and _same(shared.key, key)
     for name, member in members.items():
         prefix = prefixes[name]
         notes += member.notes
+        if known:
+            continue
         # Shards share a prefix, and may not share a tensor: which of two would be the right one?
         for info in member.tensors:
             whole = replace(info, path=(*prefix, *info.path)) if prefix else info
@@ -95,12 +121,14 @@ def scan_directory(path: Path) -> Layout:
                 hint = "remove the file that does not belong to the checkpoint"
                 raise MergeError(what, where=path, hint=hint, tensor=dotted(info.path))
             tensors.append(whole)
-    if not tensors:
+    if shared is None or not known:
+        shared = _LAST["directory"] = _Shared(key, tuple(tensors))
+    if not shared.tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
     others = tuple(name for name in files if name not in members)
     stamps, parts = tuple(files.values()), tuple(map(members.get, files))
-    made = (path, "directory", stamps, tuple(tensors), others, metadata, None, parts, tuple(notes))
+    made = (path, "directory", stamps, shared.tensors, others, metadata, None, parts, tuple(notes))
     pairs = [(prefixes[name], member) for name, member in members.items()]
     return Layout(
         *made,
@@ -108,6 +136,8 @@ def scan_directory(path: Path) -> Layout:
         optimizers=tuple((*prefix, *at) for prefix, one in pairs for at in one.optimizers),
         arrays=tuple(((*prefix, *at), sum_) for prefix, one in pairs for at, sum_ in one.arrays),
         named_files=tuple(prefixes[name] for name in members if name not in named_so),
+        checksums={at: crc for one in members.values() for at, crc in one.checksums.items()},
+        shared=shared,
     )
 
 
@@ -360,8 +390,11 @@ def _check_index(files: Mapping[str, File], name: str, members: Mapping[str, Lay
     """Raise MergeError where an index and the shards beside it contradict each other."""
     where, hint = files[name].path, "fetch the checkpoint again"
     keys = {one: {dotted(info.path) for info in held.tensors} for one, held in members.items()}
-    for key, file in read_index(files[name])["weight_map"].items():
-        whole = (PurePosixPath(name).parent / file).as_posix()
+    folder = PurePosixPath(name).parent
+    table = read_index(files[name])["weight_map"]
+    paths = {file: (folder / file).as_posix() for file in set(table.values())}
+    for key, file in table.items():
+        whole = paths[file]
         # An index may name files anywhere: only those of the checkpoint are ever opened.
         if whole not in files:
             far = ".." in PurePosixPath(file).parts or file.startswith("/")

@@ -39,6 +39,7 @@ from pathlib import Path
 from merge_avg.checkpoint import (
     BY_NAME,
     Archive,
+    BytesAt,
     DType,
     File,
     FileLayout,
@@ -109,6 +110,7 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
     records: list[tuple[str, Storage]] = []
     members: list[Layout | None] = []
     callables: list[str] = []
+    checksums: dict[BytesAt, int] = {}
     end = 0
     with stamp.path.open("rb") as file:
         # In the order of their bytes: chunks may not overlap, or a copy could not fill both.
@@ -127,6 +129,7 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
                 callables += callables_in(part, stamp)
                 continue
             layout = zip_scan(file, stamp, number, part)
+            checksums.update(layout.checksums)
             callables += (one for _, one in layout.callables)
             if len(layout.tensors) != 1 or layout.tensors[0].path:
                 what = f"the chunk of {fqn!r} is not a tensor"
@@ -136,7 +139,7 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
     archive = Archive(tuple(records), b"", "", (), ())
     named = tuple((number, one) for one in dict.fromkeys(callables))
     made = (stamp.path, _NAME, (stamp,), (), (), (), archive, tuple(members))
-    return Layout(*made, callables=named, set_member=True)
+    return Layout(*made, callables=named, set_member=True, checksums=checksums)
 
 
 class _Metadata:

@@ -92,6 +92,8 @@ def _described(head: bytes, nbytes: int, suffix: str) -> tuple[str, str]:
 
 def refuse_archive(path: Path, names: Sequence[str]) -> None:
     """Raise MergeError for a zip archive of another program, told by the names of its records."""
+    endings = tuple(_BY_RECORD)
+    told = [name for name in names if name.endswith(endings)]
     for ending, (what, hint) in _BY_RECORD.items():
-        if any(name.endswith(ending) for name in names):
+        if any(name.endswith(ending) for name in told):
             raise MergeError(what, where=path, hint=hint)

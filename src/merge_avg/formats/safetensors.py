@@ -20,10 +20,10 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, BinaryIO
+from weakref import WeakValueDictionary
 
 from merge_avg.checkpoint import (
     BY_SAFETENSORS,
@@ -69,7 +69,8 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
             raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor")
     except MergeError as error:
         raise error.at(path) from None
-    layout = Layout(path, "safetensors", (stamp,), header.tensors, metadata=header.metadata)
+    about = path, "safetensors", (stamp,), header.tensors
+    layout = Layout(*about, metadata=header.metadata, shared=header)
     # The library imports torch or NumPy to open a file, which takes longer than many a merge. So
     # it is asked where one of them is loaded already, and where readers of JSON disagree.
     if header.odd or any(map(sys.modules.get, ("torch", "numpy"))):
@@ -89,10 +90,19 @@ class _Header:
     odd: bool
 
 
-# Checkpoints of one run have the same header to the byte: the last one is remembered, so that
-# eight of them are parsed once and share their tensors.
-@lru_cache(maxsize=1)
+# Checkpoints of one run have the same headers to the byte: they are parsed once, and share their
+# tensors. By all of their bytes, so that no file can vouch for another.
+_HEADERS: WeakValueDictionary[tuple[int, bytes], _Header] = WeakValueDictionary()
+
+
 def _header(raw: bytes, number: int) -> _Header:
+    known = _HEADERS.get((number, raw))
+    if known is None:
+        known = _HEADERS[number, raw] = _parsed(raw, number)
+    return known
+
+
+def _parsed(raw: bytes, number: int) -> _Header:
     try:
         header = bounded.loads(raw, _PER_BYTE)
     except ValueError as error:
@@ -115,8 +125,8 @@ def _header(raw: bytes, number: int) -> _Header:
 
 def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[TensorInfo]:
     """Yield the tensors of a header, whose data begins at `base` of the file."""
-    # Layers repeat their shapes: the strides and the product are computed once for each.
-    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+    # Layers repeat their shapes: the strides and the product are computed once for each, and held.
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}
     for name, entry in header.items():
         # With match and cases this takes three times as long, for each of many tensors.
         try:
@@ -135,8 +145,8 @@ def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[Tens
         if known is None:
             if impossible(extents, extents, 0, _LARGEST):
                 raise MergeError(f"tensor {name!r} has an impossible shape", tensor=name)
-            known = shapes[extents] = row_major(extents), math.prod(extents)
-        strides, count = known
+            known = shapes[extents] = extents, row_major(extents), math.prod(extents)
+        extents, strides, count = known
         if not 0 <= start <= stop < _LARGEST:
             raise MergeError(f"tensor {name!r} has an impossible range", tensor=name)
         size = _nbytes(dtype, count)
@@ -145,7 +155,7 @@ def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[Tens
             found = f"{stop - start:,} bytes, expected {expected} for its shape and dtype"
             raise MergeError(f"tensor {name!r} has {found}", tensor=name)
         trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
-        storage = Storage(name, base + start, size, None, number)
+        storage = Storage(name, base + start, size, number)
         yield TensorInfo((name,), dtype, extents, strides, 0, storage, trouble)
 
 

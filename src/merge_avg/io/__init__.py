@@ -18,7 +18,7 @@ from merge_avg.io._platform import (
     read_fully,
     sync,
 )
-from merge_avg.io._reader import Reader, Tap
+from merge_avg.io._reader import Reader, Request, Strip, Tap
 from merge_avg.io._temporary import TEMPORARY, remove
 
 __all__ = [
@@ -32,9 +32,11 @@ __all__ = [
     "Output",
     "OutputFile",
     "Reader",
+    "Request",
     "Scratch",
     "Sink",
     "Stack",
+    "Strip",
     "Tap",
     "ask_for",
     "cores",

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -102,6 +102,23 @@ def read_fully(fd: int, into: memoryview, offset: int, path: Path) -> None:
             what = f"it ends at byte {offset + at:,}, in the middle of the weights"
             raise MergeError(what, where=path, hint="fetch or save the file again")
         at += count
+
+
+_SPREADS = hasattr(os, "preadv")
+
+
+def read_spread(fd: int, views: Sequence[memoryview], offset: int, path: Path) -> None:
+    """Fill some hundred views, one after the other, from `offset` of a file on, at once if may be.
+
+    MergeError as by `read_fully`.
+    """
+    if _SPREADS:
+        with contextlib.suppress(OSError):  # which is told of below
+            if os.preadv(fd, views, offset) == sum(map(len, views)):
+                return
+    for view in views:
+        read_fully(fd, view, offset, path)
+        offset += len(view)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -10,18 +10,22 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from zlib_ng import zlib_ng
 
 from merge_avg.checkpoint import File, Layout, Storage
 from merge_avg.errors import MergeError, failure
-from merge_avg.io._platform import FLAGS, read_fully, write_all
+from merge_avg.io._platform import FLAGS, read_fully, read_spread, write_all
 
 _BLOCK = 1 << 20
+# Records of an archive have a header of about 200 bytes between them. What lies between two that
+# are read is read too, up to here.
+_NEAR = 1024
+_MOST_VIEWS = 1000  # in one call: Linux takes 1,024
 # Parts that wait to be combined: combining takes a lock and some matrix products, adding does not.
 _FRESH = 64
 
@@ -86,18 +90,32 @@ class Tap:
     fd: int
     offset: int  # of its first byte in the open file
     path: Path  # for messages
-    sums: Callable[[Storage], Checksum] | None  # keeps the checksums of its parts, if it has one
+    crc: int | None = None  # that the file records for it
+    sums: Callable[[Storage], Checksum] | None = None  # keeps the checksums of its parts
 
     def read(self, into: memoryview, at: int, *, again: bool = False) -> None:
         """Fill `into` from byte `at` of the storage on; `again` where it was counted before."""
         read_fully(self.fd, into, self.offset + at, self.path)
-        if self.sums is None or again:
+        if self.crc is None or self.sums is None or again:
             return
         crc = zlib_ng.crc32(into)
         if len(into) < self.storage.nbytes:
             self.sums(self.storage).add(at, len(into), crc)
-        elif crc != self.storage.crc:
+        elif crc != self.crc:
             raise _damaged(self.storage, self.path)
+
+
+# The bytes of a buffer to fill, and a storage with the place in it that they begin at.
+Request = tuple[int, int, Storage, int]
+
+
+class Strip(NamedTuple):
+    """A range of a file that is read in one call, and where its bytes go."""
+
+    file: int  # its number; -1 for a request that is met alone
+    offset: int
+    views: list[tuple[int, int]]  # begin and end in the buffer; for what is skipped, -1 and a size
+    requests: list[Request]  # whose checksums may be recorded
 
 
 class Reader:
@@ -115,6 +133,7 @@ class Reader:
     def __init__(self, layout: Layout, scratch: Path) -> None:
         self.path = layout.path
         self._files = layout.files
+        self._checksums = layout.checksums
         self._fds: dict[int, int] = {}
         # By identity, as hashing a storage costs more than a read.
         self._sums: dict[int, tuple[Storage, Checksum]] = {}
@@ -122,6 +141,7 @@ class Reader:
         self._lock = threading.Lock()
         self._scratch = scratch
         self._spool: BinaryIO | None = None
+        self._between = memoryview(bytearray(_NEAR))  # for what nobody looks at
 
     def read(self, into: memoryview, storage: Storage, at: int, *, again: bool = False) -> None:
         """Fill `into` from byte `at` of a storage on; `again` where it was counted before.
@@ -143,13 +163,71 @@ class Reader:
             first, last = max(at, start), min(stop, end)
             self.read(into[first - at : last - at], part, first - start, again=again)
 
+    @staticmethod
+    def plan(requests: Iterable[Request], *, checked: bool) -> Sequence[Strip]:
+        """Return how requests are met: neighbours in a file by one call of the system.
+
+        Any reader of a checkpoint that has these storages may use it, those that have checksums
+        only if it was to be `checked`.
+        """
+        strips: list[Strip] = []
+        strip, end = None, -1
+        for one in requests:
+            begin, stop, storage, at = one
+            if storage.parts or storage.coded:
+                strips.append(Strip(-1, 0, [], [one]))
+                strip = None
+                continue
+            start = storage.offset + at
+            if (
+                strip is None
+                or storage.file != strip.file
+                or not 0 <= start - end <= _NEAR
+                or len(strip.views) > _MOST_VIEWS
+            ):
+                strip, end = Strip(storage.file, start, [], []), start
+                strips.append(strip)
+            if start > end:
+                strip.views.append((-1, start - end))
+            if not checked and start == end and strip.views and strip.views[-1][1] == begin:
+                strip.views[-1] = strip.views[-1][0], stop
+            else:
+                strip.views.append((begin, stop))
+            if checked:
+                strip.requests.append(one)
+            end = start + stop - begin
+        return strips
+
+    def read_all(self, strips: Sequence[Strip], into: memoryview, *, again: bool = False) -> None:
+        """Do what `read` does, for each request that was planned."""
+        recorded, between, crc32 = self._checksums, self._between, zlib_ng.crc32
+        for strip in strips:
+            if strip.file < 0:
+                begin, stop, storage, at = strip.requests[0]
+                self.read(into[begin:stop], storage, at, again=again)
+                continue
+            views = [into[a:b] if a >= 0 else between[:b] for a, b in strip.views]
+            path = self._files[strip.file].path
+            read_spread(self._fd(strip.file), views, strip.offset, path)
+            for begin, stop, storage, at in () if again else strip.requests:
+                wanted = recorded.get((storage.file, storage.offset, storage.nbytes))
+                if wanted is None:
+                    continue
+                crc = crc32(into[begin:stop])
+                if stop - begin < storage.nbytes:
+                    self._checksum(storage).add(at, stop - begin, crc)
+                elif crc != wanted:
+                    raise _damaged(storage, path)
+
     def tap(self, storage: Storage) -> Tap:
         """Return where the bytes of a storage without parts come from."""
         fd, path = self._fd(storage.file), self._files[storage.file].path
         if storage.coded:
             return self._decode(storage, fd, path)
-        sums = None if storage.crc is None else self._checksum
-        return Tap(storage, fd, storage.offset, path, sums)
+        return Tap(storage, fd, storage.offset, path, self._recorded(storage), self._checksum)
+
+    def _recorded(self, storage: Storage) -> int | None:
+        return self._checksums.get(storage.bytes_at)
 
     def _checksum(self, storage: Storage) -> Checksum:
         if id(storage) not in self._sums:
@@ -167,7 +245,7 @@ class Reader:
                     part = block[: min(_BLOCK, stop - at)]
                     read_fully(self._fd(storage.file), part, storage.offset + at, path)
                     sums.add(at, len(part), zlib_ng.crc32(part))
-            if sums.value() != storage.crc:
+            if sums.value() != self._recorded(storage):
                 raise _damaged(storage, path)
         for number, fd in self._fds.items():
             _refuse_changed(self._files[number], fd)
@@ -218,9 +296,9 @@ class Reader:
                 what = f"record {storage.name!r} cannot be unpacked ({error.strerror})"
                 hint = f"{storage.nbytes:,} bytes are needed in {self._scratch}"
                 raise MergeError(what, where=path, hint=hint) from None
-            if nbytes != storage.nbytes or storage.crc not in (None, crc):
+            if nbytes != storage.nbytes or self._recorded(storage) not in (None, crc):
                 raise _damaged(storage, path)
-            self._decoded[storage] = Tap(storage, spool.fileno(), start, path, None)
+            self._decoded[storage] = Tap(storage, spool.fileno(), start, path)
             return self._decoded[storage]
 
 

@@ -31,6 +31,7 @@ class Aligned:
     notes: tuple[str, ...]  # for the user, what was done to make names meet; one sentence each
     skipped: frozenset[Name]  # what is not averaged, and kept from the template
     masters: frozenset[Name] = frozenset()  # an optimizer's copies in float32
+    alike: bool = False  # whether all checkpoints share the template's very tensors
 
     def asked(self, name: Name, dtype: str | None) -> str | None:
         """Return the dtype that is asked for of a tensor, if one is: none of masters."""
@@ -78,27 +79,24 @@ def align(
     if not template:
         hint = f"patterns are compared with names such as {named(weights[0], 4)}"
         raise MergeError("no tensor fits --include and --exclude", where=paths[0], hint=hint)
-    columns = []
+    columns: list[dict[Name, TensorInfo]] = []
     for path, other in zip(paths[1:], weights[1:], strict=True):
+        if other is weights[0]:  # those of a run most often share their tensors
+            columns.append(template)
+            continue
         column, note = match(paths[0], weights[0], path, other)
         notes += [note] if note else []
         columns.append(chosen(column))
+    pairs = zip(paths[1:], columns, strict=True)
+    others = [(path, column) for path, column in pairs if column is not template]
     kept = [name for name in weights[0] if name not in template]
     for opaque, why in ((False, "not to be averaged"), (True, "state of a module beside weights")):
         if some := [name for name in kept if bool(_OPAQUE.fullmatch(name.key)) == opaque]:
             notes.append(f"kept from the template, as {why}: {named(some)}")
-    left_out: set[str] = set()
-    for path, column in zip(paths[1:], columns, strict=True):
-        lacking = [name for name in template if name not in column]
-        extra = [name for name in column if name not in template]
-        if advice := _advice(missing, lacking, extra, template):
-            has = f"it has {named(extra)}, which {paths[0]} lacks"
-            what = f"it lacks {named(lacking)}, which {paths[0]} has" if lacking else has
-            raise MergeError(what, where=path, hint=advice, tensor=(lacking or extra)[0])
-        left_out.update(map(str, extra))
+    left_out = _left_out(paths[0], template, others, missing)
     if left_out:
         notes.append(f"left out, as the template has no such tensor: {named(sorted(left_out))}")
-    if incomplete := [name for name in template if any(name not in one for one in columns)]:
+    if incomplete := [name for name in template if any(name not in one for _, one in others)]:
         lot = "kept from the template" if missing == "skip" else "averaged where present"
         notes.append(f"not in every checkpoint, so {lot}: {named(incomplete)}")
         kept += incomplete if missing == "skip" else []
@@ -108,12 +106,46 @@ def align(
             f"names such as {named(template, 2)} have to be in all; are these of one architecture?"
         )
         raise MergeError("none of its tensors is in every checkpoint", where=paths[0], hint=hint)
+    rows = _rows(weights[0], columns, skipped, alike=not others)
+    return Aligned(rows, tuple(notes), skipped, frozenset(masters or ()), not others)
+
+
+def _left_out(
+    path: Path,
+    template: Mapping[Name, TensorInfo],
+    others: Sequence[tuple[Path, Mapping[Name, TensorInfo]]],
+    missing: Missing,
+) -> set[str]:
+    """Return what the template, which has a path, lacks; MergeError where that may not be."""
+    left_out: set[str] = set()
+    for other, column in others:
+        lacking = [name for name in template if name not in column]
+        extra = [name for name in column if name not in template]
+        if advice := _advice(missing, lacking, extra, template):
+            what = f"it has {named(extra)}, which {path} lacks"
+            what = f"it lacks {named(lacking)}, which {path} has" if lacking else what
+            raise MergeError(what, where=other, hint=advice, tensor=(lacking or extra)[0])
+        left_out.update(map(str, extra))
+    return left_out
+
+
+def _rows(
+    weights: Mapping[Name, TensorInfo],
+    columns: Sequence[Mapping[Name, TensorInfo]],
+    skipped: frozenset[Name],
+    *,
+    alike: bool,
+) -> dict[Name, tuple[TensorInfo | None, ...]]:
+    """Return the tensors of all checkpoints by name, which may be `alike` in all."""
     # What is kept has the template as its only source: whether others have it does not matter.
-    rows = {
+    nowhere, count = (None,) * len(columns), 1 + len(columns)
+    if alike:
+        pairs = weights.items()
+        return {n: (info, *nowhere) if n in skipped else (info,) * count for n, info in pairs}
+    return {
         name: (info, *(None if name in skipped else column.get(name) for column in columns))
-        for name, info in weights[0].items()
+        for name, info in weights.items()
     }
-    return Aligned(rows, tuple(notes), skipped, frozenset(masters or ()))
 
 
 def _advice(missing: Missing, lacking: Sized, extra: Sized, template: Sized) -> str | None:
@@ -241,8 +273,10 @@ def check_tensors(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None
     refuse_quantised(layouts[0], tensors, aligned.skipped)
     for name, row in aligned.rows.items():
         first = tensors[name]
+        if name in aligned.skipped:
+            continue
         for layout, info in zip(layouts, row, strict=True):
-            if info is None or name in aligned.skipped:
+            if info is None or (info is first and not info.trouble):
                 continue
             if info.trouble:
                 what = f"tensor {str(name)!r} is {info.trouble}, which cannot be averaged"

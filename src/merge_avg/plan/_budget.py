@@ -150,6 +150,10 @@ def _tried(least: Budget, workers: int) -> Iterator[Budget]:
             window //= 2
 
 
+# In a window, however small its pieces are: how they are read is held by each worker.
+_MOST_PIECES = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Elements of a unit, counted from the unit's start."""
@@ -188,8 +192,8 @@ def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
         yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
         if start == len(unit):
             continue
-        alike = (unit.kind, unit.dtype, tuple((s.checkpoint, s.dtype) for s in unit.sources))
-        if sizes[alike] + len(unit) - start > limit:
+        alike = unit.kind, unit.dtype, *[source[:2] for source in unit.sources]
+        if sizes[alike] + len(unit) - start > limit or len(open_[alike]) == _MOST_PIECES:
             yield tuple(open_.pop(alike))
             sizes[alike] = 0
         open_[alike].append(Piece(unit, start, len(unit)))

@@ -164,7 +164,7 @@ def _named_factors(tensors: Tensors) -> Iterator[Pair]:
     for name, info in tensors.items():
         # The layers "up" and "down" may both have factors: what differs there names none.
         family = _FAMILY.fullmatch(name.key)
-        rest, side = _sides(family[2] if family else "")
+        rest, side = _sides(family[2]) if family else ("", "")
         if family and side and (_matrix(info) or _LORA_A.search(name.key)):
             groups[name.state_dict, family[1], rest].append(name)
     for names in groups.values():

@@ -32,16 +32,27 @@ Masters = Mapping[Name, Name | None]  # masters, each with the weight that it is
 
 def roles_of(layouts: Sequence[Layout], key: str | None = None) -> tuple[list[Roles], Masters]:
     """Return the roles of checkpoints, in which masters are weights if all have the same ones."""
-    roles = [assign(layout, key) for layout in layouts]
+    roles: list[Roles] = []
+    for layout in layouts:
+        # Those of a run most often share their tensors: see the readers of the formats.
+        alike = (k for k, one in enumerate(layouts[: len(roles)]) if _shared(one, layout))
+        known = next(alike, None)
+        roles.append(assign(layout, key) if known is None else roles[known])
     found = _masters(layouts[0], roles[0]) if key is None else {}
-    alike = [
+    forms = [
         {info.path: (info.dtype, info.shape) for info in one.tensors if info.path in found}
         for one in (layouts if found else ())
     ]
-    if not found or any(one != alike[0] for one in alike):
+    if not found or any(one != forms[0] for one in forms):
         return roles, {}
     roles = [one.promoted(layout, found) for one, layout in zip(roles, layouts, strict=True)]
     return roles, {Name(path[:-1], str(path[-1])): weight for path, weight in found.items()}
+
+
+def _shared(a: Layout, b: Layout) -> bool:
+    """Return whether all that decides the roles of two checkpoints is the same."""
+    facts = (a.optimizers, a.named_files) == (b.optimizers, b.named_files)
+    return a.tensors is b.tensors and facts
 
 
 def _masters(layout: Layout, roles: Roles) -> dict[TreePath, Name | None]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from merge_avg.checkpoint import (
     BY_NAME,
@@ -43,8 +43,7 @@ _LORA_WARNING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):  # there are as many as tensors times checkpoints
     """The place of a unit's elements in one checkpoint."""
 
     checkpoint: int  # its number
@@ -115,6 +114,7 @@ class Plan:
     # What may follow from other values, so that it has no mean; True where that is certain.
     derived: Mapping[Name, bool]
     dtype: str | None = None  # the float dtype that is asked for
+    holed: frozenset[int] = frozenset()  # the numbers of units of which some elements stay
 
     def result(self, name: Name) -> DType:
         """Return the dtype that a tensor of the template gets."""
@@ -154,14 +154,20 @@ def make_plan(layouts: Sequence[Layout], aligned: Aligned, dtype: str | None = N
             storages.setdefault(info.storage, []).append((name, info))
     restrides: list[Restride] = []
     units: list[Unit] = []
+    holed: set[int] = set()
     for members in storages.values():
+        if (whole := _whole(aligned, members, dtype, len(units))) is not None:
+            units.append(whole)
+            continue
         runs = (_unit(layouts, aligned, run, dtype, restrides) for run in _overlapping(members))
         for unit in _with_gaps(runs):
+            holed |= {len(units)} if unit.holed else set()
             units.append(replace(unit, number=len(units)))
     _tie(aligned, restrides)
     tensors = {name: aligned.template(name) for name in aligned.rows}
     derived = low_rank(tensors), unit_or_mask(tensors)
-    return Plan(tuple(layouts), aligned, tuple(units), tuple(restrides), *derived, dtype)
+    planned = tuple(layouts), aligned, tuple(units), tuple(restrides)
+    return Plan(*planned, *derived, dtype, frozenset(holed))
 
 
 def with_base(plan: Plan, layout: Layout, weights: Mapping[Name, TensorInfo]) -> Plan:
@@ -239,6 +245,25 @@ def _gap(unit: Unit, start: int, stop: int) -> Iterator[Unit]:
         theirs = unit.sources[0].dtype
         source = Source(0, theirs, unit.storage, start * theirs.itemsize)
         yield Unit("keep", unit.storage, start, stop, unit.dtype, (), (source,))
+
+
+def _whole(
+    aligned: Aligned, members: Sequence[Member], dtype: str | None, number: int
+) -> Unit | None:
+    """Return the unit of a tensor that is all of its storage, in the same place everywhere."""
+    (name, info), storage = members[0], members[0][1].storage
+    alone = len(members) == 1 and not (storage.tiles or info.start)
+    if not (alone and aligned.alike and info.numel * info.dtype.itemsize == storage.nbytes):
+        return None
+    if info.stride != row_major(info.shape) and not info.contiguous:
+        return None
+    kind: Kind = "mean" if info.dtype.kind in ("float", "complex") else "equal"
+    kept = name in aligned.skipped
+    count = 1 if kept else aligned.checkpoints
+    sources = [Source(k, info.dtype, storage, 0) for k in range(count)]
+    result = _result(info, aligned.asked(name, dtype))
+    about = storage, 0, info.numel, result, (members[0],), tuple(sources), number
+    return Unit("keep" if kept else kind, *about)
 
 
 def _unit(
@@ -337,6 +362,8 @@ def _tie(aligned: Aligned, restrides: list[Restride]) -> None:
     rows, everyone = aligned.rows, range(aligned.checkpoints)
     seen: set[tuple[Name, Name]] = set()
     for number in everyone[1:]:
+        if aligned.alike:
+            continue  # what it ties the template ties
         places: dict[object, Name] = {}
         for name, row in rows.items():
             info = row[number]

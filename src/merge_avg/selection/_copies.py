@@ -64,9 +64,9 @@ def _content(layout: Layout, info: TensorInfo) -> tuple[object, ...]:
     if single and not storage.coded and _span(info) != storage.nbytes:
         # Others share its storage: no recorded checksum is that of its own bytes.
         offset, start = storage.offset + start * info.dtype.itemsize, 0
-        storage = replace(storage, offset=offset, nbytes=_span(info), crc=None)
+        storage = replace(storage, offset=offset, nbytes=_span(info))
     sums = [
-        _read(layout, part) if part.crc is None else part.crc
+        _read(layout, part) if (crc := layout.checksum(part)) is None else crc
         for part in (storage.ranges if info.numel else ())
     ]
     plain = single and info.contiguous and _span(info) == storage.nbytes
@@ -80,7 +80,7 @@ def _piece(layout: Layout, info: TensorInfo) -> int | None:
         return None
     half = (info.stop - info.start) // 2
     offset, nbytes = storage.offset + (info.start + half) * size, min(half * size, _SHORT)
-    return _read(layout, replace(storage, offset=offset, nbytes=nbytes, crc=None))
+    return _read(layout, replace(storage, offset=offset, nbytes=nbytes))
 
 
 def _read(layout: Layout, part: Storage) -> int:

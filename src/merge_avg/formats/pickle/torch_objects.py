@@ -15,8 +15,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from merge_avg.checkpoint import (
     ATTRIBUTES,
@@ -122,8 +122,16 @@ def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     return Objects(tuple(infos), hooks.storages, others, *pickled, *found, *held)
 
 
-# Checkpoints of one run often have the same pickle to the byte: the last one is remembered.
-read_objects = lru_cache(maxsize=1)(objects_at)
+# Checkpoints of one run often have the same pickle to the byte.
+_KNOWN: WeakValueDictionary[tuple[bytes, int, float], Objects] = WeakValueDictionary()
+
+
+def read_objects(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
+    """Do what `objects_at` does, once for the same bytes while its result is in use."""
+    known = _KNOWN.get((data, start, density))
+    if known is None:
+        known = _KNOWN[data, start, density] = objects_at(data, start, density)
+    return known
 
 
 def refuse_root(objects: Objects, path: Path) -> None:

@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 from merge_avg.checkpoint import (
     LARGEST_PROVENANCE,
     PROVENANCE,
     PROVENANCE_FILE,
     Archive,
+    BytesAt,
     DType,
     File,
     Layout,
     Storage,
+    TensorInfo,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats.pickle.torch_objects import read_objects, refuse_root
+from merge_avg.formats.pickle.torch_objects import Objects, read_objects, refuse_root
 from merge_avg.formats.refused import refuse_archive
-from merge_avg.formats.zip.records import Part, records
+from merge_avg.formats.zip.records import Part, Record, records
 from merge_avg.formats.zip.write import ZipLayout, copy, create
 
 __all__ = ["Part", "ZipLayout", "copy", "create", "scan"]
@@ -44,6 +48,25 @@ _LARGEST_ORDER = 16
 # Weights hardly compress at all: records that unpack to many times the file are an attack on the
 # disk that they would be unpacked to.
 _MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
+
+
+# The content of the pickle, the byte order, and for each record its name, its place, and the size
+# that it takes if it is deflated.
+_Key = tuple[Objects, bytes, list[tuple[str, int, int, int | None]]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What archives of one run share, which most often differ in nothing but their weights."""
+
+    key: _Key  # what the rest follows from
+    storages: tuple[Storage, ...]  # the records, without the name that they all begin with
+    tensors: tuple[TensorInfo, ...]
+    bytes_at: tuple[BytesAt, ...]  # of the records
+
+
+# By the number of the file in its checkpoint, and where the archive begins in it.
+_LAST: WeakValueDictionary[tuple[int, int], _Shared] = WeakValueDictionary()
 
 
 def scan(file: BinaryIO, stamp: File, number: int = 0, part: Part | None = None) -> Layout:
@@ -64,22 +87,63 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
     root = _root(found)
     # torch.serialization.set_crc32_options(False) leaves all checksums zero. Other archives have at
     # least one that is not, that of the pickle.
-    unchecked = all(record.crc == 0 for record in found.values())
-    if unchecked:
-        found = {name: replace(record, crc=None) for name, record in found.items()}
+    unchecked = not any(record.crc for record in found.values())
     pickle_name = f"{root}data.pkl"
     stored = found[pickle_name]
-    pickle = _bytes(part, stored, _LARGEST_PICKLE)
+    pickle = _bytes(part, stored, _LARGEST_PICKLE, unchecked=unchecked)
     noted = found.get(f"{root}byteorder")
-    order = _bytes(part, noted, _LARGEST_ORDER) if noted else b"little"
+    order = _bytes(part, noted, _LARGEST_ORDER, unchecked=unchecked) if noted else b"little"
     if order not in (b"little", b"big"):
         raise MergeError(f"it is written in the unknown byte order {order!r}")
+    # A byte of a pickle that was packed counts for its share of the file.
+    density = 1.0 if stored.packed is None else stored.packed / max(stored.nbytes, 1)
+    objects = read_objects(pickle, density=density)
+    # Of the file's name, with which all records begin, storages know nothing.
+    cut = len(root) if all(name.startswith(root) for name in found) else 0
+    places = [(name[cut:], *record[1:4]) for name, record in found.items()]
+    # The records were read and checked all the same: no file can vouch for another.
+    key, shared = (objects, order, places), _LAST.get((part.number, part.start))
+    if shared is None or key != shared.key:
+        shared = _LAST[part.number, part.start] = _placed(part, key, root[cut:])
+    tensors, records_ = shared.tensors, tuple(zip(found, shared.storages, strict=True))
+    crcs = (record.crc for record in found.values())
+    checksums = {} if unchecked else dict(zip(shared.bytes_at, crcs, strict=True))
+    metadata: tuple[tuple[str, str], ...] = ()
+    if whole:
+        refuse_root(objects, stamp.path)
+        provenance = found.get(f"{root}{PROVENANCE_FILE}")
+        if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
+            raw = _bytes(part, provenance, LARGEST_PROVENANCE, unchecked=unchecked)
+            metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
+    read = (pickle, pickle_name, objects.classes, objects.frames)
+    archive = Archive(records_, *read, prefix=f"{part.name}{root[cut:]}data/")
+    path, others, scalars = stamp.path, objects.others, objects.scalars
+    callables = tuple((part.number, name) for name in objects.callables)
+    notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
+    made = (path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars)
+    return Layout(
+        *made,
+        callables,
+        optimizers=objects.optimizers,
+        arrays=objects.arrays,
+        checksums=checksums,
+        shared=shared,
+    )
 
-    def find(key: str, size: int, dtype: DType | None) -> Storage:
-        name = f"{root}data/{key}"
+
+def _placed(part: Part, key: _Key, root: str) -> _Shared:
+    """Return the tensors of an archive whose records begin with `root`, and its storages."""
+    objects, order, places = key
+    found = {
+        name: Storage(part.name + name, offset, nbytes, part.number, packed)
+        for name, offset, nbytes, packed in places
+    }
+
+    def find(stored: str, size: int, dtype: DType | None) -> Storage:
+        name = f"{root}data/{stored}"
         record = found.get(name)
         if record is None:
-            raise MergeError(f"the archive has no record for storage {key!r}")
+            raise MergeError(f"the archive has no record for storage {stored!r}")
         if record.nbytes != size:
             what = f"{record.nbytes:,} bytes long, expected {size:,}"
             raise MergeError(f"record {record.name!r} is {what}")
@@ -90,30 +154,14 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
             record = found[name] = replace(record, swapped=dtype.word)
         return record
 
-    # A byte of a pickle that was packed counts for its share of the file.
-    density = 1.0 if stored.packed is None else stored.packed / max(stored.nbytes, 1)
-    objects = read_objects(pickle, density=density)
-    tensors = objects.placed(find)
-    metadata: tuple[tuple[str, str], ...] = ()
-    if whole:
-        refuse_root(objects, stamp.path)
-        provenance = found.get(f"{root}{PROVENANCE_FILE}")
-        if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
-            raw = _bytes(part, provenance, LARGEST_PROVENANCE)
-            metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
-    read = (pickle, pickle_name, objects.classes, objects.frames)
-    archive = Archive(tuple(found.items()), *read, prefix=f"{part.name}{root}data/")
-    path, others, scalars = stamp.path, objects.others, objects.scalars
-    callables = tuple((part.number, name) for name in objects.callables)
-    notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
-    made = (path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars)
-    return Layout(*made, callables, optimizers=objects.optimizers, arrays=objects.arrays)
+    tensors, storages = objects.placed(find), tuple(found.values())
+    return _Shared(key, storages, tensors, tuple(storage.bytes_at for storage in storages))
 
 
-def _records(part: Part) -> dict[str, Storage]:
+def _records(part: Part) -> dict[str, Record]:
     """Return the records of an archive by name, in the order of their bytes."""
-    found = dict(sorted(records(part), key=lambda item: item[1].offset))
-    unpacked = sum(storage.nbytes for storage in found.values() if storage.packed is not None)
+    found = {one.name: one for one in sorted(records(part), key=attrgetter("offset"))}
+    unpacked = sum(record.nbytes for record in found.values() if record.packed is not None)
     if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * part.nbytes):
         what = f"its records would unpack to {unpacked:,} bytes, far more than weights do"
         raise MergeError(what, hint="get the file from a source you trust")
@@ -130,7 +178,7 @@ def _root(names: Collection[str]) -> str:
     return roots[0]
 
 
-def _bytes(part: Part, record: Storage, largest: int) -> bytes:
+def _bytes(part: Part, record: Record, largest: int, *, unchecked: bool) -> bytes:
     """Read a record that is not a storage."""
     # A pickle that was packed well is one of few objects, or an attack.
     if record.nbytes > (largest if record.packed is None else min(largest, _LARGEST_UNPACKED)):
@@ -144,6 +192,7 @@ def _bytes(part: Part, record: Storage, largest: int) -> bytes:
         except zlib.error as error:
             raise MergeError(f"{damaged} ({error})", hint=hint) from None
     # Storages are checked as they are read; what is read here is checked at once.
-    if len(content) != record.nbytes or record.crc not in (None, zlib.crc32(content)):
+    wrong = not unchecked and record.crc != zlib.crc32(content)
+    if len(content) != record.nbytes or wrong:
         raise MergeError(f"{damaged}: its CRC-32 does not match", hint=hint)
     return content

@@ -22,9 +22,8 @@ import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from merge_avg.checkpoint import Storage
 from merge_avg.errors import MergeError
 
 _STORED, _DEFLATED = 0, 8  # methods of compression
@@ -65,8 +64,18 @@ class Part:
         return raw
 
 
-def records(part: Part) -> Iterator[tuple[str, Storage]]:
-    """Yield the names and places of an archive's records, in the order of its central directory.
+class Record(NamedTuple):  # there may be a million
+    """A record of an archive."""
+
+    name: str
+    offset: int  # of its data, in the file
+    nbytes: int
+    packed: int | None  # the size that it takes, if it is deflated
+    crc: int
+
+
+def records(part: Part) -> Iterator[Record]:
+    """Yield the records of an archive, in the order of its central directory.
 
     Raises:
         MergeError: the archive is damaged or contradicts itself, or a record cannot be read.
@@ -75,8 +84,9 @@ def records(part: Part) -> Iterator[tuple[str, Storage]]:
     ranges: list[tuple[int, int]] = []
     names: set[str] = set()
     for head, raw, extra in _entries(part, count, start, stop):
-        flags, method, crc, packed, nbytes, disk, where = (head[i] for i in (3, 4, 7, 8, 9, 13, 16))
-        nbytes, packed, where = _wide(extra, nbytes, packed, where)
+        _, _, _, flags, method, _, _, crc, packed, nbytes, _, _, _, disk, _, _, where = head
+        if _NONE in (nbytes, packed, where):
+            nbytes, packed, where = _wide(extra, nbytes, packed, where)
         name = raw.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
         # Of two records with one name, one program reads the first and another the last.
         if name in names:
@@ -96,7 +106,7 @@ def records(part: Part) -> Iterator[tuple[str, Storage]]:
         if lies if method == _DEFLATED else packed != nbytes:
             raise MergeError(f"record {name!r} of the archive lies about its size")
         kept, at = packed if method == _DEFLATED else None, part.start + offset
-        yield name, Storage(part.name + name, at, nbytes, crc, part.number, kept)
+        yield Record(name, at, nbytes, kept, crc)
     ranges.sort()
     if any(begin < end for (_, end), (begin, _) in itertools.pairwise(ranges)):
         raise _damaged("its records overlap")
@@ -185,11 +195,13 @@ def _wide(extra: bytes, *numbers: int) -> Iterator[int]:
 
 def _offset(part: Part, where: int, name: bytes, flags: int, method: int, packed: int) -> int:
     """Return the offset of a record's data, behind its local header, which has to agree."""
-    raw = part.read(where, LOCAL.size + len(name))
-    magic, _, own_flags, own, _, _, _, size, _, length, extra = LOCAL.unpack_from(raw)
+    size = LOCAL.size + len(name)
+    raw = part.read(where, size)
+    magic, _, own_flags, own, _, _, _, own_packed, _, length, extra = LOCAL.unpack_from(raw)
     # The name is compared as bytes: that two decode to the same text is not enough.
-    if (magic, own, length, raw[LOCAL.size :]) != (b"PK\3\4", method, len(name), name):
+    if magic != b"PK\3\4" or own != method or length != len(name) or raw[LOCAL.size :] != name:
         raise _misplaced(name.decode("utf-8", "backslashreplace"))
-    if (own_flags ^ flags) & _ENCRYPTED or not (own_flags & _LATER or size in (packed, _NONE)):
+    agree = own_flags & _LATER or own_packed in (packed, _NONE)
+    if (own_flags ^ flags) & _ENCRYPTED or not agree:
         raise _damaged("its headers contradict each other")
-    return where + len(raw) + int(extra)
+    return where + size + int(extra)

@@ -1,0 +1,140 @@
+"""merge_avg.formats: checkpoints of a run share what is the same in all, and vouch for nothing."""
+
+import gc
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from merge_avg.errors import MergeError
+from merge_avg.formats import directory, safetensors, scan
+from merge_avg.formats import zip as zipped
+from merge_avg.formats.pickle import torch_objects
+from tests.helpers import merge_checkpoints
+from tests.older import since
+
+
+def state(seed, count=5):
+    generator = torch.Generator().manual_seed(seed)
+    return {f"layer{n}.weight": torch.randn(8, 4, generator=generator) for n in range(count)}
+
+
+def written(path, kind, seed):
+    """Write a checkpoint of a kind, and return its path."""
+    if kind == "pt":
+        path = path.with_suffix(".pt")
+        torch.save({"model": state(seed), "epoch": 3}, path)
+    elif kind == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file(state(seed), path)
+    else:
+        path.mkdir()
+        for shard in range(2):
+            part = {f"{shard}.{name}": value for name, value in state(seed + shard).items()}
+            name = f"{'model' if kind == 'shards' else 'pytorch_model'}-0000{shard + 1}-of-00002"
+            if kind == "shards":
+                save_file(part, path / f"{name}.safetensors")
+            else:
+                torch.save(part, path / f"{name}.bin")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "shards", "pickled shards"])
+def test_files_that_differ_in_numbers_alone_share_their_tensors(tmp_path, kind):
+    """Whatever they are called: they are parsed once, and forgotten when nobody uses them."""
+    paths = [written(tmp_path / f"fold{seed}", kind, seed) for seed in range(3)]
+    layouts = [scan(path) for path in paths]
+    assert layouts[0].tensors is layouts[1].tensors is layouts[2].tensors
+    assert [one.path for one in layouts] == paths
+    if "pickle" in kind or kind == "pt":
+        assert layouts[0].checksums.keys() == layouts[1].checksums.keys()
+        assert layouts[0].checksums != layouts[1].checksums
+    del layouts
+    gc.collect()
+    held = (safetensors._HEADERS, zipped._LAST, directory._LAST, torch_objects._KNOWN)
+    assert [len(one) for one in held] == [0] * 4
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "shards", "pickled shards"])
+def test_what_differs_is_not_shared(tmp_path, kind):
+    """A shape, a dtype or a place that is another one is read as it is."""
+    first = scan(written(tmp_path / "a", kind, 0))
+    other = {f"layer{n}.weight": torch.randn(4, 8) for n in range(5)}
+    if kind == "pt":
+        torch.save({"model": other, "epoch": 3}, tmp_path / "b.pt")
+        second = scan(tmp_path / "b.pt")
+    else:
+        save_file(other, tmp_path / "b.safetensors")
+        second = scan(tmp_path / "b.safetensors")
+    assert {info.shape for info in first.tensors} == {(8, 4)}
+    assert {info.shape for info in second.tensors} == {(4, 8)}
+
+
+def test_a_checkpoint_does_not_vouch_for_another(tmp_path):
+    """Damage is found in the second file although the first, which is whole, looks the same."""
+    good, bad = (written(tmp_path / name, "pt", seed) for seed, name in enumerate(["a", "b"]))
+    merge_checkpoints([good, bad], tmp_path / "fine.pt")
+    raw = bad.read_bytes()
+    with zipfile.ZipFile(bad) as archive:
+        info = archive.getinfo("b/data/2")
+    local = bytearray(raw)
+    local[info.header_offset + 30] ^= 1  # the name in its local header
+    bad.write_bytes(local)
+    first = scan(good)
+    with pytest.raises(MergeError, match="b/data/2' of the archive is not where it should be"):
+        scan(bad)
+    data = bytearray(raw)
+    data[raw.index(state(1)["layer2.weight"].numpy().tobytes())] ^= 1
+    bad.write_bytes(data)
+    assert scan(bad).tensors is first.tensors
+    with pytest.raises(MergeError, match=r"b\.pt: record 'data/2' is damaged"):
+        merge_checkpoints([good, bad], tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+@since(2, 6, "which may leave out checksums")
+def test_checksums_count_where_the_first_has_none(tmp_path):
+    """What is planned for a file without checksums is checked in one that has them."""
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        first = written(tmp_path / "a", "pt", 0)
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    second = written(tmp_path / "b", "pt", 1)
+    assert scan(first).checksums == {}
+    merge_checkpoints([first, second], tmp_path / "fine.pt")
+    data = bytearray(second.read_bytes())
+    data[data.index(state(1)["layer2.weight"].numpy().tobytes())] ^= 1
+    second.write_bytes(data)
+    with pytest.raises(MergeError, match=r"b\.pt: record 'data/2' is damaged"):
+        merge_checkpoints([first, second], tmp_path / "out.pt")
+
+
+def test_a_header_does_not_vouch_for_the_bytes_behind_it(tmp_path):
+    """A file with the same header that is cut short, or goes on, is refused."""
+    good, bad = (written(tmp_path / name, "safetensors", seed) for seed, name in enumerate("ab"))
+    raw = bad.read_bytes()
+    first = scan(good)
+    for other in (raw[:-1], raw + b"\0"):
+        bad.write_bytes(other)
+        with pytest.raises(MergeError, match=r"b\.safetensors: "):
+            scan(bad)
+    bad.write_bytes(raw)
+    assert scan(bad).tensors is first.tensors
+
+
+def test_records_outside_the_root_keep_their_names(tmp_path):
+    """Where not all records begin alike, none is shortened: two could become one."""
+    written(tmp_path / "a", "pt", 0)
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive:
+        archive.writestr("data/0", b"another")
+    layout = scan(tmp_path / "a.pt")
+    assert {info.storage.name for info in layout.tensors} == {f"a/data/{n}" for n in range(5)}
+    assert ("data/0", 7) in [(name, one.nbytes) for name, one in layout.archive.records]
+    other = written(tmp_path / "b", "pt", 1)
+    merge_checkpoints([tmp_path / "a.pt", other], tmp_path / "o.pt")
+    expected = (state(0)["layer0.weight"].double() + state(1)["layer0.weight"].double()) / 2
+    with zipfile.ZipFile(tmp_path / "o.pt") as archive:  # torch refuses such archives
+        assert archive.read("a/data/0") == expected.float().numpy().tobytes()
+        assert archive.read("data/0") == b"another"
