@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from merge_avg.checkpoint import File
 from merge_avg.errors import MergeError
 from merge_avg.formats import directory, safetensors, scan
 from merge_avg.formats import zip as zipped
@@ -141,3 +142,17 @@ def test_records_outside_the_root_keep_their_names(tmp_path):
     with zipfile.ZipFile(tmp_path / "o.pt") as archive:  # torch refuses such archives
         assert archive.read("a/data/0") == expected.float().numpy().tobytes()
         assert archive.read("data/0") == b"another"
+
+
+def test_archives_within_a_file_keep_the_name_before_their_records(tmp_path):
+    """Of two archives that are alike but for that name, each has its own."""
+    path = written(tmp_path / "a", "pt", 0)
+    nbytes = path.stat().st_size
+    found = []
+    for name in ("first: ", "second: "):
+        with path.open("rb") as file:
+            part = zipped.Part(file, 0, 0, nbytes, name)
+            found.append(zipped.scan(file, File.of(path), part=part))
+    for layout, name in zip(found, ("first: ", "second: "), strict=True):
+        assert {info.storage.name.partition("data/")[0] for info in layout.tensors} == {name}
+        assert layout.archive.prefix == f"{name}data/"

@@ -50,9 +50,9 @@ _LARGEST_ORDER = 16
 _MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
 
 
-# The content of the pickle, the byte order, and for each record its name, its place, and the size
-# that it takes if it is deflated.
-_Key = tuple[Objects, bytes, list[tuple[str, int, int, int | None]]]
+# The part's name, the content of the pickle, the byte order; and for each record its name, its
+# place, and the size that it takes if it is deflated.
+_Key = tuple[str, Objects, bytes, list[tuple[str, int, int, int | None]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +102,9 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
     cut = len(root) if all(name.startswith(root) for name in found) else 0
     places = [(name[cut:], *record[1:4]) for name, record in found.items()]
     # The records were read and checked all the same: no file can vouch for another.
-    key, shared = (objects, order, places), _LAST.get((part.number, part.start))
+    key, shared = (part.name, objects, order, places), _LAST.get((part.number, part.start))
     if shared is None or key != shared.key:
         shared = _LAST[part.number, part.start] = _placed(part, key, root[cut:])
-    tensors, records_ = shared.tensors, tuple(zip(found, shared.storages, strict=True))
     crcs = (record.crc for record in found.values())
     checksums = {} if unchecked else dict(zip(shared.bytes_at, crcs, strict=True))
     metadata: tuple[tuple[str, str], ...] = ()
@@ -115,8 +114,9 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
         if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
             raw = _bytes(part, provenance, LARGEST_PROVENANCE, unchecked=unchecked)
             metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
-    read = (pickle, pickle_name, objects.classes, objects.frames)
-    archive = Archive(records_, *read, prefix=f"{part.name}{root[cut:]}data/")
+    tensors, listed = shared.tensors, tuple(zip(found, shared.storages, strict=True))
+    read = pickle, pickle_name, objects.classes, objects.frames
+    archive = Archive(listed, *read, prefix=f"{part.name}{root[cut:]}data/")
     path, others, scalars = stamp.path, objects.others, objects.scalars
     callables = tuple((part.number, name) for name in objects.callables)
     notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
@@ -133,7 +133,7 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
 
 def _placed(part: Part, key: _Key, root: str) -> _Shared:
     """Return the tensors of an archive whose records begin with `root`, and its storages."""
-    objects, order, places = key
+    _, objects, order, places = key
     found = {
         name: Storage(part.name + name, offset, nbytes, part.number, packed)
         for name, offset, nbytes, packed in places
