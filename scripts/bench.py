@@ -534,8 +534,8 @@ def _curves(
     grid += [("inputs", count, 20 * MB // scale) for count in (2, 8, 32)]
     for curve, count, nbytes in grid:
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            tensors = nbytes // 1000 if curve in ("tensors", "inputs") else 40
-            make = _float32 if tensors == 40 else _of_1_kb
+            many = curve in ("tensors", "inputs")
+            tensors, make = (nbytes // 1000, _of_1_kb) if many else (40, _float32)
             inputs = _made(replace(WORKLOADS["float32"], make=make), Path(place), count, nbytes)
             results = run(inputs, ".pt")
             show(f"{count} checkpoints of {nbytes / MB:g} MB in {tensors:,} tensors", results)

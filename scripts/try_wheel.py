@@ -89,7 +89,8 @@ def attempt(wheels: Path, folder: Path, *, pure: bool) -> str:
     """
     venv.create(folder / "env", with_pip=True)
     scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
-    kept = ("SYSTEMROOT", "TEMP", "PIP_CONSTRAINT", "PIP_CONFIG_FILE", "HOME", "SSL_CERT_FILE")
+    kept = "HOME PIP_CONFIG_FILE PIP_CONSTRAINT SSL_CERT_FILE".split()
+    kept += "APPDATA LOCALAPPDATA SYSTEMROOT TEMP USERPROFILE".split()  # of Windows
     variables = {name: os.environ[name] for name in kept if name in os.environ}
 
     def call(*command: str) -> str:

@@ -22,7 +22,7 @@
 /* What a loop calls has to become part of it, and be compiled for the same processors. */
 #define INLINE static inline __attribute__((always_inline))
 
-/* The digest of kernel.c and loops.h: tests refuse a library of other sources. */
+/* The digest of these sources: tests refuse a library of others. */
 const char *merge_avg_source(void) { return SOURCE; }
 
 /* Undo, for this thread, what torch.set_flush_denormal or a library has set: subnormals are not zero,

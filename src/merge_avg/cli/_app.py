@@ -137,9 +137,9 @@ def _inspect(checkpoints: list[str], key: str | None, display: Display) -> None:
 def _verify(outputs: list[str], inputs: Path | None, options: Options, display: Display) -> None:
     from merge_avg.verify import verify_output
 
+    collect_from_here()
     found, told = [], []
     for output in outputs:
-        collect_from_here()
         one = verify_output(output, inputs, options.threads, options.max_memory)
         found.append({"output": one.output, "inputs": one.inputs, "bytes": one.nbytes})
         told.append(f"{output}: {one.said}")

@@ -167,7 +167,7 @@ class WindowReader:
         reader.read_all(strips, into, again=again)
 
     def _requests(self, into: memoryview, window: Window, k: int) -> Iterator[Request]:
-        """Yield what is to be read, but for what lies in the scratch file, which is read."""
+        """Yield what to read of the checkpoint; what lies in the scratch file is read here."""
         # With tensors of 1 KB this loop runs hundreds of times for each window.
         size, at = window[0].unit.sources[k].dtype.itemsize, 0
         for piece in window:

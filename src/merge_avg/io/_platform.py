@@ -108,12 +108,12 @@ _SPREADS = hasattr(os, "preadv")
 
 
 def read_spread(fd: int, views: Sequence[memoryview], offset: int, path: Path) -> None:
-    """Fill some hundred views, one after the other, from `offset` of a file on, at once if may be.
+    """Fill views one after the other from `offset` of a file on, or raise MergeError.
 
-    MergeError as by `read_fully`.
+    It takes one call, where a system has such a call and it reads everything.
     """
     if _SPREADS:
-        with contextlib.suppress(OSError):  # which is told of below
+        with contextlib.suppress(OSError):  # `read_fully` meets it again, and names the file
             if os.preadv(fd, views, offset) == sum(map(len, views)):
                 return
     for view in views:

@@ -359,11 +359,11 @@ def _tie(aligned: Aligned, restrides: list[Restride]) -> None:
     # A model that ties a pair has one value for both. Where a pair differs anywhere, its two means
     # differ, and in a model that ties them one would be lost without a word. Both tensors of a pair
     # are copied to one place, and have to agree there.
+    if aligned.alike:  # whatever they tie, the template ties
+        return
     rows, everyone = aligned.rows, range(aligned.checkpoints)
     seen: set[tuple[Name, Name]] = set()
     for number in everyone[1:]:
-        if aligned.alike:
-            continue  # what it ties the template ties
         places: dict[object, Name] = {}
         for name, row in rows.items():
             info = row[number]
