@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -25,6 +24,8 @@ class Brief(ABC):
         return f"{type(self).__name__}: " + "\n  ".join(lines)
 
     def _repr_html_(self) -> str:
+        import html  # which is of use in notebooks only
+
         # Else a long warning would leave the page, and nbconvert show it in another font.
         style = "font-family: monospace; white-space: pre-wrap"
         return f'<pre style="{style}">{html.escape(repr(self))}</pre>'

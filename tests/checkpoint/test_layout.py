@@ -23,7 +23,7 @@ from merge_avg.checkpoint import (
 
 F32 = BY_NAME["float32"]
 FILES = tuple(File(Path(f"d/{k}.pt"), 10 + k, 0, 0, 0) for k in range(3))
-ARCHIVE = Archive((), b"", "data.pkl", (), ())
+ARCHIVE = Archive((), (), b"", "data.pkl", (), ())
 dimensions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=3)
 
 

@@ -15,6 +15,8 @@ from merge_avg.formats.pickle import torch_objects
 from tests.helpers import merge_checkpoints
 from tests.older import since
 
+MANY = 80  # records are enough for archives to be compared by their headers at once
+
 
 def state(seed, count=5):
     generator = torch.Generator().manual_seed(seed)
@@ -23,9 +25,9 @@ def state(seed, count=5):
 
 def written(path, kind, seed):
     """Write a checkpoint of a kind, and return its path."""
-    if kind == "pt":
+    if kind in ("pt", "many"):
         path = path.with_suffix(".pt")
-        torch.save({"model": state(seed), "epoch": 3}, path)
+        torch.save({"model": state(seed, MANY if kind == "many" else 5), "epoch": 3}, path)
     elif kind == "safetensors":
         path = path.with_suffix(".safetensors")
         save_file(state(seed), path)
@@ -41,7 +43,7 @@ def written(path, kind, seed):
     return path
 
 
-@pytest.mark.parametrize("kind", ["pt", "safetensors", "shards", "pickled shards"])
+@pytest.mark.parametrize("kind", ["pt", "many", "safetensors", "shards", "pickled shards"])
 def test_files_that_differ_in_numbers_alone_share_their_tensors(tmp_path, kind):
     """Whatever they are called: they are parsed once, and forgotten when nobody uses them."""
     held = (safetensors._HEADERS, zipped._LAST, directory._LAST, torch_objects._KNOWN)
@@ -51,7 +53,7 @@ def test_files_that_differ_in_numbers_alone_share_their_tensors(tmp_path, kind):
     layouts = [scan(path) for path in paths]
     assert layouts[0].tensors is layouts[1].tensors is layouts[2].tensors
     assert [one.path for one in layouts] == paths
-    if "pickle" in kind or kind == "pt":
+    if kind in ("pt", "many", "pickled shards"):
         assert layouts[0].checksums.keys() == layouts[1].checksums.keys()
         assert layouts[0].checksums != layouts[1].checksums
     del layouts
@@ -75,9 +77,10 @@ def test_what_differs_is_not_shared(tmp_path, kind):
     assert {info.shape for info in second.tensors} == {(4, 8)}
 
 
-def test_a_checkpoint_does_not_vouch_for_another(tmp_path):
+@pytest.mark.parametrize("kind", ["pt", "many"])
+def test_a_checkpoint_does_not_vouch_for_another(tmp_path, kind):
     """Damage is found in the second file although the first, which is whole, looks the same."""
-    good, bad = (written(tmp_path / name, "pt", seed) for seed, name in enumerate(["a", "b"]))
+    good, bad = (written(tmp_path / name, kind, seed) for seed, name in enumerate(["a", "b"]))
     merge_checkpoints([good, bad], tmp_path / "fine.pt")
     raw = bad.read_bytes()
     with zipfile.ZipFile(bad) as archive:
@@ -89,12 +92,67 @@ def test_a_checkpoint_does_not_vouch_for_another(tmp_path):
     with pytest.raises(MergeError, match="b/data/2' of the archive is not where it should be"):
         scan(bad)
     data = bytearray(raw)
-    data[raw.index(state(1)["layer2.weight"].numpy().tobytes())] ^= 1
+    count = MANY if kind == "many" else 5
+    data[raw.index(state(1, count)["layer2.weight"].numpy().tobytes())] ^= 1
     bad.write_bytes(data)
     assert scan(bad).tensors is first.tensors
     with pytest.raises(MergeError, match=r"b\.pt: record 'data/2' is damaged"):
         merge_checkpoints([good, bad], tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+def outcome(path):
+    """Return all that a scan tells, or how it fails."""
+    try:
+        found = scan(path)
+    except MergeError as error:
+        return str(error)
+    return found.tensors, dict(found.checksums), found.archive, found.metadata, found.notes
+
+
+def test_an_archive_is_read_as_if_it_were_alone(tmp_path):
+    """Whichever byte of its headers differs from another's, with or without the other."""
+    good, path = written(tmp_path / "a", "many", 0), written(tmp_path / "b", "many", 1)
+    raw = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        start = archive.start_dir
+    places = []
+    for number, info in enumerate(infos):
+        entry, start = start, start + 46 + len(info.filename) + len(info.extra)
+        if number in (0, 40, len(infos) - 1):
+            local = info.header_offset
+            places += range(local, raw.index(info.filename.encode(), local) + len(info.filename))
+            places += range(entry, start)
+    places += range(start, len(raw))  # the end of the directory
+    changed = []
+    for at in places:
+        data = bytearray(raw)
+        data[at] ^= 0x11
+        path.write_bytes(data)
+        changed.append((data, outcome(path)))
+    first = scan(good)
+    assert scan(good).tensors is first.tensors
+    for at, (data, expected) in zip(places, changed, strict=True):
+        path.write_bytes(data)
+        assert outcome(path) == expected, at
+
+
+def test_folders_of_all_records_may_have_any_name(tmp_path):
+    """One of another length, or of letters that not every program reads alike, is read as it is."""
+    first = scan(written(tmp_path / "a", "many", 0))
+    for name in ("b", "b" * 20, "ü", "ö"):
+        path = tmp_path / f"{name}.pt"
+        with (
+            zipfile.ZipFile(tmp_path / "a.pt") as source,
+            zipfile.ZipFile(path, "w") as archive,
+        ):
+            for one in source.namelist():
+                archive.writestr(name + one.removeprefix("a"), source.read(one))
+        found = scan(path)
+        assert [info.path for info in found.tensors] == [info.path for info in first.tensors]
+        assert [name for name, _ in found.archive.records] == archive.namelist()
+        assert sorted(found.checksums.values()) == sorted(first.checksums.values())
 
 
 @since(2, 6, "which may leave out checksums")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_avg.checkpoint import File, Layout, Storage
+from merge_avg.checkpoint import Checksums, File, Layout, Storage
 from merge_avg.errors import MergeError
 from merge_avg.io import _platform, _reader
 from merge_avg.io._platform import write_fully
@@ -19,7 +19,7 @@ from merge_avg.io._reader import Checksum, Reader
 
 def opened(*paths, sums=()):
     """Return a reader of files, of which checksums of storages are recorded."""
-    checksums = {storage.bytes_at: crc for storage, crc in dict(sums).items()}
+    checksums = Checksums.of({storage.bytes_at: crc for storage, crc in dict(sums).items()})
     layout = Layout(paths[0], "?", tuple(map(File.of, paths)), (), checksums=checksums)
     return Reader(layout, paths[0].parent)
 
@@ -232,7 +232,7 @@ def test_neighbours_are_read_at_once(tmp_path, monkeypatch, spread):
     parts = [(end - one.nbytes, end, one, 0) for end, one in zip(ends, storages, strict=True)]
     into = memoryview(bytearray(ends[-1]))
     with contextlib.closing(opened(path, sums=sums)) as reader:
-        reader.read_all(reader.plan(parts, checked=True), into)
+        reader.read_all(reader.plan(parts), into)
         assert len([call for call in calls if len(call[1]) > 1]) == spread
         for (begin, end, *_), one in zip(parts[:-2], storages, strict=False):
             assert into[begin:end] == data[one.offset :][: one.nbytes]
@@ -241,20 +241,20 @@ def test_neighbours_are_read_at_once(tmp_path, monkeypatch, spread):
         reader.finish()
     with contextlib.closing(opened(path)) as reader:  # without checksums
         again = memoryview(bytearray(ends[-1]))
-        reader.read_all(reader.plan(parts, checked=False), again)
+        reader.read_all(reader.plan(parts), again)
         assert again == into
     bad = sums | {near[7]: 1}
     with (
         contextlib.closing(opened(path, sums=bad)) as reader,
         pytest.raises(MergeError, match="record '7' is damaged"),
     ):
-        reader.read_all(reader.plan(parts, checked=True), into)
+        reader.read_all(reader.plan(parts), into)
     os.truncate(path, 4000)
     with (
         contextlib.closing(opened(path, sums=sums)) as reader,
         pytest.raises(MergeError, match=f"^{path}: it ends at byte 4,000"),
     ):
-        reader.read_all(reader.plan(parts, checked=True), into)
+        reader.read_all(reader.plan(parts), into)
 
 
 def test_files_and_storages_are_opened_once(tmp_path, monkeypatch):

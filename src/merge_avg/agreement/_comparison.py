@@ -163,7 +163,7 @@ class Comparison:
             self._rows.setdefault(base, []).append(count)
         everyone = set(checkpoints)
         matrices = [unit for unit in units if count > 1 and unit.is_matrix]
-        found = [unit for unit in matrices if everyone <= {one.checkpoint for one in unit.sources}]
+        found = [unit for unit in matrices if everyone.issubset(unit.checkpoints)]
         self._compared: dict[int, _Compared] = {}  # by the unit's number
         first = 0
         for unit, sample in zip(found, samples([len(unit) for unit in found], count), strict=True):

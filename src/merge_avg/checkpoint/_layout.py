@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import math
 import stat
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -134,6 +135,35 @@ class TensorInfo:
         return not self.numel or (once and self.numel == self.stop - self.start)
 
 
+class Checksums(Mapping[BytesAt, int]):
+    """The CRC-32 that files record for ranges of their bytes.
+
+    There may be very many ranges, and checkpoints of a run have the same: `numbers` of them may be
+    shared, and four bytes are held for each.
+    """
+
+    def __init__(self, numbers: Mapping[BytesAt, int], crcs: array[int]) -> None:
+        self.numbers = numbers
+        self.crcs = crcs  # by number
+
+    @classmethod
+    def of(cls, pairs: Mapping[BytesAt, int]) -> Checksums:
+        """Return those that a mapping has."""
+        return cls({at: k for k, at in enumerate(pairs)}, array("I", pairs.values()))
+
+    def __getitem__(self, at: BytesAt) -> int:
+        return self.crcs[self.numbers[at]]
+
+    def __iter__(self) -> Iterator[BytesAt]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+NO_CHECKSUMS = Checksums.of({})
+
+
 @dataclass(frozen=True)
 class Layout:
     """A scanned checkpoint: one file, or a directory. All that later steps know of it."""
@@ -162,7 +192,7 @@ class Layout:
     named_files: tuple[TreePath, ...] = ()
     # The CRC-32 that a file records for exactly the bytes of a storage. They are not in the storage
     # itself: files that differ in their numbers alone, as those of a run do, share all tensors.
-    checksums: Mapping[BytesAt, int] = field(default_factory=dict, hash=False)
+    checksums: Checksums = field(default_factory=lambda: NO_CHECKSUMS, hash=False)
     # What other layouts may share with it: readers remember it for as long as there is one.
     shared: object = field(default=None, compare=False, repr=False)
 
@@ -202,13 +232,21 @@ class ClassSpan:
 class Archive:
     """The records of a pickled checkpoint, in order, and the pickle that ties them together."""
 
-    records: tuple[tuple[str, Storage], ...]  # by their names in the archive
+    names: tuple[str, ...]  # of the records, without the folder that all are in
+    storages: tuple[Storage, ...]  # the records
     pickle: bytes  # of data.pkl
     pickle_name: str  # its record's name
     classes: tuple[ClassSpan, ...]
     frames: tuple[int, ...]  # where the pickle's FRAME opcodes start
     prefix: str = ""  # of the names of storages, before the pickle's key
     around: tuple[bytes, bytes] = (b"", b"")  # for a legacy file, the bytes beside the pickle
+    folder: str = ""  # with its slash
+
+    @property
+    def records(self) -> Iterator[tuple[str, Storage]]:
+        """Yield the records with their names in the archive."""
+        names = (self.folder + name for name in self.names)
+        return zip(names, self.storages, strict=True)
 
 
 @lru_cache(maxsize=4096)  # layers repeat their shapes

@@ -51,7 +51,7 @@ def steps(job: Job) -> Iterator[tuple[str, int]]:
     """Yield the files and offsets of what is read, a step each, about in the order of the merge."""
     seen: set[tuple[str, int]] = set()
     for unit in job.plan.units:
-        widest = max(source.dtype.itemsize for source in unit.sources)
+        widest = max(dtype.itemsize for dtype in unit.dtypes)
         for at in range(0, len(unit), _STEP // widest):
             for source in unit.sources:
                 if source.storage is None:

@@ -55,7 +55,7 @@ class Recipes:
                 else None
                 for source in unit.sources
             ]
-            converted = any(source.dtype != unit.dtype for source in unit.sources)
+            converted = any(dtype != unit.dtype for dtype in unit.dtypes)
             # Neighbours in one group that go to one mean: read, summed and written in one pass.
             runs = [rows for group in groups for ours in chosen for rows in _runs(group, ours)]
             whole = len(groups) == len(runs) == 1 and not converted
@@ -113,8 +113,7 @@ class WindowReader:
         self.room = room
         aligned = space.job.plan.aligned
         self._alike = aligned.checkpoints if aligned.alike else 0
-        self._checked = any(layout.checksums for layout in space.job.layouts)
-        self._planned: tuple[Window, Sequence[Strip]] = (), ()
+        self._planned: tuple[Window, object, Sequence[Strip]] = (), None, ()
 
     def stack(self, window: Window, recipe: Recipe, group: Sequence[int], room: Buffer) -> Matrix:
         """Read a window as some sources have it, a row each."""
@@ -157,13 +156,14 @@ class WindowReader:
     def _fill(self, into: memoryview, window: Window, k: int, *, again: bool = False) -> None:
         number = window[0].unit.sources[k].checkpoint
         reader = self._readers[number]
-        # Checkpoints that share their tensors have one plan; a base is none of them.
-        if number < self._alike and self._planned[0] is window:
-            strips = self._planned[1]
-        else:
-            strips = reader.plan(self._requests(into, window, k), checked=self._checked)
-        if number < self._alike:
-            self._planned = window, strips
+        # Checkpoints that share their tensors have one plan; a base is none of them, and those
+        # without checksums have another.
+        planned, numbers, strips = self._planned
+        ours, alike = reader.checksums.numbers, number < self._alike
+        if not alike or planned is not window or numbers is not ours:
+            strips = reader.plan(self._requests(into, window, k))
+        if alike:
+            self._planned = window, ours, strips
         reader.read_all(strips, into, again=again)
 
     def _requests(self, into: memoryview, window: Window, k: int) -> Iterator[Request]:

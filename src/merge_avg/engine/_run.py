@@ -189,7 +189,7 @@ def _needs_torch(job: Job) -> MergeError | None:
         return _missing("weights of so many digits need")
     for unit in job.plan.units:
         if unit.kind == "mean" or unit.dtype != unit.sources[0].dtype:
-            for dtype in (unit.dtype, *(source.dtype for source in unit.sources)):
+            for dtype in (unit.dtype, *unit.dtypes):
                 if dtype.name not in LOOPS.dtypes:
                     name, path = unit.members[0][0], job.layouts[0].path
                     what = f"tensor {str(name)!r} is to be averaged as {dtype.name}, which needs"

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,6 +28,8 @@ from merge_avg.checkpoint import (
     LARGEST_PROVENANCE,
     PROVENANCE,
     PROVENANCE_FILE,
+    BytesAt,
+    Checksums,
     File,
     Layout,
     TensorInfo,
@@ -62,7 +66,7 @@ _SHARE, _LARGE = 20, 1 << 20
 _NO_WEIGHTS = (".json", ".jsonl", ".txt", ".model", ".spm", ".csv", ".log", ".yaml")
 
 
-_Key = tuple[tuple[str, TreePath, tuple[TensorInfo, ...]], ...]
+_Key = tuple[tuple[str, TreePath, tuple[TensorInfo, ...], Mapping[BytesAt, int]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +75,7 @@ class _Shared:
 
     key: _Key  # the files that hold weights
     tensors: tuple[TensorInfo, ...]
+    numbers: Mapping[BytesAt, int]  # of ranges whose checksums are recorded
 
 
 _LAST: WeakValueDictionary[str, _Shared] = WeakValueDictionary()
@@ -79,7 +84,9 @@ _LAST: WeakValueDictionary[str, _Shared] = WeakValueDictionary()
 def _same(a: _Key, b: _Key) -> bool:
     """Return whether files have the same names, and share their tensors."""
     pairs = zip(a, b, strict=False)
-    return len(a) == len(b) and all(x[:2] == y[:2] and x[2] is y[2] for x, y in pairs)
+    return len(a) == len(b) and all(
+        x[:2] == y[:2] and x[2] is y[2] and x[3] is y[3] for x, y in pairs
+    )
 
 
 def scan_directory(path: Path) -> Layout:
@@ -104,7 +111,11 @@ def scan_directory(path: Path) -> Layout:
     prefixes = _prefixes(members, named_so)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
-    key = tuple((name, prefixes[name], member.tensors) for name, member in members.items())
+    sums = [member.checksums for member in members.values()]
+    key = tuple(
+        (name, prefixes[name], member.tensors, member.checksums.numbers)
+        for name, member in members.items()
+    )
     shared = _LAST.get("directory")
     known = shared is not None and _same(shared.key, key)
     for name, member in members.items():
@@ -122,7 +133,8 @@ def scan_directory(path: Path) -> Layout:
                 raise MergeError(what, where=path, hint=hint, tensor=dotted(info.path))
             tensors.append(whole)
     if shared is None or not known:
-        shared = _LAST["directory"] = _Shared(key, tuple(tensors))
+        numbers = {at: number for number, at in enumerate(chain.from_iterable(sums))}
+        shared = _LAST["directory"] = _Shared(key, tuple(tensors), numbers)
     if not shared.tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
@@ -136,7 +148,7 @@ def scan_directory(path: Path) -> Layout:
         optimizers=tuple((*prefix, *at) for prefix, one in pairs for at in one.optimizers),
         arrays=tuple(((*prefix, *at), sum_) for prefix, one in pairs for at, sum_ in one.arrays),
         named_files=tuple(prefixes[name] for name in members if name not in named_so),
-        checksums={at: crc for one in members.values() for at, crc in one.checksums.items()},
+        checksums=Checksums(shared.numbers, array("I", chain.from_iterable(s.crcs for s in sums))),
         shared=shared,
     )
 

@@ -40,6 +40,7 @@ from merge_avg.checkpoint import (
     BY_NAME,
     Archive,
     BytesAt,
+    Checksums,
     DType,
     File,
     FileLayout,
@@ -107,7 +108,7 @@ def scan_set(folder: Path, files: Mapping[str, tuple[int, File]]) -> dict[int, L
 
 def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Metadata) -> Layout:
     """Return the layout of a file of chunks, and add them to what the metadata knows."""
-    records: list[tuple[str, Storage]] = []
+    records: list[Storage] = []
     members: list[Layout | None] = []
     callables: list[str] = []
     checksums: dict[BytesAt, int] = {}
@@ -121,7 +122,7 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
                 raise MergeError(what, where=stamp.path, hint=hint, tensor=fqn)
             end = start + nbytes
             name = f"{fqn} at {list(corner or ())}"
-            records.append((name, Storage(name, start, nbytes, file=number)))
+            records.append(Storage(name, start, nbytes, file=number))
             # The archive reader sees nothing but the chunk, so that no record reaches outside.
             part = Part(file, number, start, nbytes, f"{name}: ")
             if corner is None or fqn not in metadata.shapes:
@@ -136,10 +137,10 @@ def _scanned(number: int, stamp: File, chunks: Sequence[_Chunk], metadata: _Meta
                 raise MergeError(what, where=stamp.path, tensor=fqn)
             metadata.stored[fqn, corner] = layout.tensors[0]
             members.append(layout)
-    archive = Archive(tuple(records), b"", "", (), ())
+    archive = Archive(tuple(one.name for one in records), tuple(records), b"", "", (), ())
     named = tuple((number, one) for one in dict.fromkeys(callables))
     made = (stamp.path, _NAME, (stamp,), (), (), (), archive, tuple(members))
-    return Layout(*made, callables=named, set_member=True, checksums=checksums)
+    return Layout(*made, callables=named, set_member=True, checksums=Checksums.of(checksums))
 
 
 class _Metadata:
@@ -367,7 +368,7 @@ def copy(
     inner: list[tuple[Storage, Slot]] = []
     chunks: list[tuple[int, int, ZipLayout]] = []
     end = number = 0
-    for (_, record), member in zip(archive.records, layout.members, strict=True):
+    for record, member in zip(archive.storages, layout.members, strict=True):
         if record.offset > end:
             gap = Storage(f"bytes from {end}", end, record.offset - end, file=record.file)
             copies.append((gap, Slot(number, end, gap.nbytes)))

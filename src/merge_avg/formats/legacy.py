@@ -67,7 +67,9 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     tensors = objects.placed(lambda key, _, __: found[key])
     stop = start + objects.nbytes
     read = (data[start:stop], "", objects.classes, objects.frames)
-    archive = Archive(tuple(found.items()), *read, around=(data[:start], data[stop:]))
+    archive = Archive(
+        tuple(found), tuple(found.values()), *read, around=(data[:start], data[stop:])
+    )
     made = (path, "torch-legacy", (stamp,), tensors, objects.others, (), archive)
     callables = tuple((number, name) for name in names)
     return Layout(

@@ -115,7 +115,7 @@ class Strip(NamedTuple):
     file: int  # its number; -1 for a request that is met alone
     offset: int
     views: list[tuple[int, int]]  # begin and end in the buffer; for what is skipped, -1 and a size
-    requests: list[Request]  # whose checksums may be recorded
+    requests: list[tuple[Request, int]]  # with the numbers of their checksums; -1 for a lone one
 
 
 class Reader:
@@ -133,7 +133,7 @@ class Reader:
     def __init__(self, layout: Layout, scratch: Path) -> None:
         self.path = layout.path
         self._files = layout.files
-        self._checksums = layout.checksums
+        self.checksums = layout.checksums
         self._fds: dict[int, int] = {}
         # By identity, as hashing a storage costs more than a read.
         self._sums: dict[int, tuple[Storage, Checksum]] = {}
@@ -163,19 +163,18 @@ class Reader:
             first, last = max(at, start), min(stop, end)
             self.read(into[first - at : last - at], part, first - start, again=again)
 
-    @staticmethod
-    def plan(requests: Iterable[Request], *, checked: bool) -> Sequence[Strip]:
+    def plan(self, requests: Iterable[Request]) -> Sequence[Strip]:
         """Return how requests are met: neighbours in a file by one call of the system.
 
-        Any reader of a checkpoint that has these storages may use it, those that have checksums
-        only if it was to be `checked`.
+        Any reader of a checkpoint that has these storages, and as many checksums, may use it.
         """
+        numbers = self.checksums.numbers
         strips: list[Strip] = []
         strip, end = None, -1
         for one in requests:
             begin, stop, storage, at = one
             if storage.parts or storage.coded:
-                strips.append(Strip(-1, 0, [], [one]))
+                strips.append(Strip(-1, 0, [], [(one, -1)]))
                 strip = None
                 continue
             start = storage.offset + at
@@ -189,34 +188,34 @@ class Reader:
                 strips.append(strip)
             if start > end:
                 strip.views.append((-1, start - end))
-            if not checked and start == end and strip.views and strip.views[-1][1] == begin:
+            number = (
+                numbers.get((storage.file, storage.offset, storage.nbytes)) if numbers else None
+            )
+            if not numbers and start == end and strip.views and strip.views[-1][1] == begin:
                 strip.views[-1] = strip.views[-1][0], stop
             else:
                 strip.views.append((begin, stop))
-            if checked:
-                strip.requests.append(one)
+            if number is not None:
+                strip.requests.append((one, number))
             end = start + stop - begin
         return strips
 
     def read_all(self, strips: Sequence[Strip], into: memoryview, *, again: bool = False) -> None:
         """Do what `read` does, for each request that was planned."""
-        recorded, between, crc32 = self._checksums, self._between, zlib_ng.crc32
+        recorded, between, crc32 = self.checksums.crcs, self._between, zlib_ng.crc32
         for strip in strips:
             if strip.file < 0:
-                begin, stop, storage, at = strip.requests[0]
+                (begin, stop, storage, at), _ = strip.requests[0]
                 self.read(into[begin:stop], storage, at, again=again)
                 continue
             views = [into[a:b] if a >= 0 else between[:b] for a, b in strip.views]
             path = self._files[strip.file].path
             read_spread(self._fd(strip.file), views, strip.offset, path)
-            for begin, stop, storage, at in () if again else strip.requests:
-                wanted = recorded.get((storage.file, storage.offset, storage.nbytes))
-                if wanted is None:
-                    continue
+            for (begin, stop, storage, at), number in () if again else strip.requests:
                 crc = crc32(into[begin:stop])
                 if stop - begin < storage.nbytes:
                     self._checksum(storage).add(at, stop - begin, crc)
-                elif crc != wanted:
+                elif crc != recorded[number]:
                     raise _damaged(storage, path)
 
     def tap(self, storage: Storage) -> Tap:
@@ -227,7 +226,7 @@ class Reader:
         return Tap(storage, fd, storage.offset, path, self._recorded(storage), self._checksum)
 
     def _recorded(self, storage: Storage) -> int | None:
-        return self._checksums.get(storage.bytes_at)
+        return self.checksums.get(storage.bytes_at)
 
     def _checksum(self, storage: Storage) -> Checksum:
         if id(storage) not in self._sums:

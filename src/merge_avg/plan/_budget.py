@@ -192,7 +192,7 @@ def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
         yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
         if start == len(unit):
             continue
-        alike = unit.kind, unit.dtype, *[source[:2] for source in unit.sources]
+        alike = unit.alike
         if sizes[alike] + len(unit) - start > limit or len(open_[alike]) == _MOST_PIECES:
             yield tuple(open_.pop(alike))
             sizes[alike] = 0

@@ -18,6 +18,7 @@ import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, combinations, permutations
 
 from merge_avg.checkpoint import Layout, Name, TensorInfo, TreePath
@@ -54,7 +55,8 @@ def _module(name: Name) -> Home:
 
 def _home(name: Name) -> Home:
     state_dict, module = _module(name)
-    parametrized = _PARAMETRIZED.fullmatch(module)
+    # The expression takes longer than the rest, and there may be very many names.
+    parametrized = _PARAMETRIZED.fullmatch(module) if "parametrizations." in module else None
     return state_dict, parametrized[1] if parametrized else module
 
 
@@ -63,6 +65,11 @@ def _by_home(tensors: Tensors) -> dict[Home, list[Name]]:
     for name in tensors:
         homes[_home(name)].append(name)
     return homes
+
+
+@lru_cache  # layers repeat the names of their tensors
+def _mask_word(last: str) -> bool:
+    return bool(_MASK_WORD.search(last))
 
 
 def _matrix(info: TensorInfo) -> tuple[int, int] | None:
@@ -87,7 +94,7 @@ def unit_or_mask(tensors: Tensors) -> dict[Name, bool]:
                 continue
             inner = _module(name) != home  # in X.0 of a parametrization of X
             vector = 1 < info.numel == max(info.shape, default=1) and info.numel in lengths
-            if inner or _MASK_WORD.search(last) or (vector and not _OWN.fullmatch(last)):
+            if inner or _mask_word(last) or (vector and not _OWN.fullmatch(last)):
                 stem = last.removesuffix("_u").removesuffix("_v")
                 known = inner and last in ("_u", "_v")
                 known |= stem != last and not spelled.isdisjoint((f"{stem}_orig", f"{stem}_bar"))
@@ -103,7 +110,7 @@ def parts_note(tensors: Tensors) -> Iterator[str]:
         stems = {last[:-2] for last in spelled if last.endswith("_g")}
         found += [f"{module}.{stem}".lstrip(".") for stem in stems if f"{stem}_v" in spelled]
         # A weight times a mask that is the same everywhere has the mean that it should.
-        parts = () if any(map(_MASK_WORD.search, spelled)) else ("original", "original0")
+        parts = () if any(map(_mask_word, spelled)) else ("original", "original0")
         if _PARAMETRIZATIONS.search(module) and not spelled.isdisjoint(parts):
             found.append(_PARAMETRIZATIONS.sub("", module))
     if found:

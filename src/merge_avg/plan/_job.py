@@ -92,9 +92,7 @@ class Job:
     @property
     def nbytes(self) -> int:
         """Return the number of bytes to read: each checkpoint's weights, and what is copied."""
-        units = sum(
-            len(unit) * source.dtype.itemsize for unit in self.plan.units for source in unit.sources
-        )
+        units = sum(unit.nbytes for unit in self.plan.units)
         return units + sum(storage.nbytes for _, storage in self.layout.copies)
 
     def record(
@@ -249,7 +247,7 @@ def _prepared(
         raise MergeError(what, where=inputs[0], hint=hint)
     some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
     for unit, output in itertools.product(some, outputs):
-        if not any(output.weights.integers[source.checkpoint] for source in unit.sources):
+        if not any(output.weights.integers[k] for k in unit.checkpoints):
             what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
             raise MergeError(what, where=inputs[0])
     if masters:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from merge_avg.checkpoint import (
     BY_NAME,
@@ -52,6 +52,31 @@ class Source(NamedTuple):  # there are as many as tensors times checkpoints
     offset: int  # of the first element, in bytes, in the storage or the scratch file
 
 
+class Everywhere(Sequence[Source]):
+    """The sources of a tensor that is all of its storage, in the same place in each checkpoint."""
+
+    # Checkpoints of a run are like that: nothing is held for each tensor of each.
+    __slots__ = "checkpoints", "dtype", "storage"
+
+    def __init__(self, checkpoints: int, dtype: DType, storage: Storage) -> None:
+        self.checkpoints = checkpoints  # how many
+        self.dtype = dtype
+        self.storage = storage
+
+    def __len__(self) -> int:
+        return self.checkpoints
+
+    @overload
+    def __getitem__(self, k: int) -> Source: ...
+    @overload
+    def __getitem__(self, k: slice) -> Sequence[Source]: ...
+    def __getitem__(self, k: int | slice) -> Source | Sequence[Source]:
+        found = range(self.checkpoints)[k]
+        if isinstance(found, int):
+            return Source(found, self.dtype, self.storage, 0)
+        return [self[one] for one in found]
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A run of elements of a template's storage, averaged as one."""
@@ -62,11 +87,39 @@ class Unit:
     stop: int
     dtype: DType  # of the result
     members: tuple[Member, ...]  # the template's tensors in it
-    sources: tuple[Source, ...]  # one for each checkpoint that takes part; first the template's
+    sources: Sequence[Source]  # one for each checkpoint that takes part; first the template's
     number: int = 0  # its place among the units of the plan
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def checkpoints(self) -> Iterable[int]:
+        """Return the numbers of the checkpoints that take part, in order."""
+        if isinstance(self.sources, Everywhere):
+            return range(self.sources.checkpoints)
+        return [source.checkpoint for source in self.sources]
+
+    @property
+    def dtypes(self) -> Sequence[DType]:
+        """Return the dtypes of the sources, perhaps one for all of them."""
+        if isinstance(self.sources, Everywhere):
+            return (self.sources.dtype,)
+        return [source.dtype for source in self.sources]
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Return what units have in common that are averaged in one window."""
+        if isinstance(self.sources, Everywhere):
+            return self.kind, self.dtype, self.sources.checkpoints, self.sources.dtype
+        return self.kind, self.dtype, *(source[:2] for source in self.sources)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the number of bytes to read."""
+        if isinstance(self.sources, Everywhere):
+            return len(self) * self.sources.dtype.itemsize * self.sources.checkpoints
+        return len(self) * sum(source.dtype.itemsize for source in self.sources)
 
     @property
     def is_matrix(self) -> bool:
@@ -134,9 +187,8 @@ class Plan:
     @property
     def itemsize(self) -> int:
         """Return the bytes of the widest element, of inputs and results."""
-        sizes = {unit.dtype.itemsize for unit in self.units}
-        sizes |= {source.dtype.itemsize for unit in self.units for source in unit.sources}
-        return max(sizes, default=1)
+        dtypes = {dtype for unit in self.units for dtype in (unit.dtype, *unit.dtypes)}
+        return max((dtype.itemsize for dtype in dtypes), default=1)
 
     def converted(self) -> dict[Storage, DType]:
         """Return the template's storages whose elements get another dtype, with that dtype."""
@@ -260,9 +312,9 @@ def _whole(
     kind: Kind = "mean" if info.dtype.kind in ("float", "complex") else "equal"
     kept = name in aligned.skipped
     count = 1 if kept else aligned.checkpoints
-    sources = [Source(k, info.dtype, storage, 0) for k in range(count)]
     result = _result(info, aligned.asked(name, dtype))
-    about = storage, 0, info.numel, result, (members[0],), tuple(sources), number
+    sources = Everywhere(count, info.dtype, storage)
+    about = storage, 0, info.numel, result, (members[0],), sources, number
     return Unit("keep" if kept else kind, *about)
 
 

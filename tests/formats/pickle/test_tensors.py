@@ -281,7 +281,7 @@ def changed(data, dtypes, prefix="a/data/"):
     """Return a pickle of storages with new dtypes for some."""
     hooks = TorchHooks(Allowance())
     read = load(data, persistent=hooks.persistent, call=hooks.call)
-    archive = Archive((), data, "a/data.pkl", tuple(hooks.classes), read.frames, prefix)
+    archive = Archive((), (), data, "a/data.pkl", tuple(hooks.classes), read.frames, prefix)
     dtypes = {name: BY_NAME[dtype] for name, dtype in dtypes.items()}
     return with_classes(Layout(Path("a.pt"), "torch-zip", (), ()), archive, dtypes)
 

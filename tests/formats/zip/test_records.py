@@ -261,7 +261,7 @@ def test_records_may_lie_side_by_side_in_any_order():
     first, end = TWO.index(ENTRY), TWO.index(END)
     second = TWO.index(ENTRY, first + 1)
     swapped = TWO[:first] + TWO[second:end] + TWO[first:second] + TWO[end:]
-    assert found(swapped) == found(TWO)[::-1]
+    assert [one[:5] for one in found(swapped)] == [one[:5] for one in found(TWO)[::-1]]
     # The first record with one byte more, which is the first of the second's header.
     one = TWO[: TWO.rindex(LOCAL)]
     more = [(ENTRY, 20, 4, 2), (ENTRY, 24, 4, 2), (LOCAL, 18, 4, 2)]

@@ -23,7 +23,6 @@ from merge_avg.formats.pickle.methods import (
     refuse_use,
 )
 from merge_avg.formats.pickle.values import (
-    GETTERS,
     Allowance,
     CutShortError,
     DangerousPickleError,
@@ -31,6 +30,7 @@ from merge_avg.formats.pickle.values import (
     InertDict,
     Instance,
     Value,
+    is_getter,
     names_a_member,
     refuse,
     shown,
@@ -100,14 +100,17 @@ class Machine:
                     raise ValueError("a stack of absurd depth")
                 self.spend(SLOT * _STEP)
                 deepest += _STEP
-            # Three opcodes make up almost half of a state dict: BINPUT and LONG_BINPUT, which put
-            # the top of the stack into the memo, and BININT1, a small number.
+            # Four opcodes make up more than half of a state dict: BINPUT and LONG_BINPUT, which put
+            # the top of the stack into the memo, BINGET, and BININT1, a small number.
             if opcode == 0x71 and stack:
                 self.put(data[at + 1])
                 self.at = at + 2
             elif opcode == 0x4B:
                 stack.append(data[at + 1])
                 self.at = at + 2
+            elif opcode == 0x68 and at + 2 <= len(data):
+                self.at = at + 2
+                self.get(data[at + 1])
             elif opcode == 0x72 and stack and at + 5 <= len(data):
                 self.put(int.from_bytes(data[at + 1 : at + 5], "little"))
                 self.at = at + 5
@@ -136,8 +139,9 @@ class Machine:
 
     def take(self, count: int) -> bytes:
         """Read `count` bytes."""
+        start = self.at
         self.skip(count)
-        return self.data[self.at - count : self.at]
+        return self.data[start : self.at]
 
     def line(self, longest: int = _LONGEST_NAME) -> bytes:
         """Read up to a newline, which is left out."""
@@ -149,11 +153,14 @@ class Machine:
 
     def number(self, size: int) -> int:
         """Read a number of `size` bytes, little-endian and unsigned."""
-        return int.from_bytes(self.take(size), "little")
+        start = self.at
+        self.skip(size)
+        return int.from_bytes(self.data[start : self.at], "little")
 
     def pop(self) -> Value:
         """Take the top value off the stack."""
-        self.top()
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            raise ValueError("the stack is empty")
         return self.stack.pop()
 
     def top(self) -> Value:
@@ -196,7 +203,7 @@ class Machine:
     def counts(self, value: Value) -> bool:
         """Return whether a value is getattr, and count it if so."""
         # Each call must use up one of those that were pushed: else one went somewhere else.
-        found = type(value) is Global and value in GETTERS
+        found = type(value) is Global and is_getter(value)
         self.getters += found
         return found
 
@@ -305,7 +312,7 @@ class Machine:
             if not isinstance(args, tuple):
                 raise TypeError("arguments are not a tuple")
             self.allowance.read = self.at - self.start
-            if function not in GETTERS:
+            if not is_getter(function):
                 self.kept_out(args)
             if function.name == "_rebuild_from_type_v2" and not isinstance(args[0], Global):
                 self.notice(shown(args[0]))  # it is called
@@ -320,7 +327,7 @@ class Machine:
     def instance(self, args: Value, function: Value) -> None:
         """Push a call that is not made."""
         self.spend(_INSTANCE)
-        if type(function) is Global and function in GETTERS:
+        if type(function) is Global and is_getter(function):
             found = method_of(args)
             if found:
                 self.methods = True
@@ -330,7 +337,7 @@ class Machine:
             cls, name = found or args
             if str(cls) not in ENUMS and not (found and verdict(cls.module, cls.name) == "inert"):
                 self.notice(f"{cls}.{name}")
-        elif type(function) is Instance and function.function in GETTERS:
+        elif type(function) is Instance and is_getter(function.function):
             refuse("builtins", "getattr")  # the pickle calls what getattr returned
         elif type(function) is not Global:
             if self.methods:

@@ -31,11 +31,11 @@ from typing import NoReturn
 
 from merge_avg.formats.pickle.callables import verdict
 from merge_avg.formats.pickle.values import (
-    GETTERS,
     DangerousPickleError,
     Global,
     Instance,
     Value,
+    is_getter,
     names_a_class,
 )
 
@@ -84,7 +84,7 @@ def refuse_use(what: str) -> NoReturn:
 
 def is_method(value: Value) -> bool:
     """Return whether a value is what getattr returned for an object."""
-    found = type(value) is Instance and value.function in GETTERS
+    found = type(value) is Instance and is_getter(value.function)
     return found and type(value.args[0]) is Instance
 
 

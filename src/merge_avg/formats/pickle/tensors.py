@@ -159,10 +159,12 @@ class TorchHooks:
 
     def call(self, function: Global, args: tuple[Value, ...]) -> Value | None:
         """Return the dict or tensor that a call would make, or None for an unknown function."""
-        self.allowance.used += 120 if function == _ORDERED_DICT else 200
-        if function == _ORDERED_DICT:
+        # The name first: comparing all of it takes as long as the rest of this.
+        ordered = function.name == "OrderedDict" and function == _ORDERED_DICT
+        self.allowance.used += 120 if ordered else 200
+        if ordered:
             return inert_dict(args[0], self.allowance) if args else InertDict()
-        if function == _DEFAULT_DICT:
+        if function.name == "defaultdict" and function == _DEFAULT_DICT:
             return InertDict()
         # Another unknown call stays an Instance: a tensor among its arguments is still found.
         if function.module not in ("torch._utils", "torch._tensor"):

@@ -125,7 +125,13 @@ class Allowance:
 
 # Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(class, name), and torch's metadata
 # of distributed checkpoints holds one. That exact form is allowed, and methods: see `methods`.
-GETTERS = Global("builtins", "getattr"), Global("__builtin__", "getattr")
+_GETTERS = Global("builtins", "getattr"), Global("__builtin__", "getattr")
+
+
+def is_getter(value: Value) -> bool:
+    """Return whether a value is getattr."""
+    # By the name first: it is asked of every value that comes from the memo.
+    return isinstance(value, Global) and value.name == "getattr" and value in _GETTERS
 
 
 def names_a_class(one: Global) -> bool:

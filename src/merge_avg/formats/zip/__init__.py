@@ -16,18 +16,19 @@ Specification: torch/csrc/jit/serialization/docs/serialization.md.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
 from merge_avg.checkpoint import (
     LARGEST_PROVENANCE,
+    NO_CHECKSUMS,
     PROVENANCE,
     PROVENANCE_FILE,
     Archive,
     BytesAt,
+    Checksums,
     DType,
     File,
     Layout,
@@ -37,7 +38,7 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.torch_objects import Objects, read_objects, refuse_root
 from merge_avg.formats.refused import refuse_archive
-from merge_avg.formats.zip.records import Part, Record, records
+from merge_avg.formats.zip.records import Listing, Part, Place, listed
 from merge_avg.formats.zip.write import ZipLayout, copy, create
 
 __all__ = ["Part", "ZipLayout", "copy", "create", "scan"]
@@ -50,19 +51,18 @@ _LARGEST_ORDER = 16
 _MOST_UNPACKED, _MOST_RATIO = 1 << 30, 100
 
 
-# The part's name, the content of the pickle, the byte order; and for each record its name, its
-# place, and the size that it takes if it is deflated.
-_Key = tuple[str, Objects, bytes, list[tuple[str, int, int, int | None]]]
-
-
 @dataclass(frozen=True, eq=False)
 class _Shared:
     """What archives of one run share, which most often differ in nothing but their weights."""
 
-    key: _Key  # what the rest follows from
-    storages: tuple[Storage, ...]  # the records, without the name that they all begin with
+    listing: Listing
+    objects: Objects
+    pickle: bytes  # that holds the objects
+    name: str  # of the part
+    order: bytes  # "big" or "little"
+    storages: tuple[Storage, ...]  # the records
     tensors: tuple[TensorInfo, ...]
-    bytes_at: tuple[BytesAt, ...]  # of the records
+    numbers: Mapping[BytesAt, int]  # of the storages
 
 
 # By the number of the file in its checkpoint, and where the archive begins in it.
@@ -82,61 +82,70 @@ def scan(file: BinaryIO, stamp: File, number: int = 0, part: Part | None = None)
 
 
 def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
-    found = _records(part)
-    refuse_archive(stamp.path, list(found))
-    root = _root(found)
+    shared = _LAST.get((part.number, part.start))
+    listing, folder, sums = listed(part, None if shared is None else shared.listing)
+    if shared is None or listing is not shared.listing:
+        _refuse(part, listing)
+        refuse_archive(stamp.path, [folder + name for name in listing.names])
+    root = _root(folder, listing.names)
     # torch.serialization.set_crc32_options(False) leaves all checksums zero. Other archives have at
     # least one that is not, that of the pickle.
-    unchecked = not any(record.crc for record in found.values())
-    pickle_name = f"{root}data.pkl"
-    stored = found[pickle_name]
-    pickle = _bytes(part, stored, _LARGEST_PICKLE, unchecked=unchecked)
-    noted = found.get(f"{root}byteorder")
-    order = _bytes(part, noted, _LARGEST_ORDER, unchecked=unchecked) if noted else b"little"
+    unchecked = not any(sums)
+
+    def content(name: str, largest: int, *, refuse: bool = True) -> bytes | None:
+        """Return the bytes of a record, if there is one, and unless it may not be so large."""
+        if name not in listing.names:
+            return None
+        number = listing.names.index(name)
+        if not refuse and listing.places[number][1] > largest:
+            return None
+        crc = None if unchecked else sums[number]
+        return _bytes(part, folder + name, listing.places[number], crc, largest)
+
+    pickle = content(f"{root}data.pkl", _LARGEST_PICKLE) or b""
+    order = content(f"{root}byteorder", _LARGEST_ORDER) or b"little"
     if order not in (b"little", b"big"):
         raise MergeError(f"it is written in the unknown byte order {order!r}")
     # A byte of a pickle that was packed counts for its share of the file.
-    density = 1.0 if stored.packed is None else stored.packed / max(stored.nbytes, 1)
+    _, nbytes, packed = listing.places[listing.names.index(f"{root}data.pkl")]
+    density = 1.0 if packed is None else packed / max(nbytes, 1)
     objects = read_objects(pickle, density=density)
-    # Of the file's name, with which all records begin, storages know nothing.
-    cut = len(root) if all(name.startswith(root) for name in found) else 0
-    places = [(name[cut:], *record[1:4]) for name, record in found.items()]
     # The records were read and checked all the same: no file can vouch for another.
-    key, shared = (part.name, objects, order, places), _LAST.get((part.number, part.start))
-    if shared is None or key != shared.key:
-        shared = _LAST[part.number, part.start] = _placed(part, key, root[cut:])
-    crcs = (record.crc for record in found.values())
-    checksums = {} if unchecked else dict(zip(shared.bytes_at, crcs, strict=True))
+    same = shared is not None and shared.listing is listing and shared.objects is objects
+    if shared is None or not same or (shared.name, shared.order) != (part.name, order):
+        placed = _placed(part, listing, objects, order, root)
+        shared = _Shared(listing, objects, pickle, part.name, order, *placed)
+        _LAST[part.number, part.start] = shared
     metadata: tuple[tuple[str, str], ...] = ()
     if whole:
         refuse_root(objects, stamp.path)
-        provenance = found.get(f"{root}{PROVENANCE_FILE}")
-        if provenance is not None and provenance.nbytes <= LARGEST_PROVENANCE:
-            raw = _bytes(part, provenance, LARGEST_PROVENANCE, unchecked=unchecked)
-            metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
-    tensors, listed = shared.tensors, tuple(zip(found, shared.storages, strict=True))
-    read = pickle, pickle_name, objects.classes, objects.frames
-    archive = Archive(listed, *read, prefix=f"{part.name}{root[cut:]}data/")
+        raw = content(f"{root}{PROVENANCE_FILE}", LARGEST_PROVENANCE, refuse=False)
+        metadata = () if raw is None else ((PROVENANCE, raw.decode("utf-8", "replace")),)
+    read = shared.pickle, f"{folder}{root}data.pkl", objects.classes, objects.frames
+    prefix = f"{part.name}{root}data/"
+    archive = Archive(listing.names, shared.storages, *read, prefix=prefix, folder=folder)
     path, others, scalars = stamp.path, objects.others, objects.scalars
     callables = tuple((part.number, name) for name in objects.callables)
     notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
+    tensors = shared.tensors
     made = (path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars)
     return Layout(
         *made,
         callables,
         optimizers=objects.optimizers,
         arrays=objects.arrays,
-        checksums=checksums,
+        checksums=NO_CHECKSUMS if unchecked else Checksums(shared.numbers, sums),
         shared=shared,
     )
 
 
-def _placed(part: Part, key: _Key, root: str) -> _Shared:
-    """Return the tensors of an archive whose records begin with `root`, and its storages."""
-    _, objects, order, places = key
+def _placed(
+    part: Part, listing: Listing, objects: Objects, order: bytes, root: str
+) -> tuple[tuple[Storage, ...], tuple[TensorInfo, ...], dict[BytesAt, int]]:
+    """Return the storages of an archive's records, its tensors, and the numbers of storages."""
     found = {
         name: Storage(part.name + name, offset, nbytes, part.number, packed)
-        for name, offset, nbytes, packed in places
+        for name, (offset, nbytes, packed) in zip(listing.names, listing.places, strict=True)
     }
 
     def find(stored: str, size: int, dtype: DType | None) -> Storage:
@@ -155,22 +164,20 @@ def _placed(part: Part, key: _Key, root: str) -> _Shared:
         return record
 
     tensors, storages = objects.placed(find), tuple(found.values())
-    return _Shared(key, storages, tensors, tuple(storage.bytes_at for storage in storages))
+    return storages, tensors, {one.bytes_at: number for number, one in enumerate(storages)}
 
 
-def _records(part: Part) -> dict[str, Record]:
-    """Return the records of an archive by name, in the order of their bytes."""
-    found = {one.name: one for one in sorted(records(part), key=attrgetter("offset"))}
-    unpacked = sum(record.nbytes for record in found.values() if record.packed is not None)
+def _refuse(part: Part, listing: Listing) -> None:
+    """Raise MergeError where records would unpack to far more than weights do."""
+    unpacked = sum(nbytes for _, nbytes, packed in listing.places if packed is not None)
     if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * part.nbytes):
         what = f"its records would unpack to {unpacked:,} bytes, far more than weights do"
         raise MergeError(what, hint="get the file from a source you trust")
-    return found
 
 
-def _root(names: Collection[str]) -> str:
-    """Return the prefix of the records' names, up to and with its slash."""
-    folders = {"", *(name.partition("/")[0] + "/" for name in names if "/" in name)}
+def _root(folder: str, names: Collection[str]) -> str:
+    """Return what the pickle's name begins with behind the folder of all, with its slash."""
+    folders = {"", *(name.partition("/")[0] + "/" for name in names if "/" in name and not folder)}
     roots = [root for root in folders if f"{root}data.pkl" in names]
     if len(roots) != 1:
         hint = "if it has checkpoints in it, unpack it first; torch.save writes other zips"
@@ -178,21 +185,20 @@ def _root(names: Collection[str]) -> str:
     return roots[0]
 
 
-def _bytes(part: Part, record: Record, largest: int, *, unchecked: bool) -> bytes:
-    """Read a record that is not a storage."""
+def _bytes(part: Part, name: str, place: Place, crc: int | None, largest: int) -> bytes:
+    """Read a record that is not a storage, and check it if its CRC-32 is known."""
+    offset, nbytes, packed = place
     # A pickle that was packed well is one of few objects, or an attack.
-    if record.nbytes > (largest if record.packed is None else min(largest, _LARGEST_UNPACKED)):
-        raise MergeError(f"record {record.name!r} is absurdly large")
-    held = record.nbytes if record.packed is None else record.packed
-    content = part.read(record.offset - part.start, held)
-    damaged, hint = f"record {record.name!r} is damaged", "fetch or save the file again"
-    if record.packed is not None:
+    if nbytes > (largest if packed is None else min(largest, _LARGEST_UNPACKED)):
+        raise MergeError(f"record {name!r} is absurdly large")
+    content = part.read(offset - part.start, nbytes if packed is None else packed)
+    damaged, hint = f"record {name!r} is damaged", "fetch or save the file again"
+    if packed is not None:
         try:
-            content = zlib.decompressobj(-15).decompress(content, record.nbytes)
+            content = zlib.decompressobj(-15).decompress(content, nbytes)
         except zlib.error as error:
             raise MergeError(f"{damaged} ({error})", hint=hint) from None
     # Storages are checked as they are read; what is read here is checked at once.
-    wrong = not unchecked and record.crc != zlib.crc32(content)
-    if len(content) != record.nbytes or wrong:
+    if len(content) != nbytes or crc not in (None, zlib.crc32(content)):
         raise MergeError(f"{damaged}: its CRC-32 does not match", hint=hint)
     return content

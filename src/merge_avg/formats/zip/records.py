@@ -18,10 +18,13 @@ Specification: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import struct
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import BinaryIO, NamedTuple
 
 from merge_avg.errors import MergeError
@@ -41,6 +44,11 @@ _LARGEST_COMMENT = 0xFFFF
 _LARGEST_ENTRY = CENTRAL.size + 3 * 0xFFFF  # with a name, extra fields and a comment
 # A directory of a million records is read in blocks: all of it at once would take 100 MB.
 _BLOCK = 1 << 18
+# What two archives have in common is found out for as many records: of fewer it is not worth it, of
+# more it takes memory. Between two local headers, data of up to so many bytes is read as well.
+_FEW, _LARGEST_DIRECTORY, _NEAR = 64, 1 << 24, 1 << 12
+_CRC_CENTRAL, _CRC_LOCAL = 16, 14  # where a header has the CRC-32
+_ZEROS = bytes(4)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,43 @@ class Record(NamedTuple):  # there may be a million
     nbytes: int
     packed: int | None  # the size that it takes, if it is deflated
     crc: int
+    header: int  # the offset of its local header, in the archive
+    entry: int  # and of its entry in the central directory
+
+    def span(self, part: Part) -> tuple[int, int]:
+        """Return where its local header begins and ends, in the archive."""
+        return self.header, self.offset - part.start
+
+
+Place = tuple[int, int, int | None]  # of a record, as there: offset, nbytes, packed
+# Offsets in an archive, of each record: its entry in the directory; its local header, and its end.
+_Headers = tuple["array[int]", "array[int]", "array[int]"]
+_Look = tuple[str, "array[int]", bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The records of an archive in the order of their bytes, but for what each save changes.
+
+    That is their checksums, and the folder that all of them are in: torch.save names it for the
+    file. So archives of one run have the same listing, but for folders of other lengths.
+    """
+
+    names: tuple[str, ...]  # without the folder
+    places: tuple[Place, ...]
+    # By what an archive is known to have it, if it can be: its place, the bounds of its directory,
+    # and the SHA-256 of that and of the local headers, with zeros for what each save changes.
+    bounds: tuple[int, ...] = ()
+    headers: _Headers = (array("Q"), array("Q"), array("Q"))
+    digest: bytes = b""  # empty if it is not known
+
+
+class Found(NamedTuple):
+    """What one archive has: a listing, and what that leaves out."""
+
+    listing: Listing
+    folder: str  # with its slash; empty if there is none that all are in
+    checksums: array[int]  # the CRC-32 of each record
 
 
 def records(part: Part) -> Iterator[Record]:
@@ -80,10 +125,94 @@ def records(part: Part) -> Iterator[Record]:
     Raises:
         MergeError: the archive is damaged or contradicts itself, or a record cannot be read.
     """
-    count, start, stop = _directory(part)
+    yield from _records(part, *_directory(part))
+
+
+def listed(part: Part, known: Listing | None = None) -> Found:
+    """Return what an archive has, with the listing that is `known` if it is the same.
+
+    Raises:
+        MergeError: as `records` does.
+    """
+    bounds = _directory(part)
+    if known is not None and known.digest and known.bounds == (part.start, *bounds):
+        folder, sums, digest = _looked(part, bounds, known.headers)
+        if digest == known.digest:
+            return Found(known, folder, sums)
+    found = sorted(_records(part, *bounds), key=attrgetter("offset"))
+    folder = found[0].name.partition("/")[0] + "/" if found else ""
+    if not all(one.name.startswith(folder) for one in found):
+        folder = ""
+    sums = array("I", (one.crc for one in found))
+    names = tuple(one.name[len(folder) :] for one in found)
+    places = tuple(one[1:4] for one in found)
+    if known is not None and (names, places) == (known.names, known.places):
+        return Found(known, folder, sums)
+    listing = Listing(names, places)
+    if folder and len(found) >= _FEW and bounds[2] - bounds[1] <= _LARGEST_DIRECTORY:
+        headers = array("Q"), array("Q"), array("Q")
+        for one in found:
+            for column, at in zip(headers, (one.entry, *one.span(part)), strict=True):
+                column.append(at)
+        digest = _looked(part, bounds, headers)[2]
+        listing = Listing(names, places, (part.start, *bounds), headers, digest)
+    return Found(listing, folder, sums)
+
+
+def _looked(part: Part, bounds: tuple[int, int, int], headers: _Headers) -> _Look:
+    """Return the folder and the checksums of an archive's records, and the digest of the rest.
+
+    The digest is empty unless all headers begin where they do in another archive, and are of
+    records in one folder, whose name every program decodes to the same text.
+    """
+    _, start, stop = bounds
+    entries, begins, ends = headers
+    directory = bytearray(part.read(start, stop - start))
+    sums, digest = array("I"), hashlib.sha256()
+    first = entries[0] - start + CENTRAL.size
+    folder = bytes(directory[first : directory.find(b"/", first) + 1])
+    if not folder.isascii():
+        return "", sums, b""
+    size, blank = len(folder), bytes(len(folder))
+    for entry in entries:
+        at = entry - start
+        name = at + CENTRAL.size
+        if directory[name : name + size] != folder:
+            return "", sums, b""
+        sums.frombytes(directory[at + _CRC_CENTRAL : at + _CRC_CENTRAL + 4])
+        directory[at + _CRC_CENTRAL : at + _CRC_CENTRAL + 4] = _ZEROS
+        directory[name : name + size] = blank
+    digest.update(directory)
+    for low, high in _runs(begins, ends):
+        base = begins[low]
+        block = bytearray(part.read(base, ends[high - 1] - base))
+        view = memoryview(block)
+        for number in range(low, high):
+            at, end = begins[number] - base, ends[number] - base
+            name = at + LOCAL.size
+            if block[name : name + size] != folder:
+                return "", sums, b""
+            block[at + _CRC_LOCAL : at + _CRC_LOCAL + 4] = _ZEROS
+            block[name : name + size] = blank
+            digest.update(view[at:end])
+    return folder.decode(), sums, digest.digest()
+
+
+def _runs(begins: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield headers that are read in one call, as ranges of their numbers."""
+    low = 0
+    for number in range(1, len(begins)):
+        far = begins[number] - ends[number - 1] > _NEAR
+        if far or ends[number] - begins[low] > _BLOCK:
+            yield low, number
+            low = number
+    yield low, len(begins)
+
+
+def _records(part: Part, count: int, start: int, stop: int) -> Iterator[Record]:
     ranges: list[tuple[int, int]] = []
     names: set[str] = set()
-    for head, raw, extra in _entries(part, count, start, stop):
+    for at, head, raw, extra in _entries(part, count, start, stop):
         _, _, _, flags, method, _, _, crc, packed, nbytes, _, _, _, disk, _, _, where = head
         if _NONE in (nbytes, packed, where):
             nbytes, packed, where = _wide(extra, nbytes, packed, where)
@@ -105,8 +234,8 @@ def records(part: Part) -> Iterator[Record]:
         lies = nbytes > 1032 * packed or packed > nbytes + (nbytes >> 10) + 64
         if lies if method == _DEFLATED else packed != nbytes:
             raise MergeError(f"record {name!r} of the archive lies about its size")
-        kept, at = packed if method == _DEFLATED else None, part.start + offset
-        yield Record(name, at, nbytes, kept, crc)
+        kept = packed if method == _DEFLATED else None
+        yield Record(name, part.start + offset, nbytes, kept, crc, where, at)
     ranges.sort()
     if any(begin < end for (_, end), (begin, _) in itertools.pairwise(ranges)):
         raise _damaged("its records overlap")
@@ -114,8 +243,8 @@ def records(part: Part) -> Iterator[Record]:
 
 def _entries(
     part: Part, count: int, start: int, stop: int
-) -> Iterator[tuple[tuple[int, ...], bytes, bytes]]:
-    """Yield the entries of the central directory: numbers, name and extra fields of each."""
+) -> Iterator[tuple[int, tuple[int, ...], bytes, bytes]]:
+    """Yield the entries of the central directory: offset, numbers, name and extra fields."""
     block, base, at = b"", start, start
     for _ in range(count):
         if at - base + _LARGEST_ENTRY > len(block) and base + len(block) < stop:
@@ -125,10 +254,10 @@ def _entries(
         head = CENTRAL.unpack_from(block, at - base)
         name = at - base + CENTRAL.size
         extra = name + head[10]
-        at += CENTRAL.size + head[10] + head[11] + head[12]
+        begin, at = at, at + CENTRAL.size + head[10] + head[11] + head[12]
         if head[0] != b"PK\1\2" or at > stop:
             raise _damaged("its directory is garbled")
-        yield head, block[name:extra], block[extra : extra + head[11]]
+        yield begin, head, block[name:extra], block[extra : extra + head[11]]
     if at != stop:
         raise _damaged("its directory does not end where it should")
 
