@@ -98,24 +98,31 @@ def test_every_flipped_bit_is_found(tmp_path, kind):
     assert verify_output(out)
 
 
+def span(path, name):
+    """Return where the bytes of a tensor of a file begin and end."""
+    layout = scan(path)
+    info = next(info for info in layout.tensors if info.path[-1] == name)
+    start = layout.offset(info.storage)
+    return start, start + info.storage.nbytes
+
+
 def test_the_tensor_that_differs_is_named(tmp_path):
     """A flipped bit in a weight names the tensor, the place and how many bytes differ."""
     paths, out, _ = made(tmp_path, "safetensors")
     merge_checkpoints(paths, out)
-    info = next(info for info in scan(out).tensors if info.path[-1] == "layer2.weight")
+    start, _ = span(out, "layer2.weight")
     with out.open("r+b") as file:
-        file.seek(info.storage.offset + 40)
+        file.seek(start + 40)
         byte = file.read(1)[0]
-        file.seek(info.storage.offset + 40)
+        file.seek(start + 40)
         file.write(bytes([byte ^ 1]))
-    where = f"1 bytes .*first at {info.storage.offset + 40:,} in tensor 'layer2.weight'"
+    where = f"1 bytes .*first at {start + 40:,} in tensor 'layer2.weight'"
     with pytest.raises(MergeError, match=where):
         verify_output(out)
     paths, out, _ = made(tmp_path, "pt")
     merge_checkpoints(paths, out)
-    info = next(info for info in scan(out).tensors if info.path[-1] == "layer1.weight")
     data = bytearray(out.read_bytes())
-    data[info.storage.offset] ^= 1
+    data[span(out, "layer1.weight")[0]] ^= 1
     out.write_bytes(data)
     with pytest.raises(MergeError, match=r"tensor 'state_dict.layer1.weight'"):
         verify_output(out)
@@ -141,9 +148,8 @@ def test_all_bytes_that_differ_are_counted(tmp_path):
     """Bytes that differ are counted over a whole tensor, and those that are equal are not."""
     paths, out, _ = made(tmp_path, "safetensors")
     merge_checkpoints(paths, out)
-    info = next(info for info in scan(out).tensors if info.path[-1] == "layer2.weight")
     data = bytearray(out.read_bytes())
-    start, stop = info.storage.offset, info.storage.offset + info.storage.nbytes
+    start, stop = span(out, "layer2.weight")
     for at in range(start + 3, stop, 2):
         data[at] ^= 255
     out.write_bytes(data)

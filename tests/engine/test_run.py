@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_found(folds, tmp_path):
     paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
     layout = prepare(paths, tmp_path / "out.pt", Options()).layouts[2]
     raw = bytearray(paths[2].read_bytes())
-    raw[layout.tensors[0].storage.offset + 1000] ^= 4
+    raw[layout.offset(layout.tensors[0].storage) + 1000] ^= 4
     paths[2].write_bytes(raw)
     with pytest.raises(MergeError, match=r"2.ckpt: record 'data/0' is damaged"):
         merge_checkpoints(paths, tmp_path / "out.pt")

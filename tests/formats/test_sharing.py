@@ -5,13 +5,14 @@ import zipfile
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merge_avg.checkpoint import File
 from merge_avg.errors import MergeError
 from merge_avg.formats import directory, safetensors, scan
 from merge_avg.formats import zip as zipped
 from merge_avg.formats.pickle import torch_objects
+from merge_avg.verify import verify_output
 from tests.helpers import merge_checkpoints
 from tests.older import since
 
@@ -60,6 +61,59 @@ def test_files_that_differ_in_numbers_alone_share_their_tensors(tmp_path, kind):
     gc.collect()
     known = {id(value) for values in before for value in values}
     assert [value for one in held for value in one.values() if id(value) not in known] == []
+
+
+def of_epoch(path, epoch):
+    """Write a checkpoint whose numbers and texts beside the weights are those of an epoch."""
+    generator = torch.Generator().manual_seed(epoch)
+    weights = {f"w{n}": torch.randn(16, 3, generator=generator) for n in range(MANY)}
+    note = "x" * 100 * epoch
+    if path.suffix == ".safetensors":
+        save_file(weights, path, {"epoch": str(epoch), "note": note})
+    else:
+        beside = {"epoch": epoch, "loss": epoch / 7, "note": note, "deep": {"steps": [epoch] * 3}}
+        torch.save(beside | {"model": weights}, path)
+    return weights
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_of_other_epochs_share_their_tensors(tmp_path, suffix):
+    """What lies beside the weights may be longer, so that these begin elsewhere in each file."""
+    paths = [tmp_path / f"e{epoch}{suffix}" for epoch in range(4)]
+    states = [of_epoch(path, epoch) for epoch, path in enumerate(paths)]
+    layouts = [scan(path) for path in paths]
+    assert all(one.tensors is layouts[0].tensors for one in layouts)
+    assert len({one.files[0].base for one in layouts}) == 4
+    told = [dict(one.metadata).get("epoch", dict(one.scalars).get(("epoch",))) for one in layouts]
+    assert [*map(int, told)] == [0, 1, 2, 3]
+    out = tmp_path / f"out{suffix}"
+    merge_checkpoints(paths, out, template=2)
+    verify_output(out)
+    read = load_file(out) if suffix == ".safetensors" else torch.load(out)["model"]
+    for name, value in read.items():
+        mean = torch.stack([state[name].double() for state in states]).mean(0).float()
+        assert torch.equal(value, mean), name
+    data = bytearray(paths[3].read_bytes())
+    data[data.index(states[3]["w9"].numpy().tobytes())] ^= 1
+    paths[3].write_bytes(data)
+    if suffix == ".pt":
+        with pytest.raises(MergeError, match=r"e3\.pt: record 'data/9' is damaged"):
+            merge_checkpoints(paths, tmp_path / "other.pt")
+
+
+def test_directories_hold_files_that_begin_elsewhere(tmp_path):
+    """Shards with other metadata are averaged, and what is kept of them is copied, as they lie."""
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        weights = of_epoch(folder / "model.safetensors", number)
+        save_file({"exp_avg": weights["w0"]}, folder / "optimizer.safetensors", {"n": "y" * number})
+    paths = [tmp_path / str(number) for number in range(3)]
+    assert scan(paths[0]).tensors is scan(paths[1]).tensors
+    merge_checkpoints(paths, tmp_path / "out", template=2)
+    verify_output(tmp_path / "out")
+    kept = "optimizer.safetensors"
+    assert (tmp_path / "out" / kept).read_bytes() == (paths[1] / kept).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "shards", "pickled shards"])

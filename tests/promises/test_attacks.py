@@ -195,10 +195,9 @@ def test_what_fuzzing_found_stays_fixed(child, tmp_path):
 
 def bytes_of(path):
     """Return the bytes of each tensor of a file, by name."""
-    raw = path.read_bytes()
-    return {
-        info.path: raw[info.storage.offset :][: info.storage.nbytes] for info in scan(path).tensors
-    }
+    raw, layout = path.read_bytes(), scan(path)
+    storages = {info.path: info.storage for info in layout.tensors}
+    return {name: raw[layout.offset(one) :][: one.nbytes] for name, one in storages.items()}
 
 
 @pytest.mark.parametrize(

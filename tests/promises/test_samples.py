@@ -20,7 +20,8 @@ def raw(layout):
     for info in layout.tensors:
         if info.trouble:
             continue
-        data = layout.where(info).read_bytes()[info.storage.offset :][: info.storage.nbytes]
+        raw = layout.where(info).read_bytes()[layout.offset(info.storage) :]
+        data = raw[: info.storage.nbytes]
         dtype = getattr(torch, info.dtype.name)
         flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0)
         view = flat.as_strided(info.shape, info.stride, info.start).contiguous()

@@ -33,7 +33,7 @@ _MOST_REPEATED = 1 << 30  # elements of a tensor that has far more than its stor
 Key = str | int
 TreePath = tuple[Key, ...]  # keys from the root of a checkpoint's object tree
 Scalar = int | float | str
-BytesAt = tuple[int, int, int]  # the number of a file, an offset in it, and a size
+BytesAt = tuple[int, int, int]  # the number of a file, an offset from its base, and a size
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,9 @@ class File:
     mtime_ns: int
     device: int
     inode: int
+    # Where offsets of storages count from. Checkpoints whose tensors begin elsewhere, behind longer
+    # metadata, are otherwise the same.
+    base: int = 0
 
     @classmethod
     def of(cls, path: Path) -> File:
@@ -61,7 +64,7 @@ class Storage:
     """Bytes of a checkpoint that tensors view: a record of an archive, or a tensor's own range."""
 
     name: str  # in messages; unique in its file
-    offset: int  # of its first byte in the file
+    offset: int  # of its first byte, from the file's base
     nbytes: int
     file: int = 0  # its number in the checkpoint
     packed: int | None = None  # the size that it takes in the file, if it is deflated (RFC 1951)
@@ -210,6 +213,10 @@ class Layout:
         """Return the same without its archives, which only a copy of the checkpoint needs."""
         members = tuple(member and member.source for member in self.members)
         return replace(self, archive=None, members=members)
+
+    def offset(self, storage: Storage) -> int:
+        """Return the offset of a storage's first byte in its file."""
+        return self.files[storage.file].base + storage.offset
 
     def where(self, info: TensorInfo) -> Path:
         """Return the file that a tensor lies in, or begins in."""

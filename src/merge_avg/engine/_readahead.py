@@ -56,9 +56,9 @@ def steps(job: Job) -> Iterator[tuple[str, int]]:
             for source in unit.sources:
                 if source.storage is None:
                     continue
-                storage = source.storage.ranges[0]
-                begin = storage.offset + source.offset + at * source.dtype.itemsize
-                path = os.fspath(job.layouts[source.checkpoint].files[storage.file].path)
+                storage, layout = source.storage.ranges[0], job.layouts[source.checkpoint]
+                begin = layout.offset(storage) + source.offset + at * source.dtype.itemsize
+                path = os.fspath(layout.files[storage.file].path)
                 step = path, begin // _STEP * _STEP
                 if step not in seen:
                     seen.add(step)

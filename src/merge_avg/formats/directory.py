@@ -19,7 +19,7 @@ import re
 from array import array
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 from weakref import WeakValueDictionary
@@ -133,13 +133,22 @@ def scan_directory(path: Path) -> Layout:
                 raise MergeError(what, where=path, hint=hint, tensor=dotted(info.path))
             tensors.append(whole)
     if shared is None or not known:
-        numbers = {at: number for number, at in enumerate(chain.from_iterable(sums))}
+        firsts = accumulate((len(one.crcs) for one in sums), initial=0)
+        numbers = {
+            at: first + number
+            for first, one in zip(firsts, sums, strict=False)
+            for at, number in one.numbers.items()
+        }
         shared = _LAST["directory"] = _Shared(key, tuple(tensors), numbers)
     if not shared.tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
     others = tuple(name for name in files if name not in members)
-    stamps, parts = tuple(files.values()), tuple(map(members.get, files))
+    parts = tuple(map(members.get, files))
+    stamps = tuple(
+        file if one is None or one.set_member else one.files[0]
+        for file, one in zip(files.values(), parts, strict=True)
+    )
     made = (path, "directory", stamps, shared.tensors, others, metadata, None, parts, tuple(notes))
     pairs = [(prefixes[name], member) for name, member in members.items()]
     return Layout(

@@ -61,7 +61,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
     length = int.from_bytes(file.read(8), "little")
     try:
         header = _header(file.read(length), number) if 8 + length <= nbytes else None
-        end = header.end if header else 8 + length
+        end = header.base + header.nbytes if header else 8 + length
         if header is None or end > nbytes:
             what = f"it is cut short: {nbytes:,} bytes, expected {end:,}"
             raise MergeError(what, hint=_AGAIN)
@@ -69,7 +69,7 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
             raise MergeError(f"{nbytes - end:,} bytes follow after the last tensor")
     except MergeError as error:
         raise error.at(path) from None
-    about = path, "safetensors", (stamp,), header.tensors
+    about = path, "safetensors", (replace(stamp, base=header.base),), header.tensors
     layout = Layout(*about, metadata=header.metadata, shared=header)
     # The library imports torch or NumPy to open a file, which takes longer than many a merge. So
     # it is asked where one of them is loaded already, and where readers of JSON disagree.
@@ -80,11 +80,12 @@ def scan(file: BinaryIO, stamp: File, number: int = 0) -> Layout:
 
 @dataclass(frozen=True)
 class _Header:
-    """The content of a header: tensors in the order of their bytes, and where these end."""
+    """The content of a header: tensors in the order of their bytes."""
 
     tensors: tuple[TensorInfo, ...]
     metadata: tuple[tuple[str, str], ...]
-    end: int
+    base: int  # where the data begins in the file
+    nbytes: int  # of the data
     # Whether it has escapes, signs or keys that no usual writer needs: other readers of JSON refuse
     # half a surrogate pair, -0 as a whole number, and NaN.
     odd: bool
@@ -93,12 +94,17 @@ class _Header:
 # Checkpoints of one run have the same headers to the byte: they are parsed once, and share their
 # tensors. By all of their bytes, so that no file can vouch for another.
 _HEADERS: WeakValueDictionary[tuple[int, bytes], _Header] = WeakValueDictionary()
+# By the number of the file in its checkpoint.
+_LAST: WeakValueDictionary[int, _Header] = WeakValueDictionary()
 
 
 def _header(raw: bytes, number: int) -> _Header:
     known = _HEADERS.get((number, raw))
     if known is None:
-        known = _HEADERS[number, raw] = _parsed(raw, number)
+        known, last = _parsed(raw, number), _LAST.get(number)
+        if last is not None and last.tensors == known.tensors:  # other metadata
+            known = replace(known, tensors=last.tensors)
+        _HEADERS[number, raw] = _LAST[number] = known
     return known
 
 
@@ -110,8 +116,8 @@ def _parsed(raw: bytes, number: int) -> _Header:
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise MergeError("the header's __metadata__ is not a table of texts")
-    end = 8 + len(raw)
-    tensors = list(_tensors(header, end, number))
+    end = 0
+    tensors = list(_tensors(header, number))
     tensors.sort(key=attrgetter("storage.offset", "storage.nbytes"))
     for tensor in tensors:
         storage = tensor.storage
@@ -120,11 +126,11 @@ def _parsed(raw: bytes, number: int) -> _Header:
             raise MergeError(f"there is {where} tensor {storage.name!r}", tensor=storage.name)
         end += storage.nbytes
     odd = any(mark in raw for mark in _ODD) or any(len(entry) != 3 for entry in header.values())
-    return _Header(tuple(tensors), tuple(metadata.items()), end, odd)
+    return _Header(tuple(tensors), tuple(metadata.items()), 8 + len(raw), end, odd)
 
 
-def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[TensorInfo]:
-    """Yield the tensors of a header, whose data begins at `base` of the file."""
+def _tensors(header: Mapping[str, Any], number: int) -> Iterator[TensorInfo]:
+    """Yield the tensors of a header."""
     # Layers repeat their shapes: the strides and the product are computed once for each, and held.
     shapes: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}
     for name, entry in header.items():
@@ -155,7 +161,7 @@ def _tensors(header: Mapping[str, Any], base: int, number: int) -> Iterator[Tens
             found = f"{stop - start:,} bytes, expected {expected} for its shape and dtype"
             raise MergeError(f"tensor {name!r} has {found}", tensor=name)
         trouble = f"a tensor of {dtype.name} codes" if dtype.kind == "code" else None
-        storage = Storage(name, base + start, size, number)
+        storage = Storage(name, start, size, number)
         yield TensorInfo((name,), dtype, extents, strides, 0, storage, trouble)
 
 

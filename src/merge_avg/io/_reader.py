@@ -113,7 +113,7 @@ class Strip(NamedTuple):
     """A range of a file that is read in one call, and where its bytes go."""
 
     file: int  # its number; -1 for a request that is met alone
-    offset: int
+    offset: int  # from the file's base
     views: list[tuple[int, int]]  # begin and end in the buffer; for what is skipped, -1 and a size
     requests: list[tuple[Request, int]]  # with the numbers of their checksums; -1 for a lone one
 
@@ -210,11 +210,12 @@ class Reader:
                 continue
             views = [into[a:b] if a >= 0 else between[:b] for a, b in strip.views]
             path = self._files[strip.file].path
-            read_spread(self._fd(strip.file), views, strip.offset, path)
-            for (begin, stop, storage, at), number in () if again else strip.requests:
+            at = self._files[strip.file].base + strip.offset
+            read_spread(self._fd(strip.file), views, at, path)
+            for (begin, stop, storage, start), number in () if again else strip.requests:
                 crc = crc32(into[begin:stop])
                 if stop - begin < storage.nbytes:
-                    self._checksum(storage).add(at, stop - begin, crc)
+                    self._checksum(storage).add(start, stop - begin, crc)
                 elif crc != recorded[number]:
                     raise _damaged(storage, path)
 
@@ -223,7 +224,11 @@ class Reader:
         fd, path = self._fd(storage.file), self._files[storage.file].path
         if storage.coded:
             return self._decode(storage, fd, path)
-        return Tap(storage, fd, storage.offset, path, self._recorded(storage), self._checksum)
+        start = self._start(storage)
+        return Tap(storage, fd, start, path, self._recorded(storage), self._checksum)
+
+    def _start(self, storage: Storage) -> int:
+        return self._files[storage.file].base + storage.offset
 
     def _recorded(self, storage: Storage) -> int | None:
         return self.checksums.get(storage.bytes_at)
@@ -242,7 +247,7 @@ class Reader:
             for start, stop in sums.missing():
                 for at in range(start, stop, _BLOCK):
                     part = block[: min(_BLOCK, stop - at)]
-                    read_fully(self._fd(storage.file), part, storage.offset + at, path)
+                    read_fully(self._fd(storage.file), part, self._start(storage) + at, path)
                     sums.add(at, len(part), zlib_ng.crc32(part))
             if sums.value() != self._recorded(storage):
                 raise _damaged(storage, path)
@@ -282,7 +287,7 @@ class Reader:
                     self._spool = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - close()
                 spool = self._spool
                 start = os.fstat(spool.fileno()).st_size
-                for block in _inflated(fd, storage, path):
+                for block in _inflated(fd, storage, self._start(storage), path):
                     crc = zlib_ng.crc32(block, crc)
                     nbytes += len(block)
                     # An archive that lies about sizes must not fill the disk.
@@ -301,7 +306,7 @@ class Reader:
             return self._decoded[storage]
 
 
-def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
+def _inflated(fd: int, storage: Storage, start: int, path: Path) -> Iterator[bytes]:
     """Yield the bytes of a storage as they were before they were deflated, a block at a time."""
     block = memoryview(bytearray(_BLOCK))
     packed = storage.nbytes if storage.packed is None else storage.packed
@@ -309,7 +314,7 @@ def _inflated(fd: int, storage: Storage, path: Path) -> Iterator[bytes]:
     held = b""
     for at in range(0, packed, _BLOCK):
         part = block[: min(_BLOCK, packed - at)]
-        read_fully(fd, part, storage.offset + at, path)
+        read_fully(fd, part, start + at, path)
         if storage.packed is None:
             yield bytes(part)
             continue

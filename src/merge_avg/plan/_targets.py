@@ -224,7 +224,7 @@ def _verbatim(template: Layout, number: int) -> FileLayout:
         what = f"it is a link to {path.resolve()}, outside of the checkpoint, and would be copied"
         hint = "put the file itself there if it belongs to the checkpoint, or remove the link"
         raise MergeError(what, where=path, hint=hint)
-    whole = Storage("the file", 0, nbytes, file=number)
+    whole = Storage("the file", -template.files[number].base, nbytes, file=number)
     return FileLayout(nbytes, copies=((whole, Slot(0, 0, nbytes)),))
 
 

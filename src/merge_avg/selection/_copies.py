@@ -88,7 +88,7 @@ def _read(layout: Layout, part: Storage) -> int:
     path, nbytes, crc = layout.files[part.file].path, part.packed or part.nbytes, 0
     try:
         with path.open("rb") as file:
-            file.seek(part.offset)
+            file.seek(layout.offset(part))
             while piece := file.read(min(nbytes, _PIECE)):
                 crc, nbytes = zlib_ng.crc32(piece, crc), nbytes - len(piece)
     except OSError as error:

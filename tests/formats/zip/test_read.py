@@ -34,7 +34,7 @@ DTYPES = [
 def rebuilt(path, info):
     """A tensor made from a layout and the file's raw bytes alone."""
     with path.open("rb") as file:
-        file.seek(info.storage.offset)
+        file.seek(scan(path).offset(info.storage))
         raw = bytearray(file.read(info.storage.nbytes))
     dtype = getattr(torch, info.dtype.name)
     if not raw:

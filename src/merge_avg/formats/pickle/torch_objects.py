@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -132,6 +132,19 @@ def read_objects(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
     if known is None:
         known = _KNOWN[data, start, density] = objects_at(data, start, density)
     return known
+
+
+def sharing(objects: Objects, other: Objects) -> Objects:
+    """Return objects that share their tensors with others, if these have the same."""
+    # Such as those of the next epoch: numbers beside the tensors are what differs.
+    if objects.tensors is other.tensors or objects.tensors != other.tensors:
+        return objects
+    pairs = zip(objects.storages.items(), other.storages.items(), strict=False)
+    same = len(objects.storages) == len(other.storages) and all(
+        (key, one.dtype, one.storage) == (other_key, two.dtype, two.storage)
+        for (key, one), (other_key, two) in pairs
+    )
+    return replace(objects, tensors=other.tensors, storages=other.storages) if same else objects
 
 
 def refuse_root(objects: Objects, path: Path) -> None:

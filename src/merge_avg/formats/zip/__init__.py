@@ -36,7 +36,7 @@ from merge_avg.checkpoint import (
     TensorInfo,
 )
 from merge_avg.errors import MergeError
-from merge_avg.formats.pickle.torch_objects import Objects, read_objects, refuse_root
+from merge_avg.formats.pickle.torch_objects import Objects, read_objects, refuse_root, sharing
 from merge_avg.formats.refused import refuse_archive
 from merge_avg.formats.zip.records import Listing, Part, Place, listed
 from merge_avg.formats.zip.write import ZipLayout, copy, create
@@ -56,6 +56,7 @@ class _Shared:
     """What archives of one run share, which most often differ in nothing but their weights."""
 
     listing: Listing
+    base: int  # the offset that those of storages count from
     objects: Objects
     pickle: bytes  # that holds the objects
     name: str  # of the part
@@ -110,25 +111,35 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
     _, nbytes, packed = listing.places[listing.names.index(f"{root}data.pkl")]
     density = 1.0 if packed is None else packed / max(nbytes, 1)
     objects = read_objects(pickle, density=density)
+    if shared is not None:
+        objects = sharing(objects, shared.objects)
+        pickle = shared.pickle if shared.pickle == pickle else pickle
+    # With a longer pickle, which comes first, all that follows lies farther on.
+    first = whole and listing.names[0] == f"{root}data.pkl" and len(listing.names) > 1
+    base = listing.places[1][0] if first else 0
     # The records were read and checked all the same: no file can vouch for another.
-    same = shared is not None and shared.listing is listing and shared.objects is objects
-    if shared is None or not same or (shared.name, shared.order) != (part.name, order):
-        placed = _placed(part, listing, objects, order, root)
-        shared = _Shared(listing, objects, pickle, part.name, order, *placed)
+    if (
+        shared is None
+        or not _alike(listing, base, shared)
+        or shared.objects.tensors is not objects.tensors
+        or (shared.name, shared.order) != (part.name, order)
+    ):
+        placed = _placed(part, listing, objects, order, root, base)
+        shared = _Shared(listing, base, objects, pickle, part.name, order, *placed)
         _LAST[part.number, part.start] = shared
     metadata: tuple[tuple[str, str], ...] = ()
     if whole:
         refuse_root(objects, stamp.path)
         raw = content(f"{root}{PROVENANCE_FILE}", LARGEST_PROVENANCE, refuse=False)
         metadata = () if raw is None else ((PROVENANCE, raw.decode("utf-8", "replace")),)
-    read = shared.pickle, f"{folder}{root}data.pkl", objects.classes, objects.frames
+    read = pickle, f"{folder}{root}data.pkl", objects.classes, objects.frames
     prefix = f"{part.name}{root}data/"
     archive = Archive(listing.names, shared.storages, *read, prefix=prefix, folder=folder)
     path, others, scalars = stamp.path, objects.others, objects.scalars
     callables = tuple((part.number, name) for name in objects.callables)
     notes = (f"{path} records no checksums, so damage would not show",) if unchecked else ()
-    tensors = shared.tensors
-    made = (path, "torch-zip", (stamp,), tensors, others, metadata, archive, (), notes, scalars)
+    stamps, tensors = (replace(stamp, base=base),), shared.tensors
+    made = (path, "torch-zip", stamps, tensors, others, metadata, archive, (), notes, scalars)
     return Layout(
         *made,
         callables,
@@ -139,14 +150,26 @@ def _scanned(part: Part, stamp: File, *, whole: bool) -> Layout:
     )
 
 
+def _alike(listing: Listing, base: int, shared: _Shared) -> bool:
+    """Return whether records lie to each other as those that are shared do."""
+    if listing is shared.listing or not (base and shared.base):
+        return listing is shared.listing
+    return listing.names == shared.listing.names and all(
+        (one[0] - base, *one[1:]) == (two[0] - shared.base, *two[1:])
+        for one, two in zip(listing.places[1:], shared.listing.places[1:], strict=True)
+    )
+
+
 def _placed(
-    part: Part, listing: Listing, objects: Objects, order: bytes, root: str
+    part: Part, listing: Listing, objects: Objects, order: bytes, root: str, base: int
 ) -> tuple[tuple[Storage, ...], tuple[TensorInfo, ...], dict[BytesAt, int]]:
     """Return the storages of an archive's records, its tensors, and the numbers of storages."""
     found = {
-        name: Storage(part.name + name, offset, nbytes, part.number, packed)
+        name: Storage(part.name + name, offset - base, nbytes, part.number, packed)
         for name, (offset, nbytes, packed) in zip(listing.names, listing.places, strict=True)
     }
+    if base:  # where the pickle lies, which a copy has anyway, differs
+        found[listing.names[0]] = Storage(part.name + listing.names[0], 0, 0, part.number)
 
     def find(stored: str, size: int, dtype: DType | None) -> Storage:
         name = f"{root}data/{stored}"
@@ -164,7 +187,8 @@ def _placed(
         return record
 
     tensors, storages = objects.placed(find), tuple(found.values())
-    return storages, tensors, {one.bytes_at: number for number, one in enumerate(storages)}
+    numbers = {one.bytes_at: number for number, one in enumerate(storages) if not base or number}
+    return storages, tensors, numbers
 
 
 def _refuse(part: Part, listing: Listing) -> None:
