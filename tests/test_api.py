@@ -140,6 +140,11 @@ def test_an_empty_path_is_not_the_current_directory(run):
     [
         ({"leave_one_out": True}, "--leave-one-out"),
         ({"prefixes": True}, "--prefixes"),
+        ({"sliding": 2}, "--sliding 2"),
+        ({"sliding": (2, 2)}, "--sliding 2:2"),
+        ({"sliding": "3"}, "--sliding 3"),
+        ({"sliding": 9}, "--sliding 9"),
+        ({"sliding": 2, "prefixes": True}, "--sliding 2 --prefixes"),
         ({"last": [2, 3]}, "--last 2 --last 3"),
         ({"last": (2,)}, "--last 2"),
         ({"last": [2, 3], "weighting": "linear"}, "--last 2 --last 3 --weighting linear"),

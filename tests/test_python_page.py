@@ -19,6 +19,7 @@ TAKES = {  # what is no single type
     "dtype": 'a name, as in `"float16"`, or a `torch.dtype`',
     "steps": "`(first, last)`, `(first, last, divisor)`, or one step",
     "epochs": "`(first, last)`, or one epoch",
+    "sliding": "a whole number, or `(10, 5)` for every fifth",
     "device": "a text, or a `torch.device`",
     "max_shard_size": "bytes, or a text",
     "max_memory": "bytes, or a text",

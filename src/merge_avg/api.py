@@ -35,6 +35,7 @@ from merge_avg.options import (
     option,
     parse_dtype,
     parse_range,
+    parse_sliding,
     suggested,
 )
 from merge_avg.plan import prepare, refuse_inputs
@@ -104,6 +105,7 @@ class _Merging(Options, _Selecting):
     )
     leave_one_out: bool = field(default=False, metadata=_META["leave_one_out"])
     prefixes: bool = field(default=False, metadata=_META["prefixes"])
+    sliding: Any = field(default=None, metadata=_META["sliding"])
     weights: Any = field(default=None, metadata=_META["weights"])
     dtype: ResultDtype | str | torch.dtype | None = field(  # type: ignore[assignment]
         default=None, metadata=_META["dtype"]
@@ -117,8 +119,8 @@ class _Merging(Options, _Selecting):
         numeric = all(isinstance(one, Integral) for one in lasts) and bool not in map(type, lasts)
         if self.last is not None and not (lasts and numeric):
             raise TypeError(f"last must be a number or several, not {self.last!r}")
-        leave_one_out, prefixes = self.leave_one_out, self.prefixes
-        return Series(lasts=lasts, leave_one_out=leave_one_out, prefixes=prefixes)
+        values = {one.name: getattr(self, one.name) for one in fields(Series)[1:]}
+        return Series(lasts=lasts, **values)
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,7 +171,7 @@ def _understood(cls: Any, given: dict[str, Any]) -> Any:
         value, allowed = given.get(name, getattr(cls, name)), choices(cls, name)
         if value is getattr(cls, name):
             continue
-        if meaning.parse is parse_range and isinstance(value, int | tuple | list):
+        if meaning.parse in (parse_range, parse_sliding) and isinstance(value, int | tuple | list):
             bounds = [value] if isinstance(value, int) else value
             value = ":".join("" if bound is None else str(bound) for bound in bounds)
         if meaning.parse is parse_dtype or name == "device":
@@ -275,7 +277,7 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     asked = _understood(_Merging, options)
     several = isinstance(output, Mapping)
     if several and (asked.weighting or asked.phema or asked.series.several):
-        hint = "leave out --weighting, --phema, --leave-one-out, --prefixes and a second --last"
+        hint = "leave out --weighting, --phema, and what makes several averages"
         raise UsageError("each output has weights of its own", hint=hint)
     places = [*output] if isinstance(output, Mapping) else [output]
     for place in places:

@@ -151,6 +151,16 @@ def parse_range(text: str) -> Bounds:
     return first, last, every
 
 
+def parse_sliding(text: str) -> tuple[int, int]:
+    """Return how many neighbours an average has, and the stride, in "K" or "K:STRIDE"."""
+    match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", text.strip())
+    size, stride = (int(match[1]), int(match[2] or 1)) if match else (0, 0)
+    if size < 2 or stride < 1:
+        hint = "write how many checkpoints go into each, as in 10, or 10:5 for every fifth"
+        raise UsageError(f"the window {text!r} is not understood", hint=hint)
+    return size, stride
+
+
 def numbers(given: Any) -> list[Weight]:
     """Return weights as a list; TypeError for a value that is not several or has no order."""
     if isinstance(given, str):
@@ -303,11 +313,17 @@ class Series:
     )
     leave_one_out: bool = option(False, "An average without each checkpoint, in one reading.")
     prefixes: bool = option(False, "Averages of the first 2, 3, ... N, in one reading.")
+    sliding: tuple[int, int] | None = option(
+        None,
+        "Averages of each K neighbours by age, in one reading.",
+        metavar="K[:STRIDE]",
+        parse=parse_sliding,
+    )
 
     @property
     def several(self) -> bool:
         """Return whether there is more than one output."""
-        return self.leave_one_out or self.prefixes or len(self.lasts) > 1
+        return bool(self.leave_one_out or self.prefixes or self.sliding or len(self.lasts) > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +339,7 @@ class Weighting:
     )
     scheme: str | None = option(
         None,
-        "Weights by order, the oldest first: uniform, linear, ema:DECAY, 1-sqrt, metric.",
+        "Weights by age: uniform, linear, ema:DECAY, 1-sqrt, power:SIGMA; or metric.",
         metavar="SCHEME",
         names=("--weighting",),
     )

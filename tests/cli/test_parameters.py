@@ -127,7 +127,7 @@ def test_other_parameters_stay_as_they_are():
         """Take options between two others."""
 
     names = inspect.signature(expanded(command)).parameters
-    assert list(names) == ["before", "lasts", "leave_one_out", "prefixes", "after"]
+    assert list(names) == ["before", "lasts", "leave_one_out", "prefixes", "sliding", "after"]
     assert (names["before"].annotation, names["after"].default) == (int, "x")
 
 

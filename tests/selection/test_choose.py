@@ -20,6 +20,7 @@ from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Criteria, Options, Series, Weighting
 from merge_avg.plan import prepare
 from merge_avg.selection import _choose, choose
+from merge_avg.selection._schemes import exponent
 from tests.selection.helpers import bare, lightning, names, select, trainer, why
 
 
@@ -144,6 +145,43 @@ def test_leave_one_out_and_prefixes(command):
     code, _, err = command("fold*.safetensors", "-o", "q-{name}.safetensors", "--prefixes")
     assert code == 1
     assert "--prefixes goes by age, and its step or epoch is not known" in err
+
+
+def test_sliding_windows(command):
+    """One reading averages each window of a run; each weighs its own, and is named by its last."""
+    for step in (100, 200, 300, 400, 900):
+        torch.save({"w": torch.full((64,), float(step))}, f"step={step}.pt")
+    code, out, _ = command(".", "-o", "a-{name}.pt", "--sliding", "3", "--json")
+    assert code == 0
+    report = json.loads(out)
+    names = [f"a-step-{step}.pt" for step in (300, 400, 900)]
+    assert [one["path"] for one in report["outputs"]] == names
+    means = [float(torch.load(name)["w"][0]) for name in names]
+    assert means == pytest.approx([200, 300, 1600 / 3])
+    assert 5 <= report["bytes_read"] / (64 * 4) < 6  # and small records of the template
+    ema = ["--weighting", "ema:0.5", "--sliding", "2:3"]
+    code, out, err = command(".", "-o", "b-{name}.pt", *ema)
+    assert out.split() == ["b-step-200.pt", "b-step-900.pt"]
+    assert float(torch.load("b-step-200.pt")["w"][0]) == 150
+    assert "note: ema:0.5 goes by steps, which are not evenly apart" in err
+    for option, words in (("1", "window '1'"), ("9", "--sliding 9 of 5"), ("2:0", "window '2:0'")):
+        code, _, err = command(".", "-o", "c-{name}.pt", "--sliding", option)
+        assert (code, words in err) == (2, True), err
+    Path("other").mkdir()
+    for name in "ab":
+        torch.save({"w": torch.full((2,), float(ord(name)))}, f"other/{name}.pt")
+    code, _, err = command("other/a.pt", "other/b.pt", "-o", "c-{name}.pt", "--sliding", "2")
+    assert "--sliding goes by age, and its step or epoch is not known" in err
+
+
+def test_power_function_emas_of_raw_checkpoints(command):
+    """Each checkpoint stands for the steps since the one before; without steps it is one step."""
+    for step in (100, 300):
+        torch.save({"w": torch.full((2,), float(step)), "step": step}, f"step={step}.pt")
+    code, out, err = command(".", "-o", "o.pt", "--weighting", "power:0.1", "--json")
+    assert code == 0, err
+    share = (1 / 3) ** (exponent(0.1) + 1)
+    assert json.loads(out)["outputs"][0]["weights"] == pytest.approx([1 - share, share])
 
 
 def test_post_hoc_ema(command):

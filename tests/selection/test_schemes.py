@@ -1,6 +1,8 @@
 """Weights by rule, against what they stand for."""
 
+import itertools
 import math
+import statistics
 from fractions import Fraction
 
 import pytest
@@ -61,6 +63,61 @@ def test_one_minus_sqrt_scales_updates(count):
         assert float(sum(weights[j:])) == pytest.approx(1 - math.sqrt(j / count))
 
 
+ascending = st.lists(st.integers(1, 500), min_size=1, max_size=8, unique=True).map(sorted)
+
+
+@given(ascending, st.sampled_from([0.5, 0.99]))
+def test_an_ema_of_uneven_steps_decays_by_their_distance(times, decay):
+    """Twice the median distance has the decay twice, whatever the unit of the times is."""
+    usual = statistics.median([b - a for a, b in itertools.pairwise(times)] or [1])
+    values, average = [time**2 for time in times], float(times[0] ** 2)
+    for before, time in itertools.pairwise(times):
+        left = decay ** ((time - before) / usual)
+        average = left * average + (1 - left) * time**2
+    for unit in (1, 1000):
+        weights = resolve(f"ema:{decay}", len(times), times=[time * unit for time in times])
+        found = sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+        assert float(found) == pytest.approx(average)
+
+
+@given(ascending, st.sampled_from(["0.05", "0.1", "0.25"]))
+def test_a_power_function_ema_is_that_of_training(times, sigma):
+    """Of weights that change at the checkpoints alone, it is the EMA that training would keep."""
+    average, values = 0.0, {time: math.cos(time) for time in times}
+    now = 0
+    for step in range(1, times[-1] + 1):
+        value = values[times[now]]
+        beta = (1 - 1 / step) ** (exponent(float(sigma)) + 1)
+        average = beta * average + (1 - beta) * value
+        now += step == times[now]
+    weights = resolve(f"power:{sigma}", len(times), times=times)
+    assert sum(weights) == 1
+    found = sum(w * Fraction(values[time]) for w, time in zip(weights, times, strict=True))
+    assert float(found) == pytest.approx(average, rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(2, 12), st.integers(1, 9), st.integers(0, 99))
+@pytest.mark.parametrize("scheme", ["ema:0.9", "1-sqrt"])
+def test_even_steps_count_as_numbers_do(scheme, count, apart, first):
+    """Where all distances are the same, the weights are those of 1, 2, 3, ... to the last bit."""
+    times = [first + apart * number for number in range(count)]
+    assert resolve(scheme, count, times=times) == resolve(scheme, count)
+
+
+def test_one_minus_sqrt_goes_by_the_steps():
+    """An update that took half of the run counts by where it began, as the decay says."""
+    weights = resolve("1-sqrt", 4, times=[100, 200, 300, 600])
+    assert float(sum(weights[3:])) == pytest.approx(1 - math.sqrt(300 / 600))
+    assert float(sum(weights[1:])) == pytest.approx(1 - math.sqrt(100 / 600))
+
+
+def test_long_distances_have_short_weights():
+    """Powers of large distances are rounded, so that their digits do not grow without end."""
+    weights = resolve("ema:0.999", 3, times=[0, 1, 10**9])
+    assert all(weight.denominator.bit_length() < 3000 for weight in weights)
+    assert resolve("power:0.1", 2, times=[0, 10])[0] == 0
+
+
 def test_by_metric():
     """Weights are in proportion to a metric, or to its inverse where lower is better."""
     assert resolve("metric", 2, [0.1, 0.3], "max") == (Fraction(1, 10), Fraction(3, 10))
@@ -81,7 +138,8 @@ def test_a_metric_needs_a_direction():
 
 
 @pytest.mark.parametrize(
-    "scheme", ["", "ema", "ema:", "ema:1", "ema:0", "ema:x", "ema:1/0", "cosine"]
+    "scheme",
+    ["", "ema", "ema:", "ema:1", "ema:0", "ema:x", "ema:1/0", "cosine", "power:x", "power:1"],
 )
 def test_unknown_schemes(scheme):
     """Any other scheme is a usage error with a hint."""

@@ -33,6 +33,18 @@ def test_several_numbers_of_last_ones():
     assert found == {"last-3": (2, 3, 4), "last-5": (0, 1, 2, 3, 4)}
 
 
+@pytest.mark.parametrize(("size", "stride"), [(2, 1), (3, 2), (5, 9)])
+def test_windows_slide_over_the_run(size, stride):
+    """Each has as many neighbours by age, and is named by its last; a stride leaves some out."""
+    order = (4, 2, 0, 1, 3)
+    found = members(folds(5), Series(sliding=(size, stride)), order)
+    assert list(found.values()) == [order[at : at + size] for at in range(0, 6 - size, stride)]
+    assert list(found) == [f"fold{chosen[-1] + 1}" for chosen in found.values()]
+    stepped = members(folds(5), Series(sliding=(size, stride)), order, [30, 40, 20, 50, 10])
+    assert next(iter(stepped)) == f"step-{[30, 40, 20, 50, 10][order[size - 1]]}"
+    assert list(stepped.values()) == list(found.values())
+
+
 @pytest.mark.parametrize("series", [Series(), Series(lasts=(3,))])
 def test_otherwise_there_is_one_average_of_all(series):
     """Without a series, or with one number that the selection has seen to, all are averaged."""
@@ -44,6 +56,7 @@ def test_otherwise_there_is_one_average_of_all(series):
     [
         (Series(leave_one_out=True), 1, "at least two checkpoints"),
         (Series(lasts=(2, 9)), 3, "last=9 of 3 checkpoints"),
+        (Series(sliding=(4, 1)), 3, "sliding=4 of 3 checkpoints"),
         (Series(lasts=(0, 2)), 3, "last=0 of 3 checkpoints"),
     ],
 )

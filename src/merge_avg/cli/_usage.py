@@ -36,5 +36,5 @@ def refuse_misfits(
         hint = "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
         raise UsageError("a soup is the plain mean of its members", hint=hint)
     if series.several:
-        hint = "leave out --leave-one-out, --prefixes and the second --last"
+        hint = "leave out --leave-one-out, --prefixes, --sliding and the second --last"
         raise UsageError("a soup is one output", hint=hint)

@@ -6,8 +6,9 @@ ones, those left out, and why, are one table: nothing is left out without a word
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from merge_avg.selection._logs import Log, read_log
 from merge_avg.selection._metadata import read_metadata
 from merge_avg.selection._names import CLOCKS, is_average, read_names
 from merge_avg.selection._places import Place, expand, final_models, fold_of
-from merge_avg.selection._schemes import exponent, phema, resolve
+from merge_avg.selection._schemes import BY_TIME, exponent, phema, resolve
 from merge_avg.selection._series import members, outputs
 
 # A layout takes about 500 bytes for each tensor: those kept take 32 MiB. A run of many large
@@ -134,10 +135,10 @@ def choose(
     if by_hand and len(sure) == len(chosen) and order != sorted(order):
         names = named([path.name for path in paths], _MOST_LISTED)
         notes.append(f"the weights are in the order of the arguments, not by age: {names}")
-    if weighting.scheme and weighting.scheme not in ("uniform", "metric"):
-        refuse_unordered(chosen, f"--weighting {weighting.scheme}")
-    elif series.prefixes:
-        refuse_unordered(chosen, "--prefixes")
+    if (by_order := _by_order(series, weighting)) is not None:
+        refuse_unordered(chosen, by_order)
+    clock, times = _times(chosen)
+    notes += _uneven(weighting.scheme or "", clock, times)
 
     # Each average of a series is weighted on its own: the oldest of *its* checkpoints is the first.
     def weigh(numbered: Sequence[int]) -> Sequence[Weight]:
@@ -146,9 +147,12 @@ def choose(
         if weighting.sigma is not None:
             return phema([_snapshot(layouts[paths[index]]) for index in numbered], weighting.sigma)
         metrics = [chosen[index].metric for index in numbered]
-        return resolve(weighting.scheme or "uniform", len(numbered), metrics, mode or criteria.mode)
+        moments = [times[index] for index in numbered] if times else ()
+        how = weighting.scheme or "uniform", len(numbered), metrics, mode or criteria.mode
+        return resolve(*how, moments)
 
-    table = outputs(output, members(paths, series, order), len(paths), weigh)
+    steps = times if clock == "step" else ()
+    table = outputs(output, members(paths, series, order, steps), len(paths), weigh)
     # A stored EMA may be the very one that is asked for.
     averages = series.several and weighting.sigma is None and not criteria.allow_trivial
     for path, row in table.items() if averages else ():
@@ -161,6 +165,32 @@ def choose(
     kept = {path: layouts[path] for path in paths if path in layouts}
     said = () if plain else tuple(candidates)
     return Choice(paths, table, said, tuple(notes), ages, (kept, layouts.sources))
+
+
+def _times(chosen: Sequence[Candidate]) -> tuple[str, Sequence[int]]:
+    """Return the clock by which all of the chosen differ, steps or epochs, and their times."""
+    for clock in ("step", "epoch"):
+        times = [getattr(one, clock) for one in chosen]
+        if None not in times and len({*times}) == len(times):
+            return clock, times
+    return "step", ()
+
+
+def _by_order(series: Series, weighting: Weighting) -> str | None:
+    """Return the option that goes by the age of checkpoints, if one does."""
+    if weighting.scheme and weighting.scheme not in ("uniform", "metric"):
+        return f"--weighting {weighting.scheme}"
+    return "--prefixes" if series.prefixes else "--sliding" if series.sliding else None
+
+
+def _uneven(scheme: str, clock: str, times: Sequence[int]) -> Iterator[str]:
+    """Yield a note on weights that go by time where that is not what the order tells."""
+    if scheme.partition(":")[0] not in BY_TIME:
+        return
+    if not times:
+        yield f"{scheme} counts checkpoints, not steps: they have none, or the same"
+    elif len({b - a for a, b in itertools.pairwise(sorted(times))}) > 1:
+        yield f"{scheme} goes by {clock}s, which are not evenly apart"
 
 
 def _refuse_count(weights: int, checkpoints: int) -> None:
@@ -176,8 +206,9 @@ def _check(criteria: Criteria, series: Series, weighting: Weighting) -> None:
         what = "--weights, --weighting and --phema exclude each other"
         raise UsageError(what, hint="give one of them")
     check(criteria)
-    if sum([series.leave_one_out, series.prefixes, len(series.lasts) > 1]) > 1:
-        what = "--leave-one-out, --prefixes and a second --last exclude each other"
+    asked_for = series.leave_one_out, series.prefixes, series.sliding, len(series.lasts) > 1
+    if sum(map(bool, asked_for)) > 1:
+        what = "--leave-one-out, --prefixes, --sliding and a second --last exclude each other"
         raise UsageError(what, hint="run them one after the other")
     decided = criteria.best is not None or criteria.one_best_per_fold
     if weighting.scheme == "metric" and criteria.metric is None and not decided:

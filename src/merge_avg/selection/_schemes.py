@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
 from merge_avg.errors import UsageError
 from merge_avg.options import MOST_BITS, Mode, suggested
 
+# Schemes whose weights depend on how far apart the checkpoints are.
+BY_TIME = ("ema", "1-sqrt", "power")
+
 
 def resolve(
-    scheme: str, count: int, metrics: Sequence[float | None] = (), mode: Mode | None = None
+    scheme: str,
+    count: int,
+    metrics: Sequence[float | None] = (),
+    mode: Mode | None = None,
+    times: Sequence[int] = (),
 ) -> tuple[Fraction, ...]:
     """Return the weights of `count` checkpoints, the oldest first; they need not sum to one.
 
     The scheme "linear" is 1, 2, 3, ...; "ema:DECAY" is the exponential moving average that starts
-    at the first checkpoint; "1-sqrt" merges in place of a 1 - sqrt decay of the learning rate; and
-    "metric" is in proportion to a metric, or to its inverse where lower is better.
+    at the first checkpoint; "1-sqrt" merges in place of a 1 - sqrt decay of the learning rate;
+    "power:SIGMA" is the power-function EMA of a relative width; and "metric" is in proportion to a
+    metric, or to its inverse where lower is better.
+
+    Of the schemes in `BY_TIME`, those of other `times` (steps or epochs, which grow) than 1, 2, 3,
+    ... have other weights. A decay is that of the median distance.
     """
     if scheme == "uniform":
         return (Fraction(1),) * count
@@ -29,30 +41,65 @@ def resolve(
         # the weights after j. For a decay of the learning rate it is to be g(j/N) = 1 - sqrt(j/N),
         # so that the weights are g((j-1)/N) - g(j/N). Sources: Haegele et al. (arXiv:2405.18392)
         # for the decay, WSM (Tian et al. 2025, arXiv:2507.17634) for merging in its place.
-        curve = [Fraction(1 - math.sqrt(j / count)) for j in range(count + 1)]
+        # Checkpoints that are not evenly apart have their own times in place of j.
+        ages = [Fraction(0), *_counted(times, count)]
+        curve = [Fraction(1 - math.sqrt(age / ages[-1])) for age in ages]
         return tuple(a - b for a, b in itertools.pairwise(curve))
     if scheme == "metric":
         return _by_metric(metrics, mode)
     if scheme.startswith("ema:"):
-        return _moving(scheme.removeprefix("ema:"), count)
-    hint = "choose one of uniform, linear, ema:DECAY, 1-sqrt, metric"
+        return _moving(scheme.removeprefix("ema:"), _counted(times, count))
+    if scheme.startswith("power:"):
+        return _power(scheme.removeprefix("power:"), times or range(1, count + 1))
+    hint = "choose one of uniform, linear, ema:DECAY, 1-sqrt, power:SIGMA, metric"
     known = ("uniform", "linear", "1-sqrt", "metric")
     raise UsageError(f"there is no weighting {scheme!r}", hint=suggested(scheme, known, hint))
 
 
-def _moving(text: str, count: int) -> tuple[Fraction, ...]:
+def _counted(times: Sequence[int], count: int) -> Sequence[Fraction]:
+    """Return times in median distances, the first as long after the start as is usual."""
+    if len(times) < 2:
+        return [Fraction(number) for number in range(1, count + 1)]
+    usual = statistics.median([b - a for a, b in itertools.pairwise(times)])
+    return [Fraction(time - times[0]) / Fraction(usual) + 1 for time in times]
+
+
+def _moving(text: str, times: Sequence[Fraction]) -> tuple[Fraction, ...]:
+    # Powers of whole numbers are exact, unless they are of a length that nobody needs.
+    whole = all(time.denominator == 1 for time in times)
     try:
         # The powers of 0.999...9 with a million digits, or of 1e-999999, would never end.
         short = len(text) <= 20 and ("e" not in text.lower() or float(text) > 1e-20)
         decay = Fraction(text if short else -1)
     except (ValueError, ZeroDivisionError):
         decay = Fraction(-1)
-    if not 0 < decay < 1 or decay.denominator.bit_length() * count > MOST_BITS:
+    if not 0 < decay < 1 or decay.denominator.bit_length() * len(times) > MOST_BITS:
         hint = "give a number between 0 and 1, of fewer digits for more checkpoints, as in ema:0.9"
         raise UsageError(f"the decay {text!r} is not understood, or too long", hint=hint)
-    # avg = decay * avg + (1 - decay) * x, unrolled from the first checkpoint on.
-    rest = [(1 - decay) * decay**age for age in reversed(range(count - 1))]
-    return (decay ** (count - 1), *rest)
+    exact = whole and decay.denominator.bit_length() * times[-1] <= MOST_BITS
+
+    def left(distance: Fraction) -> Fraction:
+        return decay ** int(distance) if exact else Fraction(float(decay) ** float(distance))
+
+    # avg = decay * avg + (1 - decay) * x, unrolled from the first checkpoint on; the decay of a
+    # distance is a power of that of the median one.
+    rest = [(1 - left(b - a)) * left(times[-1] - b) for a, b in itertools.pairwise(times)]
+    return (left(times[-1] - times[0]), *rest)
+
+
+def _power(text: str, times: Sequence[int]) -> tuple[Fraction, ...]:
+    """Return weights by which checkpoints make a power-function EMA of a relative width.
+
+    Each stands for the steps since the one before, the first for all before it: it has the share
+    of the profile (see `phema`) that lies there.
+    """
+    try:
+        sigma = float(text)
+    except ValueError:
+        sigma = -1.0
+    gamma = exponent(sigma)
+    shares = [Fraction(float(time / times[-1]) ** (gamma + 1)) for time in (0, *times)]
+    return tuple(b - a for a, b in itertools.pairwise(shares))
 
 
 def _by_metric(metrics: Sequence[float | None], mode: Mode | None) -> tuple[Fraction, ...]:

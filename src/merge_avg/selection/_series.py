@@ -10,11 +10,15 @@ from merge_avg.options import Series, Weight
 
 
 def members(
-    checkpoints: Sequence[Path], series: Series, order: Sequence[int] = ()
+    checkpoints: Sequence[Path],
+    series: Series,
+    order: Sequence[int] = (),
+    steps: Sequence[int] = (),
 ) -> dict[str, tuple[int, ...]]:
     """Return the numbers of the checkpoints in each average, by its name.
 
-    They come in an `order`, which is that of the checkpoints or has the oldest first.
+    They come in an `order`, which is that of the checkpoints or has the oldest first; and they have
+    `steps`, if these are known and differ.
     """
     count = len(checkpoints)
     if series.several and count < 2:
@@ -25,6 +29,15 @@ def members(
         return {f"without-{name}": tuple(k for k in everything if k != i) for i, name in names}
     if series.prefixes:
         return {f"first-{size}": everything[:size] for size in range(2, count + 1)}
+    if series.sliding is not None:
+        size, stride = series.sliding
+        if size > count:
+            hint = "choose a smaller window"
+            raise UsageError(f"--sliding {size} of {count} checkpoints", hint=hint)
+        # Named by the last step of each, as is a checkpoint that it may stand for.
+        known = [f"step-{step}" for step in steps] or distinct_names(checkpoints)
+        ends = range(size, count + 1, stride)
+        return {known[everything[end - 1]]: everything[end - size : end] for end in ends}
     # A single --last is a criterion: the selection has seen to it.
     if len(series.lasts) < 2:
         return {"": everything}
