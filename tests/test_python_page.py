@@ -57,7 +57,8 @@ def test_every_name_is_on_the_page():
     """What `dir` lists is in the first table, and whatever values and errors have is below."""
     first = PAGE.partition("This is all of the API")[0]
     assert sorted(re.findall(r"`(\w+)`", first)) == sorted(merge_avg.__all__)
-    for cls in (merge_avg.Result, merge_avg.Selection, merge_avg.Contents, merge_avg.Verification):
+    values = ("Result", "Loaded", "Selection", "Contents", "Verification")
+    for cls in (getattr(merge_avg, name) for name in values):
         part = PAGE.partition(f"### `{cls.__name__}`\n")[2].partition("\n#")[0]
         told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", part, re.MULTILINE)))
         assert sorted(told) == sorted(one.name for one in fields(cls))

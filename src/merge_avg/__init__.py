@@ -1,6 +1,7 @@
 """Average the weights of PyTorch checkpoints: exactly, in bounded memory, without running them.
 
     merge_checkpoints(paths, output)            average files, as the command merge-avg does
+    load_average(model, paths)                  fill a model with their average
     select_checkpoints(run, last=5)             choose checkpoints of a run, without a merge
     inspect_checkpoints(paths)                  list what is in files, and what would be averaged
     verify_output(path)                         derive an output again, and compare every byte
@@ -20,8 +21,10 @@ from merge_avg.errors import MergeError, MergeWarning, UsageError
 
 if TYPE_CHECKING:
     from merge_avg.api import (
+        Loaded,
         Selection,
         inspect_checkpoints,
+        load_average,
         merge_checkpoints,
         select_checkpoints,
     )
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AverageModelMerger",
     "Contents",
+    "Loaded",
     "MergeError",
     "MergeWarning",
     "Result",
@@ -45,6 +49,7 @@ __all__ = [
     "Weights",
     "__version__",
     "inspect_checkpoints",
+    "load_average",
     "merge_checkpoints",
     "recalibrate_batch_norm",
     "select_checkpoints",
@@ -56,12 +61,14 @@ __all__ = [
 _HOMES = {
     "AverageModelMerger": "merger",
     "Contents": "report.inspect",
+    "Loaded": "api",
     "Result": "engine",
     "RunningMean": "arithmetic.torch_mean",
     "Selection": "api",
     "Verification": "verify",
     "Weights": "arithmetic",
     "inspect_checkpoints": "api",
+    "load_average": "api",
     "merge_checkpoints": "api",
     "recalibrate_batch_norm": "merger",
     "select_checkpoints": "api",

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import reprlib
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from merge_avg.brief import Brief
-from merge_avg.engine import Result, run
-from merge_avg.errors import NAMES, MergeError, MergeWarning, UsageError, counted, in_keywords
+from merge_avg.engine import Opened, Result, run
+from merge_avg.errors import (
+    NAMES,
+    MergeError,
+    MergeWarning,
+    UsageError,
+    counted,
+    in_keywords,
+    named,
+)
 from merge_avg.options import (
     Criteria,
     Location,
@@ -38,7 +47,7 @@ from merge_avg.options import (
     parse_sliding,
     suggested,
 )
-from merge_avg.plan import prepare, refuse_inputs
+from merge_avg.plan import Job, prepare, refuse_inputs
 from merge_avg.report.inspect import Contents, contents
 from merge_avg.report.values import notes_of
 from merge_avg.selection import Candidate, Choice, choose, expand, refuse_place, refuse_trivial
@@ -228,6 +237,7 @@ def _bar() -> Iterator[Callable[[int, int], object]]:
 
 
 _Merge = Callable[Concatenate[Places, Outputs, P], Result]
+_Load = Callable[Concatenate["torch.nn.Module", Places, P], "Loaded"]
 
 
 def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _Merge[P]]:
@@ -247,6 +257,10 @@ def _described(options: Callable[P, Any]) -> Callable[[Callable[..., Result]], _
         return function
 
     return described
+
+
+def _loading(options: Callable[P, Any]) -> Callable[[Callable[..., Loaded]], _Load[P]]:
+    return _described(options)  # type: ignore[return-value]
 
 
 @_described(_Merging)
@@ -298,6 +312,11 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     values = {one.name: getattr(asked, one.name) for one in fields(Options)}
     merging = Options(**values | {"weights": asked.weights if several else None})
     job = prepare(choice.paths, outputs, choice.templated(merging), *choice.scanned)
+    return _run(job, choice, asked.progress)
+
+
+def _run(job: Job, choice: Choice, progress: Any, opened: Opened | None = None) -> Result:
+    """Run a merge with its progress, raise its doubts as warnings, and note what else is known."""
     done = 0
 
     def advance(more: int) -> None:
@@ -305,12 +324,80 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
         done += more
         show(done, job.nbytes)
 
-    with _bar() if asked.progress is True else contextlib.nullcontext(asked.progress) as show:
-        result = run(job, advance if show else None)
+    with _bar() if progress is True else contextlib.nullcontext(progress) as show:
+        result = run(job, advance if show else None, opened)
     notes = tuple(map(in_keywords, notes_of(job, result, choice)))
     for text in result.warnings:
-        warnings.warn(text, MergeWarning, stacklevel=2)
+        warnings.warn(text, MergeWarning, stacklevel=3)
     return replace(result, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loading(Options, _Selecting):
+    strict: bool = option(
+        default=True, help="Refuse names that only the model, or the checkpoints, have."
+    )
+    weights: Any = field(default=None, metadata=_META["weights"])
+    dtype: ResultDtype | str | torch.dtype | None = field(  # type: ignore[assignment]
+        default=None, metadata=_META["dtype"]
+    )
+    progress: bool | Callable[[int, int], object] = False
+
+
+@dataclass(frozen=True, repr=False)
+class Loaded(Brief):
+    """An average that was loaded into a model, and the names that only one of them has."""
+
+    result: Result
+    missing_keys: tuple[str, ...]  # of the model, which the checkpoints lack
+    unexpected_keys: tuple[str, ...]  # of the checkpoints, which the model lacks
+
+    def brief(self) -> Iterator[str]:
+        """Yield what was averaged, and which names have no partner."""
+        yield f"{counted(len(self.result.job.averaged), 'checkpoint')} averaged into a model"
+        yield from list(self.result.brief())[1:]
+        for label in ("missing_keys", "unexpected_keys"):
+            names = getattr(self, label)
+            yield from [f"{label}: {named(names, 3)}"] if names else []
+
+
+@_loading(_Loading)
+def load_average(model: torch.nn.Module, paths: Places, **options: Any) -> Loaded:
+    """Fill a model with the average of checkpoints, in place, with one window beside it in memory.
+
+    Its parameters and persistent buffers, on any device, get what `merge_checkpoints` would write
+    for them, bit for bit; those of another dtype get it rounded to theirs. After an error the model
+    holds parts of both: load it anew.
+
+    Args:
+        model: the module that the checkpoints are of.
+        paths: checkpoints, as `merge_checkpoints` takes them.
+        options: by name.
+        progress: True for a bar, or a function, as `merge_checkpoints` takes it.
+
+    Raises:
+        MergeError: names or shapes differ; or as `merge_checkpoints` does.
+        UsageError: the options do not fit each other.
+        TypeError: an argument is of another kind than is meant.
+    """
+    from merge_avg.loading import ModelSink, match
+
+    if not hasattr(model, "state_dict"):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    asked = _understood(_Loading, options)
+    with tempfile.TemporaryDirectory(prefix="merge-avg-") as name:
+        # An output that is never made: a bare state dict, in which each tensor stands alone.
+        place = Path(name) / "average.safetensors"
+        choice = asked.choose(paths, place, weights=asked.weights)
+        if not asked.allow_trivial:
+            refuse_trivial(choice)
+        values = {one.name: getattr(asked, one.name) for one in fields(Options)}
+        merging = choice.templated(Options(**values | {"weights": None, "state_dict": True}))
+        job = prepare(choice.paths, choice.outputs, merging, *choice.scanned)
+        matched = match(model, job, strict=asked.strict)
+        sink = ModelSink(matched.tensors, place.parent)
+        result = _run(job, choice, asked.progress, lambda _: contextlib.nullcontext(sink))
+    return Loaded(result, matched.missing, matched.unexpected)
 
 
 def select_checkpoints(paths: Places, **options: Any) -> Selection:
