@@ -16,6 +16,7 @@ PAGE = (Path(__file__).parent.parent / ".github" / "PYTHON.md").read_text()
 TAKES = {  # what is no single type
     "last": "a whole number, or several",
     "weights": "a list of numbers",
+    "weights_for": "a mapping of patterns to such lists",
     "dtype": 'a name, as in `"float16"`, or a `torch.dtype`',
     "steps": "`(first, last)`, `(first, last, divisor)`, or one step",
     "epochs": "`(first, last)`, or one epoch",

@@ -189,6 +189,8 @@ def _understood(cls: Any, given: dict[str, Any]) -> Any:
             value = meaning.parse(value)
         elif isinstance(value, str) and getattr(cls, name) == ():
             value = (value,)
+        elif name == "weights_for" and isinstance(value, Mapping):
+            value = [f"{key}={','.join(map(str, numbers(row)))}" for key, row in value.items()]
         if allowed and value not in allowed:
             raise UsageError(f"{name} is {value!r}", hint=f"choose one of {', '.join(allowed)}")
         given[name] = _fitting(name, value, types[name])

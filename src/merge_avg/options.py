@@ -223,6 +223,11 @@ class Options:
         "state.",
         names=("--weights-only", "--state-dict"),
     )
+    weights_for: Sequence[str] = recorded(
+        (),
+        "Other weights for tensors with such names, as in 'head.*=1,0'.",
+        metavar="PATTERN=W,W,...",
+    )
     # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
     template: Location | int | None = option(
         None,

@@ -32,6 +32,7 @@ NESTED = {
 }
 POLICIES = """
     allow_nonfinite device dtype exclude include int_policy key missing normalize state_dict
+    weights_for
     weights_only
 """.split()
 

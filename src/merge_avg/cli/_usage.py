@@ -32,8 +32,11 @@ def refuse_misfits(
     if options.min_agreement is not None or options.fail_on is not None or not options.agreement:
         hint = "leave out --min-agreement, --fail-on and --no-agreement"
         raise UsageError("a soup has no verdict: the score decides", hint=hint)
-    if weighting != Weighting() or not options.normalize or options.template or options.dtype:
-        hint = "leave out --weights, --weighting, --phema, --no-normalize, --template and --dtype"
+    if weighting != Weighting() or options.weights_for or not options.normalize:
+        hint = "leave out --weights, --weights-for, --weighting, --phema and --no-normalize"
+        raise UsageError("a soup is the plain mean of its members", hint=hint)
+    if options.template or options.dtype:
+        hint = "leave out --template and --dtype"
         raise UsageError("a soup is the plain mean of its members", hint=hint)
     if series.several:
         hint = "leave out --leave-one-out, --prefixes, --sliding and the second --last"

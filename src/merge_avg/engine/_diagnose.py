@@ -271,7 +271,7 @@ class Integers:
     def __init__(
         self, space: Workspace, reader: WindowReader, diagnosis: Diagnosis, out: Buffer
     ) -> None:
-        self._rows = [output.weights for output in space.job.outputs]
+        self._job = space.job
         self._policy = space.job.options.int_policy
         self._reader = reader
         self._diagnosis = diagnosis
@@ -289,7 +289,7 @@ class Integers:
                 shift = piece.unit.start + piece.start - start
                 self._diagnosis.differing(window, piece, some, shift)
                 found.append((piece, start, stop, some))
-        for number in range(len(self._rows)):
+        for number in range(len(self._job.outputs)):
             for piece, start, stop, some in found if self._policy in ("max", "mean") else ():
                 data = ours[start * size : stop * size]
                 self._settle(number, piece, [place - start for place in some], data)
@@ -307,7 +307,7 @@ class Integers:
         """Give elements that differ the values that the policy makes of them for an output."""
         dtype = piece.unit.members[0][1].dtype
         ours = values_of(data, dtype)
-        row = self._rows[number]
+        row = self._job.weights(piece.unit)[number]
         sources = counted(piece.unit, row)
         chosen = [piece.unit.sources[k].checkpoint for k in sources]
         weights = row.subset(chosen) or Weights.uniform(len(sources))

@@ -44,7 +44,7 @@ class Recipes:
     def of(self, unit: Unit) -> Recipe:
         """Return the recipe of a unit: most often, that of the last window."""
         if self._last is None or self._last.unit is not unit:
-            rows = [output.weights for output in self._space.job.outputs]
+            rows = self._space.job.weights(unit)
             chosen = [counted(unit, weights) for weights in rows]
             means = [self._mean(unit, *pair) for pair in enumerate(zip(rows, chosen, strict=True))]
             wanted = sorted(self._space.comparison.beside(unit).union(*chosen))
@@ -68,7 +68,7 @@ class Recipes:
         chosen = tuple(source.checkpoint for source in sources)
         dtypes = tuple(source.dtype.name for source in sources)
         # By what decides a mean, not by unit: there are few kinds of units, and very many units.
-        key = number, chosen, unit.kind, unit.dtype.name, dtypes
+        key = number, unit.rule, chosen, unit.kind, unit.dtype.name, dtypes
         if key not in self._means:
             weights = row[0].subset(chosen)
             if unit.kind == "keep" or weights is None:

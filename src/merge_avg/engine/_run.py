@@ -185,7 +185,7 @@ def _needs_torch(job: Job) -> MergeError | None:
         return _missing(f"the device {job.options.device!r} needs")
     if LOOPS is None:
         return _missing("merge-avg was installed without its compiled loops, so that a mean needs")
-    if not all(output.weights.small for output in job.outputs):
+    if not all(weights.small for weights in job.all_weights):
         return _missing("weights of so many digits need")
     for unit in job.plan.units:
         if unit.kind == "mean" or unit.dtype != unit.sources[0].dtype:

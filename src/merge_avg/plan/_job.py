@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +34,10 @@ from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._derived import parts_note
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, write_record
+from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._training import training_state
-from merge_avg.plan._units import Plan, make_plan, with_base
+from merge_avg.plan._units import Plan, Unit, make_plan, with_base
 
 _LAST_DIGITS = 2e-6  # of a recorded agreement, which has six places
 
@@ -63,6 +63,7 @@ class Job:
     notes: tuple[str, ...]  # for the user, one sentence each
     base: int | None  # the number of the checkpoint that the others were fine-tuned from
     made_by: Record | None  # the record of an output that exists and is compared with the job's
+    rules: tuple[Rule, ...] = ()  # of units that have weights of their own
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -72,8 +73,20 @@ class Job:
     @property
     def averaged(self) -> tuple[int, ...]:
         """Return the numbers of the checkpoints that have a weight in some output."""
-        rows = [output.weights.integers for output in self.outputs]
+        rows = [weights.integers for weights in self.all_weights]
         return tuple(k for k in range(len(self.layouts)) if any(row[k] for row in rows))
+
+    @property
+    def all_weights(self) -> list[Weights]:
+        """Return the weights of each output, and of each rule."""
+        outputs = [output.weights for output in self.outputs]
+        return outputs + [rule.weights for rule in self.rules]
+
+    def weights(self, unit: Unit) -> list[Weights]:
+        """Return the weights of a unit in each output."""
+        if unit.rule >= 0:
+            return [self.rules[unit.rule].weights]
+        return [output.weights for output in self.outputs]
 
     @property
     def kept_texts(self) -> Iterator[bytes]:
@@ -111,7 +124,8 @@ class Job:
         if agreement is not None and recorded is not None:
             agreement = recorded if abs(agreement - recorded) < _LAST_DIGITS else agreement
         made = merged, output.weights, replace(self.options, weights_only=only), version
-        return write_record(*made, hashes, agreement, compared=len(self.outputs) == 1)
+        rules = [(rule.pattern, rule.weights) for rule in self.rules]
+        return write_record(*made, hashes, agreement, rules, compared=len(self.outputs) == 1)
 
 
 def prepare(
@@ -145,9 +159,14 @@ def prepare(
         for path, row in asked.items():
             numbers = [0 if k is None else row[k] for k in order]
             specs.append(OutputSpec(path, Weights.of(numbers, normalize=options.normalize)))
+        given = options.weights_for, order, len(paths)
+        rules = read_rules(*given, normalize=options.normalize)
+        if rules and len(specs) > 1:
+            hint = "make one average, or leave out --weights-for"
+            raise UsageError("rules by name are of a single average", hint=hint)
         with without_collector():
             scanned = layouts or {}, sources or {}
-            job = _prepared(inputs, tuple(specs), options, made_by, *scanned)
+            job = _prepared(inputs, tuple(specs), rules, options, made_by, *scanned)
             directory = job.layout.directory
             # An output to compare with exists, and is not written.
             for path in asked if made_by is None else ():
@@ -210,13 +229,19 @@ def _asked(
 def _prepared(
     inputs: Sequence[Path],
     outputs: tuple[OutputSpec, ...],
+    rules: tuple[Rule, ...],
     options: Options,
     made_by: Record | None,
     scanned: Mapping[Path, Layout],
     sources: Mapping[Path, Layout],
 ) -> Job:
     # Copies: the caller may change its lists before the record is written.
-    options = replace(options, include=[*options.include], exclude=[*options.exclude])
+    options = replace(
+        options,
+        include=[*options.include],
+        exclude=[*options.exclude],
+        weights_for=[*options.weights_for],
+    )
     # Only a copy of the template needs its pickle and list of records. A record that `verify` reads
     # may name one checkpoint ten thousand times.
     known = {**sources, **scanned}
@@ -226,12 +251,13 @@ def _prepared(
     weights = [role.weights for role in roles]
     bare = {name: info for name, info in weights[0].items() if name not in masters}
     aligned = align(inputs, weights, options.missing, options.include, options.exclude, masters)
-    plan = make_plan(layouts, aligned, options.dtype)
+    plan, ruled_notes = ruled(make_plan(layouts, aligned, options.dtype), rules, masters, inputs[0])
     base = None if options.base is None else _number_of(inputs, Path(options.base))
-    notes: list[str] = []
+    notes = ruled_notes
     if options.base is not None and base is None:
         base = len(inputs)
-        plan, notes = _based(plan, Path(options.base), bare, options.key)
+        plan, more = _based(plan, Path(options.base), bare, options.key)
+        notes += more
     entries = sum(len(layout.tensors) for layout in plan.layouts)
     counts = len(plan.layouts), plan.itemsize, entries
     limits = options.max_memory, options.threads
@@ -245,18 +271,19 @@ def _prepared(
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
         hint = "write a .safetensors file, or the weights alone with --weights-only"
         raise MergeError(what, where=inputs[0], hint=hint)
-    some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
-    for unit, output in itertools.product(some, outputs):
-        if not any(output.weights.integers[k] for k in unit.checkpoints):
-            what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
-            raise MergeError(what, where=inputs[0])
     if masters:
         what = "the float32 copies of weights in the optimizer's state are averaged as well"
         notes.append(f"{what}: {named(masters)}")
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
     said = (*_notes(layouts, options, layout), *parts, *notes)
-    return Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by)
+    job = Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by, rules)
+    some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
+    for unit, row in ((one, row) for one in some for row in job.weights(one)):
+        if not any(row.integers[k] for k in unit.checkpoints):
+            what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
+            raise MergeError(what, where=inputs[0])
+    return job
 
 
 def _based(

@@ -21,14 +21,17 @@ from typing import Any
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
-from merge_avg.checkpoint import PROVENANCE, Layout
+from merge_avg.checkpoint import LARGEST_PROVENANCE, PROVENANCE, Layout
 from merge_avg.errors import MergeError
 from merge_avg.formats import bounded
 from merge_avg.io import leads_elsewhere
 from merge_avg.options import RECORDED, Options, choices
 
 _MOST_INPUTS = 10_000
-_LATER = {"weights_only": False}  # recorded only where they are set: records of before have none
+_LATER = {
+    "weights_only": False,
+    "weights_for": (),
+}  # recorded only where they are set: records of before have none
 _LONGEST = 10_000  # characters of a text: two numbers, of as many digits as `int` takes
 
 
@@ -47,6 +50,7 @@ def write_record(
     version: str = __version__,
     hashes: Hashes | None = None,
     agreement: float | None = None,
+    rules: Sequence[tuple[str, Weights]] = (),
     *,
     compared: bool = True,
 ) -> bytes:
@@ -58,7 +62,9 @@ def write_record(
     """
     # A weight of zero is named only where it had a say: in which tensors every checkpoint has.
     all_named = options.missing != "error"
-    numbers = [k for k in range(len(layouts)) if all_named or weights.integers[k]]
+    rows = [weights, *(row for _, row in rules)]
+    used = {k for k in range(len(layouts)) if any(row.integers[k] for row in rows)}
+    numbers = [k for k in range(len(layouts)) if all_named or k in used]
     places = {k: Path(os.path.abspath(layouts[k].path)) for k in {0, *numbers}}  # noqa: PTH100 - links stay
     root = os.path.commonpath([place.parent for place in places.values()])
     names = {k: place.relative_to(root).as_posix() for k, place in places.items()}
@@ -69,6 +75,8 @@ def write_record(
     def digest(value: int) -> str | None:
         return f"{value:032x}" if options.hashes else None
 
+    # By name: in whichever order checkpoints are given, their mean is the same.
+    order = sorted(numbers, key=names.__getitem__)
     inputs = [
         {
             "name": names[k],
@@ -76,21 +84,25 @@ def write_record(
             # Integers, as 0.1 is not a float: whoever reads "1/3" computes with the same numbers.
             "weight": f"{weights.integers[k]}/{weights.total}",
             # How much is read of what has no weight depends on what else is made of it.
-            "hash": digest(hashes.read[k] if hashes else 0) if weights.integers[k] else None,
+            "hash": digest(hashes.read[k] if hashes else 0) if k in used else None,
         }
-        for k in numbers
+        for k in order
     ]
     kept = digest(hashes.kept if hashes else 0)
     # "n/a" is as long as a number.
     cosine = "n/a      " if agreement is None and hashes else f"{agreement or 0:+.6f}"
     record = {
         "merge_avg": version,
-        # By name: in whichever order checkpoints are given, their mean is the same.
-        "inputs": sorted(inputs, key=lambda entry: str(entry["name"])),
+        "inputs": inputs,
         "template": {"name": names[0], "bytes": layouts[0].nbytes, "hash": kept},
         "agreement": cosine if options.agreement and compared else None,
         **{k: v for k in RECORDED if (v := getattr(options, k)) or k not in _LATER},
     }
+    if rules:  # with weights in this order
+        record["weights_for"] = [
+            f"{pattern}={','.join(f'{row.integers[k]}/{row.total}' for k in order)}"
+            for pattern, row in rules
+        ]
     return json.dumps(record).encode()
 
 
@@ -170,14 +182,15 @@ def _checked(name: str, value: Any) -> Any:
         raise ValueError("an unknown option")
     if isinstance(default, bool):
         return bool(value)
-    if isinstance(default, tuple):
-        return tuple(map(_text, value))
+    if isinstance(default, tuple):  # a rule has a number for each input
+        longest = LARGEST_PROVENANCE if name == "weights_for" else _LONGEST
+        return tuple(_text(one, longest) for one in value)
     if value is None:
         return None
     return int(value) if name == "max_shard_size" else _text(value)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _LONGEST:
+def _text(value: Any, longest: int = _LONGEST) -> str:
+    if not isinstance(value, str) or len(value) > longest:
         raise TypeError("not a text, or a long one")
     return value

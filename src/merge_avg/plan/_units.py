@@ -89,6 +89,7 @@ class Unit:
     members: tuple[Member, ...]  # the template's tensors in it
     sources: Sequence[Source]  # one for each checkpoint that takes part; first the template's
     number: int = 0  # its place among the units of the plan
+    rule: int = -1  # the number of the rule that gives it weights of its own, if one does
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -111,8 +112,8 @@ class Unit:
     def alike(self) -> tuple[object, ...]:
         """Return what units have in common that are averaged in one window."""
         if isinstance(self.sources, Everywhere):
-            return self.kind, self.dtype, self.sources.checkpoints, self.sources.dtype
-        return self.kind, self.dtype, *(source[:2] for source in self.sources)
+            return self.kind, self.dtype, self.rule, self.sources.checkpoints, self.sources.dtype
+        return self.kind, self.dtype, self.rule, *(source[:2] for source in self.sources)
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -60,8 +59,10 @@ def _counted(times: Sequence[int], count: int) -> Sequence[Fraction]:
     """Return times in median distances, the first as long after the start as is usual."""
     if len(times) < 2:
         return [Fraction(number) for number in range(1, count + 1)]
-    usual = statistics.median([b - a for a, b in itertools.pairwise(times)])
-    return [Fraction(time - times[0]) / Fraction(usual) + 1 for time in times]
+    distances = sorted(b - a for a, b in itertools.pairwise(times))
+    half = len(distances) // 2
+    usual = Fraction(distances[half] + distances[~half], 2)  # the median
+    return [(time - times[0]) / usual + 1 for time in times]
 
 
 def _moving(text: str, times: Sequence[Fraction]) -> tuple[Fraction, ...]:
