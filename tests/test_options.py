@@ -88,7 +88,7 @@ def test_empty_ranges_are_refused(text):
 def test_what_is_recorded():
     """Outputs have these options in their provenance, in this order: their bytes depend on it."""
     order = "normalize dtype key missing int_policy state_dict allow_nonfinite max_shard_size"
-    assert " ".join(RECORDED) == f"{order} include exclude weights_only"
+    assert " ".join(RECORDED) == f"{order} include exclude weights_only weights_for"
 
 
 def test_what_is_reported():
@@ -114,7 +114,7 @@ def test_every_field_of_options_has_a_meaning():
 def test_recorded_options_are_plain_values():
     """The defaults of recorded options go into JSON, and come back as they were."""
     values = {name: getattr(Options(), name) for name in RECORDED}
-    assert json.loads(json.dumps(values)) == {**values, "include": [], "exclude": []}
+    assert json.loads(json.dumps(values)) == {**values, "include": [], "exclude": [], "weights_for": []}
 
 
 def test_choices_are_those_of_the_type():

@@ -50,6 +50,7 @@ recorded = st.fixed_dictionaries(
         "include": st.lists(texts, max_size=3).map(tuple),
         "exclude": st.lists(texts, max_size=3).map(tuple),
         "weights_only": st.booleans(),
+        "weights_for": st.lists(texts, max_size=3).map(tuple),
     }
 )
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=9)
