@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath, dotted
 from merge_avg.checkpoint._reasons import Reason, Reasons, kind_of
@@ -12,8 +13,7 @@ from merge_avg.errors import MergeError, named
 UNASKED = "it is not below --key"  # the text of the reason of what may well be a weight
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Name:
+class Name(NamedTuple):  # tables of all tensors go by it, so that hashing it has to be quick
     """The name of a weight: the state dict it lies in, and its key there."""
 
     state_dict: TreePath

@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, combinations, permutations
+from itertools import chain, combinations, product
 
 from merge_avg.checkpoint import Layout, Name, TensorInfo, TreePath
 from merge_avg.errors import MergeError, named
@@ -72,6 +72,11 @@ def _mask_word(last: str) -> bool:
     return bool(_MASK_WORD.search(last))
 
 
+@lru_cache
+def _plain(last: str) -> bool:
+    return bool(_OWN.fullmatch(last)) and not _mask_word(last)
+
+
 def _matrix(info: TensorInfo) -> tuple[int, int] | None:
     """Return the rows and columns of a tensor of two dimensions or more, as layers use it."""
     if len(info.shape) < 2 or not info.numel or info.dtype.kind not in ("float", "complex"):
@@ -83,6 +88,9 @@ def unit_or_mask(tensors: Tensors) -> dict[Name, bool]:
     """Return what may be of unit length, or a mask: the values tell, unless it is certain."""
     found: dict[Name, bool] = {}
     for home, names in _by_home(tensors).items():
+        # Modules of nothing but weights and biases, as nearly all are, hold neither.
+        if all(_plain(_last(name)) and "parametrizations." not in name.key for name in names):
+            continue
         wide = [i for i in map(tensors.__getitem__, names) if _matrix(i) and max(i.shape) < i.numel]
         # A transposed convolution has its rows in the second dimension.
         rows = [(info.numel, extent) for info in wide for extent in info.shape[:2]]
@@ -134,16 +142,16 @@ def low_rank(tensors: Tensors) -> frozenset[Pair]:
     for home, names in sorted(homes.items(), key=lambda item: -item[0][1].count(".")):
         if not 1 < len(names) <= _MOST_BESIDE:
             continue
+        flat = [name for name in names if 2 * matrices[name][0] <= matrices[name][1]]
+        tall = [name for name in names if 2 * matrices[name][1] <= matrices[name][0]]
         products = {
             (a, b): (matrices[b][0], matrices[a][1])
-            for a, b in permutations(names, 2)
-            if matrices[a][0] == matrices[b][1]
-            and 2 * matrices[a][0] <= min(matrices[a][1], matrices[b][0])
-            and _bare(home, (a, b), held)
+            for a, b in product(flat, tall)
+            if matrices[a][0] == matrices[b][1] and _bare(home, (a, b), held)
         }
         for full in names if products else ():
             shapes = matrices[full], matrices[full][::-1]
-            some = [pair for pair, product in products.items() if product in shapes]
+            some = [pair for pair, shape in products.items() if shape in shapes]
             # The two layers of a bottleneck have another one between or beside them.
             if {*chain(*some)} == {*names} - {full}:
                 pairs |= {*map(frozenset, some)}
