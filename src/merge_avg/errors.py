@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Where = str | os.PathLike[str] | None
@@ -78,6 +78,18 @@ class UsageError(MergeError):
 
 class WrittenError(MergeError):
     """A failure after the outputs are complete, such as of a report of them."""
+
+
+class RankError(MergeError):
+    """A failure of one of several ranks, which ends the merge of all.
+
+    `told`: whether another rank tells the user.
+    """
+
+    def __init__(self, about: Mapping[str, Any], *, told: bool) -> None:
+        where, hint, tensor = (about.get(name) for name in ("where", "hint", "tensor"))
+        super().__init__(str(about.get("what")), where=where, hint=hint, tensor=tensor)
+        self.told = told
 
 
 _SPACE = "free some space, or choose another place for the output"

@@ -37,6 +37,8 @@ MOST_BITS = 14_000  # of weights as integers: records hold them in decimal, and 
 Location = str | os.PathLike[str]
 Outputs = Location | Mapping[str, Sequence[Weight]] | Mapping[Path, Sequence[Weight]]
 Bounds = tuple[int | None, int | None, int | None]  # first, last, and a divisor
+Share = tuple[int, int]  # the number of a part, from 1, and how many there are
+MOST_PARTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,16 @@ def parse_sliding(text: str) -> tuple[int, int]:
     return size, stride
 
 
+def parse_part(text: str) -> Share:
+    """Return the numbers of a part such as 2/4: which one, and of how many."""
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip())
+    number, of = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= of <= MOST_PARTS:
+        hint = "write it as 2/4, the second of four"
+        raise UsageError(f"{text!r} is not a part", hint=hint)
+    return number, of
+
+
 def numbers(given: Any) -> list[Weight]:
     """Return weights as a list; TypeError for a value that is not several or has no order."""
     if isinstance(given, str):
@@ -263,6 +275,19 @@ class Options:
         metavar="SIZE",
         parse=parse_size,
     )
+    resume: bool = option(False, "Go on with what an earlier run left, after it was stopped.")
+    part: Share | None = option(
+        None,
+        "Make part I of N, on any machine at any time; the last to be made finishes.",
+        metavar="I/N",
+        parse=parse_part,
+    )
+    finish: bool = option(False, "Finish from parts that are all made.")
+
+    @property
+    def shared(self) -> bool:
+        """Return whether a merge goes on with what other processes left, or leaves it to them."""
+        return self.resume or self.part is not None or self.finish
 
 
 RECORDED = tuple(name for name, meaning in meanings(Options) if meaning.recorded)

@@ -182,6 +182,7 @@ READERS = {
     ("io._platform", "read_bytes"): "a table and an identity that Linux tells",
     ("io._platform", "read_text"): "a number that Linux tells",
     ("io._reader", "open"): "payload",
+    ("io._site", "open"): "outputs, and 20 bytes beside one",
     ("io._temporary", "open"): "outputs",
     ("report.text", "open"): "it adds to a file",
     ("selection._copies", "open"): "payload, to tell a copy",

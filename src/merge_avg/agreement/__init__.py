@@ -6,7 +6,7 @@ into an `Agreement`, on which `judge` gives a `Verdict`.
 
 from __future__ import annotations
 
-from merge_avg.agreement._comparison import Comparison, Sampler
+from merge_avg.agreement._comparison import Comparison, Products, Sampler
 from merge_avg.agreement._cosines import Agreement, TensorAgreement, agreement, agreement_about
 from merge_avg.agreement._verdict import LEAST_AGREEMENT, Verdict, groups_of, judge
 
@@ -14,6 +14,7 @@ __all__ = [
     "LEAST_AGREEMENT",
     "Agreement",
     "Comparison",
+    "Products",
     "Sampler",
     "TensorAgreement",
     "Verdict",

@@ -145,6 +145,10 @@ class Run(NamedTuple):
     scale: float
 
 
+# By the number of a group, and of a compared tensor, what was added for it.
+Products = tuple[dict[int, list[float]], dict[int, list[float]]]
+
+
 class Comparison:
     """Sums of products of checkpoints, to which workers add from any thread.
 
@@ -240,6 +244,43 @@ class Comparison:
                 gram = grams.rows(_GROUPS * count, count, _WIDE).tensor()
                 table = sums.rows(len(self._compared), 2 * count, _WIDE).tensor()
                 products.multiply(wide, columns, gram.view(_GROUPS, count, count), table)
+
+    def take(self) -> list[Products]:
+        """Return the sums so far, to be `put` into another comparison, and begin anew."""
+        taken: list[Products] = []
+        for kind in range(len(self._grams)):
+            found: list[dict[int, list[float]]] = []
+            for cells, length in self._tables(kind):
+                # What nothing was added to is left out: most of it, in a part of a large model.
+                rows = (cells[at : at + length] for at in range(0, len(cells), length))
+                found.append({n: [*row] for n, row in enumerate(rows) if any(row)})
+                nothing = memoryview(bytes(8 * length)).cast("d")
+                for number in found[-1]:
+                    cells[number * length : (number + 1) * length] = nothing
+            taken.append((found[0], found[1]))
+        return taken
+
+    def put(self, products: Sequence[Products]) -> None:
+        """Add sums of the same plan; ValueError where they cannot be of it."""
+        for kind, found in zip(range(len(self._grams)), products, strict=True):
+            for (cells, length), rows in zip(self._tables(kind), found, strict=True):
+                for number, row in rows.items():
+                    if len(row) != length or not 0 <= number < len(cells) // length:
+                        raise ValueError("products of other checkpoints")
+                    for place, value in enumerate(row, number * length):
+                        cells[place] += value
+
+    def _tables(self, kind: int) -> list[tuple[memoryview[float], int]]:
+        """Return the numbers of the Gram matrices and of the sums, and how many make a row."""
+        count = self._count
+        tables = (
+            (self._grams[kind], _GROUPS, count**2),
+            (self._sums[kind], len(self._compared), 2 * count),
+        )
+        return [
+            (buffer.bytes(8 * rows * length).cast("d"), max(length, 1))
+            for buffer, rows, length in tables
+        ]
 
     def result(self) -> Agreement | None:
         """Return the agreement; None where there is nothing to compare."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,8 +17,12 @@ from merge_avg.cli._github import summarize
 from merge_avg.cli._help import COMMANDS, Command, words
 from merge_avg.cli._parameters import Action, Display, SoupOptions, expanded
 from merge_avg.cli._process import collect_from_here, print_result, say
+from merge_avg.cli._ranks import joined, leaves_it
 from merge_avg.errors import UsageError, counted
 from merge_avg.options import Criteria, Options, Series, Weighting, suggested
+
+if TYPE_CHECKING:
+    from merge_avg.parts import Ranks
 
 # Errors reach `main`, which knows how to show them; of a crash, Python's own traceback says more
 # than one that leaves out what lies in libraries.
@@ -81,6 +85,9 @@ def command(
     """
     if "" in (*checkpoints, output, options.template):
         raise UsageError("a path is empty", hint="is a variable of the shell not set?")
+    single = "soup" if soup.recipe else "inspect" if action.inspect or action.verify else None
+    if single and leaves_it(single):
+        return
     if action.inspect:
         _inspect(checkpoints, options.key, display)
     elif action.verify:
@@ -88,33 +95,51 @@ def command(
     elif output is None:
         raise UsageError("there is no output", hint=_instead(checkpoints[0]))
     else:
-        from merge_avg.cli._usage import refuse_misfits
-        from merge_avg.plan import refuse_inputs, refuse_values
-        from merge_avg.selection import choose, refuse_place, refuse_trivial
+        with joined() as crew:
+            tasks = series, criteria, weighting, options, soup, action, display
+            _make(checkpoints, output, *tasks, crew)
 
-        refuse_misfits(series, criteria, weighting, options, soup, action, display)
-        refuse_values(options)
-        mode, command = criteria.mode, soup.evaluation
-        if command is not None and criteria.best is None and not criteria.one_best_per_fold:
-            criteria = replace(criteria, mode=None)  # it is that of the score only
-        criteria = replace(criteria, last=max(series.lasts, default=None))
-        choice = choose(checkpoints, Path(output), criteria, series, weighting)
-        refuse_place(output, choice, options)
-        if not criteria.allow_trivial:
-            refuse_trivial(choice)
-        if criteria.metrics_file is not None:
-            pages = display.page, os.environ.get("GITHUB_STEP_SUMMARY")
-            for path in (*choice.outputs, *(Path(one) for one in pages if one)):
-                refuse_inputs(path, (), [criteria.metrics_file])
-        # A dry run evaluates nothing: it shows what a soup would choose from.
-        if command is not None and mode is not None and not action.dry_run:
-            from merge_avg.cli._soup import make_soup
 
-            make_soup(choice, options, command, soup.eval_json, mode, display)
-        else:
-            from merge_avg.cli._merge import merge
+def _make(
+    checkpoints: list[str],
+    output: str,
+    series: Series,
+    criteria: Criteria,
+    weighting: Weighting,
+    options: Options,
+    soup: SoupOptions,
+    action: Action,
+    display: Display,
+    crew: Ranks | None,
+) -> None:
+    """Choose checkpoints, and average them or make a soup of them."""
+    from merge_avg.cli._usage import refuse_misfits
+    from merge_avg.plan import refuse_inputs, refuse_values
+    from merge_avg.selection import choose, refuse_place, refuse_trivial
 
-            merge(choice, options, display, action.dry_run)
+    refuse_misfits(series, criteria, weighting, options, soup, action, display)
+    refuse_values(options)
+    mode, command = criteria.mode, soup.evaluation
+    if command is not None and criteria.best is None and not criteria.one_best_per_fold:
+        criteria = replace(criteria, mode=None)  # it is that of the score only
+    criteria = replace(criteria, last=max(series.lasts, default=None))
+    choice = choose(checkpoints, Path(output), criteria, series, weighting)
+    refuse_place(output, choice, options)
+    if not criteria.allow_trivial:
+        refuse_trivial(choice)
+    if criteria.metrics_file is not None:
+        pages = display.page, os.environ.get("GITHUB_STEP_SUMMARY")
+        for path in (*choice.outputs, *(Path(one) for one in pages if one)):
+            refuse_inputs(path, (), [criteria.metrics_file])
+    # A dry run evaluates nothing: it shows what a soup would choose from.
+    if command is not None and mode is not None and not action.dry_run:
+        from merge_avg.cli._soup import make_soup
+
+        make_soup(choice, options, command, soup.eval_json, mode, display)
+    else:
+        from merge_avg.cli._merge import merge
+
+        merge(choice, options, display, action.dry_run, crew)
 
 
 def _instead(word: str) -> str | None:

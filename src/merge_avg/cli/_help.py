@@ -27,6 +27,7 @@ QUESTIONS = {
     "What is averaged, and what is written": "key include exclude missing int_policy "
     "allow_nonfinite dtype template weights_only max_shard_size hashes strict_pickle",
     "Does the mean make sense": "agreement min_agreement fail_on base",
+    "Past one process": "part resume finish",
     "By which means, and by which program": "device threads max_memory version install_completion "
     "show_completion",
 }

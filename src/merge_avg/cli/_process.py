@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from merge_avg import _signals
 from merge_avg._version import __version__
-from merge_avg.errors import MergeError, UsageError, WrittenError, failure
+from merge_avg.errors import MergeError, RankError, UsageError, WrittenError, failure
 from merge_avg.options import instead
 from merge_avg.report import printable, shown
 
@@ -153,6 +153,8 @@ def asked(option: str) -> bool:
 def _fail(error: BaseException) -> int:
     """Say what is wrong with which file, and what to do about it; return the exit code."""
     found = _failure(error)
+    if isinstance(error, RankError) and error.told:  # by the one rank that tells all
+        return int(found["exit_code"])
     say(found["error"] if isinstance(error, _Stopped) else f"error: {found['error']}")
     if found["hint"]:
         say(f"hint: {found['hint']}")

@@ -24,6 +24,9 @@ def refuse_misfits(
         raise UsageError("--inputs is of the command verify", hint=hint)
     if soup == SoupOptions():
         return
+    if options.shared:
+        hint = "leave out --part, --resume and --finish: a soup goes on from its log"
+        raise UsageError("a soup is made by one process", hint=hint)
     if soup.recipe is None or soup.evaluation is None or criteria.mode is None:
         word = "" if soup.recipe else "the command soup, "
         raise UsageError(f"a soup needs {word}--eval and --mode", hint=_SOUP)

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from merge_avg.engine._readahead import read_ahead
-from merge_avg.engine._run import Opened, Result, run
+from merge_avg.engine._run import Opened, Result, run, shares
 
-__all__ = ["Opened", "Result", "read_ahead", "run"]
+__all__ = ["Opened", "Result", "read_ahead", "run", "shares"]

@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -18,14 +18,17 @@ from merge_avg import _signals
 from merge_avg.agreement import Agreement, Comparison, Verdict, judge
 from merge_avg.arithmetic import LOOPS
 from merge_avg.brief import Brief
+from merge_avg.checkpoint import Storage
 from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
+from merge_avg.engine._parts import put, sync, take
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
 from merge_avg.errors import MergeError, counted, failure, named
-from merge_avg.io import Output, Reader, Scratch, Sink, without_collector
+from merge_avg.io import Output, Reader, Scratch, SharedOutput, Sink, without_collector
 from merge_avg.options import DOUBTS
-from merge_avg.plan import Hashes, Job, OutputSpec, batches
+from merge_avg.parts import Crew, Part, Planned, RankRate
+from merge_avg.plan import Hashes, Job, OutputSpec, Piece, Unit, batches
 
 # In the words of torch's allocators and of Python's threads, whose errors have no type.
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|can't start new thread")
@@ -49,6 +52,8 @@ class Result(Brief):
         compared: the numbers of the checkpoints that `agreement` is about.
         hashes: of what was read of each checkpoint; None where they were not asked for.
         notes: what else is to be known, such as what was left out; of `merge_checkpoints` only.
+        part: the part that was made, where that did not finish the merge; else None.
+        ranks: what each rank did, where there were several.
     """
 
     job: Job
@@ -63,11 +68,16 @@ class Result(Brief):
     compared: tuple[int, ...]
     hashes: Hashes | None
     notes: tuple[str, ...] = ()
+    part: Part | None = None
+    ranks: tuple[RankRate, ...] = ()
 
     def brief(self) -> Iterator[str]:
         """Yield what was averaged, and what is to be known of it."""
         written = named(output.path for output in self.job.outputs)
-        yield f"{counted(len(self.job.averaged), 'checkpoint')} averaged into {written}"
+        if self.part is not None:
+            yield f"part {self.part.number} of {self.part.of} made of {written}"
+        else:
+            yield f"{counted(len(self.job.averaged), 'checkpoint')} averaged into {written}"
         yield f"read: {self.nbytes:,} bytes in {self.seconds:.2f} s"
         if self.verdict is not None:
             yield f"verdict: {self.verdict.word} ({self.verdict.number:.3f})"
@@ -78,13 +88,17 @@ class Result(Brief):
 
 
 def run(
-    job: Job, progress: Callable[[int], None] | None = None, opened: Opened | None = None
+    job: Job,
+    progress: Callable[[int], None] | None = None,
+    opened: Opened | None = None,
+    crew: Crew | None = None,
 ) -> Result:
     """Run a prepared merge.
 
     `progress` is called with the number of bytes read since the last call, from any thread, and at
     last with 0, before the outputs are forced to the disk. What it raises comes as it is. `opened`
-    opens what takes an output: by default, a file or directory.
+    opens what takes an output: by default, a file or directory. A `crew` shares the work with other
+    processes, or goes on with theirs; where the job's options ask for that, there is one.
 
     Raises:
         MergeError: nothing at the output's path was created or changed.
@@ -92,12 +106,19 @@ def run(
     """
 
     def output(spec: OutputSpec) -> Output:
+        if crew is not None:
+            return crew.open(job, job.outputs.index(spec))
         record = job.record(spec)
         return Output(spec.path, job.layout.files, record, overwrite=job.options.overwrite)
 
-    findings = Findings(progress, [0] * (len(job.layouts) + 1))
+    if crew is None and job.options.shared:
+        crew = Crew(job.options)
+    tell = progress if crew is None else crew.progress(progress)
+    findings = Findings(tell, [0] * (len(job.layouts) + 1))
     try:
-        return _run(job, findings, opened or output)
+        if crew is not None:
+            crew.begin(job, largest_chunk(job))
+        return _run(job, findings, opened or output, crew)
     except (OSError, ImportError, MemoryError, RuntimeError) as error:
         known = not isinstance(error, RuntimeError) or _NO_MEMORY.search(str(error))
         if error is findings.theirs or not known:
@@ -115,7 +136,7 @@ def run(
         raise MergeError("there is not enough memory for it", hint=hint) from None
 
 
-def _run(job: Job, findings: Findings, opened: Opened) -> Result:
+def _run(job: Job, findings: Findings, opened: Opened, crew: Crew | None) -> Result:
     started = time.perf_counter()
     device = job.options.device
     if device != "cpu":
@@ -138,18 +159,13 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         scratch = Scratch(folder)
         stack.callback(scratch.close)
         space = Workspace(job, readers, sinks, scratch, findings, comparison, device, load_torch)
-        if _restrides(job):
-            from merge_avg.engine._restride import restride, restride_results
-
-            restride(space)
-        in_parallel(_tasks(job), functools.partial(Worker, space), job.budget.threads)
-        if space.results:
-            restride_results(space)
+        if not stack.enter_context(_worked(space, crew)):
+            return _unfinished(space, crew, time.perf_counter() - started)
         if not findings.varying.isdisjoint(job.plan.derived):
             refuse_derived(space)
         # Nothing gets its name before the inputs are known to be whole, and the same as at first.
         for reader in readers:
-            reader.finish()
+            reader.finish(elsewhere=crew is not None)
         agreement = comparison.result()
         verdict = None if agreement is None else judge(agreement)
         hashes = total(job, findings)
@@ -164,6 +180,8 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         # Not before all are complete, so that an error leaves none of the outputs.
         for sink in sinks:
             sink.publish()
+        if crew is not None:
+            crew.published()
     return Result(
         job,
         findings.nbytes,
@@ -176,7 +194,93 @@ def _run(job: Job, findings: Findings, opened: Opened) -> Result:
         comparison.centred(),
         compared,
         hashes if job.options.hashes else None,
+        ranks=() if crew is None else crew.rates,
     )
+
+
+def _work(
+    space: Workspace,
+    units: Iterable[Unit | Piece],
+    copies: Iterable[tuple[int, Storage]],
+    first: int = 0,
+    *,
+    restrides: bool,
+) -> None:
+    """Work on units, or on pieces of them, and copy records, which are numbered from `first` on."""
+    job = space.job
+    if restrides:
+        from merge_avg.engine._restride import restride, restride_results
+
+        restride(space)
+    tasks = _tasks(job, units, enumerate(copies, first))
+    in_parallel(tasks, functools.partial(Worker, space), job.budget.threads)
+    if space.results:
+        restride_results(space)
+
+
+@contextlib.contextmanager
+def _worked(space: Workspace, crew: Crew | None) -> Iterator[bool]:
+    """Do the work, and yield whether all of it is done, so that this process is to finish it."""
+    job = space.job
+    if crew is None:
+        placed = [unit for unit in job.plan.units if job.layout.targets[unit.number]]
+        _work(space, placed, job.layout.copies, restrides=_restrides(job))
+        yield True
+        return
+    crew.settle(job, [sink for sink in space.sinks if isinstance(sink, SharedOutput)])
+    _work_on(space, crew)
+    with crew.gathered() as ledgers:
+        if ledgers is None:
+            yield False
+            return
+        put(space, ledgers, crew)
+        if space.findings.varying and _restrides(job):
+            from merge_avg.engine._restride import restride
+
+            restride(space)  # which other processes did, each for itself
+        yield True
+
+
+def _work_on(space: Workspace, crew: Crew) -> None:
+    """Work on the stretches of a crew's share, and leave a ledger for each."""
+    copies = list(space.job.layout.copies)
+    for stretch in crew.mine():
+        started = time.perf_counter()
+        first, stop = stretch.copies
+        some = copies[first:stop]
+        _work(space, crew.work.pieces(stretch), some, first, restrides=stretch.whole)
+        space.results.clear()
+        sync(space)
+        crew.leave(stretch, take(space, stretch, crew, time.perf_counter() - started))
+
+
+def _unfinished(space: Workspace, crew: Crew | None, seconds: float) -> Result:
+    """Return the result of a process that leaves the rest of a merge to others."""
+    return Result(
+        space.job,
+        0 if crew is None else crew.nbytes,
+        seconds,
+        () if crew is None else tuple(sorted(crew.differing)),
+        () if crew is None else tuple(sorted(crew.nonfinite)),
+        warnings=(),
+        agreement=None,
+        verdict=None,
+        centred=None,
+        compared=(),
+        hashes=None,
+        part=None if crew is None else crew.part,
+    )
+
+
+def shares(job: Job, crew: Crew | None = None) -> tuple[Planned, ...]:
+    """Return what each part or rank of a merge is to do."""
+    return (crew or Crew(job.options)).planned(job, largest_chunk(job))
+
+
+def largest_chunk(job: Job) -> int:
+    """Return how many elements of any unit are hashed at a time at most."""
+    placed = (unit for unit in job.plan.units if job.layout.targets[unit.number])
+    return max(map(chunk, placed), default=1)
 
 
 def _needs_torch(job: Job) -> MergeError | None:
@@ -207,12 +311,13 @@ def _restrides(job: Job) -> bool:
     return bool(job.plan.restrides) or viewed or bool(job.plan.holed)
 
 
-def _tasks(job: Job) -> Iterator[Callable[[Worker], None]]:
-    """Yield what there is to do: the windows of all units that go anywhere, then the copies."""
-    placed = [unit for unit in job.plan.units if job.layout.targets[unit.number]]
-    for batch in batches(placed, job.budget.window, max(map(chunk, placed), default=1)):
+def _tasks(
+    job: Job, units: Iterable[Unit | Piece], copies: Iterable[tuple[int, tuple[int, Storage]]]
+) -> Iterator[Callable[[Worker], None]]:
+    """Yield what there is to do: the windows of units that go anywhere, then numbered copies."""
+    for batch in batches(units, job.budget.window, largest_chunk(job)):
         yield functools.partial(Worker.fill, batch=batch)
-    for index, (number, record) in enumerate(job.layout.copies):
+    for index, (number, record) in copies:
         yield functools.partial(Worker.copy, index=index, number=number, record=record)
 
 

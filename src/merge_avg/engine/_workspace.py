@@ -31,6 +31,23 @@ class Findings:
         with self._lock:
             self.hashes = [ours + theirs for ours, theirs in zip(self.hashes, hashes, strict=True)]
 
+    def take(self) -> tuple[list[int], int, tuple[set[str], set[str], set[Name]]]:
+        """Return the hashes, bytes and names that were found, and forget them."""
+        taken = self.hashes, self.nbytes, (self.differing, self.nonfinite, self.varying)
+        self.hashes, self.nbytes = [0] * len(self.hashes), 0
+        self.differing, self.nonfinite, self.varying = set(), set(), set()
+        return taken
+
+    def put(
+        self, hashes: Sequence[int], nbytes: int, found: tuple[set[str], set[str], set[Name]]
+    ) -> None:
+        """Add what was taken, here or elsewhere."""
+        self.add_hashes(hashes)
+        self.nbytes += nbytes
+        self.differing |= found[0]
+        self.nonfinite |= found[1]
+        self.varying |= found[2]
+
     def count(self, nbytes: int) -> None:
         """Count bytes that were read."""
         # Under the lock, so that the callback need not be ready for two threads at a time.

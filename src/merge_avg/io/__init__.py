@@ -19,6 +19,7 @@ from merge_avg.io._platform import (
     sync,
 )
 from merge_avg.io._reader import Reader, Request, Strip, Tap
+from merge_avg.io._site import SharedOutput, Site
 from merge_avg.io._temporary import TEMPORARY, remove
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "Reader",
     "Request",
     "Scratch",
+    "SharedOutput",
     "Sink",
+    "Site",
     "Stack",
     "Strip",
     "Tap",

@@ -16,7 +16,7 @@ import errno
 import os
 import threading
 from array import array
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -106,6 +106,20 @@ class Sink(Protocol):
         """Make the result visible."""
 
 
+class Place(Protocol):
+    """A file or directory that becomes an output by a rename."""
+
+    path: Path
+    aside: Path  # for what it replaces, where the two cannot be exchanged
+    fd: int  # of a file, open to be written
+
+    def release(self) -> None:
+        """Close the file where what is open gets no other name."""
+
+    def close(self) -> None:
+        """Give up what has not been renamed."""
+
+
 class Output:
     """An output in the making. Leaving the context without `commit` removes every trace of it.
 
@@ -120,33 +134,21 @@ class Output:
         self.folder = self.path.parent
         self._overwrite = overwrite
         self._directory = set(files) != {"."}
-        self._files: list[OutputFile] = []
         sweep(self.folder)
         with _explained(self.path):
             self._seen = refuse_loss(self.path, files) if overwrite else {}
-            self._temporary = Temporary(self.path, directory=self._directory)
+        self._temporary, self._files = self._begin(files, draft)
+
+    def _begin(
+        self, files: Mapping[str, FileLayout], draft: bytes
+    ) -> tuple[Place, Sequence[OutputFile]]:
+        """Return what becomes the output, and its open files."""
+        with _explained(self.path):
+            place = Temporary(self.path, directory=self._directory)
         try:
-            for relative, layout in files.items():
-                fd = self._temporary.fd
-                if self._directory:
-                    place = self._temporary.path / relative
-                    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | _platform.FLAGS
-                    for name in filter(_platform.reserved, Path(relative).parts):
-                        raise _reserved(self.path, name)
-                    with _explained(self.path):
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        fd = os.open(place, flags, 0o666)
-                self._files.append(OutputFile(self.path, fd, layout, draft))
-            # Claimed now, so that a full disk shows before anything is read.
-            nbytes = sum(file.nbytes for file in self._files)
-            with _explained(self.path, more=f"; {nbytes:,} bytes are needed"):
-                for file in self._files:
-                    _platform.reserve(file.fd, file.nbytes)
-            for file in self._files:
-                for offset, data in file.layout.opening():
-                    file.write(memoryview(data), offset)
+            return place, make_files(place, self.path, files, draft)
         except BaseException:  # Ctrl-C too must leave nothing behind
-            self._discard()
+            place.close()
             raise
 
     def write(self, number: int, name: str, at: int, data: memoryview) -> None:
@@ -237,10 +239,8 @@ class Output:
         self._temporary.close()
 
     def _close(self) -> None:
-        for file in self._files if self._directory else ():
-            with contextlib.suppress(OSError):  # all was forced to the disk before
-                os.close(file.fd)
-        self._files.clear()
+        close_files(self._files if self._directory else ())
+        self._files = ()
         self._temporary.release()
 
 
@@ -267,6 +267,47 @@ def _held(path: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # nothing was written
             os.close(fd)
+
+
+def make_files(
+    place: Place, path: Path, files: Mapping[str, FileLayout], draft: bytes
+) -> list[OutputFile]:
+    """Make the files of an output, claim their space, and write what is known before the weights.
+
+    If it fails, closing `place` removes them, but those that are open in a directory stay so.
+    """
+    made: list[OutputFile] = []
+    try:
+        for relative, layout in files.items():
+            fd = place.fd
+            if set(files) != {"."}:
+                one = place.path / relative
+                flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | _platform.FLAGS
+                for name in filter(_platform.reserved, Path(relative).parts):
+                    raise _reserved(path, name)
+                with _explained(path):
+                    one.parent.mkdir(parents=True, exist_ok=True)
+                    fd = os.open(one, flags, 0o666)
+            made.append(OutputFile(path, fd, layout, draft))
+        # Claimed now, so that a full disk shows before anything is read.
+        nbytes = sum(file.nbytes for file in made)
+        with _explained(path, more=f"; {nbytes:,} bytes are needed"):
+            for file in made:
+                _platform.reserve(file.fd, file.nbytes)
+        for file in made:
+            for offset, data in file.layout.opening():
+                file.write(memoryview(data), offset)
+    except BaseException:
+        close_files(made if set(files) != {"."} else ())
+        raise
+    return made
+
+
+def close_files(files: Iterable[OutputFile]) -> None:
+    """Close files of which all was forced to the disk, or nothing matters."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            os.close(file.fd)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,11 @@ class Checksum:
         starts = [*(start for start, _, _ in self._parts), self._nbytes]
         return [gap for gap in zip(stops, starts, strict=True) if gap[0] < gap[1]]
 
+    def parts(self) -> Sequence[tuple[int, int, int]]:
+        """Return start, stop and CRC-32 of what has been added, sorted and apart."""
+        self._combine()
+        return self._parts
+
     def value(self) -> int:
         """Return the CRC-32 of the whole run, all of which has been added."""
         self._combine()
@@ -239,8 +244,33 @@ class Reader:
                 self._sums.setdefault(id(storage), (storage, Checksum(storage.nbytes)))
         return self._sums[id(storage)][1]
 
-    def finish(self) -> None:
-        """Raise MergeError where a storage has another CRC-32, or a file changed since the scan."""
+    def take(self) -> list[tuple[int, ...]]:
+        """Check the storages that were read whole, and return the sums of others, to be `put` back.
+
+        Each is a file, offset and size, and of a part of it the start, stop and CRC-32.
+        """
+        taken: list[tuple[int, ...]] = []
+        for storage, sums in self._sums.values():
+            if sums.missing():
+                taken += ((*storage.bytes_at, *part) for part in sums.parts())
+            elif sums.value() != self._recorded(storage):
+                raise _damaged(storage, self._files[storage.file].path)
+        self._sums.clear()
+        for number, fd in self._fds.items():
+            _refuse_changed(self._files[number], fd)
+        return taken
+
+    def put(self, storage: Storage, start: int, stop: int, crc: int) -> None:
+        """Count what was read of a storage, here or elsewhere; ValueError for what cannot be."""
+        if self._recorded(storage) is None or not 0 <= start < stop <= storage.nbytes:
+            raise ValueError("a part that no record has")
+        self._checksum(storage).add(start, stop - start, crc)
+
+    def finish(self, *, elsewhere: bool = False) -> None:
+        """Raise MergeError where a storage has another CRC-32, or a file changed since the scan.
+
+        Files that others have read `elsewhere` are looked at too.
+        """
         block = memoryview(bytearray(_BLOCK))
         for storage, sums in self._sums.values():
             path = self._files[storage.file].path
@@ -253,6 +283,8 @@ class Reader:
                 raise _damaged(storage, path)
         for number, fd in self._fds.items():
             _refuse_changed(self._files[number], fd)
+        for file in self._files if elsewhere else ():
+            _refuse_changed(file, file.path)
 
     def close(self) -> None:
         """Close the files."""
@@ -348,9 +380,9 @@ def _damaged(storage: Storage, path: Path) -> MergeError:
     return MergeError(what, where=path, hint="fetch or save the file again")
 
 
-def _refuse_changed(file: File, fd: int) -> None:
-    """Raise MergeError for a file that is not what it was when it was scanned."""
-    found = os.fstat(fd)
+def _refuse_changed(file: File, place: int | Path) -> None:
+    """Raise MergeError for a file, open or not, that is not what it was when it was scanned."""
+    found = os.fstat(place) if isinstance(place, int) else place.stat()
     then = file.nbytes, file.mtime_ns, file.device, file.inode
     if then != (found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino):
         hint = "run again when nothing writes to it any more"

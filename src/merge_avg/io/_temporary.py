@@ -127,6 +127,11 @@ class Lock:
             remove(self._path)
 
 
+def beside(output: Path, *, old: bool = False) -> Path:
+    """Return a new name for what is removed, or is `old` and moved aside to be replaced."""
+    return output.with_name(f"{_whole(output, secrets.token_hex(4))}{'.old' * old}{TEMPORARY}")
+
+
 def _whole(output: Path, key: str) -> str:
     """Return the name of a temporary, without what all end in."""
     # The longest name that a file may have is 255 bytes on most file systems.

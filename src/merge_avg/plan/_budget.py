@@ -176,32 +176,36 @@ def spans(window: Window) -> Iterator[tuple[Piece, int, int]]:
         yield piece, at, (at := at + piece.stop - piece.start)
 
 
-def windows(units: Iterable[Unit], limit: int) -> Iterator[Window]:
-    """Yield the units cut and packed into windows of at most `limit` elements.
+def windows(units: Iterable[Unit | Piece], limit: int) -> Iterator[Window]:
+    """Yield units, or pieces that begin at a multiple of `limit`, in windows of so many elements.
 
     The pieces of a window are alike: same kind, same checkpoints, same dtypes. Each piece starts at
-    a multiple of `limit` in its unit, and is as long or reaches to the unit's end.
+    a multiple of `limit` in its unit, and is as long or reaches to the end of what is given of it.
     """
     # Whole windows of one unit are the fast case: one read per checkpoint, into one row of one
     # matrix, and its hash is that of one chunk. What is left of each unit would cost as much as a
     # whole window for a few elements: a model has many biases and norms. So rests share windows.
     open_: dict[object, list[Piece]] = defaultdict(list)
     sizes: dict[object, int] = defaultdict(int)
-    for unit in units:
-        start = len(unit) // limit * limit
-        yield from ((Piece(unit, at, at + limit),) for at in range(0, start, limit))
-        if start == len(unit):
+    for one in units:
+        if isinstance(one, Piece):
+            unit, first, stop = one.unit, one.start, one.stop
+        else:
+            unit, first, stop = one, 0, len(one)
+        start = stop // limit * limit
+        yield from ((Piece(unit, at, at + limit),) for at in range(first, start, limit))
+        if start == stop:
             continue
         alike = unit.alike
-        if sizes[alike] + len(unit) - start > limit or len(open_[alike]) == _MOST_PIECES:
+        if sizes[alike] + stop - start > limit or len(open_[alike]) == _MOST_PIECES:
             yield tuple(open_.pop(alike))
             sizes[alike] = 0
-        open_[alike].append(Piece(unit, start, len(unit)))
-        sizes[alike] += len(unit) - start
+        open_[alike].append(Piece(unit, start, stop))
+        sizes[alike] += stop - start
     yield from (tuple(pieces) for pieces in open_.values())
 
 
-def batches(units: Iterable[Unit], limit: int, chunk: int) -> Iterator[tuple[Window, ...]]:
+def batches(units: Iterable[Unit | Piece], limit: int, chunk: int) -> Iterator[tuple[Window, ...]]:
     """Yield windows of at most `limit` elements; those that share a chunk of a unit come together.
 
     A chunk is so many elements of a unit, from a multiple of that on, or to the unit's end.

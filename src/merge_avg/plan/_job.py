@@ -26,7 +26,7 @@ from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.bounded import read
 from merge_avg.formats.directory import shard_of
-from merge_avg.io import refuse_loss, refuse_output, without_collector
+from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
@@ -171,6 +171,8 @@ def prepare(
             # An output to compare with exists, and is not written.
             for path in asked if made_by is None else ():
                 refuse_inputs(path, job.layouts)
+                if options.shared and Site(path).there:  # it may be all but finished
+                    continue
                 refuse_output(path, directory=directory, overwrite=options.overwrite)
                 if directory and path.is_dir():
                     refuse_loss(path, job.layout.files)
@@ -198,6 +200,9 @@ def refuse_values(options: Options) -> None:
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         hint = f"give a number from 1 to {MOST_THREADS:,}"
         raise UsageError("the number of threads is out of range", hint=hint)
+    if sum(map(bool, (options.resume, options.part, options.finish))) > 1:
+        hint = "a part goes on with what is there by itself; --resume makes all parts that lack"
+        raise UsageError("--resume, --part and --finish exclude each other", hint=hint)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
         raise UsageError(f"there is no device {options.device!r}", hint="use cpu, cuda, or cuda:N")
 

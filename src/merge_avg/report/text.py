@@ -54,6 +54,8 @@ def headline(report: Report) -> str:
     """Return the one sentence that stands above all others."""
     outputs = report.outputs
     done = "would average" if report.result is None else "averaged"
+    if report.part is not None:
+        done = f"part {report.part.number} of {report.part.of} made of the average of"
     where = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
     return f"{done} {counted(len(report.averaged), 'checkpoint')} into {where}"
 
@@ -69,6 +71,15 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
         kind: Style = "good" if verdict.word == "agree" else "doubtful"
         yield Fact("verdict", f"{verdict.word} ({verdict.number:.3f}{why})", kind)
     parameters = f"{report.parameters:,} parameters ({', '.join(report.dtypes)})"
+    if report.part is not None and report.result is not None:
+        missing = ", ".join(map(str, report.part.missing[:_MOST_NAMES]))
+        missing += f" and {len(report.part.missing) - _MOST_NAMES:,} more" * (
+            len(report.part.missing) > _MOST_NAMES
+        )
+        yield Fact("missing", f"part {missing}" if missing else "nothing: another run finishes it")
+        yield Fact("read", " ".join(reading(report.result.nbytes, report.result.seconds)))
+        yield from messages(report)
+        return
     done, written = ("averaged", "written") if report.result else ("would average", "would write")
     yield Fact(done, f"{counted(report.tensors['averaged'], 'tensor')}, {parameters}")
     # A single output is in the headline, and its weights are in the table.
@@ -99,9 +110,22 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
         memory = f"{report.memory / (1 << 20):.0f} MiB of memory"
         threads = counted(report.threads, "thread")
         yield Fact("would take", f"at most {memory} beside torch's own, with {threads}")
+        for one in report.shares or ():
+            takes = f"and take at most {one.memory / (1 << 20):.0f} MiB"
+            yield Fact(f"share {one.number}", f"would read {shown(one.nbytes)} {takes}")
     else:
         yield Fact("read", " ".join(reading(report.result.nbytes, report.result.seconds)))
+        yield from _ranks(report)
     yield from messages(report)
+
+
+def _ranks(report: Report) -> Iterator[Fact]:
+    worked = sorted((one for one in report.ranks or () if one.nbytes), key=lambda one: one.rate)
+    if not worked or report.ranks is None:
+        return
+    slow, fast = worked[0], worked[-1]
+    rates = (f"{one.rank} on {one.host} ({shown(one.rate)}/s)" for one in (slow, fast))
+    yield Fact("ranks", "{}; slowest {}, fastest {}".format(len(report.ranks), *rates))
 
 
 def messages(report: Report) -> Iterator[Fact]:

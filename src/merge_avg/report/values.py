@@ -21,6 +21,7 @@ from merge_avg.options import REPORTED
 if TYPE_CHECKING:
     from merge_avg.checkpoint import Kept
     from merge_avg.engine import Result
+    from merge_avg.parts import Part, Planned, RankRate
     from merge_avg.plan import Job
     from merge_avg.selection import Candidate, Choice
 
@@ -97,6 +98,11 @@ class Report:
     verdict: Verdict | None = None
     centred: Agreement | None = None
     result: Result | None = None  # None for a dry run
+    # The part that was made, where the merge is not finished; what each rank did; and in a dry run
+    # what each part or rank is to do.
+    part: Part | None = None
+    ranks: tuple[RankRate, ...] | None = None
+    shares: tuple[Planned, ...] | None = None
 
     @property
     def averaged(self) -> list[str]:
@@ -104,8 +110,15 @@ class Report:
         return [entry.path for entry in self.inputs if entry.averaged]
 
 
-def describe(job: Job, result: Result | None, choice: Choice | None = None) -> Report:
+def describe(
+    job: Job,
+    result: Result | None,
+    choice: Choice | None = None,
+    shares: Sequence[Planned] = (),
+) -> Report:
     """Return the report of a merge that ran, or, without a result, of a planned one.
+
+    `shares` are what each part or rank is to do.
 
     The choice is how its checkpoints were chosen, where the user did not name each.
     """
@@ -157,6 +170,9 @@ def describe(job: Job, result: Result | None, choice: Choice | None = None) -> R
         verdict=None if result is None else result.verdict,
         centred=None if result is None or result.agreement is None else result.centred,
         result=result,
+        part=None if result is None else result.part,
+        ranks=(result.ranks or None) if result is not None else None,
+        shares=tuple(shares) or None,
     )
 
 
@@ -202,7 +218,12 @@ def _notes(job: Job, result: Result | None) -> Iterator[str]:
         what = f"{counted(statistics, 'BatchNorm statistic')} averaged"
         how = "recompute them on training data: merge_avg.recalibrate_batch_norm(model, loader)"
         yield f"{what}; {how}"
-    if result is not None and job.plan.factors and result.warnings[:1] != job.plan.warnings:
+    if (
+        result is not None
+        and not result.part
+        and job.plan.factors
+        and result.warnings[:1] != job.plan.warnings
+    ):
         # (B1 A + B2 A) / 2 is the mean of B times A. With two different A it is not.
         yield "every LoRA factor A is the same, so this is the mean of what the adapters do"
 
