@@ -151,7 +151,8 @@ def test_other_numbers_of_parts_go_together(tmp_path):
     assert tree(tmp_path / "out.pt") == tree(tmp_path / "one.pt")
 
 
-def test_one_part_at_once_in_several_threads(tmp_path):
+@pytest.mark.large
+def test_one_part_at_once_in_several_threads(tmp_path, larger):
     """Runs that make the same parts at the same time give the same bytes, and one finishes."""
     paths = checkpoints(tmp_path)
     made(paths, tmp_path / "one.pt")

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore", "ignore:torch.distributed is disabled"),
     pytest.mark.skipif(sys.platform != "linux", reason="forks processes that have threads"),
 ]
-LIMITS = {"silence": 0.8, "patience": 3.0, "grace": 3.0}
+LIMITS = {"silence": 0.8, "patience": 2.0, "grace": 3.0}
 CALLS = [*crashing.CALLS, "futex"]
 
 
@@ -35,7 +35,7 @@ def restored(output, old):
         output.write_bytes(old)
 
 
-@pytest.mark.parametrize("count", quick([12, 200], 12, (12,)))
+@pytest.mark.parametrize("count", quick([4, 200], 4))
 def test_each_rank_is_killed_at_random_moments(tmp_path, count):
     """The others end by themselves, with one message at most, and `--resume` completes."""
     chance = random.Random(count)  # noqa: S311
@@ -98,6 +98,7 @@ def test_a_run_is_killed_at_each_system_call(tmp_path, old):
                 if not complete or site(place.output).exists():
                     assert server.run(place, resumed) == 0, (inject, server.stderr)
                 assert place.output.read_bytes() == whole, inject
-                server.plain(place)([*place.merge])
+                if place.left():  # of a run that was only beginning
+                    server.plain(place)(place.merge)
                 assert left(place.folder) == [], inject
     assert runs > 50

@@ -1,8 +1,8 @@
 """Runs of several ranks, several a second.
 
 A server imports torch and the command once, and forks a child for each rank. The child is a process
-of its own, runs `merge_avg.cli.main`, and may be killed for real. Only the limits of time are
-shorter than for users.
+of its own, runs `merge_avg.cli.main`, and may be killed for real. Only the limits of time and
+the stretches are shorter than for users.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+
+LEAST = 1 << 19  # bytes of a stretch, so that small checkpoints have several
 
 
 class Ended(NamedTuple):
@@ -77,7 +79,9 @@ def _child(asked: dict[str, Any], rank: int, port: int, printed: Path) -> None:
     own = asked.get("each", {}).get(str(rank), [])
     sys.argv = ["merge-avg", *asked["arguments"], *own]
     from merge_avg.cli import _ranks, main
+    from merge_avg.parts import _stretches
 
+    _stretches._LEAST = LEAST
     if asked.get("waits") == rank:
         _stand_still(printed / "waiting")
     _ranks.LIMITS.update(asked.get("limits", {}))
