@@ -24,6 +24,7 @@ TAKES = {  # what is no single type
     "device": "a text, or a `torch.device`",
     "max_shard_size": "bytes, or a text",
     "max_memory": "bytes, or a text",
+    "part": 'a text, as in `"2/4"`, or `(2, 4)`',
 }
 
 

@@ -401,7 +401,9 @@ def test_an_input_that_changes_between_is_found(tmp_path, monkeypatch):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "a/b", "1/99999999", "-1/2"])
+@pytest.mark.parametrize(
+    "part", ["0/2", "3/2", "1", "1/0", "a/b", "1/99999999", "-1/2", (0, 2), (1, 2, 3)]
+)
 def test_other_texts_are_not_parts(tmp_path, part):
     """A part is a number and how many there are; anything else is a usage error."""
     with pytest.raises(UsageError, match="is not a part"):

@@ -59,7 +59,8 @@ def test_each_rank_is_killed_at_random_moments(tmp_path, count):
             complete = state_of(tmp_path, output, old, whole)
             assert codes[number % 3] in (-9, 0), (kill, ended)
             assert {*codes} <= {-9, 0, 1}, (kill, ended)
-            assert len(errors) <= 1 or "did not" in errors[0], (kill, ended)
+            # Of those that had not met yet, each says so itself.
+            assert len([x for x in errors if "did not" not in x]) <= 1, (kill, ended)
             assert complete or 0 not in codes, (kill, ended)
             assert len(errors) >= (1 in codes), (kill, ended)
             ranks = 1 + number % 2

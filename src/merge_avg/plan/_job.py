@@ -27,7 +27,7 @@ from merge_avg.formats import scan
 from merge_avg.formats.bounded import read
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
-from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight
+from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_part
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
@@ -200,6 +200,8 @@ def refuse_values(options: Options) -> None:
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         hint = f"give a number from 1 to {MOST_THREADS:,}"
         raise UsageError("the number of threads is out of range", hint=hint)
+    if options.part is not None:
+        parse_part("/".join(map(str, options.part)))
     if sum(map(bool, (options.resume, options.part, options.finish))) > 1:
         hint = "a part goes on with what is there by itself; --resume makes all parts that lack"
         raise UsageError("--resume, --part and --finish exclude each other", hint=hint)
