@@ -122,13 +122,14 @@ def result_stretches(result):
 
 
 def test_a_run_without_resume_begins_anew(tmp_path, monkeypatch):
-    """A plain run leaves what another left alone, and needs none of it."""
+    """A plain run needs nothing of what another left, and removes it in the end."""
     paths = checkpoints(tmp_path)
     output = tmp_path / "out.pt"
     stopped_after(monkeypatch, 1, paths, output, resume=True)
     made(paths, output)
     made(paths, tmp_path / "one.pt")
     assert tree(output) == tree(tmp_path / "one.pt")
+    assert left(tmp_path) == []
 
 
 def test_parts_that_are_done_are_not_done_again(tmp_path):

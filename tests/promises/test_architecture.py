@@ -160,6 +160,12 @@ def test_help_waits_for_nothing():
     assert not heavy & reached("merge_avg.cli._app")
 
 
+def test_a_plain_run_waits_for_no_others():
+    """Importing the command and the engine imports nothing of ranks and parts."""
+    for name in ("cli._app", "cli._merge", "engine", "verify", "api"):
+        assert "merge_avg.parts" not in reached(f"merge_avg.{name}"), name
+
+
 def test_a_format_waits_for_its_first_file():
     """Importing the engine imports no module of a format."""
     some = ("distributed", "legacy", "pickle", "safetensors", "zip")

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_avg.cli._github import annotate
 from merge_avg.cli._parameters import Display
@@ -13,10 +14,12 @@ from merge_avg.cli._process import collect_from_here, discard, print_result, pro
 from merge_avg.engine import Result, read_ahead, run, shares
 from merge_avg.errors import MergeError, UsageError
 from merge_avg.options import Options
-from merge_avg.parts import Planned, Ranks
 from merge_avg.plan import Job, prepare, refuse_inputs
 from merge_avg.report.values import Report, as_json, describe
 from merge_avg.selection import Choice
+
+if TYPE_CHECKING:
+    from merge_avg.parts import Planned, Ranks
 
 
 def merge(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_avg import _signals
 from merge_avg.agreement import Agreement, Comparison, Verdict, judge
@@ -21,14 +21,15 @@ from merge_avg.brief import Brief
 from merge_avg.checkpoint import Storage
 from merge_avg.engine._diagnose import refuse_derived
 from merge_avg.engine._observers import chunk, total
-from merge_avg.engine._parts import put, sync, take
 from merge_avg.engine._worker import Worker
 from merge_avg.engine._workspace import Findings, Workspace
 from merge_avg.errors import MergeError, counted, failure, named
-from merge_avg.io import Output, Reader, Scratch, SharedOutput, Sink, without_collector
+from merge_avg.io import Output, Reader, Scratch, SharedOutput, Sink, Site, without_collector
 from merge_avg.options import DOUBTS
-from merge_avg.parts import Crew, Part, Planned, RankRate
 from merge_avg.plan import Hashes, Job, OutputSpec, Piece, Unit, batches
+
+if TYPE_CHECKING:  # a plain run needs none of it
+    from merge_avg.parts import Crew, Part, Planned, RankRate
 
 # In the words of torch's allocators and of Python's threads, whose errors have no type.
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|can't start new thread")
@@ -107,18 +108,20 @@ def run(
 
     def output(spec: OutputSpec) -> Output:
         if crew is not None:
-            return crew.open(job, job.outputs.index(spec))
+            return crew.output(job, job.outputs.index(spec))
         record = job.record(spec)
         return Output(spec.path, job.layout.files, record, overwrite=job.options.overwrite)
 
     if crew is None and job.options.shared:
+        from merge_avg.parts import Crew
+
         crew = Crew(job.options)
     tell = progress if crew is None else crew.progress(progress)
     findings = Findings(tell, [0] * (len(job.layouts) + 1))
     try:
         if crew is not None:
             crew.begin(job, largest_chunk(job))
-        return _run(job, findings, opened or output, crew)
+        result = _run(job, findings, opened or output, crew)
     except (OSError, ImportError, MemoryError, RuntimeError) as error:
         known = not isinstance(error, RuntimeError) or _NO_MEMORY.search(str(error))
         if error is findings.theirs or not known:
@@ -134,6 +137,10 @@ def run(
             raise MergeError(what, hint=hint) from None
         hint = "lower --max-memory and --threads, or allow this process more"
         raise MergeError("there is not enough memory for it", hint=hint) from None
+    for spec in job.outputs if crew is None and opened is None else ():
+        with contextlib.suppress(MergeError):  # one that is at work cleans up by itself
+            Site(spec.path).begin_anew()  # of parts that nobody needs any more
+    return result
 
 
 def _run(job: Job, findings: Findings, opened: Opened, crew: Crew | None) -> Result:
@@ -227,6 +234,8 @@ def _worked(space: Workspace, crew: Crew | None) -> Iterator[bool]:
         _work(space, placed, job.layout.copies, restrides=_restrides(job))
         yield True
         return
+    from merge_avg.engine._parts import put
+
     crew.settle(job, [sink for sink in space.sinks if isinstance(sink, SharedOutput)])
     _work_on(space, crew)
     with crew.gathered() as ledgers:
@@ -243,6 +252,8 @@ def _worked(space: Workspace, crew: Crew | None) -> Iterator[bool]:
 
 def _work_on(space: Workspace, crew: Crew) -> None:
     """Work on the stretches of a crew's share, and leave a ledger for each."""
+    from merge_avg.engine._parts import sync, take
+
     copies = list(space.job.layout.copies)
     for stretch in crew.mine():
         started = time.perf_counter()
@@ -274,6 +285,8 @@ def _unfinished(space: Workspace, crew: Crew | None, seconds: float) -> Result:
 
 def shares(job: Job, crew: Crew | None = None) -> tuple[Planned, ...]:
     """Return what each part or rank of a merge is to do."""
+    from merge_avg.parts import Crew
+
     return (crew or Crew(job.options)).planned(job, largest_chunk(job))
 
 

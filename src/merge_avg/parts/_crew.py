@@ -99,7 +99,7 @@ class Crew:
         self._tell = tell
         return tell
 
-    def open(self, job: Job, number: int) -> SharedOutput:
+    def output(self, job: Job, number: int) -> SharedOutput:
         """Open an output for all who make parts of it."""
         spec = job.outputs[number]
         record = job.record(spec)

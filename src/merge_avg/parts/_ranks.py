@@ -137,17 +137,21 @@ class Ranks(Crew):
             self.meeting.refuse_failed()
             self.meeting.moves += 1
             self.meeting.nbytes += nbytes
-            self._tell_all(nbytes)
+            if self._tell is not None:
+                self._tell(nbytes + self._others())
 
         return count
 
-    def _tell_all(self, nbytes: int = 0) -> None:
-        if self._tell is not None:
-            with self._lock:
-                others = self.meeting.others
-                more, self._said = max(others - self._said, 0), max(others, self._said)
-            if nbytes + more:
-                self._tell(nbytes + more)
+    def _others(self) -> int:
+        """Return the bytes that others have read since the last call."""
+        with self._lock:
+            others = self.meeting.others
+            more, self._said = max(others - self._said, 0), max(others, self._said)
+        return more
+
+    def _tell_all(self) -> None:
+        if self._tell is not None and (more := self._others()):
+            self._tell(more)
 
     def _await(self, *keys: str) -> None:
         self.meeting.await_(*keys, meanwhile=self._tell_all)
