@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -92,6 +93,30 @@ def test_options_work_in_parts(tmp_path, monkeypatch, options):
     names = [str(one.path.relative_to("parts")) for one in result.job.outputs]
     assert {n: tree(Path("one") / n) for n in names} == {n: tree(Path("parts") / n) for n in names}
     assert left(tmp_path / "parts") == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_stretches_in_any_order_by_anyone_add_up(tmp_path, monkeypatch, seed):
+    """Whoever works on which stretches, and when, the sums are the same."""
+    chance = random.Random(seed)  # noqa: S311
+    kind = ["zip", "strided", "dcp"][seed % 3]
+    suffix = MAKERS[kind][1]
+    paths = checkpoints(tmp_path, kind)
+    whole = made(paths, tmp_path / f"one{suffix}", resume=True)
+    mine = Crew.mine
+
+    def some(self):
+        left = list(mine(self))
+        yield from chance.sample(left, chance.randint(0, len(left)))
+
+    monkeypatch.setattr(Crew, "mine", some)
+    output = tmp_path / f"out{suffix}"
+    while (result := made(paths, output, resume=True, threads=chance.randint(1, 3))).part:
+        assert not output.exists()
+    assert tree(output) == tree(tmp_path / f"one{suffix}")
+    assert result.hashes == whole.hashes
+    for ours, theirs in zip(result.agreement.pairs, whole.agreement.pairs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-12)
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore", "ignore:torch.distributed is disabled"),
     pytest.mark.skipif(sys.platform != "linux", reason="forks processes that have threads"),
 ]
-LIMITS = {"silence": 0.8, "patience": 2.0, "grace": 3.0}
+LIMITS = {"silence": 0.5, "patience": 1.5, "grace": 3.0}
 CALLS = [*crashing.CALLS, "futex"]
+NAMES = "openat fsync link rename mkdir unlink flock".split()
 
 
 def state_of(folder, output, old, whole):
@@ -80,7 +81,7 @@ def test_a_run_is_killed_at_each_system_call(tmp_path, old):
         whole = place.whole["."]
         resumed = [*place.arguments, "--resume"]
         runs = 0
-        for call in CALLS:
+        for call in CALLS if old else NAMES:
             for number in range(1, 1000):
                 restored(place.output, old)
                 log = server.folder / "log"
@@ -102,4 +103,4 @@ def test_a_run_is_killed_at_each_system_call(tmp_path, old):
                 if place.left():  # of a run that was only beginning
                     server.plain(place)(place.merge)
                 assert left(place.folder) == [], inject
-    assert runs > 50
+    assert runs > 20
