@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -205,6 +206,30 @@ def test_a_rank_that_dies_ends_all_and_resume_completes(tmp_path, server, rank):
     assert first.code == 0, first.err
     assert tree(tmp_path / "out.pt") == tree(tmp_path / "one.pt")
     assert left(tmp_path) == []
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_ends_all(tmp_path, server, rank):
+    """Where all of a rank stops, as when its machine loses power, the others end by themselves."""
+    paths = checkpoints(tmp_path)
+    ended = server.run(
+        tmp_path,
+        *paths,
+        "-o",
+        "out.pt",
+        ranks=3,
+        waits=rank,
+        kill=[rank, 0.1],
+        signal=signal.SIGSTOP,
+        stopped=rank,
+        limits=SHORT,
+    )
+    others = [one for k, one in enumerate(ended) if k != rank]
+    assert [one.code for one in others] == [1, 1]
+    errors = [x for one in others for x in one.err.splitlines() if x.startswith("error")]
+    assert len(errors) == 1
+    assert f"rank {rank} (" in errors[0]
 
 
 @pytest.mark.large

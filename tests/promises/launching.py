@@ -46,9 +46,10 @@ class Server:
     def run(self, folder: Path, *arguments: object, ranks: int = 1, **more: Any) -> list[Ended]:
         """Run the command in a folder as so many ranks, and return how each ended.
 
-        `waits` is a rank that stands still when it should work; `kill` is a rank and the seconds
-        after which it is killed, counted from then on if there is such a rank; `limits` are of a
-        `Meeting`, `variables` are set in all, and `each` has further arguments of some.
+        `waits` is a rank that stands still when it should work. `kill` is a rank and the seconds
+        after which it gets SIGKILL, or the `signal` by which it is `stopped`; they are counted from
+        when such a rank stands still. `limits` are of a `Meeting`, `variables` are set in all, and
+        `each` has further arguments of some.
         """
         asked = {"folder": str(folder), "arguments": [*map(str, arguments)], "ranks": ranks, **more}
         assert self._process.stdin is not None
@@ -126,9 +127,12 @@ def _run(asked: dict[str, Any]) -> list[list[Any]]:
             time.sleep(seconds)
             victim = next(pid for pid, one in children.items() if one == rank)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
+                os.kill(victim, asked.get("signal", signal.SIGKILL))
         codes = {}
-        for pid, rank in children.items():
+        # One that is only stopped ends last, and not by itself.
+        for pid, rank in sorted(children.items(), key=lambda one: one[1] == asked.get("stopped")):
+            if rank == asked.get("stopped"):
+                os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             codes[rank] = os.waitstatus_to_exitcode(status)
 

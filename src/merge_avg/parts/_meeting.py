@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from merge_avg.errors import MergeError, RankError
+from merge_avg.errors import MergeError, RankError, WrittenError
 from merge_avg.formats.bounded import loads
 from merge_avg.io import without_collector
 from merge_avg.parts._seat import PLAIN, Seat
@@ -66,7 +66,7 @@ class Meeting:
         self._heard: dict[
             int, tuple[str, float, float]
         ] = {}  # the beat; when it, and work, was new
-        self._watcher: threading.Thread | None = None
+        self._looked = 0.0  # when the store was last heard of
 
     def __enter__(self) -> Self:
         found: SimpleQueue[Any] = SimpleQueue()
@@ -93,8 +93,9 @@ class Meeting:
         self._heard = dict.fromkeys(self._listened_to, (_NO_BEAT, now, now))
         self._beat()
         self.set(f"here/{self.rank}", self.host)
-        self._watcher = threading.Thread(target=self._watch, name="merge-avg-watch", daemon=True)
-        self._watcher.start()
+        self._looked = now
+        for one in (self._listen, self._watch):
+            threading.Thread(target=one, name=f"merge-avg{one.__name__}", daemon=True).start()
         try:
             self._meet()
         except BaseException as error:
@@ -141,8 +142,6 @@ class Meeting:
                 self._tell_all(error)
         finally:
             self._over.set()
-            if self._watcher is not None:
-                self._watcher.join(self._grace)
 
     def _tell_all(self, error: BaseException) -> None:
         """Say what happened here to all, and leave it to rank 0 to say so to the user."""
@@ -157,7 +156,7 @@ class Meeting:
         while not (seen := self.has("seen")) and time.monotonic() < due:
             time.sleep(_AGAIN)
         self._leave(5 * self._step)
-        if known:
+        if known and not isinstance(error, WrittenError):  # after which the output is complete
             raise RankError(first, told=seen and self.rank != 0) from None
 
     def _post(self, told: dict[str, Any]) -> dict[str, Any]:
@@ -218,21 +217,20 @@ class Meeting:
 
     # Who is alive
 
+    def _listen(self) -> None:
+        while not self._over.wait(self._step) and self._error is None:
+            with contextlib.suppress(RankError):  # `_watch` and whoever waits see it
+                self._beat()
+                self._look()
+                self._looked = time.monotonic()
+
     def _watch(self) -> None:
-        failed_at = 0.0
-        while not self._over.wait(self._step):
-            try:
-                if self._error is None:
-                    self._beat()
-                    self._look()
-                elif not failed_at:
-                    failed_at = time.monotonic()
-            except RankError:  # the store is gone, which whoever waits for it sees too
-                pass
-            if failed_at and time.monotonic() > failed_at + self._grace:
-                if self._abandon is not None:
-                    self._abandon(RankError(self._error or {}, told=self._told))
-                return
+        # Without a word to the store, which may hang with the machine that keeps it.
+        while not self._over.wait(self._step) and self._error is None:
+            if time.monotonic() - self._looked > self._silence + self._step:
+                self._lose()
+        if not self._over.wait(self._grace) and self._abandon is not None:
+            self._abandon(RankError(self._error or {}, told=self._told))
 
     def _beat(self) -> None:
         self.set(f"beat/{self.rank}", f"{self.moves} {self.nbytes} {int(self.waits)} {time.time()}")
@@ -300,8 +298,8 @@ class Meeting:
         self._told = self._behind()
 
     def _behind(self) -> bool:
-        """Return whether another rank but the first comes before this one, and lives."""
-        since = time.monotonic() - 3 * self._step
+        """Return whether another rank but the first comes before this one, and lived at last."""
+        since = self._looked - 3 * self._step
         return any(0 < k < self.rank and one[1] > since for k, one in [*self._heard.items()])
 
     def refuse_failed(self) -> None:
