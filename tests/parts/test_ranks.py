@@ -1,6 +1,5 @@
 """Ranks: several processes on this machine, which meet over the loopback."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from merge_avg import verify_output
 from tests.helpers import quick, run_command
 from tests.parts.helpers import MAKERS, checkpoints, left, made, site, tree
 from tests.promises.launching import Server, free_port
+from tests.promises.test_schema import checked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore", "ignore:torch.distributed is disabled"),
@@ -68,7 +68,7 @@ def test_the_result_in_json(tmp_path, server):
     """The JSON of rank 0 has what each rank did, and the bytes of all."""
     paths = checkpoints(tmp_path)
     first, other = server.run(tmp_path, *paths, "-o", "out.pt", "--json", ranks=2)
-    found = json.loads(first.out)
+    found = checked(first.out, "merge")
     assert [one["rank"] for one in found["ranks"]] == [0, 1]
     assert sum(one["bytes"] for one in found["ranks"]) == found["bytes_read"]
     assert found["bytes_read"] == found["bytes_to_read"]

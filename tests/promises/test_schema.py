@@ -125,6 +125,22 @@ def test_a_merge(run, command, options, dry):
         assert [one["metric"] for one in found["candidates"]] == [0, 1, None]
 
 
+def test_parts_and_their_shares(run, command):
+    """A part that does not finish, and what each part would read, are as described."""
+    options = ["-o", "o.ckpt", "--missing", "skip", "--json"]
+    code, out, err = command(*run, *options, "--part", "1/9", "--dry-run")
+    assert code == 0, err
+    assert len(checked(out, "merge")["shares"]) == 9
+    code, out, err = command(*run, *options, "--part", "9/9")
+    assert code == 0, err
+    found = checked(out, "merge")
+    assert found["part"]["number"] == 9
+    assert found["agreement"] is None
+    code, out, err = command(*run, *options, "--resume")
+    assert code == 0, err
+    assert "part" not in checked(out, "merge")
+
+
 def test_a_soup_a_verification_and_contents(run, command):
     """What the other commands print is as described, an object for each checkpoint named."""
     code, out, err = command("soup", *run, "-o", "s.ckpt", "--missing", "skip", *SOUP, "--json")

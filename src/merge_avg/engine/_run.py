@@ -138,8 +138,9 @@ def run(
         hint = "lower --max-memory and --threads, or allow this process more"
         raise MergeError("there is not enough memory for it", hint=hint) from None
     for spec in job.outputs if crew is None and opened is None else ():
-        with contextlib.suppress(MergeError):  # one that is at work cleans up by itself
-            Site(spec.path).begin_anew()  # of parts that nobody needs any more
+        # The merge is done; and one that is at work on it cleans up by itself.
+        with contextlib.suppress(MergeError, OSError):
+            Site(spec.path).begin_anew()
     return result
 
 
