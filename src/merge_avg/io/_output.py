@@ -51,7 +51,7 @@ def refuse_output(path: Path, *, directory: bool, overwrite: bool) -> None:
     if _platform.mounted(path):
         raise MergeError("it is or holds a mount point", where=path, hint="choose another output")
     if not overwrite and (not directory or any(path.iterdir())):
-        raise _exists(path, "the output exists already")
+        raise exists(path, "the output exists already")
 
 
 def refuse_loss(path: Path, files: Container[str]) -> dict[str, tuple[int, ...]]:
@@ -86,7 +86,8 @@ def _reserved(path: Path, name: str) -> MergeError:
     return MergeError(what, where=path, hint="choose another name")
 
 
-def _exists(path: Path, what: str) -> MergeError:
+def exists(path: Path, what: str) -> MergeError:
+    """Return the error for an output that must not be replaced."""
     hint = "choose another output, or replace this one with --overwrite"
     return MergeError(what, where=path, hint=hint)
 
@@ -202,7 +203,7 @@ class Output:
     def _replace(self) -> None:
         """Replace the old output in one step, or two of which the next run undoes a lone first."""
         if not self._overwrite:
-            raise _exists(self.path, "another output appeared there in the meantime") from None
+            raise exists(self.path, "another output appeared there in the meantime") from None
         temporary, aside = self._temporary.path, self._temporary.aside
         with _held(self.path):
             exchanged = _platform.exchange(temporary, self.path)

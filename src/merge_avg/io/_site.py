@@ -25,7 +25,7 @@ from zlib_ng import zlib_ng
 from merge_avg.checkpoint import FileLayout
 from merge_avg.errors import MergeError, failure
 from merge_avg.io import _platform
-from merge_avg.io._output import Output, OutputFile, Place, close_files, make_files
+from merge_avg.io._output import Output, OutputFile, Place, close_files, exists, make_files
 from merge_avg.io._reader import Checksum
 from merge_avg.io._temporary import Temporary, beside, remove
 
@@ -109,10 +109,11 @@ class Site:
     def remove(self) -> None:
         """Remove it in one step, as others see it."""
         gone = beside(self.output)
-        with contextlib.suppress(OSError):
+        try:
             os.rename(self.folder, gone)
-        remove(gone)
-        remove(self.folder)
+        except OSError:  # of Windows, where something in it is open
+            gone = self.folder
+        remove(gone)  # from here on another may begin at the old place
 
     def make(self, files: Mapping[str, FileLayout], draft: bytes, plan: bytes) -> None:
         """Make it, unless another process does so first."""
@@ -229,17 +230,20 @@ class SharedOutput(Output):
                 except MergeError:
                     if not site.there:  # or another process has made it, and there is room for one
                         raise
-            site.enter()
             try:
+                site.enter()
                 # What has been published may be a file that others have now: hands off.
                 for relative, layout in () if site.published else files.items():
                     fd = os.open(site.path / ("" if relative == "." else relative), _OPEN)
                     if not self._directory:
                         site.fd = fd
                     self.files.append(SharedFile(self.path, fd, layout, draft))
-            except BaseException:
+            except BaseException as error:
                 close_files(self.files if self._directory else ())
                 site.close()
+                if isinstance(error, MergeError | OSError) and not site.there:
+                    # Another process has finished it just now.
+                    raise exists(self.path, "the output exists already") from None
                 raise
         return site, self.files
 

@@ -109,14 +109,16 @@ class Crew:
     def settle(self, job: Job, outputs: Sequence[SharedOutput]) -> None:
         """Make sure that the outputs are those of this plan, and that their ledgers are sound."""
         self._outputs = [*outputs]
-        self._refuse_other(job)
-        self._inodes = [one.site.inode() for one in outputs]
         self._counts = len(job.layouts), [len(job.layout.files)] * len(outputs)
-        done = [one for one in self.work.stretches if self._load(one) is not None]
+        done: list[Stretch] = []
+        with self._unless_finished():
+            self._refuse_other(job)
+            self._inodes = [one.site.inode() for one in outputs]
+            done += [one for one in self.work.stretches if self._load(one) is not None]
+            if self.options.part is not None:
+                self._site.write(f"{self.options.part[1]}{_PARTS}", b"")
         if self._tell is not None and done:
             self._tell(sum(one.nbytes for one in done))
-        if self.options.part is not None:
-            self._site.write(f"{self.options.part[1]}{_PARTS}", b"")
 
     def mine(self) -> Iterator[Stretch]:
         """Yield the stretches to work on, but for those that are done meanwhile."""
