@@ -11,7 +11,7 @@ import pytest
 import torch
 from xxhash import xxh3_128_hexdigest
 
-from merge_avg import MergeError, UsageError, merge_checkpoints, verify_output
+from merge_avg import MergeError, UsageError, load_average, merge_checkpoints, verify_output
 from merge_avg.engine import _run as engine
 from merge_avg.parts import Crew
 from tests.helpers import quick, run_command
@@ -462,6 +462,23 @@ def test_the_command_makes_parts(tmp_path, command):
     assert json.loads(out)["part"] == {"number": 2, "of": 3, "missing": [3]}
     code, out, err = command(*paths, "-o", "out.pt", "--part", "3/3", "--report", "page.html")
     assert (code, out) == (0, "out.pt\n")
+
+
+def test_a_model_is_filled_by_one_process(tmp_path):
+    """There are no parts of a model in memory."""
+    for options in ({"resume": True}, {"part": "1/2"}, {"finish": True}):
+        with pytest.raises(UsageError, match="a model is filled by one process"):
+            load_average(torch.nn.Linear(1, 1), checkpoints(tmp_path, "safetensors", 2), **options)
+
+
+def test_weights_by_name_work_in_parts(tmp_path):
+    """Tensors that have other weights get them whoever works on them."""
+    paths = checkpoints(tmp_path)
+    options = {"weights_for": ["a=1,2,3", "d=0,1,0"]}
+    made(paths, tmp_path / "one.pt", **options)
+    for part in ("2/2", "1/2"):
+        made(paths, tmp_path / "out.pt", part=part, **options)
+    assert tree(tmp_path / "out.pt") == tree(tmp_path / "one.pt")
 
 
 def test_a_soup_is_made_by_one_process(tmp_path, command):

@@ -70,16 +70,17 @@ def cut(job: Job, chunk: int) -> Work:
     for unit in job.plan.units:
         if job.layout.targets[unit.number]:
             apart = unit.number in viewed or unit.number in job.plan.holed
-            apart = apart or any(source.storage is None for source in unit.sources)
+            if job.plan.restrides and not apart:
+                apart = any(source.storage is None for source in unit.sources)
             (odd if apart else plain).append(unit)
     copies = [record.nbytes for _, record in job.layout.copies]
-    total = sum(len(unit) * _width(unit) for unit in (*plain, *odd)) + sum(copies)
+    total = sum(unit.nbytes for unit in (*plain, *odd)) + sum(copies)
     size = max(-(-total // min(max(total // _LARGE, _USUAL), _MOST)), _LEAST)
     found = [*_cut(plain, size, chunk)]
     if odd or job.plan.restrides:
         # In one stretch, so that only who works on it copies them into the scratch file.
         start, stop = (len(plain), 0), (len(plain) + len(odd), 0)
-        nbytes = sum(len(unit) * _width(unit) for unit in odd)
+        nbytes = sum(unit.nbytes for unit in odd)
         found.append(Stretch(len(found), start, stop, (0, 0), nbytes, whole=True))
     end = len(plain) + len(odd), 0
     first = held = 0
@@ -93,7 +94,7 @@ def cut(job: Job, chunk: int) -> Work:
 
 def _width(unit: Unit) -> int:
     """Return the bytes of an element in all checkpoints together."""
-    return sum(source.dtype.itemsize for source in unit.sources)
+    return unit.nbytes // len(unit)
 
 
 def _cut(units: Sequence[Unit], size: int, chunk: int) -> Iterator[Stretch]:
