@@ -456,7 +456,7 @@ def test_the_command_makes_parts(tmp_path, command):
     assert sum(one["bytes"] for one in shares) == json.loads(out)["bytes_to_read"]
     code, out, err = command(*paths, "-o", "out.pt", "--part", "1/3")
     assert (code, out) == (0, "")
-    assert "part 1 of 3 made of the average of 3 checkpoints into out.pt" in err
+    assert "made part 1 of 3, averaging 3 checkpoints into out.pt" in err
     assert "missing part 2, 3" in err
     code, out, err = command(*paths, "-o", "out.pt", "--part", "2/3", "--json")
     assert json.loads(out)["part"] == {"number": 2, "of": 3, "missing": [3]}

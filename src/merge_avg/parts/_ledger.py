@@ -29,7 +29,7 @@ from merge_avg.formats.bounded import loads
 from merge_avg.parts._stretches import Stretch
 
 LARGEST = 1 << 28  # bytes of one: a thousand checkpoints of a hundred thousand tensors
-_MOST_TEXT = 100_000  # bytes of memory for each byte of JSON that `loads` may take
+_PER_BYTE = 20  # of memory: nearly all of a long ledger is base64
 Rows = tuple[tuple[int, ...], ...]
 
 
@@ -95,7 +95,7 @@ def unpack(
     if closing != xxh3_128_hexdigest(text).encode() + b"\n":
         raise ValueError("it is torn, or was changed")
     try:
-        value = loads(text, per_byte=_MOST_TEXT)
+        value = loads(text, per_byte=_PER_BYTE)
         if value["merge_avg"] != __version__:
             raise ValueError(f"it is of merge-avg {_text(value['merge_avg'])}")
         if value["plan"] != plan:

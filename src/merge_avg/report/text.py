@@ -55,7 +55,7 @@ def headline(report: Report) -> str:
     outputs = report.outputs
     done = "would average" if report.result is None else "averaged"
     if report.part is not None:
-        done = f"part {report.part.number} of {report.part.of} made of the average of"
+        done = f"made part {report.part.number} of {report.part.of}, averaging"
     where = outputs[0].path if len(outputs) == 1 else counted(len(outputs), "average")
     return f"{done} {counted(len(report.averaged), 'checkpoint')} into {where}"
 
