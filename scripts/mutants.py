@@ -41,7 +41,7 @@ TESTS = {
     "io/_reader": "io/test_reader",
     "io/_platform": "io/test_platform io/test_output io/test_reader",
     "checkpoint/_reasons": "checkpoint/test_reasons checkpoint/test_roles formats/test_directory",
-    "plan/_derived": "plan/test_derived",
+    "checkpoint/_derived": "checkpoint/test_derived",
     "plan/_masters": "plan/test_masters",
     "plan/_units": "plan/test_units agreement/test_comparison",
     "plan/_budget": "plan/test_budget",

@@ -382,7 +382,7 @@ def load_average(model: torch.nn.Module, paths: Places, **options: Any) -> Loade
         UsageError: the options do not fit each other.
         TypeError: an argument is of another kind than is meant.
     """
-    from merge_avg.loading import ModelSink, match
+    from merge_avg.engine.model import ModelSink, match
 
     if not hasattr(model, "state_dict"):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -8,7 +8,8 @@ import pytest
 from merge_avg.checkpoint import BY_NAME, Layout, Name, Storage
 from merge_avg.errors import MergeError
 from merge_avg.plan._alignment import Aligned
-from merge_avg.plan._units import Source, aligned_to_page, make_plan, tiled
+from merge_avg.plan._sources import Source
+from merge_avg.plan._units import aligned_to_page, make_plan, tiled
 from tests.plan.helpers import BF16, F32, FILE, info, planned, rows_of
 
 

@@ -15,7 +15,7 @@ TORCH = {
     "merge_avg.agreement._torch_products",
     "merge_avg.engine._cuda",
     "merge_avg.engine._restride",
-    "merge_avg.loading",
+    "merge_avg.engine.model",
     "merge_avg.merger",
 }
 

@@ -7,6 +7,7 @@ that is to be written. Nothing here opens a file or imports torch.
 
 from __future__ import annotations
 
+from merge_avg.checkpoint._derived import low_rank, parts_note, refuse_quantised, unit_or_mask
 from merge_avg.checkpoint._dtypes import (
     BY_NAME,
     BY_SAFETENSORS,
@@ -81,7 +82,11 @@ __all__ = [
     "is_matrix",
     "is_metric",
     "kind_of",
+    "low_rank",
+    "parts_note",
+    "refuse_quantised",
     "row_major",
     "turned",
+    "unit_or_mask",
     "words",
 ]

@@ -7,7 +7,7 @@
         complete                which file is to get the output's name, once all is done
 
 Whoever comes first makes the directory under another name and renames it, so that it appears whole.
-Files in it are renamed into place too. It is no temporary: only who has published the output, or
+Files in it are renamed into place too. It is not a temporary: only who has published the output, or
 begins anew, removes it.
 """
 

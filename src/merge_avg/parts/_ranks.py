@@ -122,7 +122,7 @@ class Ranks(Crew):
         try:
             return unpack(raw, stretch, self._digest, self._inodes, self._counts)
         except ValueError as error:
-            raise MergeError(f"a rank sent what is no ledger: {error}") from None
+            raise MergeError(f"what a rank sent is not a ledger: {error}") from None
 
     def published(self) -> None:
         """Remove what was shared, and let the others leave."""

@@ -9,10 +9,9 @@ from fnmatch import translate
 from functools import lru_cache
 from pathlib import Path
 
-from merge_avg.checkpoint import Layout, Name, TensorInfo, dotted
+from merge_avg.checkpoint import Layout, Name, TensorInfo, dotted, refuse_quantised
 from merge_avg.errors import MergeError, UsageError, named
 from merge_avg.options import Missing
-from merge_avg.plan._derived import refuse_quantised
 
 # Segments that wrappers of a model add to its names: "module" is that of DataParallel,
 # DistributedDataParallel and AveragedModel, "_orig_mod" that of torch.compile.

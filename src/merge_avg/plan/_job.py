@@ -21,6 +21,7 @@ from merge_avg.checkpoint import (
     assign,
     dotted,
     kind_of,
+    parts_note,
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
@@ -31,7 +32,6 @@ from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
-from merge_avg.plan._derived import parts_note
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, overload
+from typing import Literal
 
 from merge_avg.checkpoint import (
     BY_NAME,
@@ -24,11 +24,13 @@ from merge_avg.checkpoint import (
     Storage,
     TensorInfo,
     is_matrix,
+    low_rank,
     row_major,
+    unit_or_mask,
 )
 from merge_avg.errors import MergeError
 from merge_avg.plan._alignment import Aligned, check_shared, check_tensors, place
-from merge_avg.plan._derived import low_rank, unit_or_mask
+from merge_avg.plan._sources import Everywhere, Source
 
 # Floats and complex numbers have a mean; integers and bools should be equal; what is kept stays the
 # template's, because other checkpoints lack it or because no weight covers it.
@@ -41,40 +43,6 @@ _LORA_WARNING = (
     "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, merge "
     "each adapter into its base model first"
 )
-
-
-class Source(NamedTuple):  # there are as many as tensors times checkpoints
-    """The place of a unit's elements in one checkpoint."""
-
-    checkpoint: int  # its number
-    dtype: DType
-    storage: Storage | None  # None where they lie in the scratch file
-    offset: int  # of the first element, in bytes, in the storage or the scratch file
-
-
-class Everywhere(Sequence[Source]):
-    """The sources of a tensor that is all of its storage, in the same place in each checkpoint."""
-
-    # Checkpoints of a run are like that: nothing is held for each tensor of each.
-    __slots__ = "checkpoints", "dtype", "storage"
-
-    def __init__(self, checkpoints: int, dtype: DType, storage: Storage) -> None:
-        self.checkpoints = checkpoints  # how many
-        self.dtype = dtype
-        self.storage = storage
-
-    def __len__(self) -> int:
-        return self.checkpoints
-
-    @overload
-    def __getitem__(self, k: int) -> Source: ...
-    @overload
-    def __getitem__(self, k: slice) -> Sequence[Source]: ...
-    def __getitem__(self, k: int | slice) -> Source | Sequence[Source]:
-        found = range(self.checkpoints)[k]
-        if isinstance(found, int):
-            return Source(found, self.dtype, self.storage, 0)
-        return [self[one] for one in found]
 
 
 @dataclass(frozen=True, slots=True)

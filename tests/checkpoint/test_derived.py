@@ -4,17 +4,18 @@ import re
 
 import pytest
 
-from merge_avg.checkpoint import BY_NAME, Name, Storage
-from merge_avg.errors import MergeError
-from merge_avg.plan._alignment import without
-from merge_avg.plan._derived import (
-    _scales_blocks,
-    _scales_packed,
+from merge_avg.checkpoint import (
+    BY_NAME,
+    Name,
+    Storage,
     low_rank,
     parts_note,
     refuse_quantised,
     unit_or_mask,
 )
+from merge_avg.checkpoint._derived import _scales_blocks, _scales_packed
+from merge_avg.errors import MergeError
+from merge_avg.plan._alignment import without
 from tests.plan.helpers import info, rows_of
 
 SHORT = {"f8": "float8_e4m3fn", "f16": "float16", "f": "float32", "i8": "int8", "u8": "uint8"}

@@ -21,7 +21,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, combinations, product
 
-from merge_avg.checkpoint import Layout, Name, TensorInfo, TreePath
+from merge_avg.checkpoint._layout import Layout, TensorInfo, TreePath
+from merge_avg.checkpoint._roles import Name
 from merge_avg.errors import MergeError, named
 
 Tensors = Mapping[Name, TensorInfo]
