@@ -115,7 +115,8 @@ class Fence:
 
     def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
         inside = event == "open" and str(arguments[0]) in self._allowed
-        if self._armed and not inside and event != "builtins.id":
+        harmless = event in ("builtins.id", "array.__new__")
+        if self._armed and not inside and not harmless:
             os.write(2, f"the fence: {event} {arguments!r}\n".encode())
             os.abort()  # an exception could be caught
 

@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from tests.helpers import quick
 from tests.parts.helpers import checkpoints, left, made, site, tree
 from tests.promises import crashing, launching
 
@@ -38,7 +37,8 @@ def restored(output, old):
         output.write_bytes(old)
 
 
-@pytest.mark.parametrize("count", quick([4, KILLS], 4))
+@pytest.mark.large
+@pytest.mark.parametrize("count", [KILLS])
 def test_each_rank_is_killed_at_random_moments(tmp_path, count):
     """The others end by themselves, with one message at most, and `--resume` completes."""
     chance = random.Random(count)  # noqa: S311

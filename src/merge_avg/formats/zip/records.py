@@ -174,6 +174,7 @@ def _looked(part: Part, bounds: tuple[int, int, int], headers: _Headers) -> _Loo
     if not folder.isascii():
         return "", sums, b""
     size, blank = len(folder), bytes(len(folder))
+    digest.update(size.to_bytes(4, "little"))  # of what the zeros stand for
     for entry in entries:
         at = entry - start
         name = at + CENTRAL.size
