@@ -301,7 +301,8 @@ def merge_checkpoints(paths: Places, output: Outputs, **options: Any) -> Result:
     if not (isinstance(asked.progress, bool | None) or callable(asked.progress)):
         raise TypeError(f"progress must be True or a function, not {asked.progress!r}")
     weights = None if several else asked.weights
-    choice = asked.choose(paths, *places[:1], weights=weights, listed=several)
+    listed = several or bool(asked.weights_for)
+    choice = asked.choose(paths, *places[:1], weights=weights, listed=listed)
     for place in () if several else places:
         refuse_place(place, choice, asked)
     if not asked.allow_trivial:
@@ -393,14 +394,20 @@ def load_average(model: torch.nn.Module, paths: Places, **options: Any) -> Loade
     with tempfile.TemporaryDirectory(prefix="merge-avg-") as name:
         # An output that is never made: a bare state dict, in which each tensor stands alone.
         place = Path(name) / "average.safetensors"
-        choice = asked.choose(paths, place, weights=asked.weights)
+        listed = bool(asked.weights_for)
+        choice = asked.choose(paths, place, weights=asked.weights, listed=listed)
         if not asked.allow_trivial:
             refuse_trivial(choice)
         values = {one.name: getattr(asked, one.name) for one in fields(Options)}
         merging = choice.templated(Options(**values | {"weights": None, "state_dict": True}))
-        job = prepare(choice.paths, choice.outputs, merging, *choice.scanned)
+        try:
+            job = prepare(choice.paths, choice.outputs, merging, *choice.scanned)
+        except MergeError as error:
+            if error.where == str(place):  # of an output that nobody asked for
+                error.where, error.hint = None, "write a file with merge_checkpoints instead"
+            raise
         matched = match(model, job, strict=asked.strict)
-        sink = ModelSink(matched.tensors, place.parent)
+        sink = ModelSink(matched, place.parent)
         result = _run(job, choice, asked.progress, lambda _: contextlib.nullcontext(sink))
     return Loaded(result, matched.missing, matched.unexpected)
 

@@ -17,7 +17,7 @@ from merge_avg._version import __version__
 from merge_avg.brief import Brief
 from merge_avg.checkpoint import File, FileLayout, Layout, dotted
 from merge_avg.engine import run
-from merge_avg.errors import MergeError, counted, failure
+from merge_avg.errors import MergeError, UsageError, counted, failure
 from merge_avg.formats import check, scan
 from merge_avg.io import OutputFile, read_fully
 from merge_avg.plan import FILE, Hashes, Job, Record, prepare, read_record
@@ -86,7 +86,11 @@ def verify_output(
         max_memory=max_memory,
     )
     paths = [folder / one.name for one in record.inputs]
-    job = prepare(paths, path, options, made_by=record)
+    try:
+        job = prepare(paths, path, options, made_by=record)
+    except UsageError as error:  # the record asks for it, not the user
+        what = f"its provenance record cannot be gone by: {error.what}"
+        raise MergeError(what, where=path) from None
     # A merge asks the safetensors library only where that costs little.
     for found in (layout, *job.layouts):
         check(found)

@@ -136,6 +136,62 @@ def test_what_is_no_model_is_refused(paths):
         load_average(network(), paths[0])
 
 
+def test_numbers_of_another_kind_and_shared_memory_are_refused(tmp_path):
+    """What a tensor of the model cannot hold is not rounded away, nor is one of two lost."""
+    for seed in range(2):
+        values = {"a": torch.full((3, 3), seed + 0.5), "b": torch.full((3, 3), seed - 0.5)}
+        torch.save(values, tmp_path / f"{seed}.pt")
+    found = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(3, 3, dtype=torch.int8))
+    model.register_buffer("b", torch.zeros(3, 3))
+    with pytest.raises(MergeError, match=r"'a' is torch\.float32, and torch\.int8 in the model"):
+        load_average(model, found)
+    model.register_buffer("a", torch.zeros(3).expand(3, 3))
+    with pytest.raises(MergeError, match="'a' of the model repeats its elements"):
+        load_average(model, found)
+    model.register_buffer("a", model.b)
+    with pytest.raises(MergeError, match="the model ties 'b' and 'a', whose averages differ"):
+        load_average(model, found)
+    single = [tmp_path / "s0.pt", tmp_path / "s1.pt"]
+    for path, other in zip(single, found, strict=True):
+        torch.save({"a": torch.load(other)["a"]}, path)
+    assert load_average(model, single).missing_keys == ()
+    assert model.b.unique().tolist() == [1.0]
+
+
+def test_a_state_dict_of_copies_is_looked_through(tmp_path, paths):
+    """The model's own tensors are filled, whatever hooks make of its state dict; others refused."""
+    model, expected = network(), network()
+    model.register_state_dict_post_hook(lambda _, state, *__: copies(state))
+    load_average(model, paths)
+    load_average(expected, paths)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    model.register_state_dict_post_hook(lambda _, state, *__: state.update(extra=torch.ones(1)))
+    with pytest.raises(MergeError, match="'extra' in the state dict of the model is neither"):
+        load_average(model, paths)
+
+
+def copies(state):
+    """Replace the tensors of a state dict by copies."""
+    for name in list(state):
+        state[name] = state[name].clone()
+
+
+def test_what_no_state_dict_holds_is_said_in_terms_of_the_model(tmp_path):
+    """A dtype that no new file holds names no file that nobody asked for."""
+    for seed in range(2):
+        value = torch.full((2, 2), seed, dtype=torch.complex128)
+        torch.save({"w": value}, tmp_path / f"{seed}.pt")
+    model = nn.Module()
+    model.register_buffer("w", torch.zeros(2, 2, dtype=torch.complex128))
+    with pytest.raises(MergeError, match="cannot hold 'w'") as caught:
+        load_average(model, [tmp_path / "0.pt", tmp_path / "1.pt"])
+    assert caught.value.where is None
+    assert "merge_checkpoints" in caught.value.hint
+
+
 def test_gradients_and_graphs_are_left_alone(paths):
     """Parameters stay leaves that need gradients, and no graph is recorded."""
     model = network()

@@ -116,6 +116,25 @@ def test_directories_hold_files_that_begin_elsewhere(tmp_path):
     assert (tmp_path / "out" / kept).read_bytes() == (paths[1] / kept).read_bytes()
 
 
+def test_keys_that_are_equal_are_not_the_same(tmp_path):
+    """True is equal to 1: a file with one of them has its own names."""
+    for name, key in (("a", 1), ("b", True)):
+        torch.save({"m": {key: torch.zeros(2), "w": torch.ones(3)}}, tmp_path / f"{name}.pt")
+    first, second = scan(tmp_path / "a.pt"), scan(tmp_path / "b.pt")
+    assert [info.path[1] for info in first.tensors] == [1, "w"]
+    assert second.tensors[0].path[1] is True
+
+
+def test_a_folder_is_not_told_from_zeros(tmp_path):
+    """Names that are as long with the folder as another's, but are not in one, are others."""
+    first = scan(written(tmp_path / "abc", "many", 0))
+    raw = (tmp_path / "abc.pt").read_bytes()
+    (tmp_path / "forged.pt").write_bytes(raw.replace(b"abc/", b"ab/\0"))
+    with pytest.raises(MergeError):
+        scan(tmp_path / "forged.pt")
+    assert first.tensors
+
+
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "shards", "pickled shards"])
 def test_what_differs_is_not_shared(tmp_path, kind):
     """A shape, a dtype or a place that is another one is read as it is."""

@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 
 from merge_avg import MergeError, UsageError, load_average, merge_checkpoints, verify_output
 from merge_avg.engine import _run as engine
-from merge_avg.parts import Crew
+from merge_avg.parts import Crew, Part
 from tests.helpers import quick, run_command
 from tests.parts.helpers import MAKERS, checkpoints, left, made, site, state, tree
 
@@ -307,7 +307,7 @@ def lies(**changed):
         (other_stretch, "another stretch"),
         (lies(plan="00"), "another merge"),
         (lies(merge_avg="0.0.1"), "merge-avg 0.0.1"),
-        (lies(files=[1]), "that is gone"),
+        (lies(tokens=["1"]), "that is gone"),
         (lies(hashes=["0"]), "hashes of other checkpoints"),
         (lies(varying=[10_000]), "names what there is not"),
         (lies(products=[[["AQAAAAAAAAA=", "AAAAAAAAAAA="], ["", ""]]]), "products of other"),
@@ -348,12 +348,84 @@ def test_ledgers_do_not_count_for_a_new_file(tmp_path):
     paths = checkpoints(tmp_path)
     output = tmp_path / "out.pt"
     made(paths, output, part="1/2")
-    inner = site(output) / "output"
-    copy = inner.with_name("copy")
-    shutil.copy(inner, copy)
-    copy.replace(inner)
+    kept = tmp_path / "kept"
+    site(output).rename(kept)
+    made(paths, output, part="2/2")
+    for ledger in kept.glob("*.ledger"):
+        shutil.copy(ledger, site(output))
     with pytest.raises(MergeError, match="an output in the making that is gone"):
         made(paths, output, resume=True)
+
+
+def test_one_that_is_still_at_work_finishes(tmp_path):
+    """What does a stretch again would write to a published output: whoever ends last publishes."""
+    paths = checkpoints(tmp_path)
+    output = tmp_path / "out.pt"
+    made(paths, tmp_path / "one.pt")
+    found = []
+
+    def meanwhile(done, total):
+        if not found:
+            found.append(made(paths, output, resume=True).part)
+            assert not output.exists()
+
+    assert made(paths, output, part="1/2", threads=1, progress=meanwhile).part is None
+    assert found == [Part(1, 1, ())]
+    assert tree(output) == tree(tmp_path / "one.pt")
+    assert not site(output).exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_part_that_comes_late_has_nothing_to_do(tmp_path, overwrite):
+    """Where the output is there, made of the same inputs, so are its parts; others are refused."""
+    paths = checkpoints(tmp_path)
+    output = tmp_path / "out.pt"
+    for part in ("1/9", "2/9", "9/9", "4/9", "3/9", "5/9", "6/9", "7/9", "8/9"):
+        made(paths, output, part=part, overwrite=overwrite)
+    before = output.stat()
+    assert made(paths, output, part="2/9", overwrite=overwrite).part == Part(2, 9, ())
+    assert output.stat() == before
+    assert left(tmp_path) == []
+    os.utime(paths[0])
+    if overwrite:
+        assert made(paths, output, part="1/2", overwrite=True).part.missing == (2,)
+    else:
+        with pytest.raises(MergeError, match="the output exists already"):
+            made(paths, output, part="1/2")
+
+
+def test_an_output_in_the_making_that_is_removed_is_missed(tmp_path):
+    """That what was shared is gone is only good news if the output is there."""
+    paths = checkpoints(tmp_path)
+    output = tmp_path / "out.pt"
+
+    def gone(done, total):
+        shutil.rmtree(site(output), ignore_errors=True)
+
+    with pytest.raises(MergeError, match="what was made of it is gone"):
+        made(paths, output, resume=True, progress=gone)
+    assert not output.exists()
+
+
+def test_parts_of_other_rules_are_refused(tmp_path):
+    """Rules are compared as what they say of each checkpoint, not as they are written."""
+    paths = checkpoints(tmp_path)
+    options = {"template": paths[2], "weights_for": ["*=1,2,4"]}
+    made(paths, tmp_path / "out.pt", part="1/2", **options)
+    turned = [paths[0], paths[2], paths[1]]
+    with pytest.raises(MergeError, match="what weights_for says was"):
+        made(turned, tmp_path / "out.pt", part="2/2", **options)
+
+
+def test_parts_are_made_from_any_directory(tmp_path, monkeypatch):
+    """A path that is spelled in another way names the same files."""
+    paths = checkpoints(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    made([path.name for path in paths], tmp_path / "out.pt", part="1/2")
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    made([f"../{path.name}" for path in paths], tmp_path / "out.pt", part="2/2")
+    assert (tmp_path / "out.pt").exists()
 
 
 def test_a_published_output_is_only_cleaned_up(tmp_path, monkeypatch):

@@ -42,18 +42,18 @@ ledgers = st.builds(
 @given(ledgers)
 def test_a_ledger_comes_back_as_it_was(ledger):
     """What is packed is unpacked to the bit, NaN and infinity included."""
-    raw = pack(ledger, STRETCH, "ab", [5, 6])
-    assert repr(unpack(raw, STRETCH, "ab", [5, 6], COUNTS)) == repr(ledger)
+    raw = pack(ledger, STRETCH, "ab", ["5", "6"])
+    assert repr(unpack(raw, STRETCH, "ab", ["5", "6"], COUNTS)) == repr(ledger)
 
 
 def packed():
     ledger = Ledger(7, "h", 0, 1.0, 9, (1, 2, 3), (), (), (), (), ((), ()), (((),), ((), ())))
-    return pack(ledger, STRETCH, "ab", [5, 6])
+    return pack(ledger, STRETCH, "ab", ["5", "6"])
 
 
-def refused(raw, stretch=STRETCH, plan="ab", files=(5, 6), counts=COUNTS):
+def refused(raw, stretch=STRETCH, plan="ab", tokens=("5", "6"), counts=COUNTS):
     with pytest.raises(ValueError) as raised:
-        unpack(raw, stretch, plan, list(files), counts)
+        unpack(raw, stretch, plan, list(tokens), counts)
     return str(raised.value)
 
 
@@ -75,7 +75,7 @@ def test_a_torn_ledger_is_refused():
 def test_other_ledgers_are_refused_by_name():
     """A ledger of another merge, version, stretch or output in the making says which it is."""
     assert refused(packed(), plan="cd") == "it is of another merge"
-    assert refused(packed(), files=(5, 7)) == "it is of an output in the making that is gone"
+    assert refused(packed(), tokens=("5", "7")) == "it is of an output in the making that is gone"
     other = Stretch(8, (1, 2), (3, 4), (0, 0), 96)
     assert refused(packed(), stretch=other) == "it is of another stretch of the work"
     assert refused(forged(span=[1, 2, 3, 5, 0, 0, 96])) == "it is of another stretch of the work"

@@ -78,6 +78,33 @@ def test_a_changed_input_is_found_by_a_rule_alone(tmp_path, paths):
         verify_output(out)
 
 
+def test_the_agreement_is_of_all_that_is_averaged(tmp_path):
+    """A checkpoint that a rule gives no weight is compared all the same, whatever the windows."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"{name}.weight": torch.randn(200, 300, generator=generator) for name in ("l", "head")}
+    for name in "abc":
+        noisy = {k: v + 0.01 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+        torch.save(noisy, tmp_path / f"{name}.pt")
+    found = [tmp_path / f"{name}.pt" for name in "abc"]
+    for weights, rules in (([1, 1, 1], ["head*=1,0,0"]), ([1, 1, 0], ["head*=0,0,1"])):
+        for threads, memory in ((1, "8MiB"), (2, None)):
+            out = tmp_path / "out.pt"
+            options = {"threads": threads, "max_memory": memory, "overwrite": True}
+            result = merge_checkpoints(found, out, weights=weights, weights_for=rules, **options)
+            assert result.agreement.mean > 0.999
+            verify_output(out)
+
+
+def test_a_record_that_cannot_be_meant_is_told_as_such(tmp_path, paths):
+    """A rule in a forged record is not the user's."""
+    out = tmp_path / "out.safetensors"
+    merge_checkpoints(paths, out, weights_for={"head.*": [1, 2, 3]})
+    out.write_bytes(out.read_bytes().replace(b"head.*=", b"head.*,", 1))
+    with pytest.raises(MergeError, match="its provenance record cannot be gone by") as caught:
+        verify_output(out)
+    assert not isinstance(caught.value, UsageError)
+
+
 def test_windows_hold_tensors_of_one_rule(tmp_path):
     """Small tensors that alternate between rules are averaged each by its own."""
     for seed in range(2):
@@ -143,7 +170,7 @@ def test_the_command_takes_rules_and_says_what_they_decide(tmp_path, paths, comm
     assert code == 0, err
     assert json.loads(text)["policies"]["weights_for"] == ["enc.*=1,0,0", "head.*=0,1,1"]
     assert "note: 'state_dict.enc.0.weight'" in err
-    assert "the weights are 0, 0.5, 0.5, as of 'head.*'" in err
+    assert "the weights are 0, 1, 1, as of 'head.*'" in err
     code, _, err = command("soup", *paths, "-o", "s.pt", "--eval", "x", "--mode", "min", *rules)
     assert code == 2
 

@@ -183,6 +183,12 @@ def test_power_function_emas_of_raw_checkpoints(command):
     share = (1 / 3) ** (exponent(0.1) + 1)
     assert json.loads(out)["outputs"][0]["weights"] == pytest.approx([1 - share, share])
 
+    for epoch in range(2):
+        torch.save({"w": torch.full((2,), float(epoch)), "epoch": epoch}, f"e{epoch}.ckpt")
+    code, out, err = command("e0.ckpt", "e1.ckpt", "-o", "e.ckpt", "--weighting", "power:0.1", "-q")
+    assert code == 0, err  # the first epoch is over when it is saved as 0
+    assert torch.load("e.ckpt")["w"][0] == pytest.approx(1 - 0.5 ** (exponent(0.1) + 1))
+
 
 def test_post_hoc_ema(command):
     """Stored EMAs make one of another width, in which a constant tensor stays as it is."""

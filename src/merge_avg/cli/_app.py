@@ -123,7 +123,8 @@ def _make(
     if command is not None and criteria.best is None and not criteria.one_best_per_fold:
         criteria = replace(criteria, mode=None)  # it is that of the score only
     criteria = replace(criteria, last=max(series.lasts, default=None))
-    choice = choose(checkpoints, Path(output), criteria, series, weighting)
+    listed = bool(options.weights_for)
+    choice = choose(checkpoints, Path(output), criteria, series, weighting, listed=listed)
     refuse_place(output, choice, options)
     if not criteria.allow_trivial:
         refuse_trivial(choice)

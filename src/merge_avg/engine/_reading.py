@@ -47,7 +47,9 @@ class Recipes:
             rows = self._space.job.weights(unit)
             chosen = [counted(unit, weights) for weights in rows]
             means = [self._mean(unit, *pair) for pair in enumerate(zip(rows, chosen, strict=True))]
-            wanted = sorted(self._space.comparison.beside(unit).union(*chosen))
+            # What is compared is read in any case: a rule may give it no weight here.
+            compared = self._space.comparison.rows(unit) if unit.kind == "mean" else ()
+            wanted = sorted({*compared}.union(*chosen))
             groups = tuple(_groups(unit, wanted, self._space.job.budget.rows))
             taps = [
                 self._space.readers[source.checkpoint].tap(source.storage)
@@ -112,7 +114,9 @@ class WindowReader:
         self._watch = watch
         self.room = room
         aligned = space.job.plan.aligned
-        self._alike = aligned.checkpoints if aligned.alike else 0
+        # What lies in the scratch file is read while the reading is planned.
+        shared = aligned.alike and not space.job.plan.restrides
+        self._alike = aligned.checkpoints if shared else 0
         self._planned: tuple[Window, object, Sequence[Strip]] = (), None, ()
 
     def stack(self, window: Window, recipe: Recipe, group: Sequence[int], room: Buffer) -> Matrix:

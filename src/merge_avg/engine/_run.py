@@ -121,6 +121,8 @@ def run(
     try:
         if crew is not None:
             crew.begin(job, largest_chunk(job))
+            if crew.part is not None:  # it is made already
+                return _unfinished(job, crew, 0.0)
         result = _run(job, findings, opened or output, crew)
     except (OSError, ImportError, MemoryError, RuntimeError) as error:
         known = not isinstance(error, RuntimeError) or _NO_MEMORY.search(str(error))
@@ -168,7 +170,7 @@ def _run(job: Job, findings: Findings, opened: Opened, crew: Crew | None) -> Res
         stack.callback(scratch.close)
         space = Workspace(job, readers, sinks, scratch, findings, comparison, device, load_torch)
         if not stack.enter_context(_worked(space, crew)):
-            return _unfinished(space, crew, time.perf_counter() - started)
+            return _unfinished(job, crew, time.perf_counter() - started)
         if not findings.varying.isdisjoint(job.plan.derived):
             refuse_derived(space)
         # Nothing gets its name before the inputs are known to be whole, and the same as at first.
@@ -266,22 +268,12 @@ def _work_on(space: Workspace, crew: Crew) -> None:
         crew.leave(stretch, take(space, stretch, crew, time.perf_counter() - started))
 
 
-def _unfinished(space: Workspace, crew: Crew | None, seconds: float) -> Result:
+def _unfinished(job: Job, crew: Crew | None, seconds: float) -> Result:
     """Return the result of a process that leaves the rest of a merge to others."""
-    return Result(
-        space.job,
-        0 if crew is None else crew.nbytes,
-        seconds,
-        () if crew is None else tuple(sorted(crew.differing)),
-        () if crew is None else tuple(sorted(crew.nonfinite)),
-        warnings=(),
-        agreement=None,
-        verdict=None,
-        centred=None,
-        compared=(),
-        hashes=None,
-        part=None if crew is None else crew.part,
-    )
+    nbytes, differing, nonfinite = crew.found if crew is not None else (0, set(), set())
+    told = tuple(sorted(differing)), tuple(sorted(nonfinite)), ()
+    part = None if crew is None else crew.part
+    return Result(job, nbytes, seconds, *told, None, None, None, (), None, part=part)
 
 
 def shares(job: Job, crew: Crew | None = None) -> tuple[Planned, ...]:

@@ -4,6 +4,8 @@
         plan.json               what is made, so that a run that would make something else keeps off
         output                  the output in the making, a file or a directory
         0007.ledger             what is known of part 7 of the work, whose bytes are on the disk
+        token                   a random text that ledgers repeat: they are of this output, not of
+                                one that was made here before
         complete                which file is to get the output's name, once all is done
 
 Whoever comes first makes the directory under another name and renames it, so that it appears whole.
@@ -30,7 +32,7 @@ from merge_avg.io._reader import Checksum
 from merge_avg.io._temporary import Temporary, beside, remove
 
 _SUFFIX = ".merge-avg-parts"
-_PLAN, _OUTPUT, _COMPLETE = "plan.json", "output", "complete"
+_PLAN, _OUTPUT, _COMPLETE, _TOKEN = "plan.json", "output", "complete", "token"
 _AT_WORK = "at-work-"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _platform.FLAGS
 _OPEN = os.O_RDWR | _platform.FLAGS
@@ -61,6 +63,11 @@ class Site:
         place = self.output if self.published else self.path
         with _explained(place):
             return place.lstat().st_ino
+
+    def token(self) -> str:
+        """Return the random text by which ledgers know the output in the making."""
+        with _explained(self.folder / _TOKEN):
+            return _begin_of(self.folder / _TOKEN).decode("ascii", "replace")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file that appears whole, and only when it is on the disk."""
@@ -94,16 +101,26 @@ class Site:
         """Show that a process is at work here, for as long as it lives, or until `close`."""
         self.take(f"{_AT_WORK}{secrets.token_hex(4)}")
 
+    def leave(self) -> None:
+        """Show that this process is no more at work here: it writes nothing before it finishes."""
+        for path in [path for path in self._held if path.name.startswith(_AT_WORK)]:
+            remove(path)
+            os.close(self._held.pop(path))
+
+    def busy(self) -> bool:
+        """Return whether another process is at work here."""
+        with contextlib.closing(Site(self.output)) as other:
+            return any(not other.take(path.name) for path in self.folder.glob(f"{_AT_WORK}*"))
+
     def begin_anew(self) -> None:
         """Remove what earlier runs left; MergeError where one is at work still."""
         if not os.path.lexists(self.folder):
             return
         with contextlib.closing(Site(self.output)) as other:
-            for path in self.folder.glob(f"{_AT_WORK}*"):
-                if not other.take(path.name):
-                    hint = "wait for it; or, if it makes parts of the same merge, use --resume"
-                    what = "another run is at work on it"
-                    raise MergeError(what, where=self.output, hint=hint)
+            if other.busy():
+                hint = "wait for it; or, if it makes parts of the same merge, use --resume"
+                what = "another run is at work on it"
+                raise MergeError(what, where=self.output, hint=hint)
         self.remove()
 
     def remove(self) -> None:
@@ -128,6 +145,7 @@ class Site:
                     close_files(made if inner.fd < 0 else ())
             finally:
                 inner.close()
+            _write(room.path / _TOKEN, secrets.token_hex(16).encode())
             _write(room.path / _PLAN, plan)
             for folder, _, _ in os.walk(room.path):
                 _platform.sync_directory(Path(folder))
@@ -143,11 +161,7 @@ class Site:
     def published(self) -> bool:
         """Return whether the output has its name, and all that is left is to remove this."""
         try:
-            fd = os.open(self.folder / _COMPLETE, os.O_RDONLY | _platform.FLAGS)
-            try:
-                inode = int(os.read(fd, 20))
-            finally:
-                os.close(fd)
+            inode = int(_begin_of(self.folder / _COMPLETE))
         except (OSError, ValueError):
             return False
         with contextlib.suppress(OSError):
@@ -312,6 +326,14 @@ class SharedFile(OutputFile):
     def _sum(self, number: int, nbytes: int) -> Checksum:
         with self._lock:
             return self._sums.setdefault(number, Checksum(nbytes))
+
+
+def _begin_of(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY | _platform.FLAGS)
+    try:
+        return os.read(fd, 40)
+    finally:
+        os.close(fd)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -77,7 +77,13 @@ class Crew:
         self._digest = ""
         self._outputs: list[SharedOutput] = []
         self._inodes: list[int] = []
+        self._tokens: list[str] = []
         self._tell: Progress | None = None
+
+    @property
+    def found(self) -> tuple[int, set[str], set[str]]:
+        """Return what this process read, and the tensors to tell of that it came across."""
+        return self.nbytes, self.differing, self.nonfinite
 
     def begin(self, job: Job, chunk: int) -> None:
         """Plan the work, before any output is opened."""
@@ -86,6 +92,9 @@ class Crew:
             if self.options.finish:
                 hint = "make its parts first, with --part 1/N and so on"
                 raise MergeError("no part of it is made", where=job.outputs[0].path, hint=hint)
+            if job.made:
+                number, of = self.options.part or (1, 1)
+                self.part = Part(number, of, ())
             return
         self._refuse_other(job)
 
@@ -114,6 +123,7 @@ class Crew:
         with self._unless_finished():
             self._refuse_other(job)
             self._inodes = [one.site.inode() for one in outputs]
+            self._tokens = [one.site.token() for one in outputs]
             done += [one for one in self.work.stretches if self._load(one) is not None]
             if self.options.part is not None:
                 self._site.write(f"{self.options.part[1]}{_PARTS}", b"")
@@ -136,7 +146,7 @@ class Crew:
         self.nbytes += ledger.nbytes
         self.differing.update(ledger.differing)
         self.nonfinite.update(ledger.nonfinite)
-        raw = pack(ledger, stretch, self._digest, self._inodes)
+        raw = pack(ledger, stretch, self._digest, self._tokens)
         with self._unless_finished():
             self._site.write(self._name(stretch), raw)
 
@@ -153,10 +163,16 @@ class Crew:
             self.part = Part(number, of, missing)
             yield None
             return
+        # One that does a stretch again would write to what has its name by then. So whoever ends
+        # last finishes: it leaves before it looks for others.
         finishing = False
+        for output in self._outputs:
+            output.site.leave()
         with self._unless_finished():
-            finishing = self._site.there and self._site.take(_FINISH) and self._site.there
+            if self._site.there and not self._site.busy():
+                finishing = self._site.take(_FINISH) and self._site.there
         if not finishing:
+            self._refuse_lost()
             number, of = self.options.part or (1, 1)
             self.part = Part(number, of, ())
             yield None
@@ -214,7 +230,7 @@ class Crew:
             return None
         raw = read(path, _ledger.LARGEST)
         try:
-            return unpack(raw, stretch, self._digest, self._inodes, self._counts)
+            return unpack(raw, stretch, self._digest, self._tokens, self._counts)
         except ValueError as error:
             hint = "remove it, and its part of the work is done again"
             raise MergeError(f"not a ledger to go by: {error}", where=path, hint=hint) from None
@@ -257,6 +273,19 @@ class Crew:
         except MergeError:
             if self._site.there:
                 raise
+            self._refuse_lost()
+
+    def _refuse_lost(self) -> None:
+        """Raise MergeError where neither the site is there nor the output that was made in it."""
+        for number, output in enumerate(self._outputs):
+            if self._site.there or not output.files:
+                continue
+            with contextlib.suppress(OSError):
+                inode = output.path.lstat().st_ino
+                if inode in self._inodes[number : number + 1] or not self._inodes:
+                    continue
+            what = "what was made of it is gone, and it is not there"
+            raise MergeError(what, where=output.path, hint="run again")
 
 
 def _short(value: object) -> str:

@@ -1,6 +1,6 @@
 """Ledgers: what is known of a stretch once it is done; those of all add up to what a merge knows.
 
-    {"merge_avg": "0.1.0", "plan": "00ff...", "stretch": 7, "span": [...], "files": [inode, ...],
+    {"merge_avg": "0.1.0", "plan": "00ff...", "stretch": 7, "span": [...], "tokens": ["00ff..."],
      "host": "node7", "rank": 2, "seconds": 1.5, "bytes": 4096, "hashes": ["00ff...", ...],
      "differing": [...], "nonfinite": [...], "varying": [...], "products": [...], "inputs": [...],
      "outputs": [...]}
@@ -51,14 +51,14 @@ class Ledger:
     outputs: tuple[tuple[Rows, ...], ...]  # of each file of each output: `SharedFile.take`
 
 
-def pack(ledger: Ledger, stretch: Stretch, plan: str, files: Sequence[int]) -> bytes:
+def pack(ledger: Ledger, stretch: Stretch, plan: str, tokens: Sequence[str]) -> bytes:
     """Return a ledger as the content of a file."""
     told = {
         "merge_avg": __version__,
         "plan": plan,
         "stretch": ledger.stretch,
         "span": _span(stretch),
-        "files": list(files),
+        "tokens": list(tokens),
         "host": ledger.host,
         "rank": ledger.rank,
         "seconds": round(ledger.seconds, 6),
@@ -84,7 +84,7 @@ def unpack(
     raw: bytes,
     stretch: Stretch,
     plan: str,
-    files: Sequence[int],
+    tokens: Sequence[str],
     counts: tuple[int, Sequence[int]],
 ) -> Ledger:
     """Return the ledger of a stretch from the content of a file; ValueError says what is wrong.
@@ -102,7 +102,7 @@ def unpack(
             raise ValueError("it is of another merge")
         if value["stretch"] != stretch.number or value["span"] != _span(stretch):
             raise ValueError("it is of another stretch of the work")
-        if value["files"] != list(files):
+        if value["tokens"] != list(tokens):
             raise ValueError("it is of an output in the making that is gone")
         return _ledger(value, stretch, counts)
     except (KeyError, TypeError, AttributeError, OverflowError, binascii.Error):

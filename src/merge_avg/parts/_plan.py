@@ -11,6 +11,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from merge_avg._version import __version__
+from merge_avg.checkpoint import Layout
 from merge_avg.formats.bounded import loads
 from merge_avg.options import Options
 from merge_avg.parts._stretches import Work
@@ -29,7 +30,7 @@ def document(job: Job, work: Work) -> bytes:
     """Return the plan of a merge: its inputs as they are now, its outputs, options and work."""
     # Neither devices nor inodes: a file system may have others on another machine.
     inputs = [
-        [os.path.abspath(layout.path), [[str(f.path), f.nbytes, f.mtime_ns] for f in layout.files]]  # noqa: PTH100 - links stay
+        [os.path.abspath(layout.path), _files(layout)]  # noqa: PTH100 - links stay
         for layout in job.layouts
     ]
     rows = [(output.path, output.weights) for output in job.outputs]
@@ -45,9 +46,17 @@ def document(job: Job, work: Work) -> bytes:
         "inputs": inputs,
         "base": job.base,
         "outputs": outputs,
+        "rules": [
+            [rule.pattern, [f"{n}/{rule.weights.total}" for n in rule.weights.integers]]
+            for rule in job.rules
+        ],
         "work": [len(work.stretches), work.nbytes, xxh3_128_hexdigest(spans)],
     }
     return json.dumps(told, allow_nan=False, default=list).encode()
+
+
+def _files(layout: Layout) -> list[list[object]]:
+    return [[os.path.abspath(f.path), f.nbytes, f.mtime_ns] for f in layout.files]  # noqa: PTH100
 
 
 def digest(plan: bytes) -> str:
@@ -86,5 +95,6 @@ def _differences(
                 yield from pair(f"a file of {path}", file, name)
                 yield from pair(f"the size of {file}", size, nbytes)
                 yield from pair(f"the time of the last change of {file}", time, then)
+    yield from pair("what --weights-for says", ours["rules"], theirs["rules"])
     yield from pair("the base", ours["base"], theirs["base"])
     yield from pair("the work", ours["work"], theirs["work"])

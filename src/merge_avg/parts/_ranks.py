@@ -92,7 +92,7 @@ class Ranks(Crew):
         super().leave(stretch, ledger)
         # Not by way of the disk: other nodes may see a new file only after a while.
         self.meeting.set(
-            f"ledger/{stretch.number}", pack(ledger, stretch, self._digest, self._inodes)
+            f"ledger/{stretch.number}", pack(ledger, stretch, self._digest, self._tokens)
         )
         self.meeting.moves += 1
 
@@ -120,7 +120,7 @@ class Ranks(Crew):
     def _received(self, stretch: Stretch) -> Ledger:
         raw = self.meeting.get(f"ledger/{stretch.number}")
         try:
-            return unpack(raw, stretch, self._digest, self._inodes, self._counts)
+            return unpack(raw, stretch, self._digest, self._tokens, self._counts)
         except ValueError as error:
             raise MergeError(f"what a rank sent is not a ledger: {error}") from None
 

@@ -33,7 +33,7 @@ from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._masters import roles_of
-from merge_avg.plan._provenance import Hashes, Record, write_record
+from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._training import training_state
@@ -108,6 +108,13 @@ class Job:
         units = sum(unit.nbytes for unit in self.plan.units)
         return units + sum(storage.nbytes for _, storage in self.layout.copies)
 
+    @property
+    def made(self) -> bool:
+        """Return whether this is a part of what is there already, made of the same inputs."""
+        if self.options.part is None:
+            return False
+        return all(is_made(one.path, self.layouts, self.record(one)) for one in self.outputs)
+
     def record(
         self, output: OutputSpec, hashes: Hashes | None = None, agreement: float | None = None
     ) -> bytes:
@@ -171,7 +178,8 @@ def prepare(
             # An output to compare with exists, and is not written.
             for path in asked if made_by is None else ():
                 refuse_inputs(path, job.layouts)
-                if options.shared and Site(path).there:  # it may be all but finished
+                # It may be all but finished, or made of parts that came before this one.
+                if options.shared and (Site(path).there or job.made):
                     continue
                 refuse_output(path, directory=directory, overwrite=options.overwrite)
                 if directory and path.is_dir():

@@ -23,7 +23,7 @@ from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import LARGEST_PROVENANCE, PROVENANCE, Layout
 from merge_avg.errors import MergeError
-from merge_avg.formats import bounded
+from merge_avg.formats import bounded, scan
 from merge_avg.io import leads_elsewhere
 from merge_avg.options import RECORDED, Options, choices
 
@@ -104,6 +104,24 @@ def write_record(
             for pattern, row in rules
         ]
     return json.dumps(record).encode()
+
+
+def is_made(path: Path, layouts: Sequence[Layout], record: bytes) -> bool:
+    """Return whether an output is there that has this record, but for what is known last.
+
+    It has to be newer than all inputs: their contents are not compared.
+    """
+    try:
+        found = scan(path)
+        told = bounded.loads(dict(found.metadata).get(PROVENANCE, "").encode())
+        ours = bounded.loads(record)
+        for one in (told, ours):
+            for entry in (one, one["template"], *one["inputs"]):
+                entry.pop("hash" if entry is not one else "agreement", None)
+    except (MergeError, KeyError, TypeError, ValueError, AttributeError):
+        return False
+    newest = max(file.mtime_ns for layout in layouts for file in layout.files)
+    return told == ours and min(file.mtime_ns for file in found.files) >= newest
 
 
 @dataclass(frozen=True)

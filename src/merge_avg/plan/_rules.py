@@ -21,11 +21,7 @@ class Rule:
 
     pattern: str
     weights: Weights
-
-    @property
-    def said(self) -> str:
-        """Return the weights as a sum's shares, in the order of the job."""
-        return ", ".join(f"{weight:.4g}" for weight in self.weights.normalized())
+    given: str = ""  # the weights as the user gave them, in the order of the inputs
 
 
 def read_rules(
@@ -49,7 +45,7 @@ def read_rules(
             hint = "give one for each, in the order of the checkpoints"
             raise UsageError(f"the rule {text!r} has {counts}", hint=hint)
         row = ["0" if number is None else values[number] for number in order]
-        rules.append(Rule(pattern, Weights.of(row, normalize=normalize)))
+        rules.append(Rule(pattern, Weights.of(row, normalize=normalize), ", ".join(values)))
     return tuple(rules)
 
 
@@ -83,7 +79,7 @@ def ruled(
         if not names:
             hint = f"patterns are compared with names such as {named(plan.aligned.rows, 4)}"
             raise MergeError(f"no averaged tensor is like {rule.pattern!r}", where=path, hint=hint)
-        notes.append(f"{named(names)}: the weights are {rule.said}, as of {rule.pattern!r}")
+        notes.append(f"{named(names)}: the weights are {rule.given}, as of {rule.pattern!r}")
     return replace(plan, units=tuple(units)), notes
 
 

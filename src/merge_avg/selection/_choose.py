@@ -172,7 +172,8 @@ def _times(chosen: Sequence[Candidate]) -> tuple[str, Sequence[int]]:
     for clock in ("step", "epoch"):
         times = [getattr(one, clock) for one in chosen]
         if None not in times and len({*times}) == len(times):
-            return clock, times
+            # An epoch is over when it is saved: frameworks that count from 0 mean the first.
+            return clock, [time + (clock == "epoch" and min(times) == 0) for time in times]
     return "step", ()
 
 

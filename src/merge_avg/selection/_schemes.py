@@ -99,6 +99,8 @@ def _power(text: str, times: Sequence[int]) -> tuple[Fraction, ...]:
     except ValueError:
         sigma = -1.0
     gamma = exponent(sigma)
+    if times[0] <= 0:
+        raise UsageError("a checkpoint of step 0 has no part in an EMA", hint="leave it out")
     shares = [Fraction(float(time / times[-1]) ** (gamma + 1)) for time in (0, *times)]
     return tuple(b - a for a, b in itertools.pairwise(shares))
 

@@ -139,6 +139,10 @@ def sharing(objects: Objects, other: Objects) -> Objects:
     # Such as those of the next epoch: numbers beside the tensors are what differs.
     if objects.tensors is other.tensors or objects.tensors != other.tensors:
         return objects
+    # True is equal to 1, and 1.0 too, but they are other names.
+    keys = {type(key) for one in (objects, other) for info in one.tensors for key in info.path}
+    if not keys <= {str, int}:
+        return objects
     pairs = zip(objects.storages.items(), other.storages.items(), strict=False)
     same = len(objects.storages) == len(other.storages) and all(
         (key, one.dtype, one.storage) == (other_key, two.dtype, two.storage)
