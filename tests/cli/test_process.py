@@ -79,9 +79,9 @@ def test_an_ignored_signal_stays_ignored(folds, tmp_path):
     code = (
         "import os, signal\nfrom merge_avg import cli, selection\n"
         "choose = selection.choose\n"
-        "def hung_up(*args):\n"
+        "def hung_up(*args, **options):\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
-        "    return choose(*args)\n"
+        "    return choose(*args, **options)\n"
         "selection.choose = hung_up\ncli.main()\n"
     )
     done = subprocess.run(
