@@ -202,6 +202,7 @@ def test_gradients_and_graphs_are_left_alone(paths):
 
 def test_memory_is_that_of_a_window(tmp_path):
     """Beside the model, less than one of its tensors is held."""
+    pytest.importorskip("resource")  # which Windows lacks
     for number in range(3):
         torch.save({"w": torch.full((1 << 24,), float(number))}, tmp_path / f"{number}.pt")
     code = f"""
