@@ -290,8 +290,8 @@ def test_names_that_the_writer_flattened(tmp_path):
     assert merged["optimizer.state.exp_avg.w"].tolist() == [0] * 3
 
 
-def cut(path, *chunks):
-    """Write a vector w in chunks, as several ranks do."""
+def cut(path, *chunks, dim=0):
+    """Write a tensor w in chunks along a dimension, as several ranks do."""
     named = {f"part{number}": chunk for number, chunk in enumerate(chunks)}
     dcp.save(named, checkpoint_id=path, no_dist=True)
     metadata = pickle.loads((path / ".metadata").read_bytes())
@@ -300,12 +300,26 @@ def cut(path, *chunks):
     pieces = [piece for name in named for piece in known[name].chunks]
     for piece, (name, chunk) in zip(pieces, named.items(), strict=True):
         key = next(key for key in metadata.storage_data if key.fqn == name)
-        changed(piece, offsets=torch.Size([at]))
-        places[type(key)("w", torch.Size([at]))] = metadata.storage_data[key]
-        at += len(chunk)
-    changed(whole, size=torch.Size([at]), chunks=pieces)
+        corner = torch.Size([at if one == dim else 0 for one in range(chunk.dim())])
+        changed(piece, offsets=corner)
+        places[type(key)("w", corner)] = metadata.storage_data[key]
+        at += chunk.shape[dim]
+    size = [at if one == dim else extent for one, extent in enumerate(chunks[0].shape)]
+    changed(whole, size=torch.Size(size), chunks=pieces)
     changed(metadata, storage_data=places, state_dict_metadata={"w": whole}, planner_data={})
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_a_checkpoint_with_tiles_may_be_given_twice(tmp_path):
+    """Copies of tiles in the scratch file are read for each source that a window has of them."""
+    whole = torch.arange(280.0).view(40, 7)
+    other = whole.flip(0)
+    for name, one in (("a", whole), ("b", other)):
+        cut(tmp_path / name, one[:, :3].contiguous(), one[:, 3:].contiguous(), dim=1)
+    for names, mean in (("aa", whole), ("aab", (2 * whole + other) / 3)):
+        out = tmp_path / f"{names}.pt"
+        merge_checkpoints([tmp_path / name for name in names], out, allow_trivial=True)
+        assert torch.equal(torch.load(out)["w"], mean)
 
 
 @has("float8_e8m0fnu")

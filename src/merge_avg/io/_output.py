@@ -298,7 +298,7 @@ def make_files(
         for file in made:
             for offset, data in file.layout.opening():
                 file.write(memoryview(data), offset)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave no file open
         close_files(made if set(files) != {"."} else ())
         raise
     return made

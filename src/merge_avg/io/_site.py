@@ -77,7 +77,7 @@ class Site:
                 _write(part, data)
                 os.replace(part, self.folder / name)
                 _platform.sync_directory(self.folder)
-        except BaseException:
+        except BaseException:  # Ctrl-C too must leave nothing behind
             remove(part)
             raise
 
@@ -252,7 +252,7 @@ class SharedOutput(Output):
                     if not self._directory:
                         site.fd = fd
                     self.files.append(SharedFile(self.path, fd, layout, draft))
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C too must give the locks back
                 close_files(self.files if self._directory else ())
                 site.close()
                 if isinstance(error, MergeError | OSError) and not site.there:

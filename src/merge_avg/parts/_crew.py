@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class RankRate:
-    """What a rank did, and how fast."""
+    """The work of a rank, and its rate."""
 
     rank: int
     host: str
@@ -51,7 +51,7 @@ class RankRate:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a part or a rank is to do."""
+    """The share of a part or a rank."""
 
     number: int
     nbytes: int  # to read

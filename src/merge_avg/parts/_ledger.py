@@ -35,7 +35,7 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Ledger:
-    """What is known of one stretch of a merge."""
+    """The results of one stretch of a merge."""
 
     stretch: int  # its number
     host: str

@@ -98,7 +98,7 @@ class Meeting:
             threading.Thread(target=one, name=f"merge-avg{one.__name__}", daemon=True).start()
         try:
             self._meet()
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C too: the others must not wait for this rank
             self.__exit__(type(error), error, None)
             raise
         return self

@@ -112,7 +112,7 @@ class Listing:
 
 
 class Found(NamedTuple):
-    """What one archive has: a listing, and what that leaves out."""
+    """The listing of one archive, and what that leaves out."""
 
     listing: Listing
     folder: str  # with its slash; empty if there is none that all are in
