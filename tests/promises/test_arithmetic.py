@@ -139,8 +139,9 @@ def agrees(found, expected):
     )
 
 
-def attack(seeds, kernels=(), device="cpu"):
+def attack(seeds, kernels=None, device="cpu"):
     """Compare all routes with the oracle; return how many elements each was compared in."""
+    kernels = kernels or {}
     counts = dict.fromkeys(["torch", "integers", *kernels], 0)
     for seed in seeds:
         rows, weights, target, cuts = case(seed)
