@@ -42,7 +42,7 @@ def scaled_of(states, config=NO_CONFIG, dense=None, **more):
         results = (Composed(group.codes, dense, group.shape),)
     about = str(group.codes), group.names, sources, results, group.shape, group.form
     paths = tuple(Path(f"{k}.pt") for k in range(len(states)))
-    rest = group.blocks, group.scale_kind, group.mx, paths, dense
+    rest = group.blocks, group.scale_kind, group.rule, paths, dense
     return Scaled(*about, *rest, **more)
 
 

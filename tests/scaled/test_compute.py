@@ -85,8 +85,10 @@ def by_rule(sizes, states, key, scaled):
         power = all(math.frexp(one.reshape(-1)[place])[0] == 0.5 for one in given_)
         if not size:
             value = 1.0
-        elif scaled.mx:
-            value = math.ldexp(1, math.frexp(size)[1] - 1 - scaled.form.emax)
+        elif scaled.rule != "fit":
+            fraction, exponent = math.frexp(size)
+            exponent += scaled.rule == "round" and fraction >= 0.875
+            value = math.ldexp(1, exponent - 1 - scaled.form.emax)
         elif power:
             value = math.ldexp(1, math.ceil(math.log2(size / scaled.form.largest)))
         else:

@@ -120,7 +120,7 @@ SIZES = st.one_of(
 def test_real_scales(sizes, dtype):
     """A real scale maps the largest size to the largest number, and of zeros it is 1."""
     wide = torch.tensor(sizes, dtype=torch.float64)
-    some = {"mx": False, "power": torch.zeros(len(sizes), dtype=torch.bool)}
+    some = {"rule": "fit", "power": torch.zeros(len(sizes), dtype=torch.bool)}
     found = of.new_scales(wide, E4M3, "real", dtype, **some)
     assert found.dtype == dtype
     expected = (wide / 448).to(dtype).where(wide > 0, 1)
@@ -135,7 +135,7 @@ def test_powers_of_two(kind):
     def check(sizes):
         wide = torch.tensor(sizes, dtype=torch.float64)
         power = torch.ones(len(sizes), dtype=torch.bool)
-        made = of.new_scales(wide, E4M3, kind, torch.float32, mx=False, power=power)
+        made = of.new_scales(wide, E4M3, kind, torch.float32, rule="fit", power=power)
         for size, scale in zip(sizes, of.scale_numbers(made, kind).tolist(), strict=True):
             assert math.frexp(scale)[0] == 0.5
             if size:
@@ -146,15 +146,17 @@ def test_powers_of_two(kind):
     check()
 
 
-@given(st.lists(SIZES, min_size=1), st.sampled_from([E2M1, E4M3]))
-def test_scales_of_mx(sizes, form):
+@given(st.lists(SIZES, min_size=1), st.sampled_from([E2M1, E4M3]), st.booleans())
+def test_scales_of_mx(sizes, form, up):
     """The exponent of MX is that of the largest size, less that of the largest number."""
     wide = torch.tensor(sizes, dtype=torch.float64)
     power = torch.ones(len(sizes), dtype=torch.bool)
-    made = of.new_scales(wide, form, "exponent", torch.uint8, mx=True, power=power).tolist()
+    rule = "round" if up else "floor"
+    made = of.new_scales(wide, form, "exponent", torch.uint8, rule=rule, power=power).tolist()
     for size, exponent in zip(sizes, made, strict=True):
-        wanted = math.frexp(size)[1] - 1 - form.emax + 127 if size else 127
-        assert exponent == wanted
+        fraction, wanted = math.frexp(size)
+        wanted += up and fraction >= 0.875
+        assert exponent == (wanted - 1 - form.emax + 127 if size else 127)
 
 
 @given(

@@ -185,7 +185,9 @@ class Computation:
             raise self._nonfinite(work, row, broken)
         power = torch.stack([of.powers(work.scales[k]) for k in row.members]).all(0)
         first = work.raw[row.members[0]]
-        made = of.new_scales(sizes, one.form, one.scale_kind, first.dtype, mx=one.mx, power=power)
+        made = of.new_scales(
+            sizes, one.form, one.scale_kind, first.dtype, rule=one.rule, power=power
+        )
         if one.form.in_byte > 1:  # there are no codes of NaN, but a scale
             made = made.masked_fill(broken, of.NO_NUMBER)
         raw = _bits(made).where(varies, _bits(first)).view(first.dtype)

@@ -16,6 +16,11 @@ from typing import Literal
 
 # As real numbers; or as the exponents of powers of two, in bytes (e8m0), which MX has.
 ScaleKind = Literal["real", "exponent"]
+# How scales follow from the largest size in their block.
+#   fit     it becomes the largest number there is
+#   floor   its exponent becomes that of the largest number, which it may exceed (MX, section 6.3)
+#   round   the same, and one more where its significand is 1.75 or more (compressed-tensors' MX)
+Rule = Literal["fit", "floor", "round"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from merge_avg.scaled._blocks import Strip, Window
-from merge_avg.scaled._forms import E2M1, E4M3, Form, ScaleKind
+from merge_avg.scaled._forms import E2M1, E4M3, Form, Rule, ScaleKind
 
 _HALVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of float4, by the three bits of their size
 NO_NUMBER = 255  # among exponents in bytes
 _BIAS = 127  # of these
+_BUMPED = 1.75 / 2  # of a fraction from 0.5 on
 _FRACTION = 52  # the bits of a float64 behind the leading one
 _SIGN = -(1 << 63)
 _EXACT = 2.0**52  # sums of so many units are exact in float64, with a bit to spare
@@ -126,16 +127,17 @@ def powers(scales: Tensor) -> Tensor:
 
 
 def new_scales(
-    sizes: Tensor, form: Form, kind: ScaleKind, dtype: torch.dtype, *, mx: bool, power: Tensor
+    sizes: Tensor, form: Form, kind: ScaleKind, dtype: torch.dtype, *, rule: Rule, power: Tensor
 ) -> Tensor:
     """Return the scales of blocks from the largest sizes in them, in their dtype.
 
-    A block of zeros has the scale 1. `power` says which ones are to be powers of two: the smallest
-    ones with which all numbers are in the range of the form. MX scales are those of its section
-    6.3, with which the largest numbers may be out of range, and become the largest there is.
+    A block of zeros has the scale 1. `power` says which scales that `fit` are to be powers of two:
+    the smallest ones with which all numbers are in the range of the form.
     """
-    if mx:
-        found = _power(torch.frexp(sizes)[1] - 1 - form.emax)
+    if rule != "fit":
+        fraction, exponent = torch.frexp(sizes)
+        above = (fraction >= _BUMPED).int() if rule == "round" else 0
+        found = _power(exponent - 1 - form.emax + above)
     else:
         found = sizes / form.largest
         fraction, exponent = torch.frexp(found)

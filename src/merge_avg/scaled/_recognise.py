@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from merge_avg.checkpoint import Name, TensorInfo
 from merge_avg.scaled._blocks import Blocks, Shape, cut, extents
 from merge_avg.scaled._config import Config
-from merge_avg.scaled._forms import E2M1, FORMS, MX_BLOCK, Form, ScaleKind
+from merge_avg.scaled._forms import E2M1, FORMS, MX_BLOCK, Form, Rule, ScaleKind
 
 _USUAL = (128, 128)  # blocks of DeepSeek, of Qwen, and of all who follow them
 _REAL = ("float32", "bfloat16", "float16")
@@ -42,7 +42,7 @@ class Group:
     form: Form
     blocks: Blocks
     scale_kind: ScaleKind
-    mx: bool
+    rule: Rule
     shape: Shape  # of the numbers
 
     @property
@@ -98,12 +98,10 @@ def recognise(tensors: Mapping[Name, TensorInfo], config: Config) -> Recognised:
             shapes = f"{list(pair.scale_shape)} for codes of {list(pair.shape)}"
             refused[pair.codes] = f"its scales have the shape {shapes}"
         else:
-            mx = pair.scale_kind == "exponent" and blocks.block == (1, MX_BLOCK)
-            if pair.form is E2M1 and not mx:
-                refused[pair.codes] = "its codes have no scale for each 32"
-                continue
             names = pair.codes, pair.scales, pair.inputs
-            groups.append(Group(*names, pair.form, blocks, pair.scale_kind, mx, pair.shape))
+            mx = pair.scale_kind == "exponent" and blocks.block == (1, MX_BLOCK)
+            rule: Rule = ("round" if _is_packed(tensors, pair) else "floor") if mx else "fit"
+            groups.append(Group(*names, pair.form, blocks, pair.scale_kind, rule, pair.shape))
     return Recognised(tuple(groups), refused)
 
 
@@ -147,6 +145,12 @@ def _pair(
     # Scales of activations belong to a module with one matrix, as a linear layer is.
     alone = sum(_may_be_codes(tensors[one]) for one in beside if one not in scales) == 1
     return _paired(name, scales[0], tuple(inputs) if alone else (), tensors)
+
+
+def _is_packed(tensors: Mapping[Name, TensorInfo], pair: _Pair) -> bool:
+    """Return whether codes of MX lie as compressed-tensors writes them, beside plain bytes."""
+    codes, scales = tensors[pair.codes], tensors[pair.scales]
+    return scales.dtype.name == "uint8" and len(codes.shape) == len(scales.shape)
 
 
 def _is_mx(codes: TensorInfo, scales: TensorInfo) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_avg.checkpoint import Access, Composed, DType, Name, TensorInfo
 from merge_avg.scaled._blocks import Blocks, Shape
-from merge_avg.scaled._forms import Form, ScaleKind
+from merge_avg.scaled._forms import Form, Rule, ScaleKind
 
 CODES, SCALES = 0, 1  # numbers of the tensors; scales of activations follow
 _VALUES = 1 << 19  # of all checkpoints, that are looked at together
@@ -29,7 +29,7 @@ class Scaled:
     form: Form
     blocks: Blocks
     scale_kind: ScaleKind
-    mx: bool  # whether scales are those of MX
+    rule: Rule
     paths: tuple[Path, ...]  # of the checkpoints, for errors
     dense: DType | None = None  # the dtype of a result without scales
     allow_nonfinite: bool = False
