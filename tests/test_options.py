@@ -88,7 +88,7 @@ def test_empty_ranges_are_refused(text):
 def test_what_is_recorded():
     """Outputs have these options in their provenance, in this order: their bytes depend on it."""
     order = "normalize dtype key missing int_policy state_dict allow_nonfinite max_shard_size"
-    assert " ".join(RECORDED) == f"{order} include exclude weights_only weights_for"
+    assert " ".join(RECORDED) == f"{order} include exclude weights_only weights_for lora"
 
 
 def test_what_is_reported():

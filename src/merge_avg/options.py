@@ -163,6 +163,14 @@ def parse_sliding(text: str) -> tuple[int, int]:
     return size, stride
 
 
+def parse_lora(text: str) -> str:
+    """Return how adapters are averaged, where it is written as it should be."""
+    if text not in ("factors", "exact") and not re.fullmatch(r"rank:[1-9][0-9]{0,5}", text):
+        hint = "write factors, exact, or a rank as in rank:8"
+        raise UsageError(f"there is no way {text!r} to average adapters", hint=hint)
+    return text
+
+
 def parse_part(text: str) -> Share:
     """Return the numbers of a part such as 2/4: which one, and of how many."""
     match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip())
@@ -239,6 +247,12 @@ class Options:
         (),
         "Other weights for tensors with such names, as in 'head.*=1,0'.",
         metavar="PATTERN=W,W,...",
+    )
+    lora: str = recorded(
+        "factors",
+        "Of adapters, average the factors, or what they do: exact, or as well as rank:R can.",
+        metavar="HOW",
+        parse=parse_lora,
     )
     # For the command a text, not a path: Path("./3") would be "3", the third checkpoint.
     template: Location | int | None = option(

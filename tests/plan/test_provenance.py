@@ -51,6 +51,7 @@ recorded = st.fixed_dictionaries(
         "exclude": st.lists(texts, max_size=3).map(tuple),
         "weights_only": st.booleans(),
         "weights_for": st.lists(texts, max_size=3).map(tuple),
+        "lora": st.sampled_from(["factors", "exact", "rank:8"]),
     }
 )
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=9)

@@ -22,7 +22,7 @@ PLANNED = """
     whole left_out callables available bytes_to_read bytes_to_write threads memory int_policy
     policies notes warnings candidates
 """.split()
-RUN = "agreement bytes_read seconds differing nonfinite".split()
+RUN = "agreement bytes_read seconds differing nonfinite approximated".split()
 FIGURES = "mean error each pairs shrinkage size elements odd tensors".split()
 VERDICT = "word number reason advice tensors groups".split()
 NESTED = {
@@ -31,9 +31,8 @@ NESTED = {
     "kept": ["key", "tensors", "bytes", "reason"],
 }
 POLICIES = """
-    allow_nonfinite device dtype exclude include int_policy key missing normalize state_dict
-    weights_for
-    weights_only
+    allow_nonfinite device dtype exclude include int_policy key lora missing normalize state_dict
+    weights_for weights_only
 """.split()
 
 

@@ -29,7 +29,7 @@ from merge_avg.agreement._cosines import (
 )
 from merge_avg.arithmetic import LOOPS, int64s
 from merge_avg.arithmetic.tuning import COMPARED, WHOLE
-from merge_avg.checkpoint import BY_NAME, is_matrix
+from merge_avg.checkpoint import BY_NAME, Composite, is_matrix
 from merge_avg.io import Buffer, Matrix
 from merge_avg.plan import Piece, Unit, Window
 
@@ -153,11 +153,16 @@ class Comparison:
     """Sums of products of checkpoints, to which workers add from any thread.
 
     Of the units of a plan, those of tensors of two or more dimensions count. With a `base`, the
-    number of a checkpoint, the differences of the others to it are compared as well.
+    number of a checkpoint, the differences of the others to it are compared as well. Composites are
+    compared whole, by what they stand for.
     """
 
     def __init__(
-        self, checkpoints: Sequence[int], units: Sequence[Unit], base: int | None = None
+        self,
+        checkpoints: Sequence[int],
+        units: Sequence[Unit],
+        base: int | None = None,
+        composites: Sequence[Composite] = (),
     ) -> None:
         self._count = count = len(checkpoints)
         self._base = base
@@ -177,12 +182,16 @@ class Comparison:
             what = unit, len(self._compared), sample, elements, first, len(unit) / elements
             self._compared[unit.number] = _Compared(*what)
             first += elements
-        self.empty = not found  # there is nothing to compare
+        self.empty = not found  # there is nothing to compare in windows
+        self.checkpoints = tuple(checkpoints) if count > 1 else ()
+        whole = composites if count > 1 else ()
+        self._composites = dict(enumerate(whole, len(self._compared)))  # by their lines
         self._stretch = max(first // _STRETCHES, 1)
         # Of the checkpoints themselves, and of their differences to the base.
         kinds = 1 if base is None else 2
         self._grams = [Buffer(8 * _GROUPS * count * count) for _ in range(kinds)]
-        self._sums = [Buffer(16 * len(self._compared) * count) for _ in range(kinds)]
+        self._lines = len(self._compared) + len(self._composites)
+        self._sums = [Buffer(16 * self._lines * count) for _ in range(kinds)]
         self._lock = threading.Lock()
 
     def beside(self, unit: Unit) -> frozenset[int]:
@@ -242,8 +251,19 @@ class Comparison:
                 else:
                     wide = products.learned(wide)
                 gram = grams.rows(_GROUPS * count, count, _WIDE).tensor()
-                table = sums.rows(len(self._compared), 2 * count, _WIDE).tensor()
+                table = sums.rows(self._lines, 2 * count, _WIDE).tensor()
                 products.multiply(wide, columns, gram.view(_GROUPS, count, count), table)
+
+    def add(self, number: int, gram: Sequence[Sequence[float]]) -> None:
+        """Add the products of composite `number` of the plan, of all pairs of checkpoints."""
+        count, line = self._count, len(self._compared) + number
+        with self._lock:
+            (grams, size), (sums, length) = self._tables(0)
+            for row, products in enumerate(gram):
+                for column, product in enumerate(products):
+                    grams[line % _GROUPS * size + row * count + column] += product
+                sums[line * length + row] += products[row]
+                sums[line * length + count + row] += math.fsum(products)
 
     def take(self) -> list[Products]:
         """Return the sums so far, to be `put` into another comparison, and begin anew."""
@@ -275,7 +295,7 @@ class Comparison:
         count = self._count
         tables = (
             (self._grams[kind], _GROUPS, count**2),
-            (self._sums[kind], len(self._compared), 2 * count),
+            (self._sums[kind], self._lines, 2 * count),
         )
         return [
             (buffer.bytes(8 * rows * length).cast("d"), max(length, 1))
@@ -292,13 +312,15 @@ class Comparison:
 
     def _agreement(self, kind: int) -> Agreement | None:
         compared = [one for one in self._compared.values() if not kind or self.beside(one.unit)]
-        if not compared:
+        composites = () if kind else self._composites.values()
+        if not compared and not composites:
             return None
         size = self._count**2
         cells = self._grams[kind].bytes(8 * _GROUPS * size).cast("d")
         grams = [cells[at : at + size] for at in range(0, _GROUPS * size, size)]
-        whole = sum(len(one.unit) for one in compared)
-        elements = sum(one.elements for one in compared)
+        numel = sum(math.prod(one.shape) for one in composites)
+        whole = sum(len(one.unit) for one in compared) + numel
+        elements = sum(one.elements for one in compared) + numel
         tensors = self._tensors(kind, compared)
         if not kind and not any(map(any, grams)):
             return same(self._count, tensors, whole, elements)
@@ -306,12 +328,17 @@ class Comparison:
 
     def _tensors(self, kind: int, compared: Sequence[_Compared]) -> Iterator[TensorAgreement]:
         count = self._count
-        sums = self._sums[kind].bytes(16 * len(self._compared) * count).cast("d")
+        sums = self._sums[kind].bytes(16 * self._lines * count).cast("d")
         for one in compared:
             name, info = next(pair for pair in one.unit.members if is_matrix(pair[1].shape))
             at = 2 * count * one.line
             line = sums[at : at + 2 * count].tolist()
             about = str(name), info.shape, len(one.unit), one.elements
+            yield agreement_about(*about, line[:count], line[count:])
+        for number, composite in () if kind else self._composites.items():
+            line = sums[2 * count * number : 2 * count * (number + 1)].tolist()
+            size = math.prod(composite.shape)
+            about = composite.name, composite.shape, size, size
             yield agreement_about(*about, line[:count], line[count:])
 
 

@@ -7,6 +7,7 @@ that is to be written. Nothing here opens a file or imports torch.
 
 from __future__ import annotations
 
+from merge_avg.checkpoint._composite import Access, Composed, Composite
 from merge_avg.checkpoint._derived import low_rank, parts_note, refuse_quantised, unit_or_mask
 from merge_avg.checkpoint._dtypes import (
     BY_NAME,
@@ -55,10 +56,13 @@ __all__ = [
     "PROVENANCE_FILE",
     "TEMPLATE",
     "UNASKED",
+    "Access",
     "Archive",
     "BytesAt",
     "Checksums",
     "ClassSpan",
+    "Composed",
+    "Composite",
     "DType",
     "File",
     "FileLayout",

@@ -23,7 +23,7 @@ QUESTIONS = {
     "Which checkpoints": "mode steps epochs min_interval metrics_file one_best_per_fold "
     "allow_trivial",
     "How much of each, in which averages": "scheme sigma weights_for normalize "
-    "leave_one_out prefixes sliding",
+    "leave_one_out prefixes sliding lora",
     "What is averaged, and what is written": "key include exclude missing int_policy "
     "allow_nonfinite dtype template weights_only max_shard_size hashes strict_pickle",
     "Does the mean make sense": "agreement min_agreement fail_on base",

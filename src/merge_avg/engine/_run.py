@@ -8,9 +8,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ class Result(Brief):
         notes: what else is to be known, such as what was left out; of `merge_checkpoints` only.
         part: the part that was made, where that did not finish the merge; else None.
         ranks: what each rank did, where there were several.
+        errors: for each mean that its tensors hold only nearly, its name, and the squared norms of
+            its error and of itself.
     """
 
     job: Job
@@ -71,6 +73,7 @@ class Result(Brief):
     notes: tuple[str, ...] = ()
     part: Part | None = None
     ranks: tuple[RankRate, ...] = ()
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def brief(self) -> Iterator[str]:
         """Yield what was averaged, and what is to be known of it."""
@@ -155,7 +158,7 @@ def _run(job: Job, findings: Findings, opened: Opened, crew: Crew | None) -> Res
         device, free = find_device(device)
         job = replace(job, budget=job.budget.fitting(free)) if free else job
     compared = job.averaged if job.options.agreement else ()
-    comparison = Comparison(compared, job.plan.units, job.base)
+    comparison = Comparison(compared, job.plan.units, job.base, job.plan.composites)
     with contextlib.ExitStack() as stack:
         load_torch = stack.enter_context(single_threaded())
         if _needs_torch(job):  # if it is missing, the last of many files should not be what tells
@@ -177,11 +180,13 @@ def _run(job: Job, findings: Findings, opened: Opened, crew: Crew | None) -> Res
         for reader in readers:
             reader.finish(elsewhere=crew is not None)
         agreement = comparison.result()
-        verdict = None if agreement is None else judge(agreement)
+        # What adapters learned may well have nothing in common where their mean works.
+        changes = any(one.change for one in job.plan.composites)
+        verdict = None if agreement is None or changes else judge(agreement)
         hashes = total(job, findings)
         cosine = None if agreement is None else agreement.mean
         names = [str(job.layouts[number].path) for number in compared]
-        _refuse_strangers(job, verdict, names)
+        _refuse_strangers(job, agreement, verdict, names)
         doubts = () if verdict is None else verdict.doubts(names)
         lora = job.plan.warnings if any(map(findings.varying.issuperset, job.plan.factors)) else ()
         findings.count(0)
@@ -205,6 +210,7 @@ def _run(job: Job, findings: Findings, opened: Opened, crew: Crew | None) -> Res
         compared,
         hashes if job.options.hashes else None,
         ranks=() if crew is None else crew.rates,
+        errors=dict(sorted(findings.errors.items())),
     )
 
 
@@ -297,6 +303,8 @@ def _needs_torch(job: Job) -> MergeError | None:
         return _missing("merge-avg was installed without its compiled loops, so that a mean needs")
     if not all(weights.small for weights in job.all_weights):
         return _missing("weights of so many digits need")
+    for one in job.plan.composites:
+        return _missing(f"{one.name!r} is computed from several tensors, which needs")
     for unit in job.plan.units:
         if unit.kind == "mean" or unit.dtype != unit.sources[0].dtype:
             for dtype in (unit.dtype, *unit.dtypes):
@@ -321,22 +329,27 @@ def _tasks(
     job: Job, units: Iterable[Unit | Piece], copies: Iterable[tuple[int, tuple[int, Storage]]]
 ) -> Iterator[Callable[[Worker], None]]:
     """Yield what there is to do: the windows of units that go anywhere, then numbered copies."""
+    for number in range(len(job.plan.composites)):  # first: they may take long
+        yield functools.partial(Worker.compose, number=number)
     for batch in batches(units, job.budget.window, largest_chunk(job)):
         yield functools.partial(Worker.fill, batch=batch)
     for index, (number, record) in copies:
         yield functools.partial(Worker.copy, index=index, number=number, record=record)
 
 
-def _refuse_strangers(job: Job, verdict: Verdict | None, names: Sequence[str]) -> None:
+def _refuse_strangers(
+    job: Job, agreement: Agreement | None, verdict: Verdict | None, names: Sequence[str]
+) -> None:
     """Raise MergeError where the checkpoints, which have names, agree less than is asked for."""
     least, worst = job.options.min_agreement, job.options.fail_on
-    if verdict is None:
+    if agreement is None:
         return
-    if least is not None and verdict.number < least:
-        what = f"the checkpoints agree by {verdict.number:.3f}, and {least:g} is asked for"
+    number = agreement.mean if verdict is None else verdict.number
+    if least is not None and number < least:
+        what = f"the checkpoints agree by {number:.3f}, and {least:g} is asked for"
         hint = "average checkpoints of one initialisation, or average their outputs instead"
         raise MergeError(what, where=job.outputs[0].path, hint=hint)
-    if worst is not None and verdict.word in DOUBTS[DOUBTS.index(worst) :]:
+    if worst is not None and verdict is not None and verdict.word in DOUBTS[DOUBTS.index(worst) :]:
         what = f"the verdict is {verdict.why(names)}"
         hint = f"{verdict.advice}; without --fail-on it is written all the same"
         raise MergeError(what, where=job.outputs[0].path, hint=hint)

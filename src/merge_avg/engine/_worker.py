@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from merge_avg.arithmetic import TILE
 from merge_avg.checkpoint import Storage
+from merge_avg.engine._composites import Access
 from merge_avg.engine._device import make_lane, travel
 from merge_avg.engine._diagnose import Diagnosis, Integers
 from merge_avg.engine._observers import Hasher, observers
@@ -68,6 +69,13 @@ class Worker:
                     sink.write(number, record.name, at, data)
                 seen(data)
                 self._space.findings.count(len(data))
+
+    def compose(self, number: int) -> None:
+        """Compute composite `number` of the plan."""
+        findings = self._space.findings
+        hashes = [0] * len(findings.hashes)
+        self._space.job.plan.composites[number].compose(Access(self._space, number, hashes))
+        findings.add_hashes(hashes)
 
     def close(self) -> None:
         """Report what was found, and give the device's memory back."""

@@ -23,6 +23,8 @@ class Findings:
     differing: set[str] = field(default_factory=set)  # integer tensors
     nonfinite: set[str] = field(default_factory=set)
     varying: set[Name] = field(default_factory=set)  # derived values that differ; see _observers
+    # By the name of a composite, the squared norms of its results' error and of what it stands for.
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     theirs: BaseException | None = None  # what `progress` raised, which is the caller's own
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -30,6 +32,12 @@ class Findings:
         """Add one worker's sums of hashes."""
         with self._lock:
             self.hashes = [ours + theirs for ours, theirs in zip(self.hashes, hashes, strict=True)]
+
+    def approximated(self, name: str, error: float, norm: float) -> None:
+        """Add the squared norms of an error in a composite, and of what it should be."""
+        with self._lock:
+            before = self.errors.get(name, (0.0, 0.0))
+            self.errors[name] = before[0] + error, before[1] + norm
 
     def take(self) -> tuple[list[int], int, tuple[set[str], set[str], set[Name]]]:
         """Return the hashes, bytes and names that were found, and forget them."""

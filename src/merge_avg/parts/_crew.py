@@ -87,6 +87,10 @@ class Crew:
 
     def begin(self, job: Job, chunk: int) -> None:
         """Plan the work, before any output is opened."""
+        if job.plan.composites:  # which nothing cuts into stretches
+            what = f"{job.plan.composites[0].name!r} is computed whole, not in parts or by ranks"
+            hint = "run it as one process, without --part and --resume"
+            raise MergeError(what, where=job.layouts[0].path, hint=hint)
         self._prepare(job, chunk)
         if not any(Site(output.path).there for output in job.outputs):
             if self.options.finish:

@@ -31,6 +31,7 @@ class Aligned:
     skipped: frozenset[Name]  # what is not averaged, and kept from the template
     masters: frozenset[Name] = frozenset()  # an optimizer's copies in float32
     alike: bool = False  # whether all checkpoints share the template's very tensors
+    count: int = 0  # of the checkpoints, where nothing is left to average by itself
 
     def asked(self, name: Name, dtype: str | None) -> str | None:
         """Return the dtype that is asked for of a tensor, if one is: none of masters."""
@@ -39,7 +40,7 @@ class Aligned:
     @property
     def checkpoints(self) -> int:
         """Return how many checkpoints there are."""
-        return len(next(iter(self.rows.values()), ()))
+        return len(next(iter(self.rows.values()), ())) or self.count
 
     def template(self, name: Name) -> TensorInfo:
         """Return the template's tensor of a name."""
@@ -64,6 +65,10 @@ def align(
     if len(include) + len(exclude) > _MOST_PATTERNS:
         hint = "write one that fits many names"
         raise UsageError(f"there are more than {_MOST_PATTERNS:,} patterns", hint=hint)
+
+    if not weights[0]:  # all that there is has a mean only together
+        _left_out(paths[0], {}, [*zip(paths[1:], weights[1:], strict=True)], missing)
+        return Aligned({}, (), frozenset(), count=len(paths))
 
     def chosen(one: Mapping[Name, TensorInfo]) -> dict[Name, TensorInfo]:
         return {

@@ -11,7 +11,7 @@ An output has the template's. What they say may not fit the weights of others.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,8 +29,11 @@ _MOST_TOKENS = 1 << 20
 _MOST_NAMES = 8
 
 
-def notes_beside(layouts: Sequence[Layout]) -> Iterator[str]:
-    """Yield notes on what the template's directory has and others have otherwise."""
+def notes_beside(layouts: Sequence[Layout], written: Container[str] = ()) -> Iterator[str]:
+    """Yield notes on what the template's directory has and others have otherwise.
+
+    Files that are `written` anew are left out.
+    """
     folders = [
         {relative(one, k): one.files[k] for k, member in enumerate(one.members) if member is None}
         for one in {layout.path: layout for layout in layouts}.values()
@@ -39,7 +42,7 @@ def notes_beside(layouts: Sequence[Layout]) -> Iterator[str]:
     ids: set[int] = set()
     for name, ours in folders[0].items():
         others = [folder[name] for folder in folders[1:] if name in folder]
-        if others and not is_index(name) and _differ(name, ours, others):
+        if others and name not in written and not is_index(name) and _differ(name, ours, others):
             differing.append(name)
             known = _tokens(name, ours.path)
             for other in others if known else ():

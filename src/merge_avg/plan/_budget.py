@@ -65,6 +65,7 @@ class Budget:
     checkpoints: int = 1  # their number; they are compared by a part of each window
     long: int = 0  # the number of tensors of the result that may be longer than a window
     pairs: int = 0  # of checkpoints that are compared, each with all
+    composed: int = 0  # bytes that a worker takes for the largest composite
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +86,7 @@ class Budget:
         compared += 36 * wide * max(COMPARED, self.checkpoints)
         block = min(self.window, BLOCK) * _BLOCK_BYTES * wide
         worker = self.window * (_WINDOW_BYTES * wide + sums) + block + read + compared
+        worker += self.composed
         tensors, known = _known(self.entries, self.checkpoints)
         each = _OUTPUT_BYTES + tensors * _CRC_BYTES + self.long * _SUM_BYTES
         known += (self.outputs - 1) * each
@@ -117,17 +119,21 @@ def plan_budget(
     outputs: int = 1,
     lengths: Iterable[int] = (),
     pairs: int = 0,
+    composed: int = 0,
 ) -> Budget:
     """Divide a budget of memory, in bytes, into threads and windows; for the rest see `Budget`.
 
     The default is 64 MiB, or 32 MiB a thread where that is more, and what is known of very many
-    tensors and pairs; and a thread for each core. `lengths` are those of tensors, in elements.
+    tensors, pairs and composites; and a thread for each core. `lengths` are those of tensors, in
+    elements.
     """
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     buffers += max(_known(entries, checkpoints)[1] - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)
+    buffers += workers * composed
     long = sum(length > _LEAST_WINDOW for length in lengths)
-    least = Budget(1, _LEAST_WINDOW, 1, itemsize, entries, outputs, checkpoints, long, pairs)
+    about = entries, outputs, checkpoints, long, pairs, composed
+    least = Budget(1, _LEAST_WINDOW, 1, itemsize, *about)
     for budget in _tried(least, workers):
         if budget.nbytes <= (buffers if max_memory is None else max_memory):
             return budget

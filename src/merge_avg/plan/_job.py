@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import (
+    BY_NAME,
     CONVERTIBLE,
     PROVENANCE,
     TEMPLATE,
+    Composite,
     Layout,
     Name,
     Roles,
@@ -28,8 +31,8 @@ from merge_avg.formats import scan
 from merge_avg.formats.bounded import read
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
-from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_part
-from merge_avg.plan._alignment import align, match
+from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_lora, parse_part
+from merge_avg.plan._alignment import align, is_chosen, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._masters import roles_of
@@ -38,6 +41,9 @@ from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._training import training_state
 from merge_avg.plan._units import Plan, Unit, make_plan, with_base
+
+if TYPE_CHECKING:
+    from merge_avg.adapters import Adapters
 
 _LAST_DIGITS = 2e-6  # of a recorded agreement, which has six places
 
@@ -106,6 +112,8 @@ class Job:
     def nbytes(self) -> int:
         """Return the number of bytes to read: each checkpoint's weights, and what is copied."""
         units = sum(unit.nbytes for unit in self.plan.units)
+        sources = (some for one in self.plan.composites for some in one.sources)
+        units += sum(info.numel * info.dtype.itemsize for some in sources for info in some)
         return units + sum(storage.nbytes for _, storage in self.layout.copies)
 
     @property
@@ -208,6 +216,10 @@ def refuse_values(options: Options) -> None:
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         hint = f"give a number from 1 to {MOST_THREADS:,}"
         raise UsageError("the number of threads is out of range", hint=hint)
+    parse_lora(options.lora)
+    if options.lora != "factors" and options.fail_on is not None:
+        hint = "leave out --fail-on, or ask for a cosine with --min-agreement"
+        raise UsageError("there is no verdict on what adapters do", hint=hint)
     if options.part is not None:
         parse_part("/".join(map(str, options.part)))
     if sum(map(bool, (options.resume, options.part, options.finish))) > 1:
@@ -265,10 +277,17 @@ def _prepared(
     roles, masters = roles_of(layouts, options.key)
     weights = [role.weights for role in roles]
     bare = {name: info for name, info in weights[0].items() if name not in masters}
+    adapters = _adapters(inputs, layouts, weights, outputs, options)
+    if adapters is not None:
+        weights = _without(weights, adapters.products)
     aligned = align(inputs, weights, options.missing, options.include, options.exclude, masters)
-    plan, ruled_notes = ruled(make_plan(layouts, aligned, options.dtype), rules, masters, inputs[0])
+    made = make_plan(layouts, aligned, options.dtype)
+    if adapters is not None:
+        composites, texts = adapters.products, adapters.texts
+        made = replace(made, composites=composites, texts=texts, metadata=adapters.metadata)
+    plan, ruled_notes = ruled(made, rules, masters, inputs[0])
     base = None if options.base is None else _number_of(inputs, Path(options.base))
-    notes = ruled_notes
+    notes = [*ruled_notes, *(adapters.notes if adapters is not None else ())]
     if options.base is not None and base is None:
         base = len(inputs)
         plan, more = _based(plan, Path(options.base), bare, options.key)
@@ -277,7 +296,8 @@ def _prepared(
     counts = len(plan.layouts), plan.itemsize, entries
     limits = options.max_memory, options.threads
     pairs = len(inputs) ** 2 * (2 if options.base else 1) if options.agreement else 0
-    budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs)
+    largest = max((one.memory for one in plan.composites), default=0)
+    budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs, largest)
     layout = lay_out(outputs[0].path, plan, bare, options)
     if options.weights_only and layout.directory and layouts[0].members:
         left_out, doubts = training_state(layouts[0], roles[0], bare.values())
@@ -291,7 +311,7 @@ def _prepared(
         notes.append(f"{what}: {named(masters)}")
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
-    said = (*_notes(layouts, options, layout), *parts, *notes)
+    said = (*_notes(plan, options, layout, len(layouts)), *parts, *notes)
     job = Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by, rules)
     some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
     for unit, row in ((one, row) for one in some for row in job.weights(one)):
@@ -299,6 +319,44 @@ def _prepared(
             what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
             raise MergeError(what, where=inputs[0])
     return job
+
+
+def _adapters(
+    inputs: Sequence[Path],
+    layouts: Sequence[Layout],
+    weights: Sequence[Mapping[Name, TensorInfo]],
+    outputs: Sequence[OutputSpec],
+    options: Options,
+) -> Adapters | None:
+    """Return the adapters of the checkpoints, if their products are to be averaged."""
+    if options.lora == "factors":
+        return None
+    from merge_avg.adapters import find
+
+    if options.weights_for:
+        hint = "leave out --weights-for, or use --lora factors"
+        raise UsageError("rules by name are for tensors, not for products of factors", hint=hint)
+    pairs = zip(inputs[1:], weights[1:], strict=True)
+    columns = [weights[0], *(match(inputs[0], weights[0], *pair)[0] for pair in pairs)]
+    patterns = options.include, options.exclude
+    chosen = [{n: i for n, i in one.items() if is_chosen(n, *patterns)} for one in columns]
+    rows = [output.weights.integers for output in outputs]
+    counted = [k for k in range(len(inputs)) if any(row[k] for row in rows)]
+    rank = None if options.lora == "exact" else int(options.lora.partition(":")[2])
+    dtype = None if options.dtype in (None, TEMPLATE) else BY_NAME[str(options.dtype)]
+    return find(layouts, chosen, counted, rank, dtype)
+
+
+def _without(
+    weights: Sequence[Mapping[Name, TensorInfo]], composites: Sequence[Composite]
+) -> list[dict[Name, TensorInfo]]:
+    """Return the weights of each checkpoint without those that composites consist of."""
+    left = []
+    for k, some in enumerate(weights):
+        gone = {info.path for one in composites for info in one.sources[k]}
+        named = {name for one in composites for name in one.consumed}
+        left.append({n: i for n, i in some.items() if i.path not in gone and n not in named})
+    return left
 
 
 def _based(
@@ -366,8 +424,9 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout], logs: Sequence[Path] 
         raise MergeError(f"the output {relation} the input {path}", where=target, hint=hint)
 
 
-def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) -> list[str]:
-    """Return notes for the user, beside those on names."""
+def _notes(plan: Plan, options: Options, output: OutputLayout, count: int) -> list[str]:
+    """Return notes for the user on the first `count` checkpoints, beside those on names."""
+    layouts = plan.layouts[:count]
     notes = [*dict.fromkeys(note for layout in layouts for note in layout.notes)]
     shards = (layout.path for layout in layouts if not layout.members and shard_of(layout.path))
     if path := next(shards, None):
@@ -375,13 +434,13 @@ def _notes(layouts: Sequence[Layout], options: Options, output: OutputLayout) ->
         notes.append(f"{path} is {what}")
     if output.directory:
         folders = [layout for layout in layouts if layout.members]
-        notes += notes_beside(folders) if layouts[0].members else ()
+        notes += notes_beside(folders, plan.texts) if layouts[0].members else ()
         # Files that say how a model of Hugging Face is built.
         for name in ("config.json", "adapter_config.json"):
             there = [f for layout in folders for f in layout.files if f.path == layout.path / name]
             for file in there:
                 read(file.path)  # nobody has such a file of gigabytes
-            if there and options.dtype not in (None, TEMPLATE):
+            if there and options.dtype not in (None, TEMPLATE) and name not in plan.texts:
                 notes.append(f"{name} is the template's, and may still name another dtype")
     return [*notes, *_array_notes(layouts, output)]
 

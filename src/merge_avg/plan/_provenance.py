@@ -31,6 +31,7 @@ _MOST_INPUTS = 10_000
 _LATER = {
     "weights_only": False,
     "weights_for": (),
+    "lora": "factors",
 }  # recorded only where they are set: records of before have none
 _LONGEST = 10_000  # characters of a text: two numbers, of as many digits as `int` takes
 
@@ -96,7 +97,7 @@ def write_record(
         "inputs": inputs,
         "template": {"name": names[0], "bytes": layouts[0].nbytes, "hash": kept},
         "agreement": cosine if options.agreement and compared else None,
-        **{k: v for k in RECORDED if (v := getattr(options, k)) or k not in _LATER},
+        **{k: getattr(options, k) for k in RECORDED if not _unset(k, options)},
     }
     if rules:  # with weights in this order
         record["weights_for"] = [
@@ -104,6 +105,11 @@ def write_record(
             for pattern, row in rules
         ]
     return json.dumps(record).encode()
+
+
+def _unset(name: str, options: Options) -> bool:
+    value = getattr(options, name)
+    return name in _LATER and (not value or value == _LATER[name])
 
 
 def is_made(path: Path, layouts: Sequence[Layout], record: bytes) -> bool:

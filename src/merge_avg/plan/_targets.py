@@ -7,9 +7,10 @@ weights are gathered into one new file, or cut into shards.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from merge_avg.checkpoint import (
@@ -43,6 +44,7 @@ from merge_avg.plan._units import Plan, Unit, tiled
 # The formats of new files: with views, and without.
 _PICKLED = next(one for one in FORMATS if one.suffixes and one.views)
 _PLAIN = next(one for one in FORMATS if one.suffixes and not one.views)
+_ENDLESS = 1 << 62  # bytes of a shard, where one file is to hold all
 FILE = "."  # the relative path of the one file of an output that is not a directory
 
 
@@ -70,6 +72,7 @@ class OutputLayout:
     # What loading an output calls, as loading the template does, that is not known to be inert.
     callables: tuple[str, ...] = ()
     left_out: frozenset[int] = frozenset()  # the numbers of the template's files that it lacks
+    placed: Mapping[Name, Target] = field(default_factory=dict)  # of what composites give
 
     @property
     def directory(self) -> bool:
@@ -99,7 +102,12 @@ class OutputLayout:
         )
         called = {name for number, name in template.callables if number not in left_out}
         callables = tuple(name for name in self.callables if name in called)
-        return OutputLayout(files, targets, self.whole, callables, left_out)
+        placed = {
+            name: replace(one, file=places[one.file])
+            for name, one in self.placed.items()
+            if one.file in places
+        }
+        return OutputLayout(files, targets, self.whole, callables, left_out, placed)
 
 
 def lay_out(
@@ -111,25 +119,38 @@ def lay_out(
     template, asked = plan.layouts[0], format_for(path.suffix)
     try:
         _refuse_ending(path, plan, asked, options)
+        grown = _grown(plan, weights)
+        whole = {one for composite in plan.composites for one in composite.consumed}
+        weights = {n: i for n, i in weights.items() if n not in whole or n in plan.composed}
         if options.max_shard_size is not None:
             return _sharded(plan, weights, options.max_shard_size)
         if template.members and asked is None:
-            return _copied(plan)
+            return _sharded(plan, weights, _ENDLESS) if grown else _copied(plan)
         if asked is None or asked.views:
-            if template.archive is not None and not options.state_dict:
+            if template.archive is not None and not (options.state_dict or grown):
                 return _copied(plan)
             if template.archive is None and asked is None:
                 hint = f"end its name in {_PLAIN.suffixes[0]}, or in {', '.join(_PICKLED.suffixes)}"
                 what = f"the name {path.name!r} does not say which format to write"
                 raise UsageError(what, hint=hint)
-        elif template.format == asked.name:
+        elif template.format == asked.name and not grown:
             return _copied(plan)  # it is a bare state dict already
         weights = _chosen(plan, weights)
         targets: list[list[Target]] = [[] for _ in plan.units]
-        file = _created(asked or _PICKLED, plan, weights, targets)
-        return OutputLayout({FILE: file}, tuple(map(tuple, targets)))
+        placed: dict[Name, Target] = {}
+        file = _created(asked or _PICKLED, plan, weights, targets, placed)
+        return OutputLayout({FILE: file}, tuple(map(tuple, targets)), placed=placed)
     except MergeError as error:
         raise error.at(path) from None
+
+
+def _grown(plan: Plan, weights: Mapping[Name, TensorInfo]) -> bool:
+    """Return whether composites leave tensors of other shapes or dtypes, or fewer of them."""
+    consumed = [name for one in plan.composites for name in one.consumed]
+    return len(consumed) != len(plan.composed) or any(
+        (one.shape, one.dtype) != (weights[name].shape, weights[name].dtype)
+        for name, one in plan.composed.items()
+    )
 
 
 def _refuse_ending(path: Path, plan: Plan, asked: Format | None, options: Options) -> None:
@@ -162,6 +183,9 @@ def _copied(plan: Plan) -> OutputLayout:
     for storage, dtype in changed.items():
         for part in storage.ranges:
             converted[part.file][part.name] = dtype
+    placed = dict(_placed(plan)) if plan.composites else {}
+    for one in placed.values():
+        averaged[one.file].add(one.slot)
     files: dict[str, FileLayout] = {}
     for number, member in enumerate(template.members or (template,)):
         name = relative(template, number) if template.members else FILE
@@ -178,7 +202,22 @@ def _copied(plan: Plan) -> OutputLayout:
     # In a copy every slot has the name of its storage: units go where their storages are.
     targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
     callables = dict.fromkeys(name for _, name in template.callables)
-    return OutputLayout(files, targets, whole=True, callables=(*callables,))
+    return OutputLayout(files, targets, whole=True, callables=(*callables,), placed=placed)
+
+
+def _placed(plan: Plan) -> Iterator[tuple[Name, Target]]:
+    """Yield where composites go in a copy of the template: where theirs are."""
+    template = plan.layouts[0]
+    for info in template.tensors:
+        name = Name(info.path[:-1], str(info.path[-1]))
+        if name not in plan.composed:
+            continue
+        if info.storage.parts or info.storage.tiles:
+            what = f"tensor {str(name)!r} lies in several pieces"
+            hint = "write one file: end the output's name in .safetensors or .pt"
+            raise MergeError(what, where=template.where(info), hint=hint, tensor=name)
+        at = info.start * info.dtype.itemsize
+        yield name, Target(0, info.numel, info.storage.file, info.storage.name, at)
 
 
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
@@ -239,7 +278,10 @@ def _resized_index(template: Layout, number: int, plan: Plan) -> FileLayout:
 
 
 def _as_json(value: object) -> FileLayout:
-    data = json.dumps(value, indent=2).encode() + b"\n"
+    return _text(json.dumps(value, indent=2).encode() + b"\n")
+
+
+def _text(data: bytes) -> FileLayout:
     return FileLayout(len(data), ((0, data),))
 
 
@@ -265,6 +307,7 @@ def _created(
     plan: Plan,
     weights: Mapping[Name, TensorInfo],
     targets: Sequence[list[Target]],
+    placed: dict[Name, Target],
     shard: int | None = None,
 ) -> FileLayout:
     """Return the layout of a new file, an output or a shard of one; add the targets in it.
@@ -276,6 +319,13 @@ def _created(
     tensors = []
     for name, info in weights.items():
         dtype, key = plan.result(name), name.key
+        if (one := plan.composed.get(name)) is not None:
+            nbytes = math.prod(one.shape) * dtype.itemsize
+            home = f"composite {len(placed)}" if form.views else key
+            placed[name] = Target(0, math.prod(one.shape), shard or 0, home, 0)
+            stride = row_major(one.shape)
+            tensors.append(NewTensor(key, dtype, one.shape, stride, 0, home, nbytes))
+            continue
         # Codes are what they are in any file; a lazy view would lose what is pending.
         if info.trouble and not (dtype.kind == "code" and dtype.safetensors):
             what = f"tensor {str(name)!r} is {info.trouble}, which a new file cannot hold"
@@ -297,7 +347,8 @@ def _created(
             view = None if info.contiguous else info
             ours.append(Target(start, stop, shard or 0, storage, 0, view))
         tensors.append(NewTensor(key, dtype, info.shape, info.stride, start, storage, nbytes))
-    return form.create(tensors, dict(plan.layouts[0].metadata), recorded=shard is None)
+    metadata = dict(plan.layouts[0].metadata) | dict(plan.metadata)
+    return form.create(tensors, metadata, recorded=shard is None)
 
 
 def _homes(plan: Plan) -> dict[Name, Unit]:
@@ -313,15 +364,16 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)
     files: dict[str, FileLayout] = {}
+    placed: dict[Name, Target] = {}
     table: dict[str, str] = {}
     for number, names in enumerate(shards):
         count = f"-{number + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         name = f"{base}{count}{suffix}"
         part = {one: weights[one] for one in names}
-        files[name] = _created(form, plan, part, targets, number)
+        files[name] = _created(form, plan, part, targets, placed, number)
         table |= dict.fromkeys((one.key for one in names), PurePosixPath(name).name)
     if len(shards) > 1:
-        size = sum(info.numel * plan.result(name).itemsize for name, info in weights.items())
+        size = sum(plan.nbytes(name, info) for name, info in weights.items())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
         files[f"{base}{suffix}{INDEX}"] = _as_json(index)
     # Configurations, tokenizers and weights that are not averaged come along as they are.
@@ -333,12 +385,13 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
         if name in files:
             what = f"the new file {name} would replace one that the template has"
             raise MergeError(what, where=template.path, hint="remove it, or write one file")
-        files[name] = _verbatim(template, number)
+        text = plan.texts.get(name)
+        files[name] = _verbatim(template, number) if text is None else _text(text)
         carried.add(number)
     files[PROVENANCE_FILE] = RecordFile()
     whole = bool(template.members) and not any(m and m.set_member for m in template.members)
     callables = dict.fromkeys(name for number, name in template.callables if number in carried)
-    return OutputLayout(files, tuple(map(tuple, targets)), whole, (*callables,))
+    return OutputLayout(files, tuple(map(tuple, targets)), whole, (*callables,), placed=placed)
 
 
 def _shard_name(template: Layout, replaced: set[int]) -> tuple[str, Format, str]:
@@ -365,7 +418,7 @@ def _cut(plan: Plan, weights: Mapping[Name, TensorInfo], limit: int) -> Sequence
     shards: list[list[Name]] = [[]]
     held = 0
     for names in together.values():
-        size = sum(weights[name].numel * plan.result(name).itemsize for name in names)
+        size = sum(plan.nbytes(name, weights[name]) for name in names)
         if shards[-1] and held + size > limit:
             shards.append([])
             held = 0

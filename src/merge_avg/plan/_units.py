@@ -11,13 +11,17 @@ memory, and whatever views them sees the mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from merge_avg.checkpoint import (
     BY_NAME,
     TEMPLATE,
+    Composed,
+    Composite,
     DType,
     Layout,
     Name,
@@ -40,8 +44,8 @@ Member = tuple[Name, TensorInfo]
 # 64 KiB, on Windows and on some kernels for ARM and POWER.
 _PAGE = 1 << 16
 _LORA_WARNING = (
-    "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, merge "
-    "each adapter into its base model first"
+    "these are LoRA factors: mean(B) @ mean(A) is not mean(B @ A); to average what they do, use "
+    "--lora exact or --lora rank:R, or merge each adapter into its base model first"
 )
 
 
@@ -137,11 +141,29 @@ class Plan:
     derived: Mapping[Name, bool]
     dtype: str | None = None  # the float dtype that is asked for
     holed: frozenset[int] = frozenset()  # the numbers of units of which some elements stay
+    composites: tuple[Composite, ...] = ()  # tensors that have a mean only together
+    # What composites have to say otherwise than the template: files of its directory, by path, and
+    # entries of a file's metadata.
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def composed(self) -> Mapping[Name, Composed]:
+        """Return what an output has of composites, by name."""
+        return {result.name: result for one in self.composites for result in one.results}
 
     def result(self, name: Name) -> DType:
         """Return the dtype that a tensor of the template gets."""
+        if name in self.composed:
+            return self.composed[name].dtype
         info = self.aligned.template(name)
         return _result(info, self.aligned.asked(name, self.dtype))
+
+    def nbytes(self, name: Name, info: TensorInfo) -> int:
+        """Return the size that a tensor of the template has in an output."""
+        one = self.composed.get(name)
+        numel = info.numel if one is None else math.prod(one.shape)
+        return numel * self.result(name).itemsize
 
     @property
     def scratch(self) -> int:
@@ -157,6 +179,7 @@ class Plan:
     def itemsize(self) -> int:
         """Return the bytes of the widest element, of inputs and results."""
         dtypes = {dtype for unit in self.units for dtype in (unit.dtype, *unit.dtypes)}
+        dtypes |= {one.dtype for one in self.composed.values()}
         return max((dtype.itemsize for dtype in dtypes), default=1)
 
     def converted(self) -> dict[Storage, DType]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from merge_avg.agreement import LEAST_AGREEMENT, Agreement, TensorAgreement
 from merge_avg.errors import MergeError, counted, named
 from merge_avg.report import aligned, printable, shown
-from merge_avg.report.values import KNOWN, Report
+from merge_avg.report.values import KNOWN, Report, relative_errors
 from merge_avg.selection import Candidate
 
 T = TypeVar("T")
@@ -88,6 +88,11 @@ def facts(report: Report, most: int = _MOST_NAMES) -> Iterator[Fact]:
             weights = shortened(weights_of(report, number), lambda left: f"({left} more)")
             yield Fact(written, f"{output.path} (weights {', '.join(weights)})")
     yield from _integers(report)
+    if report.result is not None and report.result.errors:
+        total, each = relative_errors(report.result.errors)
+        worst = max(each, key=each.__getitem__)
+        largest = f"; the largest {each[worst]:.3g} of {worst!r}" if len(each) > 1 else ""
+        yield Fact("nearly", f"the mean: the relative error is {total:.3g}{largest}")
     kept = [
         f"{entry.key} ({counted(entry.tensors, 'tensor')}, {shown(entry.nbytes)})"
         for entry in report.kept

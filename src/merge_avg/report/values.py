@@ -128,7 +128,10 @@ def describe(
     used = [(name, info.dtype.kind) for name, info in infos if name not in aligned.skipped]
     # Bools are among the integers: both are compared and never averaged.
     floats = sum(kind in ("float", "complex") for _, kind in used)
-    tensors = {"averaged": floats, "integers": len(used) - floats, "kept": len(infos) - len(used)}
+    composed = plan.composed.values()
+    floats += len(composed)
+    integers = len(used) + len(composed) - floats
+    tensors = {"averaged": floats, "integers": integers, "kept": len(infos) - len(used)}
     means = (unit for unit in plan.units if unit.kind == "mean")
     gone = {number: relative(template, number) for number in job.layout.left_out}
     there = (i for i in template.tensors if any(p.file not in gone for p in i.storage.ranges))
@@ -146,8 +149,9 @@ def describe(
         base=None if job.base is None else str(job.layouts[job.base].path),
         tensors=tensors,
         # Members may share elements, and a unit may have holes.
-        parameters=sum(min(len(u), sum(info.numel for _, info in u.members)) for u in means),
-        dtypes=Counter(plan.result(name).name for name, _ in infos),
+        parameters=sum(min(len(u), sum(info.numel for _, info in u.members)) for u in means)
+        + sum(math.prod(one.shape) for one in composed),
+        dtypes=Counter(plan.result(name).name for name in (*aligned.rows, *plan.composed)),
         kept=tuple(one for one in job.roles.kept if one.key in stays),
         others=tuple(name for name in template.others if name not in gone.values()),
         whole=job.layout.whole,
@@ -273,7 +277,26 @@ def as_json(report: Report) -> dict[str, Any]:
         found["seconds"] = round(report.result.seconds, 3)
         found["differing"] = list(report.result.differing)
         found["nonfinite"] = list(report.result.nonfinite)
+        found["approximated"] = _approximated(report.result.errors)
     return found
+
+
+def relative_errors(errors: Mapping[str, tuple[float, float]]) -> tuple[float, dict[str, float]]:
+    """Return the relative error of all that is approximated together, and of each by name."""
+    each = {name: _relative(*one) for name, one in errors.items()}
+    error, norm = (math.fsum(one[k] for one in errors.values()) for k in (0, 1))
+    return _relative(error, norm), each
+
+
+def _relative(error: float, norm: float) -> float:
+    return math.sqrt(error / norm) if norm > 0 else 0.0
+
+
+def _approximated(errors: Mapping[str, tuple[float, float]]) -> dict[str, Any] | None:
+    if not errors:
+        return None
+    total, each = relative_errors(errors)
+    return {"error": total, "tensors": [{"name": name, "error": one} for name, one in each.items()]}
 
 
 def _figures(found: Agreement | None, paths: Sequence[str]) -> dict[str, Any] | None:
