@@ -10,7 +10,9 @@ from merge_avg.arithmetic import Weights
 from merge_avg.arithmetic._sums import FORMATS
 from merge_avg.arithmetic.torch_mean import exact_mean
 from merge_avg.checkpoint import BY_NAME, Composed, Name, Storage, TensorInfo, row_major
-from merge_avg.scaled import NO_CONFIG, Scaled, recognise
+from merge_avg.scaled import Scaled
+from merge_avg.scaled._config import NO_CONFIG
+from merge_avg.scaled._recognise import recognise
 
 HALVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -43,7 +45,7 @@ def scaled_of(states, config=NO_CONFIG, dense=None, **more):
     about = str(group.codes), group.names, sources, results, group.shape, group.form
     paths = tuple(Path(f"{k}.pt") for k in range(len(states)))
     rest = group.blocks, group.scale_kind, group.rule, paths, dense
-    return Scaled(*about, *rest, **more)
+    return Scaled(*about, *rest, inputs=len(group.inputs), **more)
 
 
 class Memory:

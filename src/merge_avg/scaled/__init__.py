@@ -1,24 +1,13 @@
 """What are codes worth, and which codes has a mean? Tensors that are stored with scales.
 
-`recognise` finds them among the tensors of a checkpoint; a `Scaled` is one of them in all of a
-merge's checkpoints, as a composite: its numbers are averaged, and become codes with new scales by
-the rule of their scheme. Nothing here imports torch before numbers are computed.
+A weight of 8 bits or 4 is a code times a scale, and its mean one of such products. `find` finds
+these tensors in all checkpoints of a merge, by their structure. A `Scaled` is one of them, a
+composite: its numbers are averaged, and become codes with new scales by the rule of their scheme.
 """
 
 from __future__ import annotations
 
-from merge_avg.scaled._config import KEY, NO_CONFIG, Config, config_of
-from merge_avg.scaled._recognise import Group, Recognised, recognise
-from merge_avg.scaled._scaled import Scaled, consumed
+from merge_avg.scaled._find import Found, find, may_have
+from merge_avg.scaled._scaled import Scaled
 
-__all__ = [
-    "KEY",
-    "NO_CONFIG",
-    "Config",
-    "Group",
-    "Recognised",
-    "Scaled",
-    "config_of",
-    "consumed",
-    "recognise",
-]
+__all__ = ["Found", "Scaled", "find", "may_have"]

@@ -245,7 +245,7 @@ class Computation:
 
     def _spread_inputs(self) -> None:
         """Write scales of activations: the largest, which cuts off what no checkpoint does."""
-        for tensor in range(SCALES + 1, len(self._one.consumed)):
+        for tensor in range(SCALES + 1, SCALES + 1 + self._one.inputs):
             read = [self._access.read(k, tensor, 0, 1) for k in self._read]
             for row in self._rows if self._dtype is None else ():
                 some = torch.cat([read[place] for place in row.members])

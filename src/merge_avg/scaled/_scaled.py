@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class Scaled:
     """A scaled tensor of all checkpoints, as a `Composite`."""
 
     name: str
-    consumed: tuple[Name, ...]  # the codes, the scales, then scales of activations
+    consumed: tuple[Name, ...]  # the codes, the scales, scales of activations, and marks
     sources: tuple[tuple[TensorInfo, ...], ...]
     results: tuple[Composed, ...]
     shape: Shape  # of the numbers
@@ -33,6 +32,9 @@ class Scaled:
     paths: tuple[Path, ...]  # of the checkpoints, for errors
     dense: DType | None = None  # the dtype of a result without scales
     allow_nonfinite: bool = False
+    inputs: int = 0  # how many scales of activations there are
+    change: bool = False  # it stands for weights
+    finite: bool = False  # it looks at what is not, by itself
 
     @property
     def window(self) -> int:
@@ -52,8 +54,3 @@ class Scaled:
         from merge_avg.scaled._compute import Computation  # which imports torch
 
         Computation(self, access).run()
-
-
-def consumed(some: Sequence[Scaled]) -> frozenset[Name]:
-    """Return the names of all tensors of some scaled ones."""
-    return frozenset(name for one in some for name in one.consumed)
