@@ -188,6 +188,8 @@ class Computation:
         made = of.new_scales(
             sizes, one.form, one.scale_kind, first.dtype, rule=one.rule, power=power
         )
+        if one.scale_kind == "real" and not bool(made.isfinite().all()):
+            raise self._too_large(f"scales of {str(made.dtype).removeprefix('torch.')}")
         if one.form.in_byte > 1:  # there are no codes of NaN, but a scale
             made = made.masked_fill(broken, of.NO_NUMBER)
         raw = _bits(made).where(varies, _bits(first)).view(first.dtype)
@@ -204,10 +206,18 @@ class Computation:
             for place in row.members:
                 if number is None and not bool(values[place].isfinite().all()):
                     number = self._read[place]
-        where = one.paths[self._read[row.members[0]] if number is None else number]
+        if number is None:  # all are finite, and so is their mean
+            return self._too_large(one.dense.name if one.dense is not None else "its scales")
+        where = one.paths[number]
         what = f"tensor {one.name!r} holds NaN or infinity"
         hint = "leave the checkpoint out, or average them all the same with --allow-nonfinite"
         return MergeError(what, where=where, hint=hint, tensor=one.name)
+
+    def _too_large(self, dtype: str) -> MergeError:
+        name = self._one.name
+        what = f"the mean of tensor {name!r} does not fit {dtype}"
+        hint = "choose a wider --dtype, such as float32 or bfloat16"
+        return MergeError(what, where=self._one.paths[0], hint=hint, tensor=name)
 
     def _write(
         self, work: _Strip, window: Window, row: _Row, first: Tensor, mean: Tensor, scales: Tensor
