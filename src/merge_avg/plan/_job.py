@@ -280,7 +280,8 @@ def _prepared(
     adapters = _adapters(inputs, layouts, weights, outputs, options)
     if adapters is not None:
         weights = _without(weights, adapters.products)
-    aligned = align(inputs, weights, options.missing, options.include, options.exclude, masters)
+    patterns, besides = (options.include, options.exclude), adapters is not None
+    aligned = align(inputs, weights, options.missing, *patterns, masters, besides=besides)
     made = make_plan(layouts, aligned, options.dtype)
     if adapters is not None:
         composites, texts = adapters.products, adapters.texts
@@ -344,7 +345,8 @@ def _adapters(
     counted = [k for k in range(len(inputs)) if any(row[k] for row in rows)]
     rank = None if options.lora == "exact" else int(options.lora.partition(":")[2])
     dtype = None if options.dtype in (None, TEMPLATE) else BY_NAME[str(options.dtype)]
-    return find(layouts, chosen, counted, rank, dtype)
+    kept = {name: info for name, info in weights[0].items() if name not in chosen[0]}
+    return find(layouts, chosen, counted, rank, dtype, kept)
 
 
 def _without(
