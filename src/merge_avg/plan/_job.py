@@ -303,6 +303,10 @@ def _prepared(
     if options.weights_only and layout.directory and layouts[0].members:
         left_out, doubts = training_state(layouts[0], roles[0], bare.values())
         layout, notes = layout.without(left_out, layouts[0]), [*notes, *doubts]
+    optimizer = any(one.reason.startswith("optimizer") for one in roles[0].kept)
+    if adapters is not None and adapters.texts and optimizer and not options.weights_only:
+        what = "the optimizer's state is the template's, and does not fit factors of another rank"
+        notes.append(f"{what}; --weights-only leaves it out")
     if options.strict_pickle and layout.callables:
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
         hint = "write a .safetensors file, or the weights alone with --weights-only"

@@ -153,7 +153,7 @@ def describe(
         + sum(math.prod(one.shape) for one in composed),
         dtypes=Counter(plan.result(name).name for name in (*aligned.rows, *plan.composed)),
         kept=tuple(one for one in job.roles.kept if one.key in stays),
-        others=tuple(name for name in template.others if name not in gone.values()),
+        others=tuple(n for n in template.others if n not in gone.values() and n not in plan.texts),
         whole=job.layout.whole,
         left_out={name: template.files[number].nbytes for number, name in sorted(gone.items())},
         callables=job.layout.callables,
