@@ -273,9 +273,17 @@ def test_a20_impossible_weights(case, weights):
 @pytest.mark.parametrize("scale", ["l.weight_scale", "l.weight_scale_inv", "l.weight.absmax"])
 def test_a21_quantised_codes(case, suffix, scale):
     """A21: codes with a scale beside them are refused as quantised weights."""
-    for codes in (torch.tensor([1, 2], dtype=torch.int8), full(1, 2).to(torch.float8_e4m3fn)):
-        state = {"l.weight": codes, scale: full(0.5)}
-        case.refused([state, state], suffix=suffix, says=["'l.weight'", "quantised"])
+    state = {"l.weight": torch.tensor([1, 2], dtype=torch.int8), scale: full(0.5)}
+    case.refused([state, state], suffix=suffix, says=["'l.weight'", "quantised"])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("scale", ["l.weight_scale", "l.weight_scale_inv", "l.scale_weight"])
+def test_a21_scaled_codes(case, suffix, scale):
+    """A21: float8 with a scale beside it has the mean of what it stands for."""
+    codes = torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)
+    merged = case.merge([{"l.weight": codes, scale: full(s)} for s in (0.5, 2.5)], suffix=suffix)
+    assert (merged["l.weight"].float() * merged[scale]).tolist() == pytest.approx([1.5, 3.0])
 
 
 def test_a21_lora_factors(case):

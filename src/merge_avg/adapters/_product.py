@@ -50,6 +50,11 @@ class Product:
         return True
 
     @property
+    def finite(self) -> bool:
+        """Return that no number of it may be NaN or infinity."""
+        return True
+
+    @property
     def ranks(self) -> Sequence[int]:
         """Return the rank of each checkpoint's product, zero where it has no weight."""
         return [one[0].shape[0] if one else 0 for one in self.sources]

@@ -58,6 +58,10 @@ class Composite(Protocol):
         """Return whether it stands for a change of weights, and not for weights."""
 
     @property
+    def finite(self) -> bool:
+        """Return whether NaN and infinity are refused where they are read or written."""
+
+    @property
     def memory(self) -> int:
         """Return the bytes that computing it takes at most."""
 
@@ -79,7 +83,7 @@ class Access(Protocol):
     def read(
         self, checkpoint: int, tensor: int, start: int, stop: int, *, again: bool = False
     ) -> Tensor:
-        """Return elements of a tensor as a vector, in memory of its own.
+        """Return elements of a tensor as a vector, in memory of its own; of codes, as bytes.
 
         What is not read `again` is hashed: from the first element on, in order, to the last.
         """

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128
 
-from merge_avg.checkpoint import Composite, dotted
+from merge_avg.checkpoint import Composite, DType, dotted
 from merge_avg.engine._workspace import Workspace
 from merge_avg.errors import MergeError
 from merge_avg.io import Buffer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _SEED = 1 << 63  # seeds of units and of copied records lie below and above
@@ -45,19 +46,18 @@ class Access:
         self, checkpoint: int, tensor: int, start: int, stop: int, *, again: bool = False
     ) -> Tensor:
         """Return elements of a tensor as a vector."""
-        import torch
-
         info = self._composite.sources[checkpoint][tensor]
         size = info.dtype.itemsize
         buffer = Buffer((stop - start) * size)
         data = buffer.bytes((stop - start) * size)
         at = (info.start + start) * size
         self._space.readers[checkpoint].read(data, info.storage, at, again=again)
-        found = buffer.tensor(stop - start, getattr(torch, info.dtype.name))
+        found = buffer.tensor(stop - start, _torch_dtype(info.dtype))
         if not again:
             self._hash(checkpoint, tensor, start, data)
             self._space.findings.count(len(data))
-            if info.dtype.kind == "float" and not bool(found.double().isfinite().all()):
+            refused = self._composite.finite and info.dtype.kind == "float"
+            if refused and not bool(found.double().isfinite().all()):
                 layout = self._space.job.layouts[checkpoint]
                 name = dotted(info.path)
                 what = f"tensor {name!r} holds NaN or infinity, which no product has a use for"
@@ -66,13 +66,12 @@ class Access:
 
     def write(self, output: int, result: int, start: int, values: Tensor) -> None:
         """Write elements of a result."""
-        import torch
-
         one, numel = self._composite.results[result], values.numel()
         buffer = Buffer(numel * one.dtype.itemsize)
-        made = buffer.tensor(numel, getattr(torch, one.dtype.name))
+        made = buffer.tensor(numel, _torch_dtype(one.dtype))
         made.copy_(values.reshape(-1))
-        if one.dtype.kind == "float" and not bool(made.double().isfinite().all()):
+        refused = self._composite.finite and one.dtype.kind == "float"
+        if refused and not bool(made.double().isfinite().all()):
             what = f"the mean of {str(one.name)!r} is too large for {one.dtype.name}"
             hint = "choose a wider dtype, for example --dtype float32"
             raise MergeError(what, where=self._space.job.layouts[0].path, hint=hint)
@@ -104,3 +103,12 @@ class Access:
         self._digests[key] = done, digest
         if done == info.numel:
             self._hashes[checkpoint] += digest.intdigest()
+
+
+def _torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's dtype; codes are bytes, as not every torch knows them."""
+    import torch
+
+    found = torch.uint8 if dtype.kind == "code" else getattr(torch, dtype.name)
+    assert isinstance(found, torch.dtype)  # noqa: S101 - all others have one
+    return found

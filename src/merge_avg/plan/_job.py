@@ -7,16 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_avg._version import __version__
 from merge_avg.arithmetic import Weights
 from merge_avg.checkpoint import (
-    BY_NAME,
     CONVERTIBLE,
     PROVENANCE,
     TEMPLATE,
-    Composite,
     Layout,
     Name,
     Roles,
@@ -32,18 +29,16 @@ from merge_avg.formats.bounded import read
 from merge_avg.formats.directory import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_lora, parse_part
-from merge_avg.plan._alignment import align, is_chosen, match
+from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
+from merge_avg.plan._composites import Together, find_composites
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._training import training_state
 from merge_avg.plan._units import Plan, Unit, make_plan, with_base
-
-if TYPE_CHECKING:
-    from merge_avg.adapters import Adapters
 
 _LAST_DIGITS = 2e-6  # of a recorded agreement, which has six places
 
@@ -277,18 +272,20 @@ def _prepared(
     roles, masters = roles_of(layouts, options.key)
     weights = [role.weights for role in roles]
     bare = {name: info for name, info in weights[0].items() if name not in masters}
-    adapters = _adapters(inputs, layouts, weights, outputs, options)
-    if adapters is not None:
-        weights = _without(weights, adapters.products)
-    patterns, besides = (options.include, options.exclude), adapters is not None
+    together = find_composites(inputs, layouts, weights, [o.weights for o in outputs], options)
+    weights, besides = together.left, bool(together.composites)
+    patterns = options.include, options.exclude
     aligned = align(inputs, weights, options.missing, *patterns, masters, besides=besides)
     made = make_plan(layouts, aligned, options.dtype)
-    if adapters is not None:
-        composites, texts = adapters.products, adapters.texts
-        made = replace(made, composites=composites, texts=texts, metadata=adapters.metadata)
+    made = replace(
+        made,
+        composites=together.composites,
+        texts=together.texts,
+        metadata=together.metadata,
+    )
     plan, ruled_notes = ruled(made, rules, masters, inputs[0])
     base = None if options.base is None else _number_of(inputs, Path(options.base))
-    notes = [*ruled_notes, *(adapters.notes if adapters is not None else ())]
+    notes = [*ruled_notes, *together.notes, *_stale(roles[0], together, options)]
     if options.base is not None and base is None:
         base = len(inputs)
         plan, more = _based(plan, Path(options.base), bare, options.key)
@@ -303,10 +300,6 @@ def _prepared(
     if options.weights_only and layout.directory and layouts[0].members:
         left_out, doubts = training_state(layouts[0], roles[0], bare.values())
         layout, notes = layout.without(left_out, layouts[0]), [*notes, *doubts]
-    optimizer = any(one.reason.startswith("optimizer") for one in roles[0].kept)
-    if adapters is not None and adapters.texts and optimizer and not options.weights_only:
-        what = "the optimizer's state is the template's, and does not fit factors of another rank"
-        notes.append(f"{what}; --weights-only leaves it out")
     if options.strict_pickle and layout.callables:
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
         hint = "write a .safetensors file, or the weights alone with --weights-only"
@@ -326,43 +319,12 @@ def _prepared(
     return job
 
 
-def _adapters(
-    inputs: Sequence[Path],
-    layouts: Sequence[Layout],
-    weights: Sequence[Mapping[Name, TensorInfo]],
-    outputs: Sequence[OutputSpec],
-    options: Options,
-) -> Adapters | None:
-    """Return the adapters of the checkpoints, if their products are to be averaged."""
-    if options.lora == "factors":
-        return None
-    from merge_avg.adapters import find
-
-    if options.weights_for:
-        hint = "leave out --weights-for, or use --lora factors"
-        raise UsageError("rules by name are for tensors, not for products of factors", hint=hint)
-    pairs = zip(inputs[1:], weights[1:], strict=True)
-    columns = [weights[0], *(match(inputs[0], weights[0], *pair)[0] for pair in pairs)]
-    patterns = options.include, options.exclude
-    chosen = [{n: i for n, i in one.items() if is_chosen(n, *patterns)} for one in columns]
-    rows = [output.weights.integers for output in outputs]
-    counted = [k for k in range(len(inputs)) if any(row[k] for row in rows)]
-    rank = None if options.lora == "exact" else int(options.lora.partition(":")[2])
-    dtype = None if options.dtype in (None, TEMPLATE) else BY_NAME[str(options.dtype)]
-    kept = {name: info for name, info in weights[0].items() if name not in chosen[0]}
-    return find(layouts, chosen, counted, rank, dtype, kept)
-
-
-def _without(
-    weights: Sequence[Mapping[Name, TensorInfo]], composites: Sequence[Composite]
-) -> list[dict[Name, TensorInfo]]:
-    """Return the weights of each checkpoint without those that composites consist of."""
-    left = []
-    for k, some in enumerate(weights):
-        gone = {info.path for one in composites for info in one.sources[k]}
-        named = {name for one in composites for name in one.consumed}
-        left.append({n: i for n, i in some.items() if i.path not in gone and n not in named})
-    return left
+def _stale(roles: Roles, together: Together, options: Options) -> Iterator[str]:
+    """Yield a note where an optimizer's state, which is kept, does not fit factors any more."""
+    optimizer = any(one.reason.startswith("optimizer") for one in roles.kept)
+    if options.lora != "factors" and together.texts and optimizer and not options.weights_only:
+        what = "the optimizer's state is the template's, and does not fit factors of another rank"
+        yield f"{what}; --weights-only leaves it out"
 
 
 def _based(
