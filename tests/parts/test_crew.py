@@ -382,9 +382,9 @@ def test_a_part_that_comes_late_has_nothing_to_do(tmp_path, overwrite):
     output = tmp_path / "out.pt"
     for part in ("1/9", "2/9", "9/9", "4/9", "3/9", "5/9", "6/9", "7/9", "8/9"):
         made(paths, output, part=part, overwrite=overwrite)
-    before = output.stat()
+    before = output.stat().st_mtime_ns, output.stat().st_ino
     assert made(paths, output, part="2/9", overwrite=overwrite).part == Part(2, 9, ())
-    assert output.stat() == before
+    assert (output.stat().st_mtime_ns, output.stat().st_ino) == before
     assert left(tmp_path) == []
     os.utime(paths[0])
     if overwrite:

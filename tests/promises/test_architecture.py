@@ -233,8 +233,13 @@ def test_another_way_to_read_is_seen(tmp_path, line):
 
 def test_json_that_is_shown_is_strict():
     """What is printed or logged has no NaN; records, indices and headers hold no floats of ours."""
-    held = {"plan._provenance", "plan._targets", "formats.safetensors"}
-    held |= {"adapters._find", "scaled._find"}
+    held = {
+        "plan._provenance",
+        "plan._targets",
+        "formats.safetensors",
+        "adapters._find",
+        "scaled._find",
+    }
     for path in ROOT.rglob("*.py"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):

@@ -82,11 +82,13 @@ def find(
     counted: Sequence[int],
     rank: int | None,
     dtype: DType | None,
+    kept: Mapping[Name, TensorInfo],
 ) -> Adapters:
     """Return the products in the weights of checkpoints, the template's first.
 
     Those with the numbers `counted` have a weight in some output. Products are averaged as the best
     ones of a `rank`, or exactly if that is None. Results have the dtype, by default the template's.
+    What is `kept` of the template stays as it is.
 
     Raises:
         MergeError: there are none, not all checkpoints have the same, or some are of another kind.
@@ -108,7 +110,8 @@ def find(
         for reader in readers.values():
             reader.close()
     products = [_sized(one, rank, dtype or one.factor(0, 0).dtype) for one in products]
-    return _described(layouts[0], products, found)
+    stays = {} if not kept else _factors(kept, path)
+    return _described(layouts[0], products, found, [(one, kept[one.a]) for one in stays.values()])
 
 
 def _factors(weights: Mapping[Name, TensorInfo], path: Path) -> dict[_Key, _Factors]:
@@ -235,8 +238,7 @@ class _Scales:
             return Fraction(str(self._value(info, factors.alpha))) / rank
         if settings is None:
             return Fraction(1)
-        module = factors.module.removeprefix(_PEFT).removeprefix(settings.prefix)
-        return settings.scaling(module, rank, self._layout.path)
+        return settings.scaling(_module(factors, settings), rank, self._layout.path)
 
     def settings(self, factors: _Factors) -> Settings | None:
         """Return the settings that are about a product."""
@@ -263,6 +265,10 @@ class _Scales:
                 return float(value)
         what = f"tensor {str(name)!r} is not one number other than zero, as an alpha is"
         raise MergeError(what, where=self._layout.where(info), tensor=name)
+
+
+def _module(factors: _Factors, settings: Settings) -> str:
+    return factors.module.removeprefix(_PEFT).removeprefix(settings.prefix)
 
 
 def settings_of(layout: Layout, number: int, module: str) -> Settings | None:
@@ -346,13 +352,16 @@ def _rounded(value: Fraction, dtype: DType) -> Fraction:
 
 
 def _described(
-    template: Layout, products: Sequence[Product], found: Mapping[_Key, _Factors]
+    template: Layout,
+    products: Sequence[Product],
+    found: Mapping[_Key, _Factors],
+    stays: Sequence[tuple[_Factors, TensorInfo]],
 ) -> Adapters:
     """Return the products with what the files of an output have to say of them."""
     texts: dict[str, bytes] = {}
     metadata: dict[str, str] = {}
     notes: list[str] = []
-    for settings, number, modules in _changed(template, products, found):
+    for settings, number, modules in _changed(template, products, found, stays):
         values = settings.rewritten(modules)
         if settings.path.name != CONFIG:
             said = metadata.get(METADATA) or _metadata(template, number)[METADATA]
@@ -377,7 +386,10 @@ def _described(
 
 
 def _changed(
-    template: Layout, products: Sequence[Product], found: Mapping[_Key, _Factors]
+    template: Layout,
+    products: Sequence[Product],
+    found: Mapping[_Key, _Factors],
+    stays: Sequence[tuple[_Factors, TensorInfo]],
 ) -> Iterator[tuple[Settings, int, dict[str, tuple[int, Fraction]]]]:
     """Yield settings that no longer hold, with the number of a file and the modules in it."""
     about: dict[tuple[Path, str], tuple[Settings, int]] = {}
@@ -390,8 +402,13 @@ def _changed(
             continue
         key = settings.path, settings.prefix
         about[key] = settings, number
-        module = factors.module.removeprefix(_PEFT).removeprefix(settings.prefix)
-        modules[key][module] = product.rank, product.scaling * product.rank
+        modules[key][_module(factors, settings)] = product.rank, product.scaling * product.rank
         stale |= {key} if product.rank != product.template[0].shape[0] else set()
+    for factors, a in stays:
+        settings = settings_of(template, a.storage.ranges[0].file, factors.module)
+        if settings is not None and (key := (settings.path, settings.prefix)) in stale:
+            module, rank = _module(factors, settings), a.shape[0]
+            scaling = settings.scaling(module, rank, template.path)
+            modules[key][module] = rank, scaling * rank
     for key in sorted(stale):
         yield *about[key], modules[key]

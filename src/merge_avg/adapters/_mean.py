@@ -115,8 +115,9 @@ def _write_best(
 ) -> None:
     """Write the factors of the best approximation of the result's rank."""
     right, left = triangles
-    diagonal = torch.tensor([float(scalings[k]) for k in used for _ in range(product.ranks[k])])
-    left = left * diagonal.to(_WIDE)
+    each = [float(scalings[k]) for k in used for _ in range(product.ranks[k])]
+    diagonal = torch.tensor(each, dtype=_WIDE)
+    left = left * diagonal
     u, s, v = torch.linalg.svd(left @ right.T)
     count = min(product.rank, len(s))
     known = s[:count] > s[:1] * _EPSILON * max(left.shape[1], 1)
@@ -124,7 +125,7 @@ def _write_best(
     over = torch.where(known, 1 / root, 0)
     # (rank, all) and (all, rank); what has no length stays zero.
     first = over[:, None] * (u[:, :count].T @ left)
-    second = diagonal.to(_WIDE)[:, None] * (right.T @ (v[:count].T * over))
+    second = diagonal[:, None] * (right.T @ (v[:count].T * over))
     # Signs are free, and not the same on every machine.
     signs = first.gather(1, first.abs().argmax(dim=1, keepdim=True)).sign()
     first, second = first * signs, second * signs.T

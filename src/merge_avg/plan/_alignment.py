@@ -56,11 +56,14 @@ def align(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     masters: Mapping[Name, Name | None] | None = None,
+    *,
+    besides: bool = False,
 ) -> Aligned:
     """Match the weights of the checkpoints to those of the first, the template.
 
     What the shell patterns do not choose is kept from the template, whatever the others have. Those
-    that are `masters` of a weight are chosen with it.
+    that are `masters` of a weight are chosen with it. All may be kept where there is more `besides`
+    that is averaged.
     """
     if len(include) + len(exclude) > _MOST_PATTERNS:
         hint = "write one that fits many names"
@@ -80,7 +83,7 @@ def align(
 
     notes: list[str] = []
     template = chosen(weights[0])
-    if not template:
+    if not template and not besides:
         hint = f"patterns are compared with names such as {named(weights[0], 4)}"
         raise MergeError("no tensor fits --include and --exclude", where=paths[0], hint=hint)
     columns: list[dict[Name, TensorInfo]] = []
@@ -105,7 +108,7 @@ def align(
         notes.append(f"not in every checkpoint, so {lot}: {named(incomplete)}")
         kept += incomplete if missing == "skip" else []
     skipped = frozenset(kept)
-    if skipped.issuperset(weights[0]):
+    if skipped.issuperset(weights[0]) and not besides:
         hint = (
             f"names such as {named(template, 2)} have to be in all; are these of one architecture?"
         )

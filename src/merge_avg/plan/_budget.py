@@ -130,7 +130,7 @@ def plan_budget(
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     buffers += max(_known(entries, checkpoints)[1] - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)
-    buffers += workers * composed
+    buffers += min(workers * composed, max(composed, _DEFAULT))
     long = sum(length > _LEAST_WINDOW for length in lengths)
     about = entries, outputs, checkpoints, long, pairs, composed
     least = Budget(1, _LEAST_WINDOW, 1, itemsize, *about)

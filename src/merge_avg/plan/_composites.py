@@ -58,7 +58,8 @@ def _adapters(
     patterns = options.include, options.exclude
     chosen = [{n: i for n, i in one.items() if is_chosen(n, *patterns)} for one in columns]
     rank = None if options.lora == "exact" else int(options.lora.partition(":")[2])
-    found = find(layouts, chosen, counted, rank, _asked(options))
+    kept = {name: info for name, info in columns[0].items() if name not in chosen[0]}
+    found = find(layouts, chosen, counted, rank, _asked(options), kept)
     left = _without(so_far.left, found.products)
     return Together(left, found.products, found.texts, found.metadata, found.notes)
 

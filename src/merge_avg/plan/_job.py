@@ -32,7 +32,7 @@ from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_
 from merge_avg.plan._alignment import align, match
 from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
-from merge_avg.plan._composites import find_composites
+from merge_avg.plan._composites import Together, find_composites
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled
@@ -273,8 +273,9 @@ def _prepared(
     weights = [role.weights for role in roles]
     bare = {name: info for name, info in weights[0].items() if name not in masters}
     together = find_composites(inputs, layouts, weights, [o.weights for o in outputs], options)
-    weights = together.left
-    aligned = align(inputs, weights, options.missing, options.include, options.exclude, masters)
+    weights, besides = together.left, bool(together.composites)
+    patterns = options.include, options.exclude
+    aligned = align(inputs, weights, options.missing, *patterns, masters, besides=besides)
     made = make_plan(layouts, aligned, options.dtype)
     made = replace(
         made,
@@ -284,7 +285,7 @@ def _prepared(
     )
     plan, ruled_notes = ruled(made, rules, masters, inputs[0])
     base = None if options.base is None else _number_of(inputs, Path(options.base))
-    notes = [*ruled_notes, *together.notes]
+    notes = [*ruled_notes, *together.notes, *_stale(roles[0], together, options)]
     if options.base is not None and base is None:
         base = len(inputs)
         plan, more = _based(plan, Path(options.base), bare, options.key)
@@ -316,6 +317,14 @@ def _prepared(
             what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
             raise MergeError(what, where=inputs[0])
     return job
+
+
+def _stale(roles: Roles, together: Together, options: Options) -> Iterator[str]:
+    """Yield a note where an optimizer's state, which is kept, does not fit factors any more."""
+    optimizer = any(one.reason.startswith("optimizer") for one in roles.kept)
+    if options.lora != "factors" and together.texts and optimizer and not options.weights_only:
+        what = "the optimizer's state is the template's, and does not fit factors of another rank"
+        yield f"{what}; --weights-only leaves it out"
 
 
 def _based(

@@ -14,7 +14,7 @@ CODES, SCALES = 0, 1  # numbers of the tensors; scales of activations follow
 _VALUES = 1 << 19  # of all checkpoints, that are looked at together
 _LEAST_WINDOW, _LARGEST_WINDOW = 1 << 12, 1 << 16
 # Bytes of float64 beside the numbers of the checkpoints: the mean, the codes, and room for both.
-_SCRATCH = 16
+_SCRATCH = 24
 
 
 @dataclass(frozen=True)
