@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from merge_avg.scaled import Scaled
@@ -331,6 +332,43 @@ def test_a_code_that_shares_its_memory(command, tmp_path):
     code, _, err = command(*paths, "-o", "out.pt")
     assert code == 1
     assert "hint: save it as .clone()" in err
+
+
+def test_a_base(command, tmp_path):
+    """Scaled tensors are not compared with a base, and a note says so."""
+    paths = written(tmp_path, states_of("deepseek", 3))
+    code, _, err = command(*paths[:2], "-o", "out.safetensors", "--base", paths[2])
+    assert code == 0, err
+    assert f"note: tensors with scales are not compared with {paths[2]}" in err
+    assert "no two checkpoints differ" not in err
+
+
+def test_parts(command, tmp_path):
+    """Scaled tensors are computed by one process, and parts are refused."""
+    paths = written(tmp_path, states_of("deepseek"))
+    code, _, err = command(*paths, "-o", "out.safetensors", "--part", "1/2")
+    assert code == 1
+    assert "'l.weight' is computed whole, not in parts or by ranks" in err
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32")])
+def test_distributed_checkpoints(command, tmp_path, options):
+    """A distributed checkpoint of one chunk a tensor is averaged, in place or into one file."""
+    states = states_of("deepseek")
+    for k, state in enumerate(states):
+        dcp.save({"model": state}, checkpoint_id=tmp_path / f"in{k}", no_dist=True)
+    code, _, err = command("in0", "in1", "-o", "out.safetensors", *options)
+    assert code == 0, err
+    paths = written(tmp_path, states)
+    assert command(*paths, "-o", "expected.safetensors", *options)[0] == 0
+    expected, merged = (load_file(tmp_path / f"{n}.safetensors") for n in ("expected", "out"))
+    assert merged.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(bits(merged[key]), bits(tensor))
+    if not options:
+        assert command("in0", "in1", "-o", "out")[0] == 0
+        assert command("verify", "out")[0] == 0
 
 
 def test_rules_by_name(command, tmp_path):

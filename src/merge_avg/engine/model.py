@@ -37,7 +37,16 @@ def match(model: nn.Module, job: Job, *, strict: bool) -> Matched:
     for key, one in ours.items():
         places[_place(one)].add(key)
     written, aligned, where = job.layout.files[FILE].rooms, job.plan.aligned, job.layouts[0].path
-    theirs = {name.key: name for name in aligned.rows if name.key in written}
+    names = (*aligned.rows, *job.plan.composed)
+    theirs = {name.key: name for name in names if name.key in written}
+    for composite in job.plan.composites:
+        keys = [one.name.key for one in composite.results]
+        lacking = [key for key in keys if key not in ours]
+        if 0 < len(lacking) < len(keys):  # codes are no numbers without their scales
+            what = f"{composite.name!r} means nothing without {named(lacking)}, which"
+            hint = "--dtype float32 gives numbers; or load into a model that is quantised alike"
+            what += " the model lacks"
+            raise MergeError(what, where=where, hint=hint, tensor=composite.name)
     # Of names that are tied, a file may have one.
     missing = tuple(key for key in ours if places[_place(ours[key])].isdisjoint(theirs))
     unexpected = tuple(key for key in theirs if key not in ours)
@@ -82,10 +91,11 @@ def _place(tensor: Tensor) -> object:
 
 def _fitting(tensor: Tensor, name: Name, job: Job) -> torch.dtype:
     """Return the dtype of the average of a tensor of a model, which can hold its numbers."""
-    info, shape, where = job.plan.aligned.template(name), tuple(tensor.shape), job.layouts[0].path
+    composed, shape, where = job.plan.composed.get(name), tuple(tensor.shape), job.layouts[0].path
     key = name.key
-    if info.shape != shape:
-        what = f"tensor {key!r} has the shape {info.shape}, and {shape} in the model"
+    theirs = job.plan.aligned.template(name).shape if composed is None else composed.shape
+    if theirs != shape:
+        what = f"tensor {key!r} has the shape {theirs}, and {shape} in the model"
         hint = "make the model as it was when it was saved"
         raise MergeError(what, where=where, hint=hint, tensor=key)
     if tensor.is_meta or tensor.layout != torch.strided:

@@ -92,12 +92,15 @@ def _scaled(
     if found.tensors and options.weights_for:
         hint = "leave out --weights-for, or average the checkpoints before you quantise them"
         raise UsageError("rules by name are not for tensors with scales", hint=hint)
+    notes = found.notes
+    if found.tensors and options.base is not None:
+        notes = (*notes, f"tensors with scales are not compared with {options.base}")
     return Together(
         _without(so_far.left, found.tensors) if found.tensors else so_far.left,
         (*so_far.composites, *found.tensors),
         {**so_far.texts, **found.texts},
         so_far.metadata,
-        (*so_far.notes, *found.notes),
+        (*so_far.notes, *notes),
     )
 
 

@@ -138,7 +138,9 @@ def messages(report: Report) -> Iterator[Fact]:
     for name, number in list(report.available.items())[:_MOST_NAMES]:
         many = f"{number} of {len(report.averaged)} checkpoints"
         yield Fact("note", f"{name!r} is averaged over {many}")
-    if report.agreement is not None and report.base is not None and report.centred is None:
+    compared = report.agreement is not None and report.base is not None
+    whole = report.result is None or not report.result.job.plan.composites
+    if compared and whole and report.centred is None:
         yield Fact("note", f"no two checkpoints differ from {report.base}")
     yield from (Fact("note", text) for text in report.notes)
     if report.result is not None and report.result.nonfinite:
