@@ -12,6 +12,7 @@ from merge_avg.arithmetic.torch_mean import exact_mean
 from merge_avg.checkpoint import BY_NAME, Composed, Name, Storage, TensorInfo, row_major
 from merge_avg.scaled import Scaled
 from merge_avg.scaled._config import NO_CONFIG
+from merge_avg.scaled._find import _unpacked
 from merge_avg.scaled._recognise import recognise
 
 HALVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -41,7 +42,10 @@ def scaled_of(states, config=NO_CONFIG, dense=None, **more):
         )
     else:
         dense = BY_NAME[dense]
-        results = (Composed(group.codes, dense, group.shape),)
+        name, turned = _unpacked(group)
+        shape = (*group.shape[:-2], *group.shape[:-3:-1]) if turned else group.shape
+        results = (Composed(name, dense, shape),)
+        more["transposed"] = turned
     about = str(group.codes), group.names, sources, results, group.shape, group.form
     paths = tuple(Path(f"{k}.pt") for k in range(len(states)))
     rest = group.blocks, group.scale_kind, group.rule, paths, dense

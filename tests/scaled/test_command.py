@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge_avg.scaled import Scaled
 from tests.helpers import FORMATS, load, save
 from tests.scaled.helpers import Memory, plain, scaled_of
 from tests.scaled.test_compute import BYTE, LAYOUTS, bits, random_state
@@ -61,7 +62,7 @@ def test_equal_files(command, tmp_path, layout, suffix):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("layout", [one for one in LAYOUTS if "mxfp4" not in one])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_dtype(command, tmp_path, layout, suffix):
     """With --dtype weights are numbers, rounded once, without scales."""
     states = states_of(layout)
@@ -74,6 +75,26 @@ def test_another_dtype(command, tmp_path, layout, suffix):
     for key, tensor in expected.items():
         assert torch.equal(merged[key], tensor)
     assert command("verify", out)[0] == 0
+
+
+@pytest.mark.parametrize("window", [32, 1024, 1 << 16])
+def test_experts_change_sides(command, tmp_path, monkeypatch, window):
+    """The experts of GPT-OSS get the name and the shape that transformers has for numbers."""
+    monkeypatch.setattr(Scaled, "window", window)
+    states = states_of("mxfp4")
+    paths = written(tmp_path, states)
+    assert command(*paths, "-o", "out.safetensors", "--dtype", "float32")[0] == 0
+    merged = load_file(tmp_path / "out.safetensors")
+    assert merged.keys() == {"e.up", "norm.weight"}
+    rows = [plain(s["e.up_blocks"], s["e.up_scales"], (2, 5, 96)) for s in states]
+    expected = ((rows[0] + rows[1]) / 2).float().transpose(1, 2)
+    assert torch.equal(merged["e.up"], expected)
+    for state in states:
+        state["e.up"] = torch.zeros(3)
+    paths = written(tmp_path, states)
+    code, _, err = command(*paths, "-o", "no.safetensors", "--dtype", "float32")
+    assert code == 1
+    assert "'e.up_blocks' would become 'e.up', which there is already" in err
 
 
 def folders_of(tmp_path, config=DEEPSEEK, count=2):

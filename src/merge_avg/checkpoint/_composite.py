@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A tensor that an output has of a composite, in the place of the template's of this name."""
+    """A tensor that an output has of a composite, in the place of the template's of this name.
+
+    Where the template has none of this name, it is the first of the composite, in the place of the
+    first tensor.
+    """
 
     name: Name
     dtype: DType

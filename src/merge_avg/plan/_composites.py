@@ -36,7 +36,7 @@ def find_composites(
     """Return what is averaged only together; each output has a row of weights."""
     counted = [k for k in range(len(inputs)) if any(row.integers[k] for row in rows)]
     found = _adapters(inputs, layouts, Together(weights), counted, options)
-    return _scaled(inputs, layouts, found, counted, options)
+    return _scaled(inputs, layouts, found, counted, options, len(rows))
 
 
 def _adapters(
@@ -70,6 +70,7 @@ def _scaled(
     so_far: Together,
     counted: Sequence[int],
     options: Options,
+    outputs: int,
 ) -> Together:
     """Add tensors that are codes with scales."""
     # Few checkpoints have tensors of bytes: most merges need not import what looks at them.
@@ -85,6 +86,7 @@ def _scaled(
         counted,
         lambda name: is_chosen(name, options.include, options.exclude),
         _asked(options),
+        outputs,
         allow_nonfinite=options.allow_nonfinite,
     )
     if found.tensors and options.weights_for:

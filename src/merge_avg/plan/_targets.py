@@ -121,7 +121,9 @@ def lay_out(
         _refuse_ending(path, plan, asked, options)
         grown = _grown(plan, weights)
         whole = {one for composite in plan.composites for one in composite.consumed}
-        weights = {n: i for n, i in weights.items() if n not in whole or n in plan.composed}
+        new = {c.consumed[0]: c.results[0].name for c in plan.composites if c.results}
+        renamed = {new.get(n, n): i for n, i in weights.items()}
+        weights = {n: i for n, i in renamed.items() if n not in whole or n in plan.composed}
         if options.max_shard_size is not None:
             return _sharded(plan, weights, options.max_shard_size)
         if template.members and asked is None:

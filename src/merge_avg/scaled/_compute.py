@@ -65,6 +65,7 @@ class Computation:
             self._compared = []
         self._gram = torch.zeros(len(self._compared), len(self._compared), dtype=torch.float64)
         self._error = self._norm = 0.0
+        self._turned: list[Tensor] = []
 
     def run(self) -> None:
         """Read all, and write the results."""
@@ -251,7 +252,25 @@ class Computation:
                 if not (self._one.allow_nonfinite or bool(mean.isfinite().all())):
                     everything = torch.ones(work.strip.blocks, dtype=torch.bool)
                     raise self._nonfinite(work, row, everything)
-                self._access.write(row.output, CODES, window.start, mean)
+                self._put(row.output, window.start, mean)
+
+    def _put(self, output: int, start: int, values: Tensor) -> None:
+        """Write numbers of a result without scales, or keep them until a matrix is whole."""
+        if not self._one.transposed:
+            self._access.write(output, CODES, start, values)
+            return
+        rows, columns = self._one.shape[-2:]
+        if not self._turned:
+            self._turned = [torch.empty(rows * columns, dtype=values.dtype) for _ in self._rows]
+        matrix = self._turned[output]
+        while len(values):
+            at = start % len(matrix)
+            some = values[: len(matrix) - at]
+            matrix[at : at + len(some)] = some
+            start, values = start + len(some), values[len(some) :]
+            if start % len(matrix) == 0:
+                turned = matrix.view(rows, columns).T.reshape(-1)
+                self._access.write(output, CODES, start - len(matrix), turned)
 
     def _spread_inputs(self) -> None:
         """Write scales of activations: the largest, which cuts off what no checkpoint does."""

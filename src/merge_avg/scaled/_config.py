@@ -14,8 +14,8 @@ from typing import Any
 
 CONFIG, KEY = "config.json", "quantization_config"
 # Methods whose tensors say all about them: a value is a code times a scale.
-_UNDERSTOOD = {"fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt"}
-_FORMATS = {"float-quantized", "naive-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"}
+_UNDERSTOOD = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt")
+_FORMATS = ("float-quantized", "naive-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,13 +45,14 @@ def find(
     counting: Sequence[int],
     is_chosen: Callable[[Name], bool],
     dtype: DType | None,
+    outputs: int,
     *,
     allow_nonfinite: bool,
 ) -> Found:
     """Return the scaled tensors among the weights of checkpoints, the template's first.
 
-    Those with the numbers `counting` have a weight in some output. With a `dtype`, results have it
-    and no scales.
+    Those with the numbers `counting` have a weight in some of the outputs. With a `dtype`, results
+    have it and no scales.
 
     Raises:
         MergeError: some scales are not understood, or not all checkpoints have the same tensors.
@@ -74,7 +75,7 @@ def find(
                 raise MergeError(what, where=template.where(weights[name]), hint=hint, tensor=name)
         groups = [one for one in found.groups if _is_whole(template, one, weights, is_chosen)]
         made = [_scaled(layouts, columns, counting, one, dtype) for one in groups]
-        tensors += [replace(one, allow_nonfinite=allow_nonfinite) for one in made]
+        tensors += [replace(o, allow_nonfinite=allow_nonfinite, outputs=outputs) for o in made]
         if made and dtype is not None and KEY in said:
             if template.members:
                 place = (folder / CONFIG).relative_to(template.path).as_posix()
@@ -138,14 +139,16 @@ def _scaled(
         used = number in counting
         sources.append(tuple(info for info in infos if info is not None) if used else ())
     results = [Composed(n, i.dtype, i.shape) for n, i in zip(group.names, first, strict=True)]
+    transposed = False
     if dtype is not None:
-        if group.form is E2M1:
-            what = (
-                f"tensor {str(group.codes)!r} is MXFP4, whose numbers have another name and shape"
-            )
-            hint = "leave out --dtype, and convert the average with the library that loads it"
-            raise MergeError(what, where=layouts[0].path, hint=hint, tensor=group.codes)
-        results = [Composed(group.codes, dtype, group.shape)]
+        name, transposed = _unpacked(group)
+        if name != group.codes and name in columns[0]:
+            what = f"tensor {str(group.codes)!r} would become {str(name)!r}, which there is already"
+            raise MergeError(what, where=layouts[0].path, tensor=name)
+        shape = group.shape
+        if transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        results = [Composed(name, dtype, shape)]
     return Scaled(
         name=str(group.codes),
         consumed=group.names,
@@ -159,7 +162,19 @@ def _scaled(
         inputs=len(group.inputs),
         paths=tuple(layout.path for layout in layouts),
         dense=dtype,
+        transposed=transposed,
     )
+
+
+def _unpacked(group: Group) -> tuple[Name, bool]:
+    """Return the name of numbers without scales, and whether they lie transposed."""
+    name = group.codes
+    if group.form is not E2M1:
+        return name, False
+    # The experts of transformers' GPT-OSS multiply from the other side than its blocks say; those
+    # of OpenAI's own code, whose names end in .blocks, do not.
+    key = re.sub(r"[._](blocks|packed)$", "", name.key)
+    return Name(name.state_dict, key), name.key.endswith("_blocks") and len(group.shape) > 2
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Scaled:
     rule: Rule
     paths: tuple[Path, ...]  # of the checkpoints, for errors
     dense: DType | None = None  # the dtype of a result without scales
+    transposed: bool = False  # whether the last two dimensions of such a result change places
+    outputs: int = 1
     allow_nonfinite: bool = False
     inputs: int = 0  # how many scales of activations there are
     change: bool = False  # it stands for weights
@@ -47,7 +50,10 @@ class Scaled:
         """Return the bytes that computing it takes at most."""
         count = sum(map(bool, self.sources))
         strip = max(self.window // self.blocks.block[1], self.blocks.largest_strip, 1)
-        return 8 * (self.window * (2 * count + _SCRATCH) + strip * (2 * count + 4))
+        found = 8 * (self.window * (2 * count + _SCRATCH) + strip * (2 * count + 4))
+        if self.transposed and self.dense is not None:
+            found += math.prod(self.shape[-2:]) * self.dense.itemsize * (self.outputs + 1)
+        return found
 
     def compose(self, access: Access) -> None:
         """Read the sources, and write the results of each output."""
