@@ -36,7 +36,7 @@ from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
-from merge_avg.plan._training import training_state
+from merge_avg.plan._training import dropped_keys, serving, training_state
 from merge_avg.plan._units import Plan, Unit, make_plan, with_base
 
 _LAST_DIGITS = 2e-6  # of a recorded agreement, which has six places
@@ -278,9 +278,12 @@ def _prepared(
     limits = options.max_memory, options.threads
     pairs = len(inputs) ** 2 * (2 if options.base else 1) if options.agreement else 0
     budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs)
-    layout = lay_out(outputs[0].path, plan, bare, options)
-    if options.weights_only and layout.directory and layouts[0].members:
-        left_out, doubts = training_state(layouts[0], roles[0], bare.values())
+    serve = serving(roles[0], bare.values()) if options.weights_only else None
+    layout = lay_out(outputs[0].path, plan, bare, options, serve)
+    if gone := dropped_keys(layouts[0], layout.dropped, roles[0]):
+        notes = [*notes, f"left out of distributed checkpoints: {named(gone, 5)}"]
+    if serve is not None and layout.directory and layouts[0].members:
+        left_out, doubts = training_state(layouts[0], serve)
         layout, notes = layout.without(left_out, layouts[0]), [*notes, *doubts]
     if options.strict_pickle and layout.callables:
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"

@@ -305,17 +305,26 @@ def pickled(tensors: Sequence[NewTensor], keys: Mapping[str, str]) -> bytes:
     """Return a state dict as torch.save pickles it; `keys` are those of its storages, by name."""
     parts = [b"\x80\x02", _EMPTY_DICT, b"("]
     for tensor in tensors:
-        size, typed = tensor.storage_nbytes, tensor.dtype.storage is not None
-        cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
-        count = size // tensor.dtype.itemsize if typed else size
-        parts += [
-            _text(tensor.name),
-            f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
-            b"(" + _text("storage") + cls.encode(),
-            _text(keys[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
-            _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
-            b"\x89" + _EMPTY_DICT,
-            b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
-            b"tR",
-        ]
+        parts += [_text(tensor.name), _rebuilt(tensor, keys)]
     return b"".join([*parts, b"u."])
+
+
+def pickled_tensor(tensor: NewTensor, keys: Mapping[str, str]) -> bytes:
+    """Return the same of one tensor that is all there is."""
+    return b"\x80\x02" + _rebuilt(tensor, keys) + b"."
+
+
+def _rebuilt(tensor: NewTensor, keys: Mapping[str, str]) -> bytes:
+    size, typed = tensor.storage_nbytes, tensor.dtype.storage is not None
+    cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
+    count = size // tensor.dtype.itemsize if typed else size
+    parts = [
+        f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
+        b"(" + _text("storage") + cls.encode(),
+        _text(keys[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
+        _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
+        b"\x89" + _EMPTY_DICT,
+        b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
+        b"tR",
+    ]
+    return b"".join(parts)

@@ -31,7 +31,7 @@ from merge_avg.checkpoint import (
     Slot,
     Storage,
 )
-from merge_avg.formats.pickle.tensors import pickled, with_classes
+from merge_avg.formats.pickle.tensors import pickled, pickled_tensor, with_classes
 from merge_avg.formats.zip.records import CENTRAL, END, END64, LOCAL, LOCATOR
 
 _ALIGNMENT = 64  # torch maps storages into memory, and vector instructions like it
@@ -136,10 +136,26 @@ def create(
     Storages become data/0, data/1, ...; the slots have the names of the tensors' storages.
     """
     del metadata
+    numbers = _numbers(tensors)
+    return _archive(tensors, pickled(tensors, numbers), numbers, recorded=recorded)
+
+
+def bare(tensor: NewTensor) -> ZipLayout:
+    """Return the layout of an archive with one tensor and nothing around it."""
+    numbers = _numbers([tensor])
+    return _archive([tensor], pickled_tensor(tensor, numbers), numbers, recorded=False)
+
+
+def _numbers(tensors: Sequence[NewTensor]) -> dict[str, str]:
+    return {name: str(k) for k, name in enumerate(dict.fromkeys(one.storage for one in tensors))}
+
+
+def _archive(
+    tensors: Sequence[NewTensor], pickle: bytes, numbers: Mapping[str, str], *, recorded: bool
+) -> ZipLayout:
     sizes = {tensor.storage: tensor.storage_nbytes for tensor in tensors}
-    numbers = {name: str(number) for number, name in enumerate(sizes)}
     contents: list[tuple[str, bytes | Storage, int]] = [
-        ("archive/data.pkl", pickled(tensors, numbers), 0),
+        ("archive/data.pkl", pickle, 0),
         ("archive/.format_version", b"1", 0),
         ("archive/.storage_alignment", b"64", 0),
         ("archive/byteorder", _ORDER, 0),
