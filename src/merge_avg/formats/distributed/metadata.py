@@ -148,6 +148,10 @@ class SetMetadata:
         kind = kind_of(head)
         return (head, rest) if rest and kind and not kind.learned_too else (fqn,)
 
+    def has(self, fqn: str) -> bool:
+        """Return whether it describes an entry of this name."""
+        return fqn in _table(_table(self._root.state)["state_dict_metadata"])
+
     def again(self, placed: Sequence[Placed], dtypes: Mapping[str, DType]) -> bytes:
         """Return the pickle of the same set with these chunks and objects only, and new dtypes."""
         from merge_avg.formats.pickle.again import pickled_again  # most runs write no set anew

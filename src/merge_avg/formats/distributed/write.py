@@ -35,6 +35,7 @@ from merge_avg.errors import MergeError
 from merge_avg.formats import Asked, NewSet, Piece, bounded
 from merge_avg.formats.carried import callables_in
 from merge_avg.formats.distributed.metadata import LARGEST, Index, Placed, SetMetadata
+from merge_avg.formats.pickle.values import PickleError
 from merge_avg.formats.zip import Part, ZipLayout, bare
 from merge_avg.formats.zip import copy as zip_copy
 
@@ -208,6 +209,7 @@ def _rewritten(template: Layout, number: int, asked: Asked, metadata: SetMetadat
 def _items(template: Layout, number: int, asked: Asked, metadata: SetMetadata) -> Iterator[_Item]:
     """Yield what stays of a set, in the order of its files and their bytes."""
     folder = template.files[number].path.parent
+    seen: set[tuple[str, Index | None]] = set()
     numbers = {file.path: k for k, file in enumerate(template.files)}
     for name, chunks in metadata.by_file().items():
         layout = template.members[numbers[folder / name]]
@@ -217,6 +219,10 @@ def _items(template: Layout, number: int, asked: Asked, metadata: SetMetadata) -
         known = zip(ordered, layout.archive.storages, layout.members, strict=True)
         for (fqn, corner, _, _), record, member in known:
             item = _Item(fqn, corner, record, name, member)
+            same = item.info is None or len(item.info.shape) == len(corner or ())
+            if (fqn, corner) in seen or not same or not metadata.has(fqn):
+                raise PickleError(f"it describes {fqn!r} in an unknown way", tensor=fqn)
+            seen.add((fqn, corner))
             if item.home is None:
                 stays = not (asked.lean and _is_state(fqn, metadata))
             else:
