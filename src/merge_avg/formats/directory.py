@@ -220,7 +220,7 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
     if outside:
         notes.append(f"{root}: {named(outside)} links to a file outside of it")
     if nested:
-        if _latest(root) in nested:  # which readers would look for in vain
+        if latest(root) in nested:  # which readers would look for in vain
             del files["latest"]
         notes.append(f"{root}: left out, as other checkpoints are: {named(sorted(nested))}")
     return files, notes
@@ -234,18 +234,18 @@ def _nested(root: Path) -> set[str]:
         return set(found)
     if len(found) < 2:
         return set()
-    if (name := _latest(root)) in found:
+    if (name := latest(root)) in found:
         return set(found) - {name}
     what = f"it holds {len(found)} checkpoints: {named(found, 4)}"
     hint = f"name the ones to average, for example {root / found[-1]}"
     raise MergeError(what, where=root, hint=hint)
 
 
-def _latest(root: Path) -> str:
+def latest(root: Path, name: str = "latest") -> str:
     """Return which folder is the newest: DeepSpeed writes its name into a file, and takes it."""
-    latest = root / "latest"
-    if latest.is_file() and latest.stat().st_size <= _LARGEST_LATEST:
-        return bounded.read(latest, _LARGEST_LATEST).decode("utf-8", "replace").strip()
+    told = root / name
+    if told.is_file() and told.stat().st_size <= _LARGEST_LATEST:
+        return bounded.read(told, _LARGEST_LATEST).decode("utf-8", "replace").strip()
     return ""
 
 

@@ -30,7 +30,7 @@ from merge_avg.formats.directory import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_part
 from merge_avg.plan._alignment import align, match
-from merge_avg.plan._beside import notes_beside
+from merge_avg.plan._beside import notes_beside, tracker_notes
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
@@ -295,6 +295,8 @@ def _prepared(
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
     said = (*_notes(layouts, options, layout), *parts, *notes)
+    if layout.directory and layouts[0].members and len(outputs) == 1 and made_by is None:
+        said = (*said, *tracker_notes(layouts[0].path, outputs[0].path))
     job = Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by, rules)
     some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
     for unit, row in ((one, row) for one in some for row in job.weights(one)):
