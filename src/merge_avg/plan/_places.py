@@ -27,14 +27,23 @@ class Target:
 
 
 def in_place(unit: Unit, template: Layout) -> Iterator[Target]:
-    """Yield where a unit goes in a copy of the template."""
+    """Yield where a unit goes in a copy of the template, also in each rank that has the same."""
+    for one in _home(unit, template):
+        yield one
+        for twin in template.twins.get((one.file, one.slot), ()):
+            yield replace(one, file=twin.file, slot=twin.name)
+
+
+def _home(unit: Unit, template: Layout) -> Iterator[Target]:
     storage, size = unit.storage, unit.dtype.itemsize
     for _, info in unit.members if storage.tiles else ():
         for tile, view in tiled(info, replace(info, start=info.start - unit.start)):
             # Its bytes would have to be put in the tile's order once more; torch writes none.
-            if not tile.contiguous:
+            # Nor would more than the tile be written, where its storage is larger.
+            whole = tile.numel * tile.dtype.itemsize == tile.storage.nbytes
+            if not tile.contiguous or not whole:
                 hint = "write one file: end the output's name in .safetensors or .pt"
-                what = f"the chunk {tile.storage.name!r} has strides"
+                what = f"the chunk {tile.storage.name!r} has strides, or is a part of a larger one"
                 raise MergeError(what, where=template.where(tile), hint=hint)
             home, at = tile.storage, tile.start * size
             yield Target(view.start, view.stop, home.file, home.name, at, view)

@@ -28,7 +28,7 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.formats import FORMATS, Asked, Format, copy, format_for
+from merge_avg.formats import FORMATS, Asked, Format, NewSet, Piece, copy, format_for
 from merge_avg.formats.directory import (
     INDEX,
     SUFFIXES,
@@ -166,11 +166,11 @@ def _copied(
     averaged: dict[int, set[str]] = defaultdict(set)
     converted: dict[int, dict[str, DType]] = defaultdict(dict)
     for unit in plan.units:
-        for part in unit.storage.ranges:
-            averaged[part.file].add(part.name)
+        for one in _homes_of(unit.storage, template):
+            averaged[one.file].add(one.name)
     for storage, dtype in changed.items():
-        for part in storage.ranges:
-            converted[part.file][part.name] = dtype
+        for one in _homes_of(storage, template):
+            converted[one.file][one.name] = dtype
     dropped = unneeded(template, serve)
     anew = sets_anew(template, Asked(averaged, converted, dropped, serve is not None, limit))
     replaced = {number for _, numbers in anew.values() for number in numbers}
@@ -194,18 +194,14 @@ def _copied(
     # In a copy every slot has the name of its storage: units go where their storages are. Chunks of
     # a set that is written anew may have been cut.
     places = {name: place for place, name in enumerate(files)}
-    pieces = {}
-    for number, (new, _) in anew.items():
-        folder = PurePosixPath(relative(template, number)).parent
-        for home, some in new.pieces.items():
-            pieces[home] = [(places[str(folder / one.file)], one) for one in some]
+    pieces = _pieces(template, anew, places)
     stay = set(range(len(template.files))) - replaced if template.members else ()
     kept = {number: places[relative(template, number)] for number in stay} or {0: 0}
     targets = tuple(
         tuple(
             new
-            for one in in_place(unit, template)
-            for new in moved(one, unit.dtype.itemsize, pieces.get((one.file, one.slot)), kept)
+            for old in in_place(unit, template)
+            for new in moved(old, unit.dtype.itemsize, pieces.get((old.file, old.slot)), kept)
         )
         for unit in plan.units
     )
@@ -221,6 +217,25 @@ def _copied(
         left_out=frozenset(gone),
         dropped=frozenset(one for one in dropped if one[0] in replaced),
     )
+
+
+def _pieces(
+    template: Layout, anew: Mapping[int, tuple[NewSet, frozenset[int]]], places: Mapping[str, int]
+) -> dict[tuple[int, str], list[tuple[int, Piece]]]:
+    """Return what chunks of sets became that are written anew, with the number of their file."""
+    pieces = {}
+    for number, (new, _) in anew.items():
+        folder = PurePosixPath(relative(template, number)).parent
+        for home, some in new.pieces.items():
+            pieces[home] = [(places[str(folder / one.file)], one) for one in some]
+    return pieces
+
+
+def _homes_of(storage: Storage, template: Layout) -> Iterator[Storage]:
+    """Yield the ranges of a storage, and those of other ranks that have the same content."""
+    for part in storage.ranges:
+        yield part
+        yield from template.twins.get((part.file, part.name), ())
 
 
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
@@ -328,7 +343,8 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     template = plan.layouts[0]
     targets: list[list[Target]] = [[] for _ in plan.units]
     weights = _chosen(plan, weights)
-    replaced = {part.file for info in weights.values() for part in info.storage.ranges}
+    storages = {info.storage: None for info in weights.values()}
+    replaced = {part.file for storage in storages for part in _homes_of(storage, template)}
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)
     files: dict[str, FileLayout] = {}

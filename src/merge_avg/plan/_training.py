@@ -57,7 +57,8 @@ def training_state(
     holds: dict[int, set[bool]] = defaultdict(set)  # of each file, whether its tensors serve
     for info in template.tensors:
         for part in info.storage.ranges:
-            holds[part.file].add(info.path in serve)
+            for one in (part, *template.twins.get((part.file, part.name), ())):
+                holds[one.file].add(info.path in serve)
     groups: dict[str, list[int]] = defaultdict(list)  # that come along together or not at all
     for number, member in enumerate(template.members):
         groups[_home(relative(template, number), member)].append(number)

@@ -19,7 +19,7 @@ from torch import nn
 
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
-from merge_avg.formats.distributed.metadata import tile
+from merge_avg.formats.tiles import tile
 from tests.helpers import merge_checkpoints
 from tests.older import TORCH, has
 

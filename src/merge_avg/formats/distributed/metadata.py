@@ -7,22 +7,17 @@ See the package for the whole of it.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from merge_avg.checkpoint import (
     BY_NAME,
     DType,
-    Storage,
     TensorInfo,
     TreePath,
     impossible,
     kind_of,
-    row_major,
 )
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
@@ -36,15 +31,13 @@ from merge_avg.formats.pickle.values import (
     Value,
     shown,
 )
+from merge_avg.formats.tiles import Box, Index, joined, tile
 
 LARGEST = 1 << 27  # bytes of `.metadata`
 _LONGEST_PATH = 200
-_MOST_CUT = 6  # dimensions that a tensor is cut along: a box has two corners for each
 _METADATA = Global("torch.distributed.checkpoint.metadata", "Metadata")
 _TORCH_SIZE = Global("torch", "Size")
 
-Index = tuple[int, ...]
-Box = tuple[Index, Index]  # its first corner, and its extents
 # The name of a tensor, the first corner of a chunk, and where in a file it starts and how long it
 # is. The bytes of an object have no corner.
 Chunk = tuple[str, Index | None, int, int]
@@ -221,26 +214,7 @@ class SetMetadata:
         if not chunks or not tile(boxes, shape):
             raise PickleError(f"the chunks of {fqn!r} do not make up the tensor")
         path = self.path(fqn)
-        # One chunk is the tensor itself, with whatever strides it was saved with.
-        if len(chunks) == 1:
-            return replace(chunks[0][1], path=path)
-        chunks.sort(key=lambda chunk: chunk[0])
-        whole = Storage(fqn, 0, math.prod(shape) * dtype.itemsize)
-        # Cut along the first dimension, as FSDP does, the chunks are the bytes of the tensor one
-        # after the other, and need no copy in the order of the whole.
-        rows = all(
-            info.contiguous
-            and info.shape[1:] == shape[1:]
-            and not info.start
-            and info.storage.nbytes == info.numel * dtype.itemsize
-            for _, info in chunks
-        )
-        if rows:
-            whole = replace(whole, parts=tuple(info.storage for _, info in chunks))
-        else:
-            whole = replace(whole, tiles=tuple(chunks))
-        trouble = next((info.trouble for _, info in chunks if info.trouble), None)
-        return TensorInfo(path, dtype, shape, row_major(shape), 0, whole, trouble)
+        return joined(fqn, path, dtype, shape, chunks)
 
 
 def _changed(value: Value, changes: Mapping[str, Value]) -> Value:
@@ -299,26 +273,3 @@ def _table(value: Value) -> dict[Value, Value]:
 
 def _attributes(value: Value) -> dict[Value, Value]:
     return _table(value.state if isinstance(value, Instance) else value)
-
-
-def tile(boxes: Sequence[Box], shape: Index) -> bool:
-    """Return whether boxes cover a tensor of this shape, each element once.
-
-    Each box is known by its corners with signs, the mixed differences of the function that is 1 in
-    the box and 0 outside. Functions are equal where their differences are: boxes tile a tensor
-    exactly if their corners add up to those of the tensor. That takes time in proportion to the
-    number of boxes, where comparing each with each other would take its square.
-    """
-    if any(not len(offset) == len(size) == len(shape) for offset, size in boxes):
-        return False
-    # Dimensions along which every box has the whole extent make no difference.
-    cut = [d for d in range(len(shape)) if any((o[d], s[d]) != (0, shape[d]) for o, s in boxes)]
-    if not all(shape) or len(cut) > _MOST_CUT:
-        return not all(shape) and not boxes
-    corners: Counter[Index] = Counter()
-    whole: Box = ((0,) * len(shape), shape)
-    for sign, (offset, size) in [(-1, whole), *((1, box) for box in boxes)]:
-        for ends in itertools.product((0, 1), repeat=len(cut)):
-            corner = tuple(offset[d] + end * size[d] for d, end in zip(cut, ends, strict=True))
-            corners[corner] += sign * (-1) ** sum(ends)
-    return not any(corners.values())

@@ -34,8 +34,9 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError
 from merge_avg.formats import Asked, NewSet, Piece, bounded
 from merge_avg.formats.carried import callables_in
-from merge_avg.formats.distributed.metadata import LARGEST, Index, Placed, SetMetadata
+from merge_avg.formats.distributed.metadata import LARGEST, Placed, SetMetadata
 from merge_avg.formats.pickle.values import PickleError
+from merge_avg.formats.tiles import Index
 from merge_avg.formats.zip import Part, ZipLayout, bare
 from merge_avg.formats.zip import copy as zip_copy
 

@@ -31,6 +31,7 @@ from merge_avg.checkpoint import (
     Slot,
     Storage,
 )
+from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.tensors import pickled, pickled_tensor, with_classes
 from merge_avg.formats.zip.records import CENTRAL, END, END64, LOCAL, LOCATOR
 
@@ -111,6 +112,10 @@ def copy(
     sizes = {}
     for info in layout.tensors:
         dtype = converted.get(info.storage.name)
+        if dtype is not None and info.shard is not None:
+            what = "the parts of a distributed tensor cannot get another dtype in a copy"
+            hint = "write one file: end the output's name in .safetensors or .pt"
+            raise MergeError(what, where=layout.path, hint=hint)
         if dtype is not None:
             sizes[info.storage.name] = info.storage.nbytes // info.dtype.itemsize * dtype.itemsize
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
