@@ -145,3 +145,38 @@ def test_lines_without_end_tell_nothing(notes):
     found = notes({"vocab.txt": "\n" * (1 << 20)}, {"vocab.txt": "a" + "\n" * (1 << 20)})
     assert not any("token id" in note for note in found)
     assert any("vocab.txt differs" in note for note in found)
+
+
+TOLD = {
+    "megatron": ("latest_checkpointed_iteration.txt", "300", "iter_0000300", "iter_0000400", "400"),
+    "verl": ("latest_checkpointed_iteration.txt", "300", "global_step_300", "global_step_9", "9"),
+    "deepspeed": ("latest", "global_step300", "global_step300", "mean", "mean"),
+}
+
+
+@pytest.mark.parametrize(("name", "newest", "folder", "output", "told"), TOLD.values(), ids=TOLD)
+def test_a_file_beside_an_output_that_loaders_go_by(tmp_path, name, newest, folder, output, told):
+    """A note says what to write where a loader looks, or that it will take another checkpoint."""
+    paths = [tmp_path / f"run{fold}" / folder for fold in range(2)]
+    for fold, path in enumerate(paths):
+        path.mkdir(parents=True)
+        (path.parent / name).write_text(f"{newest}\n")
+        torch.save({"w": torch.full((4, 4), float(fold))}, path / "model.pt")
+
+    def notes(place):
+        return [note for note in merge_checkpoints(paths, place).job.notes if "loaders" in note]
+
+    (tmp_path / "new").mkdir()
+    place = tmp_path / "new" / name
+    found = notes(tmp_path / "new" / output)
+    assert found == [
+        f"loaders find {tmp_path / 'new' / output} by a file beside it: echo {told} > {place}"
+    ]
+    assert not place.exists()
+    place.write_text(f"{told}\n")
+    (tmp_path / "new" / output).rename(tmp_path / "elsewhere")
+    assert notes(tmp_path / "new" / output) == []
+    assert [note for note in notes(paths[0].parent / output) if f"names {newest!r}" in note]
+    if told.isdecimal():
+        (note,) = notes(tmp_path / "new" / "mean")
+        assert f"a name such as {folder} only" in note

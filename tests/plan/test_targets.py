@@ -16,7 +16,8 @@ from merge_avg.formats import scan
 from merge_avg.options import Options
 from merge_avg.plan import FILE
 from merge_avg.plan._alignment import align
-from merge_avg.plan._targets import OutputLayout, _in_place, lay_out
+from merge_avg.plan._places import in_place
+from merge_avg.plan._targets import OutputLayout, lay_out
 from merge_avg.plan._units import Plan, make_plan
 from tests.helpers import merge_checkpoints
 from tests.plan.helpers import info, planned
@@ -105,7 +106,7 @@ def test_a_unit_in_parts_goes_to_each_part():
     whole = {"w": info("w", Storage("w", 0, 40, parts=parts), 2, (6,))}
     plan = planned(whole, whole, dtype="bfloat16")
     layout = plan.layouts[0]
-    found = [list(_in_place(unit, layout)) for unit in plan.units]
+    found = [list(in_place(unit, layout)) for unit in plan.units]
     assert [[(t.start, t.stop, t.file, t.slot, t.at) for t in one] for one in found] == [
         [(0, 2, 1, "a", 0)],
         [(0, 2, 1, "a", 4), (2, 6, 2, "b", 0)],
@@ -121,7 +122,7 @@ def test_a_unit_in_tiles_goes_to_each_tile():
     whole = {"w": info("w", Storage("w", 0, 32, tiles=tiles), 0, (2, 4))}
     plan = planned(whole, whole)
     (unit,) = plan.units
-    found = list(_in_place(unit, plan.layouts[0]))
+    found = list(in_place(unit, plan.layouts[0]))
     assert [(t.slot, t.start, t.view.shape, t.view.stride) for t in found] == [
         ("t0", 0, (2, 2), (4, 1)),
         ("t2", 2, (2, 2), (4, 1)),
@@ -130,7 +131,7 @@ def test_a_unit_in_tiles_goes_to_each_tile():
     bad = {"w": info("w", Storage("w", 0, 32, tiles=odd), 0, (2, 4))}
     plan = planned(bad, bad)
     with pytest.raises(MergeError, match="the chunk 't' has strides"):
-        list(_in_place(plan.units[0], plan.layouts[0]))
+        list(in_place(plan.units[0], plan.layouts[0]))
 
 
 def test_a_kept_tensor_cannot_share_what_is_converted(tmp_path):

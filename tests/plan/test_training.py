@@ -12,7 +12,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from merge_avg import merge_checkpoints, verify_output
+from merge_avg.checkpoint import dotted
 from merge_avg.errors import MergeError
+from merge_avg.formats import scan
 from merge_avg.options import Options
 from merge_avg.plan import Record, prepare
 from merge_avg.plan._provenance import RecordedInput
@@ -199,7 +201,7 @@ def test_an_index_and_its_shards_go_together(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_sets_of_files_stay_or_go_as_one(tmp_path):
-    """Of FSDP's folders that of the optimizer goes; one that has both stays whole, with a note."""
+    """Of FSDP's folders that of the optimizer goes; of one that has both, its chunks."""
     pairs = []
     for fold in range(2):
         weights = {"w": torch.full((3, 4), float(fold))}
@@ -221,7 +223,9 @@ def test_sets_of_files_stay_or_go_as_one(tmp_path):
     verify_output(tmp_path / "a")
     job = merge_checkpoints([one / "b" for one in pairs], tmp_path / "b", weights_only=True).job
     assert inside(tmp_path / "b") == {".metadata", "__0_0.distcp"}
-    assert "training state is kept that lies in a file with weights: '.'" in job.notes
+    assert "left out of distributed checkpoints: 'optimizer'" in job.notes
+    assert [*map(dotted, (one.path for one in scan(tmp_path / "b").tensors))] == ["model.w"]
+    verify_output(tmp_path / "b")
 
 
 def test_state_in_a_file_of_weights_is_named(tmp_path):

@@ -105,3 +105,17 @@ def test_a_pattern_leads_through_no_closed_folder(tmp_path, monkeypatch, pattern
     with pytest.raises(MergeError, match=r"cannot be listed \(Permission denied\)") as caught:
         expand([tmp_path / pattern])
     assert caught.value.where == closed
+
+
+@pytest.mark.parametrize("name", ["latest", "latest_checkpointed_iteration.txt"])
+def test_a_run_with_a_file_that_names_the_newest(tmp_path, name):
+    """Folders of DeepSpeed, Megatron and verl are candidates with their steps, and nothing else."""
+    for step in (80, 90, 100):
+        folder = tmp_path / f"global_step{step}"
+        folder.mkdir()
+        torch.save({"module": {"w": torch.zeros(2)}}, folder / "mp_rank_00_model_states.pt")
+    (tmp_path / name).write_text("global_step100" if name == "latest" else "100")
+    choice = select([tmp_path], Criteria(last=2))
+    assert names(choice) == ["global_step90", "global_step100"]
+    assert sorted(one.step for one in choice.candidates) == [80, 90, 100]
+    assert not [note for note in choice.notes if "final model" in note]

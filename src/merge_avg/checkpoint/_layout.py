@@ -91,6 +91,15 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank's part of a distributed tensor says about the whole."""
+
+    shape: tuple[int, ...]  # of the whole
+    dims: tuple[int | None, ...]  # along which each dimension of the mesh cuts; None: replicated
+    place: tuple[int, ...] | None  # of the rank in the mesh, if the file says so
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor in a checkpoint: a strided view of a storage, counted in elements."""
 
@@ -102,6 +111,7 @@ class TensorInfo:
     storage: Storage
     trouble: str | None = None  # why its bytes are not plain numbers ("a sparse tensor")
     learned: bool = False  # whether the file says that it is a Parameter; few state dicts do
+    shard: Shard | None = None  # where it is one rank's part of another tensor
 
     @property
     def numel(self) -> int:
@@ -191,6 +201,8 @@ class Layout:
     optimizers: tuple[TreePath, ...] = ()
     # NumPy arrays, which are not averaged, with a digest of the dtype, shape and bytes of each.
     arrays: tuple[tuple[TreePath, str], ...] = ()
+    # Storages of other ranks that have the same content as one, by its file's number and its name.
+    twins: Mapping[tuple[int, str], tuple[Storage, ...]] = field(default_factory=dict, hash=False)
     # Folders and files of a directory that hold weights: what they are called decides nothing.
     named_files: tuple[TreePath, ...] = ()
     # The CRC-32 that a file records for exactly the bytes of a storage. They are not in the storage

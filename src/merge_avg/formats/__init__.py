@@ -7,14 +7,15 @@ A format is a module with
     create(tensors, metadata, recorded=) -> FileLayout          a new state dict; not every format
 
 or, where one file tells of all others in its directory, with `scan_set(folder, files)` instead of
-`scan`. A module is imported when the first file of its format is met.
+`scan`, and `rewrite(template, number, asked)`, which makes a `NewSet`. A module is imported when
+the first file of its format is met.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,38 @@ class Format:
         """Return the layout of a new file; see the format's module."""
         made: FileLayout = self.code.create(tensors, metadata, recorded=recorded)
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a chunk's elements that is a chunk of its own in a new set."""
+
+    file: str
+    slot: str
+    corner: tuple[int, ...]  # in the chunk
+    shape: tuple[int, ...]
+    start: int  # its first element in the chunk
+
+
+@dataclass(frozen=True)
+class NewSet:
+    """The files of a set that is written anew."""
+
+    files: Mapping[str, FileLayout]  # by name in its folder
+    # Of each chunk that is not dropped, by the number of its file and the name of its storage.
+    pieces: Mapping[tuple[int, str], Sequence[Piece]]
+    callables: tuple[tuple[int, str], ...]  # as those of a layout, of the objects that are left
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a set that is written anew; chunks are known by their storages' names."""
+
+    averaged: Mapping[int, set[str]]  # by the number of the template's file
+    converted: Mapping[int, Mapping[str, DType]]
+    dropped: Collection[tuple[int, str]] = ()  # chunks that are left out
+    lean: bool = False  # whether objects of training state are left out as well
+    limit: int | None = None  # bytes of a file; None for the template's files
 
 
 def _is_legacy(head: bytes) -> bool:
@@ -101,6 +134,10 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         what = "reading what it holds takes more memory than this process may have"
         raise MergeError(what, where=path) from None
     assert layout is not None  # noqa: S101 - a strict scan returns or raises
+    if any(info.shard for info in layout.tensors):
+        from merge_avg.formats.pickle.torch_objects import one_rank
+
+        raise one_rank(path)
     return layout
 
 

@@ -32,6 +32,7 @@ from merge_avg.checkpoint import (
     Checksums,
     File,
     Layout,
+    Storage,
     TensorInfo,
     TreePath,
     assign,
@@ -108,7 +109,8 @@ def scan_directory(path: Path) -> Layout:
     _check_shards(path, files)
     named_so, doubts = _named_so(members)
     notes += doubts + _unread(files, members)
-    prefixes = _prefixes(members, named_so)
+    held, places, twins = _held(path, members, named_so)
+    prefixes = _prefixes(members, named_so, places)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
     sums = [member.checksums for member in members.values()]
@@ -117,14 +119,15 @@ def scan_directory(path: Path) -> Layout:
         for name, member in members.items()
     )
     shared = _LAST.get("directory")
-    known = shared is not None and _same(shared.key, key)
+    alone = all(held[name] is member.tensors for name, member in members.items())
+    known = shared is not None and alone and _same(shared.key, key)
     for name, member in members.items():
         prefix = prefixes[name]
         notes += member.notes
         if known:
             continue
         # Shards share a prefix, and may not share a tensor: which of two would be the right one?
-        for info in member.tensors:
+        for info in held[name]:
             whole = replace(info, path=(*prefix, *info.path)) if prefix else info
             first = holders.setdefault(whole.path, name)
             if first != name:
@@ -143,13 +146,13 @@ def scan_directory(path: Path) -> Layout:
     if not shared.tensors:
         hint = "pass a directory that holds .safetensors, .bin, .pt, .pth or .ckpt files"
         raise MergeError("a directory without a checkpoint in it", where=path, hint=hint)
-    others = tuple(name for name in files if name not in members)
     parts = tuple(map(members.get, files))
     stamps = tuple(
         file if one is None or one.set_member else one.files[0]
         for file, one in zip(files.values(), parts, strict=True)
     )
-    made = (path, "directory", stamps, shared.tensors, others, metadata, None, parts, tuple(notes))
+    others = tuple(name for name in files if name not in members), metadata, None, parts
+    made = (path, "directory", stamps, shared.tensors, *others, tuple(notes))
     pairs = [(prefixes[name], member) for name, member in members.items()]
     return Layout(
         *made,
@@ -158,8 +161,34 @@ def scan_directory(path: Path) -> Layout:
         arrays=tuple(((*prefix, *at), sum_) for prefix, one in pairs for at, sum_ in one.arrays),
         named_files=tuple(prefixes[name] for name in members if name not in named_so),
         checksums=Checksums(shared.numbers, array("I", chain.from_iterable(s.crcs for s in sums))),
+        twins=twins,
         shared=shared,
     )
+
+
+_Held = tuple[
+    dict[str, tuple[TensorInfo, ...]],
+    dict[str, TreePath],
+    dict[tuple[int, str], tuple[Storage, ...]],
+]
+
+
+def _held(root: Path, members: Mapping[str, Layout], kept: Collection[str]) -> _Held:
+    """Return the tensors of each file and the path they are at, and `Layout.twins`.
+
+    The tensors of which ranks have parts are those of the first rank's file.
+    """
+    held = {name: member.tensors for name, member in members.items()}
+    places = {name: _place(name, member) for name, member in members.items()}
+    twins: dict[tuple[int, str], tuple[Storage, ...]] = {}
+    models = {name: one for name, one in members.items() if name not in kept}
+    if any(info.shard for one in models.values() for info in one.tensors):
+        from merge_avg.formats.ranks import rank_sets  # few directories have any
+
+        for ranks in rank_sets(root, models, twins):
+            held |= dict.fromkeys(ranks.names, ()) | {ranks.names[0]: ranks.tensors}
+            places |= dict.fromkeys(ranks.names, ranks.place)
+    return held, places, twins
 
 
 def of_a_run(name: str) -> bool:
@@ -220,7 +249,7 @@ def _walk(root: Path) -> tuple[dict[str, File], list[str]]:
     if outside:
         notes.append(f"{root}: {named(outside)} links to a file outside of it")
     if nested:
-        if _latest(root) in nested:  # which readers would look for in vain
+        if latest(root) in nested:  # which readers would look for in vain
             del files["latest"]
         notes.append(f"{root}: left out, as other checkpoints are: {named(sorted(nested))}")
     return files, notes
@@ -234,18 +263,18 @@ def _nested(root: Path) -> set[str]:
         return set(found)
     if len(found) < 2:
         return set()
-    if (name := _latest(root)) in found:
+    if (name := latest(root)) in found:
         return set(found) - {name}
     what = f"it holds {len(found)} checkpoints: {named(found, 4)}"
     hint = f"name the ones to average, for example {root / found[-1]}"
     raise MergeError(what, where=root, hint=hint)
 
 
-def _latest(root: Path) -> str:
+def latest(root: Path, name: str = "latest") -> str:
     """Return which folder is the newest: DeepSpeed writes its name into a file, and takes it."""
-    latest = root / "latest"
-    if latest.is_file() and latest.stat().st_size <= _LARGEST_LATEST:
-        return bounded.read(latest, _LARGEST_LATEST).decode("utf-8", "replace").strip()
+    told = root / name
+    if told.is_file() and told.stat().st_size <= _LARGEST_LATEST:
+        return bounded.read(told, _LARGEST_LATEST).decode("utf-8", "replace").strip()
     return ""
 
 
@@ -344,14 +373,16 @@ def _place(name: str, member: Layout) -> TreePath:
     return PurePosixPath(name).parts[:-1] if member.set_member else path_of(name)
 
 
-def _prefixes(members: Mapping[str, Layout], kept: Collection[str]) -> dict[str, TreePath]:
+def _prefixes(
+    members: Mapping[str, Layout], kept: Collection[str], places: Mapping[str, TreePath]
+) -> dict[str, TreePath]:
     """Return for each file the path that its tensors are at in the directory's tree."""
     # `pytorch_model.bin` and `model.safetensors` are the same state dict by two names. Where it is
     # the only one it needs no prefix, so that a directory can be averaged with a single file too.
     prefixes: dict[str, TreePath] = {}
     families: dict[TreePath, str] = {}
     for name, member in members.items():
-        path, suffix = _place(name, member), PurePosixPath(name).suffix
+        path, suffix = places[name], PurePosixPath(name).suffix
         if not member.set_member:
             plain = (*path[:-1], str(path[-1]).replace("pytorch_model", "model"))
             # Where both lie in one directory, the second needs a name of its own.

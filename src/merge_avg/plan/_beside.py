@@ -18,10 +18,12 @@ from typing import Any
 from merge_avg.checkpoint import File, Layout
 from merge_avg.errors import named
 from merge_avg.formats import bounded
-from merge_avg.formats.directory import is_index, relative
+from merge_avg.formats.directory import is_index, latest, of_a_run, relative
 
 # What training loops write anew with each checkpoint, and nobody who loads the model reads.
 PROGRESS = re.compile(rb"global_step|log_history|unixtime|\"(train|valid)_loss\"")
+# Megatron's, and verl's; and DeepSpeed's.
+_TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _PROSE = (".md", ".log", ".csv")
 _TOKENIZERS = (".model", ".spm")  # of sentencepiece, which are not text
 _LARGEST = 1 << 24  # bytes of a table of tokens: those of 250,000 are shorter
@@ -59,6 +61,31 @@ def notes_beside(layouts: Sequence[Layout], written: Container[str] = ()) -> Ite
         if 1 < len(ids) <= last - first:
             some = f"{len(ids):,} token ids from {first} to {last} mean"
         yield f"{some} different tokens: these rows of embeddings are means of unrelated vectors"
+
+
+def tracker_notes(template: Path, output: Path) -> Iterator[str]:
+    """Yield a note where loaders find a checkpoint by a file that is beside it, not in it.
+
+    Only the output is written: such a file says which of all checkpoints there is the one to load,
+    and that is for the user to say.
+    """
+    for name in _TRACKERS:
+        told = latest(template.absolute().parent, name)
+        if not told or not of_a_run(template.absolute().name):
+            continue
+        place, wanted = output.absolute().parent / name, output.name
+        if told.isdecimal():  # Megatron's number of steps, and not the folder's name
+            numbers = re.findall(r"\d+", output.name)
+            if not of_a_run(output.name) or len(numbers) != 1:
+                what = f"loaders find it by {name} and a name such as {template.name} only"
+                yield f"{output}: {what}"
+                continue
+            wanted = str(int(numbers[0]))
+        there = latest(place.parent, name)
+        if not there:
+            yield f"loaders find {output} by a file beside it: echo {wanted} > {place}"
+        elif there != wanted:
+            yield f"{place} names {there!r}: loaders take that one, and not {output}"
 
 
 def _differ(name: str, ours: File, others: Sequence[File]) -> bool:

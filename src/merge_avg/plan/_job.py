@@ -30,14 +30,14 @@ from merge_avg.formats.directory import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_lora, parse_part
 from merge_avg.plan._alignment import align, match
-from merge_avg.plan._beside import notes_beside
+from merge_avg.plan._beside import notes_beside, tracker_notes
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._composites import Together, find_composites
 from merge_avg.plan._masters import roles_of
 from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
-from merge_avg.plan._training import training_state
+from merge_avg.plan._training import dropped_keys, serving, training_state
 from merge_avg.plan._units import Plan, Unit, make_plan, with_base
 
 _LAST_DIGITS = 2e-6  # of a recorded agreement, which has six places
@@ -296,9 +296,12 @@ def _prepared(
     pairs = len(inputs) ** 2 * (2 if options.base else 1) if options.agreement else 0
     largest = max((one.memory for one in plan.composites), default=0)
     budget = plan_budget(*counts, *limits, len(outputs), map(len, plan.units), pairs, largest)
-    layout = lay_out(outputs[0].path, plan, bare, options)
-    if options.weights_only and layout.directory and layouts[0].members:
-        left_out, doubts = training_state(layouts[0], roles[0], bare.values())
+    serve = serving(roles[0], bare.values()) if options.weights_only else None
+    layout = lay_out(outputs[0].path, plan, bare, options, serve)
+    if gone := dropped_keys(layouts[0], layout.dropped, roles[0]):
+        notes = [*notes, f"left out of distributed checkpoints: {named(gone, 5)}"]
+    if serve is not None and layout.directory and layouts[0].members:
+        left_out, doubts = training_state(layouts[0], serve)
         layout, notes = layout.without(left_out, layouts[0]), [*notes, *doubts]
     if options.strict_pickle and layout.callables:
         what = f"loading it calls {named(layout.callables, 3)}, which is not known to be harmless"
@@ -310,6 +313,8 @@ def _prepared(
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
     said = (*_notes(plan, options, layout, len(layouts)), *parts, *notes)
+    if layout.directory and layouts[0].members and len(outputs) == 1 and made_by is None:
+        said = (*said, *tracker_notes(layouts[0].path, outputs[0].path))
     job = Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by, rules)
     some = (unit for unit in plan.units if unit.kind == "mean" and len(unit.sources) < len(inputs))
     for unit, row in ((one, row) for one in some for row in job.weights(one)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -24,11 +24,12 @@ from merge_avg.checkpoint import (
     Slot,
     Storage,
     TensorInfo,
+    TreePath,
     dotted,
     row_major,
 )
 from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.formats import FORMATS, Format, copy, format_for
+from merge_avg.formats import FORMATS, Asked, Format, NewSet, Piece, copy, format_for
 from merge_avg.formats.directory import (
     INDEX,
     SUFFIXES,
@@ -39,27 +40,15 @@ from merge_avg.formats.directory import (
     unsharded,
 )
 from merge_avg.options import Options, suggested
-from merge_avg.plan._units import Plan, Unit, tiled
+from merge_avg.plan._places import Target, in_place, moved
+from merge_avg.plan._sets import sets_anew, unneeded
+from merge_avg.plan._units import Plan, Unit
 
 # The formats of new files: with views, and without.
 _PICKLED = next(one for one in FORMATS if one.suffixes and one.views)
 _PLAIN = next(one for one in FORMATS if one.suffixes and not one.views)
 _ENDLESS = 1 << 62  # bytes of a shard, where one file is to hold all
 FILE = "."  # the relative path of the one file of an output that is not a directory
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The place of elements of a unit in an output."""
-
-    start: int  # the elements, counted from the unit's start
-    stop: int
-    file: int  # the number of the output's file
-    slot: str  # the name of a slot in that file
-    at: int  # offset in the slot, in bytes
-    # The tensor as a view of the unit, if it is not contiguous there but in its slot. Then the
-    # elements get there by way of the scratch file.
-    view: TensorInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +61,8 @@ class OutputLayout:
     # What loading an output calls, as loading the template does, that is not known to be inert.
     callables: tuple[str, ...] = ()
     left_out: frozenset[int] = frozenset()  # the numbers of the template's files that it lacks
+    # Chunks of distributed checkpoints that it lacks, by their file's number and storage's name.
+    dropped: frozenset[tuple[int, str]] = frozenset()
     placed: Mapping[Name, Target] = field(default_factory=dict)  # of what composites give
 
     @property
@@ -107,13 +98,22 @@ class OutputLayout:
             for name, one in self.placed.items()
             if one.file in places
         }
-        return OutputLayout(files, targets, self.whole, callables, left_out, placed)
+        gone_too = left_out | self.left_out
+        made = files, targets, self.whole, callables, gone_too
+        return OutputLayout(*made, self.dropped, placed)
 
 
 def lay_out(
-    path: Path, plan: Plan, weights: Mapping[Name, TensorInfo], options: Options
+    path: Path,
+    plan: Plan,
+    weights: Mapping[Name, TensorInfo],
+    options: Options,
+    serve: Collection[TreePath] | None = None,
 ) -> OutputLayout:
-    """Return the layout of the outputs, of which one goes to the path; the weights are in order."""
+    """Return the layout of the outputs, of which one goes to the path; the weights are in order.
+
+    Where tensors of training state are to be left out, `serve` are the paths of all others.
+    """
     # The ending decides between safetensors and pickles; between the two kinds of pickles, and for
     # names without an ending, the template does. A copy keeps what else the template holds.
     template, asked = plan.layouts[0], format_for(path.suffix)
@@ -124,10 +124,11 @@ def lay_out(
         new = {c.consumed[0]: c.results[0].name for c in plan.composites if c.results}
         renamed = {new.get(n, n): i for n, i in weights.items()}
         weights = {n: i for n, i in renamed.items() if n not in whole or n in plan.composed}
-        if options.max_shard_size is not None:
-            return _sharded(plan, weights, options.max_shard_size)
+        limit = options.max_shard_size
+        if limit is not None and not _in_sets(template, weights.values()):
+            return _sharded(plan, weights, limit)
         if template.members and asked is None:
-            return _sharded(plan, weights, _ENDLESS) if grown else _copied(plan)
+            return _sharded(plan, weights, _ENDLESS) if grown else _copied(plan, serve, limit)
         if asked is None or asked.views:
             if template.archive is not None and not (options.state_dict or grown):
                 return _copied(plan)
@@ -173,26 +174,42 @@ def _refuse_ending(path: Path, plan: Plan, asked: Format | None, options: Option
         raise UsageError(f"no format has the ending {path.suffix!r}", hint=hint)
 
 
-def _copied(plan: Plan) -> OutputLayout:
+def _in_sets(template: Layout, weights: Iterable[TensorInfo]) -> bool:
+    """Return whether all weights lie in distributed checkpoints."""
+    numbers = {part.file for info in weights for part in info.storage.ranges}
+    members = [template.members[number] for number in numbers] if template.members else []
+    return bool(members) and all(member and member.set_member for member in members)
+
+
+def _copied(
+    plan: Plan, serve: Collection[TreePath] | None = None, limit: int | None = None
+) -> OutputLayout:
     template = plan.layouts[0]
     changed = plan.converted()
     _refuse_shared(plan, changed)
     averaged: dict[int, set[str]] = defaultdict(set)
     converted: dict[int, dict[str, DType]] = defaultdict(dict)
     for unit in plan.units:
-        for part in unit.storage.ranges:
-            averaged[part.file].add(part.name)
+        for one in _homes_of(unit.storage, template):
+            averaged[one.file].add(one.name)
     for storage, dtype in changed.items():
-        for part in storage.ranges:
-            converted[part.file][part.name] = dtype
-    placed = dict(_placed(plan)) if plan.composites else {}
-    for one in placed.values():
-        averaged[one.file].add(one.slot)
+        for one in _homes_of(storage, template):
+            converted[one.file][one.name] = dtype
+    composed = dict(_placed(plan)) if plan.composites else {}
+    for target in composed.values():
+        averaged[target.file].add(target.slot)
+    dropped = unneeded(template, serve)
+    anew = sets_anew(template, Asked(averaged, converted, dropped, serve is not None, limit))
+    replaced = {number for _, numbers in anew.values() for number in numbers}
     files: dict[str, FileLayout] = {}
     for number, member in enumerate(template.members or (template,)):
         name = relative(template, number) if template.members else FILE
+        if number in replaced:
+            folder = PurePosixPath(name).parent
+            found = anew[number][0].files if number in anew else {}
+            files |= {str(folder / one): layout for one, layout in found.items()}
         # A file of a directory without weights, or with none that are averaged, is copied as it is.
-        if member is not None and (number in averaged | converted or not template.members):
+        elif member is not None and (number in averaged | converted or not template.members):
             recorded = not template.members
             files[name] = copy(member, converted[number], averaged[number], recorded=recorded)
         elif changed and is_index(name):
@@ -201,10 +218,33 @@ def _copied(plan: Plan) -> OutputLayout:
             files[name] = _verbatim(template, number)
     if template.members:
         files[PROVENANCE_FILE] = RecordFile()
-    # In a copy every slot has the name of its storage: units go where their storages are.
-    targets = tuple(tuple(_in_place(unit, template)) for unit in plan.units)
-    callables = dict.fromkeys(name for _, name in template.callables)
-    return OutputLayout(files, targets, whole=True, callables=(*callables,), placed=placed)
+    # In a copy every slot has the name of its storage: units go where their storages are. Chunks of
+    # a set that is written anew may have been cut.
+    places = {name: place for place, name in enumerate(files)}
+    pieces = _pieces(template, anew, places)
+    stay = set(range(len(template.files))) - replaced if template.members else ()
+    kept = {number: places[relative(template, number)] for number in stay} or {0: 0}
+    targets = tuple(
+        tuple(
+            new
+            for old in in_place(unit, template)
+            for new in moved(old, unit.dtype.itemsize, pieces.get((old.file, old.slot)), kept)
+        )
+        for unit in plan.units
+    )
+    names = [name for number, name in template.callables if number not in replaced]
+    names += [name for new, _ in anew.values() for _, name in new.callables]
+    gone = () if limit else (k for k in replaced if relative(template, k) not in files)
+    callables = (*dict.fromkeys(names),)
+    return OutputLayout(
+        files,
+        targets,
+        whole=True,
+        callables=callables,
+        left_out=frozenset(gone),
+        dropped=frozenset(one for one in dropped if one[0] in replaced),
+        placed={name: replace(one, file=kept[one.file]) for name, one in composed.items()},
+    )
 
 
 def _placed(plan: Plan) -> Iterator[tuple[Name, Target]]:
@@ -222,6 +262,25 @@ def _placed(plan: Plan) -> Iterator[tuple[Name, Target]]:
         yield name, Target(0, info.numel, info.storage.file, info.storage.name, at)
 
 
+def _pieces(
+    template: Layout, anew: Mapping[int, tuple[NewSet, frozenset[int]]], places: Mapping[str, int]
+) -> dict[tuple[int, str], list[tuple[int, Piece]]]:
+    """Return what chunks of sets became that are written anew, with the number of their file."""
+    pieces = {}
+    for number, (new, _) in anew.items():
+        folder = PurePosixPath(relative(template, number)).parent
+        for home, some in new.pieces.items():
+            pieces[home] = [(places[str(folder / one.file)], one) for one in some]
+    return pieces
+
+
+def _homes_of(storage: Storage, template: Layout) -> Iterator[Storage]:
+    """Yield the ranges of a storage, and those of other ranks that have the same content."""
+    for part in storage.ranges:
+        yield part
+        yield from template.twins.get((part.file, part.name), ())
+
+
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
     """Raise MergeError where a tensor that is kept shares a storage that gets another dtype."""
     pairs = ((name, plan.aligned.template(name)) for name in plan.aligned.rows)
@@ -233,29 +292,6 @@ def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
             hint = "write a bare state dict with --weights-only, or a .safetensors file"
             what, tensor = f"{what} converts", dotted(info.path)
             raise MergeError(what, where=template.where(info), hint=hint, tensor=tensor)
-
-
-def _in_place(unit: Unit, template: Layout) -> Iterator[Target]:
-    """Yield where a unit goes in a copy of the template."""
-    storage, size = unit.storage, unit.dtype.itemsize
-    for _, info in unit.members if storage.tiles else ():
-        for tile, view in tiled(info, replace(info, start=info.start - unit.start)):
-            # Its bytes would have to be put in the tile's order once more; torch writes none.
-            if not tile.contiguous:
-                hint = "write one file: end the output's name in .safetensors or .pt"
-                what = f"the chunk {tile.storage.name!r} has strides"
-                raise MergeError(what, where=template.where(tile), hint=hint)
-            home, at = tile.storage, tile.start * size
-            yield Target(view.start, view.stop, home.file, home.name, at, view)
-    # The parts of a storage are of its dtype in the template, and of the result's in the output.
-    start = 0
-    for part in () if storage.tiles else storage.ranges:
-        stop = start + part.nbytes // unit.sources[0].dtype.itemsize
-        first, last = max(start, unit.start), min(stop, unit.stop)
-        if first < last:
-            at = (first - start) * size
-            yield Target(first - unit.start, last - unit.start, part.file, part.name, at)
-        start = stop
 
 
 def _verbatim(template: Layout, number: int) -> FileLayout:
@@ -362,7 +398,8 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     template = plan.layouts[0]
     targets: list[list[Target]] = [[] for _ in plan.units]
     weights = _chosen(plan, weights)
-    replaced = {part.file for info in weights.values() for part in info.storage.ranges}
+    storages = {info.storage: None for info in weights.values()}
+    replaced = {part.file for storage in storages for part in _homes_of(storage, template)}
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)
     files: dict[str, FileLayout] = {}

@@ -13,10 +13,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 
-from merge_avg.checkpoint import MASTERS, UNASKED, File, Layout, Roles, TensorInfo, kind_of
+from merge_avg.checkpoint import (
+    MASTERS,
+    UNASKED,
+    File,
+    Layout,
+    Roles,
+    TensorInfo,
+    TreePath,
+    kind_of,
+)
 from merge_avg.errors import MergeError, named
 from merge_avg.formats import bounded, scan_file
 from merge_avg.formats.directory import INDEX, SUFFIXES, path_of, relative, unsharded
@@ -28,34 +37,67 @@ _NAMED = re.compile(r"latest|zero_to_fp32\.py|events\.out\.tfevents\..*")
 _SERVES = re.compile(r"(?i)config|index|label|model|process|featur|template|token|vocab")
 
 
-def training_state(
-    template: Layout, roles: Roles, weights: Collection[TensorInfo]
-) -> tuple[frozenset[int], list[str]]:
-    """Return the numbers of a directory's files that are training state, and notes on doubts."""
+def serving(roles: Roles, weights: Collection[TensorInfo]) -> frozenset[TreePath]:
+    """Return the paths of the tensors that are needed to serve a model."""
     # Masters are an optimizer's, unless they are the only weights.
     masters = {info.path for info in weights if any(MASTERS.fullmatch(str(k)) for k in info.path)}
     serve = {info.path for info in weights} - masters or masters
-    serve |= {path for path, reason in roles.reasons.items() if reason.text == UNASKED}
+    return frozenset(
+        serve | {path for path, reason in roles.reasons.items() if reason.text == UNASKED}
+    )
+
+
+def training_state(
+    template: Layout, serve: Collection[TreePath]
+) -> tuple[frozenset[int], list[str]]:
+    """Return the numbers of a directory's files that are training state, and notes on doubts.
+
+    `serve` are the paths of the tensors that are none.
+    """
     holds: dict[int, set[bool]] = defaultdict(set)  # of each file, whether its tensors serve
     for info in template.tensors:
         for part in info.storage.ranges:
-            holds[part.file].add(info.path in serve)
+            for one in (part, *template.twins.get((part.file, part.name), ())):
+                holds[one.file].add(info.path in serve)
     groups: dict[str, list[int]] = defaultdict(list)  # that come along together or not at all
     for number, member in enumerate(template.members):
         groups[_home(relative(template, number), member)].append(number)
     out: set[int] = set()
     doubts: dict[str, list[str]] = defaultdict(list)
+    sets = {relative(template, k).rpartition("/")[0] for k in _kept_sets(template, holds)}
     for home, numbers in groups.items():
         found = {one for number in numbers for one in holds[number]}
         members = [member for number in numbers if (member := template.members[number])]
         if True in found:
+            if any(member.set_member for member in members):
+                continue  # of a set, what does not serve is left out of its files
             if False in found or any(kind_of(other) for one in members for other in one.others):
                 doubts["training state is kept that lies in a file with weights"].append(home)
+        elif home.rpartition("/")[0] in sets and not any(map(kind_of, path_of(home))):
+            continue  # common.pt of Megatron, which its loader needs beside the set
         elif (told := bool(members) or _told(home, template.files[numbers[0]])) is None:
             doubts["what may be training state, or be needed to serve, is kept"].append(home)
         elif told:
             out.update(numbers)
     return frozenset(out), [f"{what}: {named(some, 3)}" for what, some in doubts.items()]
+
+
+def dropped_keys(template: Layout, dropped: Collection[tuple[int, str]], roles: Roles) -> list[str]:
+    """Return the keys under which tensors are kept that an output leaves out of its sets."""
+    found = {
+        roles.reasons[info.path].key
+        for info in (template.tensors if dropped else ())
+        if info.path in roles.reasons
+        and any((part.file, part.name) in dropped for part in info.storage.ranges)
+    }
+    return sorted(found)
+
+
+def _kept_sets(template: Layout, holds: Mapping[int, set[bool]]) -> Iterator[int]:
+    """Yield the numbers of the files of sets that hold tensors that serve."""
+    for number, member in enumerate(template.members):
+        if member is not None and member.set_member and True in holds.get(number, ()):
+            yield number
 
 
 def _home(name: str, member: Layout | None) -> str:

@@ -134,7 +134,12 @@ def describe(
     tensors = {"averaged": floats, "integers": integers, "kept": len(infos) - len(used)}
     means = (unit for unit in plan.units if unit.kind == "mean")
     gone = {number: relative(template, number) for number in job.layout.left_out}
-    there = (i for i in template.tensors if any(p.file not in gone for p in i.storage.ranges))
+    dropped = job.layout.dropped
+    there = (
+        info
+        for info in template.tensors
+        if any(p.file not in gone and (p.file, p.name) not in dropped for p in info.storage.ranges)
+    )
     stays = {why.key for info in there if (why := job.roles.reasons.get(info.path))}
     candidates = () if choice is None else choice.candidates
     inputs = tuple(_inputs(job, result, candidates))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from merge_avg.errors import MergeError, failure, named
-from merge_avg.formats.directory import SUFFIXES, is_one, of_a_run
+from merge_avg.formats.directory import SUFFIXES, is_one, latest, of_a_run
 from merge_avg.io import TEMPORARY
 from merge_avg.selection._criteria import natural
 from merge_avg.selection._metadata import STATE
@@ -79,7 +79,8 @@ def final_models(places: Iterable[Place]) -> Iterator[str]:
     for place in places:
         path = place.path
         if place.found == "run":
-            if is_one(path):
+            # A file that names the newest is no model, but of the run.
+            if is_one(path) and not latest(path):
                 yield f"{path} holds a final model too, which is not averaged: its checkpoints are"
         elif path.is_dir() and not of_a_run(path.name):
             with contextlib.suppress(OSError):  # which is an error where it is read

@@ -44,6 +44,7 @@ from merge_avg.checkpoint import (
     DType,
     Layout,
     NewTensor,
+    Shard,
     Storage,
     TensorInfo,
     impossible,
@@ -61,6 +62,7 @@ from merge_avg.formats.pickle.values import (
 )
 
 _VISIT = 20  # bytes that a look at a value costs
+_MOST_MESH = 8  # dimensions of a mesh of ranks
 _LARGEST = 1 << 63  # every number in a pickle of torch is smaller
 NOWHERE = Storage("", 0, 0)  # of tensors without a storage of their own
 _UNKNOWN = DType("unknown", 1, "code")
@@ -182,7 +184,8 @@ class TorchHooks:
                 return replace(data.parameter(), state=more[2] if more[2:] else data.state)
             case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *more):
                 if inner.name == "_rebuild_wrapper_subclass":
-                    return unusual(_subclass(inner_args or (cls,)))
+                    what = _subclass(inner_args or (cls,))
+                    return rank_part(what, more[0] if more else None) or unusual(what)
                 made = self.call(inner, inner_args) or unusual(_subclass((cls,)))
                 return replace(made, state=more[0]) if more and isinstance(made, Tensor) else made
         return None
@@ -191,6 +194,53 @@ class TorchHooks:
 def unusual(what: str, *shape: int) -> Tensor:
     """Return a tensor that cannot be averaged, and why; it is an error only among the weights."""
     return Tensor(TensorInfo((), _UNKNOWN, shape, shape, 0, NOWHERE, what))
+
+
+def rank_part(what: str, state: Value) -> Tensor | None:
+    """Return the part of a DTensor that its file holds, by the attributes that were pickled."""
+    match state:  # attributes in slots come second, in a tuple
+        case (None, dict() as slots):
+            state = slots
+    match state:
+        case {"_local_tensor": Tensor() as local, "_spec": Instance(state=dict() as spec)}:
+            pass
+        case _:
+            return None
+    info, shape = local.info, _meta_shape(spec.get("tensor_meta"))
+    dims: list[int | None] = []
+    placements = spec.get("placements")
+    if shape is None or info.trouble or not isinstance(placements, list | tuple):
+        return None
+    for one in placements[:_MOST_MESH]:
+        match one:
+            case Instance(function=Global(name="Replicate")):
+                dims.append(None)
+            case Instance(function=Global(name="Shard"), state={"dim": int() as dim}) if (
+                -len(shape) <= dim < len(shape)
+            ):
+                dims.append(dim % len(shape))
+            case _:
+                return None
+    place: tuple[int, ...] | None = None
+    match spec.get("mesh"):
+        case Instance(state={"_coordinate_on_dim": list() | tuple() as found}):
+            if len(found) == len(placements) and all(map(_is_number, found)):
+                place = tuple(found)
+    shard = Shard(shape, tuple(dims), place)
+    return Tensor(replace(info, trouble=what, shard=shard))
+
+
+def _meta_shape(meta: Value) -> tuple[int, ...] | None:
+    """Return the shape in the TensorMeta of a DTensor: a named tuple of shape, stride and dtype."""
+    match meta:
+        case Instance(args=(size, *_)):
+            pass
+        case _:
+            return None
+    match size:
+        case Instance(function=Global("torch", "Size"), args=(size, *_)):
+            pass
+    return None if impossible(size, size, 0, _LARGEST) else tuple(size)
 
 
 def _like_torch(args: tuple[Value, ...], allowance: Allowance) -> Tensor | None:
@@ -305,17 +355,26 @@ def pickled(tensors: Sequence[NewTensor], keys: Mapping[str, str]) -> bytes:
     """Return a state dict as torch.save pickles it; `keys` are those of its storages, by name."""
     parts = [b"\x80\x02", _EMPTY_DICT, b"("]
     for tensor in tensors:
-        size, typed = tensor.storage_nbytes, tensor.dtype.storage is not None
-        cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
-        count = size // tensor.dtype.itemsize if typed else size
-        parts += [
-            _text(tensor.name),
-            f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
-            b"(" + _text("storage") + cls.encode(),
-            _text(keys[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
-            _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
-            b"\x89" + _EMPTY_DICT,
-            b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
-            b"tR",
-        ]
+        parts += [_text(tensor.name), _rebuilt(tensor, keys)]
     return b"".join([*parts, b"u."])
+
+
+def pickled_tensor(tensor: NewTensor, keys: Mapping[str, str]) -> bytes:
+    """Return the same of one tensor that is all there is."""
+    return b"\x80\x02" + _rebuilt(tensor, keys) + b"."
+
+
+def _rebuilt(tensor: NewTensor, keys: Mapping[str, str]) -> bytes:
+    size, typed = tensor.storage_nbytes, tensor.dtype.storage is not None
+    cls = f"ctorch\n{tensor.dtype.storage}\n" if typed else "ctorch.storage\nUntypedStorage\n"
+    count = size // tensor.dtype.itemsize if typed else size
+    parts = [
+        f"ctorch._utils\n_rebuild_tensor_v{2 if typed else 3}\n(".encode(),
+        b"(" + _text("storage") + cls.encode(),
+        _text(keys[tensor.storage]) + _text("cpu") + _int(count) + b"tQ",
+        _int(tensor.start) + _ints(tensor.shape) + _ints(tensor.stride),
+        b"\x89" + _EMPTY_DICT,
+        b"" if typed else f"ctorch\n{tensor.dtype.name}\n".encode(),
+        b"tR",
+    ]
+    return b"".join(parts)

@@ -83,7 +83,8 @@ class Objects:
 
 # dataclasses.replace takes three times as long, for each of many tensors.
 def _moved(i: TensorInfo, path: TreePath, storage: Storage) -> TensorInfo:
-    return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, i.trouble, i.learned)
+    more = i.trouble, i.learned, i.shard
+    return TensorInfo(path, i.dtype, i.shape, i.stride, i.start, storage, *more)
 
 
 def objects_at(data: bytes, start: int = 0, density: float = 1.0) -> Objects:
@@ -164,10 +165,16 @@ def refuse_root(objects: Objects, path: Path) -> None:
             hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
             what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
             raise MergeError(what, where=path, hint=hint)
-    if any(info.trouble and info.trouble.startswith("one rank's") for info in objects.tensors):
-        hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
-        hint += " of torch.distributed.checkpoint"
-        raise MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
+    parts = [one for one in objects.tensors if (one.trouble or "").startswith("one rank's")]
+    if any(one.shard is None for one in parts):
+        raise one_rank(path)
+
+
+def one_rank(path: Path) -> MergeError:
+    """Return the error for a file with one rank's parts, and without those of the others."""
+    hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
+    hint += " of torch.distributed.checkpoint"
+    return MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
 
 
 def values_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Value]]:

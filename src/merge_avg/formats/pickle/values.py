@@ -68,6 +68,12 @@ class Instance:
     pairs: list[tuple[Value, Value]] = field(default_factory=list)
 
 
+class Sized(tuple[int, ...]):
+    """A shape that a pickle makes as a torch.Size: a tuple, but written again as what it was."""
+
+    __slots__ = ()
+
+
 class InertDict(dict[Value, Value]):
     """A dict, with the attributes that a pickle sets on it (an OrderedDict's) kept apart."""
 

@@ -39,9 +39,9 @@ from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.torch_objects import Objects, read_objects, refuse_root, sharing
 from merge_avg.formats.refused import refuse_archive
 from merge_avg.formats.zip.records import Listing, Part, Place, listed
-from merge_avg.formats.zip.write import ZipLayout, copy, create
+from merge_avg.formats.zip.write import ZipLayout, bare, copy, create
 
-__all__ = ["Part", "ZipLayout", "copy", "create", "scan"]
+__all__ = ["Part", "ZipLayout", "bare", "copy", "create", "scan"]
 
 _LARGEST_PICKLE = 1 << 27
 _LARGEST_UNPACKED = 1 << 26  # of a pickle that was packed

@@ -31,7 +31,8 @@ from merge_avg.checkpoint import (
     Slot,
     Storage,
 )
-from merge_avg.formats.pickle.tensors import pickled, with_classes
+from merge_avg.errors import MergeError
+from merge_avg.formats.pickle.tensors import pickled, pickled_tensor, with_classes
 from merge_avg.formats.zip.records import CENTRAL, END, END64, LOCAL, LOCATOR
 
 _ALIGNMENT = 64  # torch maps storages into memory, and vector instructions like it
@@ -111,6 +112,10 @@ def copy(
     sizes = {}
     for info in layout.tensors:
         dtype = converted.get(info.storage.name)
+        if dtype is not None and info.shard is not None:
+            what = "the parts of a distributed tensor cannot get another dtype in a copy"
+            hint = "write one file: end the output's name in .safetensors or .pt"
+            raise MergeError(what, where=layout.path, hint=hint)
         if dtype is not None:
             sizes[info.storage.name] = info.storage.nbytes // info.dtype.itemsize * dtype.itemsize
     pickle = with_classes(layout, archive, converted) if converted else archive.pickle
@@ -136,10 +141,26 @@ def create(
     Storages become data/0, data/1, ...; the slots have the names of the tensors' storages.
     """
     del metadata
+    numbers = _numbers(tensors)
+    return _archive(tensors, pickled(tensors, numbers), numbers, recorded=recorded)
+
+
+def bare(tensor: NewTensor) -> ZipLayout:
+    """Return the layout of an archive with one tensor and nothing around it."""
+    numbers = _numbers([tensor])
+    return _archive([tensor], pickled_tensor(tensor, numbers), numbers, recorded=False)
+
+
+def _numbers(tensors: Sequence[NewTensor]) -> dict[str, str]:
+    return {name: str(k) for k, name in enumerate(dict.fromkeys(one.storage for one in tensors))}
+
+
+def _archive(
+    tensors: Sequence[NewTensor], pickle: bytes, numbers: Mapping[str, str], *, recorded: bool
+) -> ZipLayout:
     sizes = {tensor.storage: tensor.storage_nbytes for tensor in tensors}
-    numbers = {name: str(number) for number, name in enumerate(sizes)}
     contents: list[tuple[str, bytes | Storage, int]] = [
-        ("archive/data.pkl", pickled(tensors, numbers), 0),
+        ("archive/data.pkl", pickle, 0),
         ("archive/.format_version", b"1", 0),
         ("archive/.storage_alignment", b"64", 0),
         ("archive/byteorder", _ORDER, 0),

@@ -19,7 +19,7 @@ from torch import nn
 
 from merge_avg.errors import MergeError
 from merge_avg.formats import scan
-from merge_avg.formats.distributed import _tile
+from merge_avg.formats.tiles import tile
 from tests.helpers import merge_checkpoints
 from tests.older import TORCH, has
 
@@ -90,17 +90,6 @@ def test_with_a_file_beside_it(folds, tmp_path):
     merge_checkpoints([folds[0], tmp_path / "a.pt"], tmp_path / "out.pt")
     merged = torch.load(tmp_path / "out.pt")
     assert torch.equal(merged["w"], expected("w", [state(0), state(7)]))
-
-
-def test_another_dtype_is_refused_for_a_directory(folds, tmp_path):
-    """The chunks would have other sizes; the way out is named, and works."""
-    with pytest.raises(MergeError, match="cannot be written anew") as caught:
-        merge_checkpoints(folds, tmp_path / "out", dtype="bfloat16")
-    assert ".safetensors" in str(caught.value.hint)
-    merge_checkpoints(folds, tmp_path / "out.safetensors", dtype="bfloat16")
-    merged = load_file(tmp_path / "out.safetensors")
-    exact = sum(state(i)["model"]["w"].double() for i in range(3)) / 3
-    assert torch.equal(merged["w"], exact.bfloat16())
 
 
 def write_sharded(rank, port, folder):
@@ -352,17 +341,17 @@ def test_chunks_that_are_not_plain_numbers_are_refused(tmp_path, count):
 )
 def test_boxes_that__tile(boxes, fits):
     """Boxes that overlap, leave a hole or reach outside are told from those that tile."""
-    assert _tile(boxes, (3, 3)) == fits
+    assert tile(boxes, (3, 3)) == fits
 
 
 def test_any_way_of_cutting_is_a_tiling():
     """A thousand boxes of a grid tile it, and do not if one lacks or is there twice."""
     edges = [range(10)] * 3
     boxes = [((a, 2 * b, 3 * c), (1, 2, 3)) for a, b, c in itertools.product(*edges)]
-    assert _tile(boxes, (10, 20, 30))
-    assert not _tile(boxes[1:], (10, 20, 30))
-    assert not _tile([*boxes, boxes[0]], (10, 20, 30))
-    assert not _tile([*boxes[1:], boxes[1]], (10, 20, 30))
+    assert tile(boxes, (10, 20, 30))
+    assert not tile(boxes[1:], (10, 20, 30))
+    assert not tile([*boxes, boxes[0]], (10, 20, 30))
+    assert not tile([*boxes[1:], boxes[1]], (10, 20, 30))
 
 
 EXTENTS = st.tuples(st.integers(0, 3), st.integers(0, 3))
@@ -379,17 +368,17 @@ def test_a_tiling_counts_each_element_once(boxes, shape):
         grid[row : row + height, column : column + width] += 1
     inside = np.zeros((7, 7), int)
     inside[: shape[0], : shape[1]] = 1
-    assert _tile(boxes, shape) == bool((grid == inside).all())
+    assert tile(boxes, shape) == bool((grid == inside).all())
 
 
 def test_a_tensor_without_elements_has_no_boxes():
     """Nothing covers nothing; a box there is one too many, as is one of other dimensions."""
-    assert _tile([], (0, 3))
-    assert not _tile([((0, 0), (1, 1))], (0, 3))
-    assert not _tile([((0,), (3,))], (3, 1))
+    assert tile([], (0, 3))
+    assert not tile([((0, 0), (1, 1))], (0, 3))
+    assert not tile([((0,), (3,))], (3, 1))
 
 
 def test_a_tensor_that_is_cut_along_too_many_dimensions_is_refused():
     """A box of seven dimensions has 128 corners: nobody cuts like that."""
     halves = itertools.product((0, 1), repeat=7)
-    assert not _tile([(corner, (1,) * 7) for corner in halves], (2,) * 7)
+    assert not tile([(corner, (1,) * 7) for corner in halves], (2,) * 7)

@@ -1,0 +1,84 @@
+"""Where units go in a copy of the template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from merge_avg.checkpoint import Layout, TensorInfo
+from merge_avg.errors import MergeError
+from merge_avg.formats import Piece
+from merge_avg.plan._units import Unit, tiled
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The place of elements of a unit in an output."""
+
+    start: int  # the elements, counted from the unit's start
+    stop: int
+    file: int  # the number of the output's file
+    slot: str  # the name of a slot in that file
+    at: int  # offset in the slot, in bytes
+    # The tensor as a view of the unit, if it is not contiguous there but in its slot. Then the
+    # elements get there by way of the scratch file.
+    view: TensorInfo | None = None
+
+
+def in_place(unit: Unit, template: Layout) -> Iterator[Target]:
+    """Yield where a unit goes in a copy of the template, also in each rank that has the same."""
+    for one in _home(unit, template):
+        yield one
+        for twin in template.twins.get((one.file, one.slot), ()):
+            yield replace(one, file=twin.file, slot=twin.name)
+
+
+def _home(unit: Unit, template: Layout) -> Iterator[Target]:
+    storage, size = unit.storage, unit.dtype.itemsize
+    for _, info in unit.members if storage.tiles else ():
+        for tile, view in tiled(info, replace(info, start=info.start - unit.start)):
+            # Its bytes would have to be put in the tile's order once more; torch writes none.
+            # Nor would more than the tile be written, where its storage is larger.
+            whole = tile.numel * tile.dtype.itemsize == tile.storage.nbytes
+            if not tile.contiguous or not whole:
+                hint = "write one file: end the output's name in .safetensors or .pt"
+                what = f"the chunk {tile.storage.name!r} has strides, or is a part of a larger one"
+                raise MergeError(what, where=template.where(tile), hint=hint)
+            home, at = tile.storage, tile.start * size
+            yield Target(view.start, view.stop, home.file, home.name, at, view)
+    # The parts of a storage are of its dtype in the template, and of the result's in the output.
+    start = 0
+    for part in () if storage.tiles else storage.ranges:
+        stop = start + part.nbytes // unit.sources[0].dtype.itemsize
+        first, last = max(start, unit.start), min(stop, unit.stop)
+        if first < last:
+            at = (first - start) * size
+            yield Target(first - unit.start, last - unit.start, part.file, part.name, at)
+        start = stop
+
+
+def moved(
+    target: Target, size: int, pieces: Sequence[tuple[int, Piece]] | None, kept: Mapping[int, int]
+) -> Iterator[Target]:
+    """Yield where elements go that lie in a slot of the template, of elements of this size."""
+    if pieces is None:
+        yield replace(target, file=kept[target.file])
+        return
+    first = target.at // size
+    for file, piece in pieces:
+        if target.view is not None:  # all of the chunk, as a view of the unit
+            pairs = zip(piece.corner, target.view.stride, strict=True)
+            start = target.view.start + sum(a * b for a, b in pairs)
+            view = replace(target.view, shape=piece.shape, start=start)
+            yield Target(view.start, view.stop, file, piece.slot, 0, view)
+            continue
+        stop = piece.start + math.prod(piece.shape)
+        last = min(first + target.stop - target.start, stop)
+        begin = max(first, piece.start)
+        if len(pieces) == 1:  # the storage, with whatever it has beside the tensor's elements
+            yield replace(target, file=file, slot=piece.slot)
+        elif begin < last:
+            shift = target.start - first
+            at = (begin - piece.start) * size
+            yield Target(begin + shift, last + shift, file, piece.slot, at)
