@@ -115,9 +115,8 @@ class Computation:
         """Return the numbers of a window in each checkpoint, as rows."""
         values = torch.empty(len(codes), window.rows * window.columns, dtype=torch.float64)
         for out, some, scales in zip(values, codes, work.scales, strict=True):
-            shape = window.rows, window.columns
-            numbers = of.numbers(some, self._one.form).view(shape)
-            torch.mul(numbers, of.spread(scales, work.strip, window), out=out.view(shape))
+            numbers = of.numbers(some, self._one.form)
+            of.multiply(numbers, scales, work.strip, window, out)
         return values
 
     def _compare(self, values: Tensor) -> None:
@@ -131,11 +130,10 @@ class Computation:
         if not work.exact[row.output]:
             rows = values[list(row.members)]
             return _rounded_once(rows, weights, torch.float64)
-        total: Tensor | None = None
-        for place, weight in zip(row.members, weights.integers, strict=True):
-            term = values[place] * weight
-            total = term if total is None else total.add_(term)
-        assert total is not None  # noqa: S101 - a row has members
+        pairs = [*zip(row.members, weights.integers, strict=True)]
+        total = values[pairs[0][0]] * pairs[0][1]
+        for place, weight in pairs[1:]:
+            total.add_(values[place], alpha=weight)
         return total.div_(weights.total)
 
     def _requantise(self, work: _Strip) -> None:
