@@ -92,7 +92,7 @@ def test_blocks_of_float8(tmp_path):
     assert coded.keys() == numbers.keys() == means.keys()
     for key, expected in means.items():
         # The numbers that are loaded are rounded to float32 before they are averaged here.
-        torch.testing.assert_close(numbers[key].double(), expected, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(numbers[key].double(), expected, rtol=1e-6, atol=1e-8)
         assert relative(coded[key], expected) < (0.03 if "proj" in key else 0.01)
 
 
