@@ -10,7 +10,7 @@ A block of which all checkpoints have the same codes and scale is copied.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -41,7 +41,6 @@ class _Strip:
     """A strip under way: what is known of its blocks."""
 
     strip: Strip
-    windows: Sequence[Window]
     raw: Sequence[Tensor]  # the scales of each checkpoint, as they are
     scales: Sequence[Tensor]  # as numbers
     exact: Sequence[bool]  # by output, whether sums in float64 are exact
@@ -91,10 +90,7 @@ class Computation:
         stop = strip.first + strip.blocks
         raw = [self._access.read(k, SCALES, strip.first, stop) for k in self._read]
         scales = [of.scale_numbers(one, self._one.scale_kind) for one in raw]
-        exact = [
-            of.summable([scales[k] for k in row.members], row.weights.integers, self._one.form)
-            for row in self._rows
-        ]
+        exact = [self._is_exact(row, scales) for row in self._rows]
         varies = [
             torch.full((strip.blocks,), not row.copies).logical_or_(
                 _differ([_bits(raw[k]) for k in row.members])
@@ -103,8 +99,17 @@ class Computation:
         ]
         sizes = [torch.zeros(strip.blocks, dtype=torch.float64) for _ in self._rows]
         broken = [torch.zeros(strip.blocks, dtype=torch.bool) for _ in self._rows]
-        windows = [*strip.windows(self._most)]
-        return _Strip(strip, windows, raw, scales, exact, sizes, broken, varies)
+        return _Strip(strip, raw, scales, exact, sizes, broken, varies)
+
+    def _windows(self, work: _Strip) -> Iterator[Window]:
+        return work.strip.windows(self._most)
+
+    def _is_exact(self, row: _Row, scales: Sequence[Tensor]) -> bool:
+        """Return whether float64 holds the sums of a strip, and their divisor, exactly."""
+        some = [scales[k] for k in row.members]
+        return row.weights.total < of.EXACT and of.summable(
+            some, row.weights.integers, self._one.form
+        )
 
     def _codes(self, window: Window, *, again: bool = False) -> list[Tensor]:
         per = self._one.form.in_byte
@@ -139,17 +144,17 @@ class Computation:
     def _requantise(self, work: _Strip) -> None:
         """Write the codes and scales of a strip."""
         codes: list[Tensor] = []
-        values = torch.empty(0)
-        for window in work.windows:
+        values, count = torch.empty(0), 0
+        for window in self._windows(work):
+            count += 1
             codes = self._codes(window)
             values = self._values(work, window, codes)
             self._compare(values)
             for row in self._rows:
                 self._look(work, window, row, codes, self._mean(work, row, values))
         scales = [self._new_scales(work, row) for row in self._rows]
-        single = len(work.windows) == 1
-        for window in work.windows:
-            if not single:
+        for window in self._windows(work):
+            if count > 1:
                 codes = self._codes(window, again=True)
                 values = self._values(work, window, codes)
             for row, (_, chosen) in zip(self._rows, scales, strict=True):
@@ -200,7 +205,7 @@ class Computation:
         for place in row.members:
             if not bool(work.scales[place][blocks].isfinite().all()):
                 number = self._read[place]
-        for window in work.windows if number is None else ():
+        for window in self._windows(work) if number is None else ():
             values = self._values(work, window, self._codes(window, again=True))
             for place in row.members:
                 if number is None and not bool(values[place].isfinite().all()):
@@ -242,7 +247,7 @@ class Computation:
     def _convert(self, work: _Strip) -> None:
         """Write the mean of a strip in another dtype, without scales."""
         assert self._dtype is not None  # noqa: S101 - it is asked for
-        for window in work.windows:
+        for window in self._windows(work):
             values = self._values(work, window, self._codes(window))
             self._compare(values)
             for row in self._rows:

@@ -22,7 +22,7 @@ _BIAS = 127  # of these
 _BUMPED = 1.75 / 2  # of a fraction from 0.5 on
 _FRACTION = 52  # the bits of a float64 behind the leading one
 _EXPONENT = 0x7FF << _FRACTION  # the exponent field of a float64
-_EXACT = 2.0**52  # sums of so many units are exact in float64, with a bit to spare
+EXACT = 2.0**52  # sums of so many units are exact in float64, with a bit to spare
 
 
 @lru_cache
@@ -135,8 +135,8 @@ def summable(scales: Sequence[Tensor], weights: Sequence[int], form: Form) -> bo
     unit = torch.stack(units).amin(0) * form.least
     sizes = [one.abs() * abs(weight) for one, weight in zip(scales, weights, strict=True)]
     bound = torch.stack(sizes).sum(0) * form.largest
-    whole = max(map(abs, weights), default=0) < _EXACT
-    return whole and bool((bound <= unit * _EXACT).all())
+    whole = max(map(abs, weights), default=0) < EXACT
+    return whole and bool((bound <= unit * EXACT).all())
 
 
 def powers(scales: Tensor) -> Tensor:
