@@ -64,6 +64,7 @@ def find(
     tensors: list[Scaled] = []
     texts: dict[str, bytes] = {}
     notes: list[str] = []
+    paths = tuple(layout.path for layout in layouts)
     marks = [name for name in columns[0] if _MARK.fullmatch(name.key.rpartition(".")[2])]
     for folder, weights in folders.items():
         said = _read(folder / CONFIG)
@@ -74,7 +75,7 @@ def find(
                 hint = "average the checkpoints before you quantise them"
                 raise MergeError(what, where=template.where(weights[name]), hint=hint, tensor=name)
         groups = [one for one in found.groups if _is_whole(template, one, weights, is_chosen)]
-        made = [_scaled(layouts, columns, counting, one, dtype) for one in groups]
+        made = [_scaled(layouts, columns, counting, paths, one, dtype) for one in groups]
         tensors += [replace(o, allow_nonfinite=allow_nonfinite, outputs=outputs) for o in made]
         if made and dtype is not None and KEY in said:
             if template.members:
@@ -127,17 +128,20 @@ def _scaled(
     layouts: Sequence[Layout],
     columns: Columns,
     counting: Sequence[int],
+    paths: tuple[Path, ...],
     group: Group,
     dtype: DType | None,
 ) -> Scaled:
     sources: list[tuple[TensorInfo, ...]] = []
-    first = [columns[0][name] for name in group.names]
+    first = tuple(columns[0][name] for name in group.names)
     for number, layout in enumerate(layouts):
         infos = [columns[number].get(name) for name in group.names]
         for name, ours, info in zip(group.names, first, infos, strict=True):
             _check(layout, layouts[0], name, ours, info)
-        used = number in counting
-        sources.append(tuple(info for info in infos if info is not None) if used else ())
+        theirs = tuple(info for info in infos if info is not None)
+        # Of many tensors in many checkpoints of a run, one tuple each.
+        alike = all(a is b for a, b in zip(theirs, first, strict=True))
+        sources.append(() if number not in counting else first if alike else theirs)
     results = [Composed(n, i.dtype, i.shape) for n, i in zip(group.names, first, strict=True)]
     transposed = False
     if dtype is not None:
@@ -160,7 +164,7 @@ def _scaled(
         scale_kind=group.scale_kind,
         rule=group.rule,
         inputs=len(group.inputs),
-        paths=tuple(layout.path for layout in layouts),
+        paths=paths,
         dense=dtype,
         transposed=transposed,
     )

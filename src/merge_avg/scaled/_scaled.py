@@ -17,7 +17,7 @@ _LEAST_WINDOW, _LARGEST_WINDOW = 1 << 12, 1 << 16
 _SCRATCH = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scaled:
     """A scaled tensor of all checkpoints, as a `Composite`."""
 
