@@ -1,8 +1,13 @@
 """Recognition: which tensors are codes and scales, by names, dtypes and shapes."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from merge_avg.checkpoint import BY_NAME, Name, Storage, TensorInfo, row_major
 from merge_avg.scaled._config import NO_CONFIG, Config, config_of
 from merge_avg.scaled._recognise import recognise
 from tests.scaled.helpers import infos_of
@@ -82,6 +87,16 @@ def test_scales_of_activations():
     assert found(state) == ([["l.weight", "l.weight_scale", "l.input_scale"]], {})
 
 
+def test_a_scale_of_two_tensors():
+    """A scale that would be that of two tensors of codes is that of none."""
+    state = {"w": codes(4, 8), "w_packed": codes(4, 8), "w_scale": torch.ones(4, 1)}
+    groups, refused = found(state)
+    assert groups == []
+    assert refused == dict.fromkeys(
+        ["w", "w_packed"], "its scales 'w_scale' are those of others too"
+    )
+
+
 def test_experts_in_one_module():
     """Several codes in a module have a scale each, by their names."""
     state = {
@@ -146,3 +161,41 @@ def test_other_methods(method):
     groups, refused = found(state, config)
     assert groups == []
     assert refused == {"l.weight": config.trouble}
+
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 16, 32, 128, 200]), max_size=4).map(tuple)
+KINDS = st.sampled_from(["float8_e4m3fn", "float8_e5m2", "uint8", "float32", "bfloat16", "int8"])
+KEYS = st.sampled_from(
+    [
+        "w",
+        "w_scale",
+        "w_scale_inv",
+        "scale_w",
+        "scale",
+        "w_blocks",
+        "w_scales",
+        "w_packed",
+        "x_scale",
+    ]
+)
+SIZES = st.sampled_from([(), (128, 128), (1, 32), (16, 3)])
+
+
+@given(st.dictionaries(KEYS, st.tuples(KINDS, SHAPES), max_size=5), SIZES)
+def test_whatever_lies_beside_each_other(layout, sizes):
+    """What is recognised has a scale for each block, and each element in a block."""
+    tensors = {}
+    for key, (kind, shape) in layout.items():
+        dtype, storage = BY_NAME[kind], Storage(key, 0, math.prod(shape) * BY_NAME[kind].itemsize)
+        info = TensorInfo((key,), dtype, shape, row_major(shape), 0, storage)
+        tensors[Name((), key)] = info
+    result = recognise(tensors, Config(sizes))
+    for group in result.groups:
+        codes, scales = (tensors[name] for name in group.names[:2])
+        assert group.blocks.count == scales.numel
+        assert group.blocks.numel == math.prod(group.shape) == codes.numel * group.form.in_byte
+        strips = [*group.blocks.strips(64)]
+        assert sum(strip.blocks for strip in strips) == scales.numel
+        assert sum(strip.rows * strip.columns for strip in strips) == group.blocks.numel
+    names = [name for group in result.groups for name in group.names]
+    assert len({*names}) == len(names)

@@ -162,7 +162,7 @@ def extents(shape: Shape, scales: Shape, usual: Sequence[int] = ()) -> Shape | N
         return tuple(1 if k == fits[0] else extent for k, extent in enumerate(shape))
     if len(scales) != len(shape) or 0 in scales or scales == shape:
         return None
-    known = (0,) * (len(shape) - len(usual)) + tuple(usual)
+    known = ((0,) * len(shape) + tuple(usual))[-len(shape) :]
     found = []
     for extent, count, size in zip(shape, scales, known, strict=True):
         if count == 1:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +87,7 @@ def recognise(tensors: Mapping[Name, TensorInfo], config: Config) -> Recognised:
             refused[name] = found
         elif found is not None:
             pairs.append(found)
+    shared = Counter(name for pair in pairs for name in (pair.scales, *pair.inputs))
     usual = config.block or (_USUAL if _fit(pairs, _USUAL) else ())
     groups: list[Group] = []
     for pair in pairs:
@@ -94,6 +95,8 @@ def recognise(tensors: Mapping[Name, TensorInfo], config: Config) -> Recognised:
         blocks = None if block is None else cut(pair.shape, block)
         if config.trouble is not None:
             refused[pair.codes] = config.trouble
+        elif any(shared[name] > 1 for name in (pair.scales, *pair.inputs)):
+            refused[pair.codes] = f"its scales {str(pair.scales)!r} are those of others too"
         elif blocks is None or blocks.count != math.prod(pair.scale_shape):
             shapes = f"{list(pair.scale_shape)} for codes of {list(pair.shape)}"
             refused[pair.codes] = f"its scales have the shape {shapes}"
