@@ -165,7 +165,10 @@ def test_a_run_of_rank_files(meshes, tmp_path):
     assert {one["step"] for one in json.loads(done.stdout)["inputs"]} == {1, 2}
     assert not (tmp_path / "out.pt").exists()
     (found,) = inspect_checkpoints([run / "global_step_1"])
-    assert {one.name for one in found.tensors if one.role == "averaged"} >= {"0.weight", "columns"}
+    assert {one.name for one in found.tensors if one.role == "averaged"} >= {
+        "model.0.weight",
+        "model.columns",
+    }
 
 
 def test_a_rank_that_is_missing_is_named(meshes, tmp_path):
