@@ -107,9 +107,11 @@ def scan_directory(path: Path) -> Layout:
     for name in filter(is_index, files):
         _check_index(files, name, members)
     _check_shards(path, files)
-    named_so, doubts = _named_so(members)
+    held, twins, spans = _gathered(path, members)
+    apart = {name: one for name, one in members.items() if held[name] is one.tensors}
+    named_so, doubts = _named_so(apart)
     notes += doubts + _unread(files, members)
-    held, places, twins = _held(path, members, named_so)
+    places = _places(path, members, named_so, held, twins)
     prefixes = _prefixes(members, named_so, places)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
@@ -162,33 +164,49 @@ def scan_directory(path: Path) -> Layout:
         named_files=tuple(prefixes[name] for name in members if name not in named_so),
         checksums=Checksums(shared.numbers, array("I", chain.from_iterable(s.crcs for s in sums))),
         twins=twins,
+        spans=spans,
         shared=shared,
     )
 
 
-_Held = tuple[
-    dict[str, tuple[TensorInfo, ...]],
-    dict[str, TreePath],
-    dict[tuple[int, str], tuple[Storage, ...]],
-]
+_Twins = dict[tuple[int, str], tuple[Storage, ...]]
+_Spans = dict[tuple[int, str], tuple[str, int]]
+_Held = dict[str, tuple[TensorInfo, ...]]
 
 
-def _held(root: Path, members: Mapping[str, Layout], kept: Collection[str]) -> _Held:
-    """Return the tensors of each file and the path they are at, and `Layout.twins`.
-
-    The tensors of which ranks have parts are those of the first rank's file.
-    """
+def _gathered(root: Path, members: Mapping[str, Layout]) -> tuple[_Held, _Twins, _Spans]:
+    """Return the tensors of each file, `Layout.twins` and `Layout.spans`."""
     held = {name: member.tensors for name, member in members.items()}
+    if any(info.shape == (0,) for one in held.values() for info in one):
+        from merge_avg.formats import zero3  # few directories have any
+
+        found = zero3.gather(root, members)
+        for one in () if found.held else members.values():
+            zero3.refuse_hollow(one)
+        return held | found.held, found.twins, found.spans
+    return held, {}, {}
+
+
+def _places(
+    root: Path,
+    members: Mapping[str, Layout],
+    kept: Collection[str],
+    held: _Held,
+    twins: _Twins,
+) -> dict[str, TreePath]:
+    """Return the path that the tensors of each file are at.
+
+    Tensors of which ranks have parts become those of the first rank's file.
+    """
     places = {name: _place(name, member) for name, member in members.items()}
-    twins: dict[tuple[int, str], tuple[Storage, ...]] = {}
     models = {name: one for name, one in members.items() if name not in kept}
     if any(info.shard for one in models.values() for info in one.tensors):
         from merge_avg.formats.ranks import rank_sets  # few directories have any
 
         for ranks in rank_sets(root, models, twins):
-            held |= dict.fromkeys(ranks.names, ()) | {ranks.names[0]: ranks.tensors}
-            places |= dict.fromkeys(ranks.names, ranks.place)
-    return held, places, twins
+            held.update(dict.fromkeys(ranks.names, ()), **{ranks.names[0]: ranks.tensors})
+            places.update(dict.fromkeys(ranks.names, ranks.place))
+    return places
 
 
 def of_a_run(name: str) -> bool:

@@ -29,7 +29,8 @@ class Target:
 def in_place(unit: Unit, template: Layout) -> Iterator[Target]:
     """Yield where a unit goes in a copy of the template, also in each rank that has the same."""
     for one in _home(unit, template):
-        yield one
+        slot, offset = template.spans.get((one.file, one.slot), (one.slot, 0))
+        yield replace(one, slot=slot, at=one.at + offset) if offset or slot != one.slot else one
         for twin in template.twins.get((one.file, one.slot), ()):
             yield replace(one, file=twin.file, slot=twin.name)
 

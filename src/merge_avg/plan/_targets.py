@@ -41,6 +41,7 @@ from merge_avg.formats.directory import (
 from merge_avg.options import Options, suggested
 from merge_avg.plan._places import Target, in_place, moved
 from merge_avg.plan._sets import sets_anew, unneeded
+from merge_avg.plan._training import is_placeholder
 from merge_avg.plan._units import Plan, Unit
 
 # The formats of new files: with views, and without.
@@ -168,6 +169,10 @@ def _copied(
     for unit in plan.units:
         for one in _homes_of(unit.storage, template):
             averaged[one.file].add(one.name)
+    if changed and template.spans:
+        what = "the flat groups of ZeRO-3 cannot get another dtype in a copy"
+        hint = "write one file: end the output's name in .safetensors or .pt"
+        raise MergeError(what, where=template.path, hint=hint)
     for storage, dtype in changed.items():
         for one in _homes_of(storage, template):
             converted[one.file][one.name] = dtype
@@ -232,9 +237,10 @@ def _pieces(
 
 
 def _homes_of(storage: Storage, template: Layout) -> Iterator[Storage]:
-    """Yield the ranges of a storage, and those of other ranks that have the same content."""
+    """Yield the records that a storage lies in, and those of other ranks with the same content."""
     for part in storage.ranges:
-        yield part
+        name, _ = template.spans.get((part.file, part.name), (part.name, 0))
+        yield replace(part, name=name)
         yield from template.twins.get((part.file, part.name), ())
 
 
@@ -364,6 +370,8 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     for number, member in enumerate(template.members):
         name = relative(template, number)
         if number in replaced or is_index(name) or (member and member.set_member):
+            continue
+        if member and is_placeholder(template, member):
             continue
         if name in files:
             what = f"the new file {name} would replace one that the template has"

@@ -22,6 +22,7 @@ from merge_avg.checkpoint import (
     ATTRIBUTES,
     ClassSpan,
     DType,
+    Layout,
     Scalar,
     Storage,
     TensorInfo,
@@ -157,17 +158,28 @@ def refuse_root(objects: Objects, path: Path) -> None:
     if any(not info.path for info in objects.tensors):
         hint = "pass checkpoints that hold a state dict: a dict of names and tensors"
         raise MergeError("it holds a single tensor without a name", where=path, hint=hint)
-    keys = {*objects.others, *(str(info.path[0]) for info in objects.tensors)}
-    if {"ds_config", "ds_version"} & keys:
-        # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 partitioned.
-        module = [info.shape for info in objects.tensors if info.path[0] == "module"]
-        if module and {(0,)}.issuperset(module):
-            hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
-            what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
-            raise MergeError(what, where=path, hint=hint)
     parts = [one for one in objects.tensors if (one.trouble or "").startswith("one rank's")]
     if any(one.shard is None for one in parts):
         raise one_rank(path)
+
+
+def refuse_alone(layout: Layout) -> None:
+    """Raise MergeError for a file that is of use only beside those of the other ranks."""
+    refuse_hollow(layout)
+    if any(info.shard for info in layout.tensors):
+        raise one_rank(layout.path)
+
+
+def refuse_hollow(layout: Layout) -> None:
+    """Raise MergeError for a file of ZeRO-3 that has placeholders, and no weights."""
+    keys = {*layout.others, *(str(info.path[0]) for info in layout.tensors)}
+    if {"ds_config", "ds_version"} & keys:
+        # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 partitioned.
+        module = [info.shape for info in layout.tensors if info.path[0] == "module"]
+        if module and {(0,)}.issuperset(module):
+            hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
+            what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
+            raise MergeError(what, where=layout.path, hint=hint)
 
 
 def one_rank(path: Path) -> MergeError:
