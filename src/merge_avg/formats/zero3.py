@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from merge_avg.checkpoint import Layout, Storage, TensorInfo, impossible, row_major
@@ -99,12 +101,13 @@ def _parameters(
     if any(some != sizes[0] for some in sizes) or not flats[0]:
         raise MergeError("the flat groups of its ranks are of different sizes", hint=_AGAIN)
     at, dtype = 0, flats[0][0].dtype
-    total = sum(info.numel for info in flats[0])
+    firsts = [*accumulate((info.numel for info in flats[0]), initial=0)]
+    total = firsts.pop()
     for name, shape in _shapes(models[0]):
         each = -(-math.prod(shape) // world)
         if at + each > total:
             raise MergeError("its flat groups are too small for its parameters", hint=_AGAIN)
-        parts = [one for some in flats for one in _cut(some, at, each, out)]
+        parts = [one for some in flats for one in _cut(some, firsts, at, each, out)]
         whole = Storage(f"module.{name}", 0, each * world * dtype.itemsize, parts=tuple(parts))
         path = ("module", name)
         found.append(TensorInfo(path, dtype, shape, row_major(shape), 0, whole))
@@ -124,18 +127,21 @@ def _parameters(
     out.held[home] = tuple(found)
 
 
-def _cut(flats: Sequence[TensorInfo], at: int, count: int, out: Gathered) -> Iterator[Storage]:
-    """Yield where a rank has elements of its flat groups, which lie one after the other."""
-    first = 0
-    for info in flats:
+def _cut(
+    flats: Sequence[TensorInfo], firsts: Sequence[int], at: int, count: int, out: Gathered
+) -> Iterator[Storage]:
+    """Yield where a rank has elements of its flat groups, which begin at `firsts`."""
+    for number in range(max(bisect_right(firsts, at) - 1, 0), len(flats)):
+        info, first = flats[number], firsts[number]
         start, stop = max(at, first), min(at + count, first + info.numel)
+        if first >= at + count:
+            break
         if start < stop:
             size = info.dtype.itemsize
             record, offset = info.storage, (info.start + start - first) * size
             name = f"{record.name} from {offset}"
             out.spans[record.file, name] = record.name, offset
             yield Storage(name, record.offset + offset, (stop - start) * size, file=record.file)
-        first += info.numel
 
 
 def _same(info: TensorInfo, models: Sequence[Layout], out: Gathered) -> None:
