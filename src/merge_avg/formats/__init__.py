@@ -135,7 +135,7 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         raise MergeError(what, where=path) from None
     assert layout is not None  # noqa: S101 - a strict scan returns or raises
     if layout.archive is not None:
-        from merge_avg.formats.pickle.torch_objects import refuse_alone
+        from merge_avg.formats.refused import refuse_alone
 
         refuse_alone(layout)
     return layout

@@ -25,10 +25,7 @@ from pathlib import Path
 from merge_avg.checkpoint import Layout, Storage, TensorInfo, impossible, row_major
 from merge_avg.errors import MergeError
 from merge_avg.formats.pickle.load import load
-from merge_avg.formats.pickle.torch_objects import refuse_hollow
 from merge_avg.formats.pickle.values import InertDict, Instance, Value
-
-__all__ = ["Gathered", "gather", "is_hollow", "refuse_hollow"]
 
 _NAME = re.compile(
     r"(.*/)?([a-z0-9]+_)?zero_pp_rank_(?P<rank>\d{1,6})_mp_rank_00_(?P<kind>model|optim)_states\.pt"

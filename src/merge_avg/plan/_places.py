@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_avg.checkpoint import Layout, TensorInfo
+from merge_avg.checkpoint import Layout, Storage, TensorInfo
 from merge_avg.errors import MergeError
 from merge_avg.formats import Piece
 from merge_avg.plan._units import Unit, tiled
@@ -24,6 +24,14 @@ class Target:
     # The tensor as a view of the unit, if it is not contiguous there but in its slot. Then the
     # elements get there by way of the scratch file.
     view: TensorInfo | None = None
+
+
+def homes_of(storage: Storage, template: Layout) -> Iterator[Storage]:
+    """Yield the records that a storage lies in, and those of other ranks with the same content."""
+    for part in storage.ranges:
+        name, _ = template.spans.get((part.file, part.name), (part.name, 0))
+        yield replace(part, name=name)
+        yield from template.twins.get((part.file, part.name), ())
 
 
 def in_place(unit: Unit, template: Layout) -> Iterator[Target]:

@@ -22,7 +22,6 @@ from merge_avg.checkpoint import (
     ATTRIBUTES,
     ClassSpan,
     DType,
-    Layout,
     Scalar,
     Storage,
     TensorInfo,
@@ -34,6 +33,7 @@ from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.numpy_objects import digest_of, number_of
 from merge_avg.formats.pickle.tensors import NOWHERE, Stored, Tensor, TorchHooks, unusual
 from merge_avg.formats.pickle.values import Allowance, Instance, PickleError, Value, shown
+from merge_avg.formats.refused import one_rank
 
 _INNER = (dict, list, tuple, Instance)  # values that have others inside
 _SETS = (set, frozenset)
@@ -161,32 +161,6 @@ def refuse_root(objects: Objects, path: Path) -> None:
     parts = [one for one in objects.tensors if (one.trouble or "").startswith("one rank's")]
     if any(one.shard is None for one in parts):
         raise one_rank(path)
-
-
-def refuse_alone(layout: Layout) -> None:
-    """Raise MergeError for a file that is of use only beside those of the other ranks."""
-    refuse_hollow(layout)
-    if any(info.shard for info in layout.tensors):
-        raise one_rank(layout.path)
-
-
-def refuse_hollow(layout: Layout) -> None:
-    """Raise MergeError for a file of ZeRO-3 that has placeholders, and no weights."""
-    keys = {*layout.others, *(str(info.path[0]) for info in layout.tensors)}
-    if {"ds_config", "ds_version"} & keys:
-        # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 partitioned.
-        module = [info.shape for info in layout.tensors if info.path[0] == "module"]
-        if module and {(0,)}.issuperset(module):
-            hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
-            what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
-            raise MergeError(what, where=layout.path, hint=hint)
-
-
-def one_rank(path: Path) -> MergeError:
-    """Return the error for a file with one rank's parts, and without those of the others."""
-    hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
-    hint += " of torch.distributed.checkpoint"
-    return MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
 
 
 def values_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Value]]:
