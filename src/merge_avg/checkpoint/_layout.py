@@ -203,6 +203,8 @@ class Layout:
     arrays: tuple[tuple[TreePath, str], ...] = ()
     # Storages of other ranks that have the same content as one, by its file's number and its name.
     twins: Mapping[tuple[int, str], tuple[Storage, ...]] = field(default_factory=dict, hash=False)
+    # Storages that are parts of one, by the same: its name, and where in it they begin.
+    spans: Mapping[tuple[int, str], tuple[str, int]] = field(default_factory=dict, hash=False)
     # Folders and files of a directory that hold weights: what they are called decides nothing.
     named_files: tuple[TreePath, ...] = ()
     # The CRC-32 that a file records for exactly the bytes of a storage. They are not in the storage

@@ -134,10 +134,10 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         what = "reading what it holds takes more memory than this process may have"
         raise MergeError(what, where=path) from None
     assert layout is not None  # noqa: S101 - a strict scan returns or raises
-    if any(info.shard for info in layout.tensors):
-        from merge_avg.formats.pickle.torch_objects import one_rank
+    if layout.archive is not None:
+        from merge_avg.formats.refused import refuse_alone
 
-        raise one_rank(path)
+        refuse_alone(layout)
     return layout
 
 

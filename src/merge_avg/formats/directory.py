@@ -17,11 +17,10 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path, PurePosixPath
-from typing import Any
 from weakref import WeakValueDictionary
 
 from merge_avg.checkpoint import (
@@ -41,10 +40,8 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError, failure, named
 from merge_avg.formats import bounded, scan_file, set_format
+from merge_avg.formats.shards import check_index, check_shards, is_index, unsharded
 
-INDEX = ".index.json"
-_INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
-_SHARD = re.compile(r"\A(.+)-(\d{5})-of-(\d{5})\Z")
 SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar", ".pkl"))
 # Folders that no program reads a checkpoint from: what is in them is not even copied.
 _IGNORED = frozenset((".git", ".cache", ".ipynb_checkpoints", "__pycache__"))
@@ -105,11 +102,13 @@ def scan_directory(path: Path) -> Layout:
         metadata = ((PROVENANCE, raw.decode("utf-8", "replace")),)
     members, callables = _members(path, files)
     for name in filter(is_index, files):
-        _check_index(files, name, members)
-    _check_shards(path, files)
-    named_so, doubts = _named_so(members)
+        check_index(files, name, members)
+    check_shards(path, files)
+    held, twins, spans = _gathered(path, members)
+    apart = {name: one for name, one in members.items() if held[name] is one.tensors}
+    named_so, doubts = _named_so(apart)
     notes += doubts + _unread(files, members)
-    held, places, twins = _held(path, members, named_so)
+    places = _places(path, members, named_so, held, twins)
     prefixes = _prefixes(members, named_so, places)
     tensors: list[TensorInfo] = []
     holders: dict[TreePath, str] = {}
@@ -162,33 +161,50 @@ def scan_directory(path: Path) -> Layout:
         named_files=tuple(prefixes[name] for name in members if name not in named_so),
         checksums=Checksums(shared.numbers, array("I", chain.from_iterable(s.crcs for s in sums))),
         twins=twins,
+        spans=spans,
         shared=shared,
     )
 
 
-_Held = tuple[
-    dict[str, tuple[TensorInfo, ...]],
-    dict[str, TreePath],
-    dict[tuple[int, str], tuple[Storage, ...]],
-]
+_Twins = dict[tuple[int, str], tuple[Storage, ...]]
+_Spans = dict[tuple[int, str], tuple[str, int]]
+_Held = dict[str, tuple[TensorInfo, ...]]
 
 
-def _held(root: Path, members: Mapping[str, Layout], kept: Collection[str]) -> _Held:
-    """Return the tensors of each file and the path they are at, and `Layout.twins`.
-
-    The tensors of which ranks have parts are those of the first rank's file.
-    """
+def _gathered(root: Path, members: Mapping[str, Layout]) -> tuple[_Held, _Twins, _Spans]:
+    """Return the tensors of each file, `Layout.twins` and `Layout.spans`."""
     held = {name: member.tensors for name, member in members.items()}
+    if any(info.shape == (0,) for one in held.values() for info in one):
+        from merge_avg.formats import zero3  # few directories have any
+        from merge_avg.formats.refused import refuse_hollow
+
+        found = zero3.gather(root, members)
+        for one in () if found.held else members.values():
+            refuse_hollow(one)
+        return held | found.held, found.twins, found.spans
+    return held, {}, {}
+
+
+def _places(
+    root: Path,
+    members: Mapping[str, Layout],
+    kept: Collection[str],
+    held: _Held,
+    twins: _Twins,
+) -> dict[str, TreePath]:
+    """Return the path that the tensors of each file are at.
+
+    Tensors of which ranks have parts become those of the first rank's file.
+    """
     places = {name: _place(name, member) for name, member in members.items()}
-    twins: dict[tuple[int, str], tuple[Storage, ...]] = {}
     models = {name: one for name, one in members.items() if name not in kept}
     if any(info.shard for one in models.values() for info in one.tensors):
         from merge_avg.formats.ranks import rank_sets  # few directories have any
 
         for ranks in rank_sets(root, models, twins):
-            held |= dict.fromkeys(ranks.names, ()) | {ranks.names[0]: ranks.tensors}
-            places |= dict.fromkeys(ranks.names, ranks.place)
-    return held, places, twins
+            held.update(dict.fromkeys(ranks.names, ()), **{ranks.names[0]: ranks.tensors})
+            places.update(dict.fromkeys(ranks.names, ranks.place))
+    return places
 
 
 def of_a_run(name: str) -> bool:
@@ -392,66 +408,3 @@ def _prefixes(
     # Optimizers and the like lie aside: they do not make a directory one of several state dicts.
     weights = {prefix for name, prefix in prefixes.items() if name not in kept}
     return {name: () if weights == {prefix} else prefix for name, prefix in prefixes.items()}
-
-
-def _check_shards(root: Path, names: Iterable[str]) -> None:
-    """Raise MergeError where the names of shards say that there are more."""
-    found: dict[tuple[str, str, str], set[int]] = {}
-    for path in map(PurePosixPath, names):
-        if shard := _SHARD.fullmatch(path.stem):
-            key = (str(path.parent / shard[1]), shard[3], path.suffix)
-            found.setdefault(key, set()).add(int(shard[2]))
-    for (base, count, suffix), numbers in found.items():
-        lacking = sorted(set(range(1, int(count) + 1)) - numbers)
-        if lacking:
-            lost = f"{base}-{lacking[0]:05}-of-{count}{suffix}"
-            what = f"{len(lacking)} of {int(count)} shards are missing, the first is {lost}"
-            raise MergeError(what, where=root, hint="fetch the checkpoint again")
-
-
-def is_index(name: str) -> bool:
-    """Return whether a file says which shard holds which tensor."""
-    return bool(_INDEX.search(name))
-
-
-def unsharded(stem: str) -> str:
-    """Return a file's name, already without its ending, without the number of a shard."""
-    return _SHARD.sub(r"\1", stem)
-
-
-def shard_of(path: Path) -> int | None:
-    """Return the number of shards, if a file's name says that it is one of several."""
-    shard = _SHARD.fullmatch(path.stem)
-    return int(shard[3]) if shard and int(shard[3]) > 1 else None
-
-
-def read_index(file: File) -> dict[str, Any]:
-    """Return the index of a sharded checkpoint, whose `weight_map` leads from tensors to files."""
-    raw = bounded.read(file.path)
-    try:
-        index = bounded.loads(raw)
-    except ValueError as error:
-        raise MergeError(f"the index is damaged ({error})", where=file.path) from None
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise MergeError("an index without a weight_map", where=file.path)
-    return index
-
-
-def _check_index(files: Mapping[str, File], name: str, members: Mapping[str, Layout]) -> None:
-    """Raise MergeError where an index and the shards beside it contradict each other."""
-    where, hint = files[name].path, "fetch the checkpoint again"
-    keys = {one: {dotted(info.path) for info in held.tensors} for one, held in members.items()}
-    folder = PurePosixPath(name).parent
-    table = read_index(files[name])["weight_map"]
-    paths = {file: (folder / file).as_posix() for file in set(table.values())}
-    for key, file in table.items():
-        whole = paths[file]
-        # An index may name files anywhere: only those of the checkpoint are ever opened.
-        if whole not in files:
-            far = ".." in PurePosixPath(file).parts or file.startswith("/")
-            what = f"it names the file {file!r}, which is {'outside' if far else 'missing'}"
-            raise MergeError(what, where=where, hint=hint)
-        if key not in keys.get(whole, ()):
-            what = f"it says that {key!r} is in {file}, which does not hold it"
-            raise MergeError(what, where=where, hint=hint, tensor=key)

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from merge_avg.checkpoint import Layout, Storage, TensorInfo, TreePath, dotted
 from merge_avg.errors import MergeError, named
-from merge_avg.formats.pickle.torch_objects import one_rank
+from merge_avg.formats.refused import one_rank
 from merge_avg.formats.tiles import Index, joined, tile
 
 _RANK = re.compile(r"(?P<head>(.*[^A-Za-z0-9])?rank[-_]?)(?P<rank>\d{1,6})(?P<tail>\D*)")

@@ -1,7 +1,8 @@
 """Files that are not checkpoints, told by their bytes, each with the way out.
 
 They are weights of other programs, archives, pickles that torch.save did not write, and what a
-download leaves that failed. Zip archives are told by the names of their records.
+download leaves that failed. Zip archives are told by the names of their records. And files of one
+rank, which are of use only beside those of the others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from merge_avg.checkpoint import Layout
 from merge_avg.errors import MergeError
 
 _LFS = b"version https://git-lfs"
@@ -97,3 +99,29 @@ def refuse_archive(path: Path, names: Sequence[str]) -> None:
     for ending, (what, hint) in _BY_RECORD.items():
         if any(name.endswith(ending) for name in told):
             raise MergeError(what, where=path, hint=hint)
+
+
+def refuse_alone(layout: Layout) -> None:
+    """Raise MergeError for a file that is of use only beside those of the other ranks."""
+    refuse_hollow(layout)
+    if any(info.shard for info in layout.tensors):
+        raise one_rank(layout.path)
+
+
+def refuse_hollow(layout: Layout) -> None:
+    """Raise MergeError for a file of ZeRO-3 that has placeholders, and no weights."""
+    keys = {*layout.others, *(str(info.path[0]) for info in layout.tensors)}
+    if {"ds_config", "ds_version"} & keys:
+        # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 partitioned.
+        module = [info.shape for info in layout.tensors if info.path[0] == "module"]
+        if module and {(0,)}.issuperset(module):
+            hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
+            what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
+            raise MergeError(what, where=layout.path, hint=hint)
+
+
+def one_rank(path: Path) -> MergeError:
+    """Return the error for a file with one rank's parts, and without those of the others."""
+    hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
+    hint += " of torch.distributed.checkpoint"
+    return MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)

@@ -18,7 +18,8 @@ from typing import Any
 from merge_avg.checkpoint import File, Layout
 from merge_avg.errors import named
 from merge_avg.formats import bounded
-from merge_avg.formats.directory import is_index, latest, of_a_run, relative
+from merge_avg.formats.directory import latest, of_a_run, relative
+from merge_avg.formats.shards import is_index
 
 # What training loops write anew with each checkpoint, and nobody who loads the model reads.
 PROGRESS = re.compile(rb"global_step|log_history|unixtime|\"(train|valid)_loss\"")

@@ -26,7 +26,7 @@ from merge_avg.checkpoint import (
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import scan
 from merge_avg.formats.bounded import read
-from merge_avg.formats.directory import shard_of
+from merge_avg.formats.shards import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_lora, parse_part
 from merge_avg.plan._alignment import align, match

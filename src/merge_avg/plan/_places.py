@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_avg.checkpoint import Layout, TensorInfo
+from merge_avg.checkpoint import Layout, Storage, TensorInfo
 from merge_avg.errors import MergeError
 from merge_avg.formats import Piece
 from merge_avg.plan._units import Unit, tiled
@@ -26,10 +26,19 @@ class Target:
     view: TensorInfo | None = None
 
 
+def homes_of(storage: Storage, template: Layout) -> Iterator[Storage]:
+    """Yield the records that a storage lies in, and those of other ranks with the same content."""
+    for part in storage.ranges:
+        name, _ = template.spans.get((part.file, part.name), (part.name, 0))
+        yield replace(part, name=name)
+        yield from template.twins.get((part.file, part.name), ())
+
+
 def in_place(unit: Unit, template: Layout) -> Iterator[Target]:
     """Yield where a unit goes in a copy of the template, also in each rank that has the same."""
     for one in _home(unit, template):
-        yield one
+        slot, offset = template.spans.get((one.file, one.slot), (one.slot, 0))
+        yield replace(one, slot=slot, at=one.at + offset) if offset or slot != one.slot else one
         for twin in template.twins.get((one.file, one.slot), ()):
             yield replace(one, file=twin.file, slot=twin.name)
 

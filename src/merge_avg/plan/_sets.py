@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
 
 from merge_avg.checkpoint import Layout, TreePath, kind_of
-from merge_avg.formats import Asked, NewSet, set_format
+from merge_avg.formats import Asked, NewSet, Piece, set_format
+from merge_avg.formats.directory import relative
 
 
 def unneeded(template: Layout, serve: Collection[TreePath] | None) -> set[tuple[int, str]]:
@@ -43,3 +45,15 @@ def sets_anew(template: Layout, asked: Asked) -> dict[int, tuple[NewSet, frozens
         if wanted and not storages.issubset(asked.dropped):
             found[number] = form.code.rewrite(template, number, asked), numbers
     return found
+
+
+def pieces_of(
+    template: Layout, anew: Mapping[int, tuple[NewSet, frozenset[int]]], places: Mapping[str, int]
+) -> dict[tuple[int, str], list[tuple[int, Piece]]]:
+    """Return what chunks of sets became that are written anew, with the number of their file."""
+    pieces = {}
+    for number, (new, _) in anew.items():
+        folder = PurePosixPath(relative(template, number)).parent
+        for home, some in new.pieces.items():
+            pieces[home] = [(places[str(folder / one.file)], one) for one in some]
+    return pieces

@@ -29,19 +29,13 @@ from merge_avg.checkpoint import (
     row_major,
 )
 from merge_avg.errors import MergeError, UsageError, named
-from merge_avg.formats import FORMATS, Asked, Format, NewSet, Piece, copy, format_for
-from merge_avg.formats.directory import (
-    INDEX,
-    SUFFIXES,
-    is_index,
-    leads_out,
-    read_index,
-    relative,
-    unsharded,
-)
+from merge_avg.formats import FORMATS, Asked, Format, copy, format_for
+from merge_avg.formats.directory import SUFFIXES, leads_out, relative
+from merge_avg.formats.shards import INDEX, is_index, read_index, unsharded
 from merge_avg.options import Options, suggested
-from merge_avg.plan._places import Target, in_place, moved
-from merge_avg.plan._sets import sets_anew, unneeded
+from merge_avg.plan._places import Target, homes_of, in_place, moved
+from merge_avg.plan._sets import pieces_of, sets_anew, unneeded
+from merge_avg.plan._training import is_placeholder
 from merge_avg.plan._units import Plan, Unit
 
 # The formats of new files: with views, and without.
@@ -190,10 +184,14 @@ def _copied(
     averaged: dict[int, set[str]] = defaultdict(set)
     converted: dict[int, dict[str, DType]] = defaultdict(dict)
     for unit in plan.units:
-        for one in _homes_of(unit.storage, template):
+        for one in homes_of(unit.storage, template):
             averaged[one.file].add(one.name)
+    if changed and template.spans:
+        what = "the flat groups of ZeRO-3 cannot get another dtype in a copy"
+        hint = "write one file: end the output's name in .safetensors or .pt"
+        raise MergeError(what, where=template.path, hint=hint)
     for storage, dtype in changed.items():
-        for one in _homes_of(storage, template):
+        for one in homes_of(storage, template):
             converted[one.file][one.name] = dtype
     composed = dict(_placed(plan)) if plan.composites else {}
     for target in composed.values():
@@ -221,7 +219,7 @@ def _copied(
     # In a copy every slot has the name of its storage: units go where their storages are. Chunks of
     # a set that is written anew may have been cut.
     places = {name: place for place, name in enumerate(files)}
-    pieces = _pieces(template, anew, places)
+    pieces = pieces_of(template, anew, places)
     stay = set(range(len(template.files))) - replaced if template.members else ()
     kept = {number: places[relative(template, number)] for number in stay} or {0: 0}
     targets = tuple(
@@ -260,25 +258,6 @@ def _placed(plan: Plan) -> Iterator[tuple[Name, Target]]:
             raise MergeError(what, where=template.where(info), hint=hint, tensor=name)
         at = info.start * info.dtype.itemsize
         yield name, Target(0, info.numel, info.storage.file, info.storage.name, at)
-
-
-def _pieces(
-    template: Layout, anew: Mapping[int, tuple[NewSet, frozenset[int]]], places: Mapping[str, int]
-) -> dict[tuple[int, str], list[tuple[int, Piece]]]:
-    """Return what chunks of sets became that are written anew, with the number of their file."""
-    pieces = {}
-    for number, (new, _) in anew.items():
-        folder = PurePosixPath(relative(template, number)).parent
-        for home, some in new.pieces.items():
-            pieces[home] = [(places[str(folder / one.file)], one) for one in some]
-    return pieces
-
-
-def _homes_of(storage: Storage, template: Layout) -> Iterator[Storage]:
-    """Yield the ranges of a storage, and those of other ranks that have the same content."""
-    for part in storage.ranges:
-        yield part
-        yield from template.twins.get((part.file, part.name), ())
 
 
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:
@@ -399,7 +378,7 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     targets: list[list[Target]] = [[] for _ in plan.units]
     weights = _chosen(plan, weights)
     storages = {info.storage: None for info in weights.values()}
-    replaced = {part.file for storage in storages for part in _homes_of(storage, template)}
+    replaced = {part.file for storage in storages for part in homes_of(storage, template)}
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)
     files: dict[str, FileLayout] = {}
@@ -420,6 +399,8 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     for number, member in enumerate(template.members):
         name = relative(template, number)
         if number in replaced or is_index(name) or (member and member.set_member):
+            continue
+        if member and is_placeholder(template, member):
             continue
         if name in files:
             what = f"the new file {name} would replace one that the template has"

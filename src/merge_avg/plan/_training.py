@@ -28,7 +28,8 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError, named
 from merge_avg.formats import bounded, scan_file
-from merge_avg.formats.directory import INDEX, SUFFIXES, path_of, relative, unsharded
+from merge_avg.formats.directory import SUFFIXES, path_of, relative
+from merge_avg.formats.shards import INDEX, unsharded
 from merge_avg.plan._beside import PROGRESS
 
 _DATA = SUFFIXES | {".npz", ".npy", ".pickle", ".joblib", ".msgpack"}
@@ -73,8 +74,8 @@ def training_state(
                 continue  # of a set, what does not serve is left out of its files
             if False in found or any(kind_of(other) for one in members for other in one.others):
                 doubts["training state is kept that lies in a file with weights"].append(home)
-        elif home.rpartition("/")[0] in sets and not any(map(kind_of, path_of(home))):
-            continue  # common.pt of Megatron, which its loader needs beside the set
+        elif _beside(template, home, members, sets):
+            continue
         elif (told := bool(members) or _told(home, template.files[numbers[0]])) is None:
             doubts["what may be training state, or be needed to serve, is kept"].append(home)
         elif told:
@@ -98,6 +99,22 @@ def _kept_sets(template: Layout, holds: Mapping[int, set[bool]]) -> Iterator[int
     for number, member in enumerate(template.members):
         if member is not None and member.set_member and True in holds.get(number, ()):
             yield number
+
+
+def _beside(template: Layout, home: str, members: list[Layout], sets: Collection[str]) -> bool:
+    """Return whether a loader of weights needs a file without any."""
+    # Placeholders of ZeRO-3 tell what the flat groups hold; common.pt of Megatron lies in a set.
+    hollow = any(is_placeholder(template, member) for member in members)
+    return hollow or (home.rpartition("/")[0] in sets and not any(map(kind_of, path_of(home))))
+
+
+def is_placeholder(template: Layout, member: Layout) -> bool:
+    """Return whether a file has only placeholders of weights that lie in those of other ranks."""
+    if not template.spans:
+        return False
+    from merge_avg.formats.zero3 import is_hollow  # few directories have any
+
+    return is_hollow(member)
 
 
 def _home(name: str, member: Layout | None) -> str:

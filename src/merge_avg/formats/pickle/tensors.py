@@ -185,6 +185,7 @@ class TorchHooks:
             case "_rebuild_from_type_v2", (Global() as inner, cls, tuple() as inner_args, *more):
                 if inner.name == "_rebuild_wrapper_subclass":
                     what = _subclass(inner_args or (cls,))
+                    self.allowance.used += 400
                     return rank_part(what, more[0] if more else None) or unusual(what)
                 made = self.call(inner, inner_args) or unusual(_subclass((cls,)))
                 return replace(made, state=more[0]) if more and isinstance(made, Tensor) else made

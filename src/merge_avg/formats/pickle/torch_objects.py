@@ -33,6 +33,7 @@ from merge_avg.formats.pickle.load import load
 from merge_avg.formats.pickle.numpy_objects import digest_of, number_of
 from merge_avg.formats.pickle.tensors import NOWHERE, Stored, Tensor, TorchHooks, unusual
 from merge_avg.formats.pickle.values import Allowance, Instance, PickleError, Value, shown
+from merge_avg.formats.refused import one_rank
 
 _INNER = (dict, list, tuple, Instance)  # values that have others inside
 _SETS = (set, frozenset)
@@ -157,24 +158,9 @@ def refuse_root(objects: Objects, path: Path) -> None:
     if any(not info.path for info in objects.tensors):
         hint = "pass checkpoints that hold a state dict: a dict of names and tensors"
         raise MergeError("it holds a single tensor without a name", where=path, hint=hint)
-    keys = {*objects.others, *(str(info.path[0]) for info in objects.tensors)}
-    if {"ds_config", "ds_version"} & keys:
-        # DeepSpeed leaves a placeholder of shape (0,) for each parameter that ZeRO-3 partitioned.
-        module = [info.shape for info in objects.tensors if info.path[0] == "module"]
-        if module and {(0,)}.issuperset(module):
-            hint = "gather them first: python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR"
-            what = "a DeepSpeed ZeRO-3 file, whose weights are spread over the optimizer files"
-            raise MergeError(what, where=path, hint=hint)
     parts = [one for one in objects.tensors if (one.trouble or "").startswith("one rank's")]
     if any(one.shard is None for one in parts):
         raise one_rank(path)
-
-
-def one_rank(path: Path) -> MergeError:
-    """Return the error for a file with one rank's parts, and without those of the others."""
-    hint = "save a full state dict (StateDictOptions(full_state_dict=True)), or use a directory"
-    hint += " of torch.distributed.checkpoint"
-    return MergeError("it holds one rank's parts of distributed tensors", where=path, hint=hint)
 
 
 def values_below(root: Value, allowance: Allowance) -> Iterator[tuple[TreePath, Value]]:
