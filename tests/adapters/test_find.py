@@ -50,6 +50,7 @@ def test_other_kinds_are_refused(tmp_path, name):
 
 
 SETTINGS = {
+    "PiSSA": {"init_lora_weights": "pissa_niter_4"},
     "DoRA": {"use_dora": True},
     "biases of B": {"lora_bias": True},
     "target_parameters": {"target_parameters": ["experts"]},
@@ -62,7 +63,7 @@ def test_settings_of_other_kinds_are_refused(tmp_path, name):
     """What adapter_config.json says counts too."""
     state = factors(0, (2, 2, 2), "peft")
     paths = [write_peft(tmp_path / k, state, r=2, lora_alpha=2, **SETTINGS[name]) for k in "ab"]
-    with pytest.raises(MergeError, match=name):
+    with pytest.raises(MergeError, match="pissa" if name == "PiSSA" else name):
         merge_checkpoints(paths, tmp_path / "o", lora="rank:2")
 
 
@@ -191,6 +192,7 @@ def test_exclude_keeps_a_product(tmp_path):
         ({"lora": "best"}, "no way 'best'"),
         ({"lora": "exact", "fail_on": "strangers"}, "no verdict"),
         ({"lora": "exact", "weights_for": {"q.*": [1, 0]}}, "rules by name"),
+        ({"lora": "exact", "base": __file__}, "not compared with a base"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, what):
@@ -243,3 +245,50 @@ def test_a_full_model_with_factors(tmp_path, lora):
     least = tail(sum(products) / 2, found[A].shape[0])
     merged = found[B].double() @ found[A].double()
     assert distance(merged, sum(products) / 2) == pytest.approx(least, rel=1e-6, abs=2e-7)
+
+
+def test_factors_that_are_tied_are_not_copied(tmp_path):
+    """Two products with one A in common memory would overwrite each other's in a copy."""
+    paths = []
+    for seed in range(2):
+        a = noise(seed, 2, 9)
+        state = {A: a, B: noise(seed + 5, 7, 2), "k.lora_A.weight": a}
+        paths.append(tmp_path / f"{seed}.pt")
+        torch.save(state | {"k.lora_B.weight": noise(seed + 9, 7, 2)}, paths[-1])
+    with pytest.raises(MergeError, match="shares its memory"):
+        merge_checkpoints(paths, tmp_path / "o.pt", lora="rank:2")
+    merge_checkpoints(paths, tmp_path / "o.safetensors", lora="rank:2")
+
+
+def test_named_adapters(tmp_path):
+    """Names with that of an adapter in them, as in a model's own state dict, are factors."""
+    state = {name.replace(".weight", ".default.weight"): v for name, v in plain().items()}
+    merge_checkpoints(pair(tmp_path, state), tmp_path / "o.pt", lora="exact")
+    assert torch.load(tmp_path / "o.pt").keys() == state.keys()
+
+
+def test_folders_into_a_file(tmp_path):
+    """A file has no settings beside it: a note says what they have to be."""
+    paths = [
+        write_peft(tmp_path / k, factors(n, (2, 2, 2), "peft"), r=2, lora_alpha=6)
+        for n, k in enumerate("ab")
+    ]
+    for lora, told in (("exact", "r=4, lora_alpha=12"), ("rank:2", "r=2, lora_alpha=6")):
+        options = {"lora": lora, "overwrite": True}
+        result = merge_checkpoints(paths, tmp_path / "o.safetensors", **options)
+        assert any(f"has to say {told}" in note for note in result.notes)
+
+
+def test_include_takes_what_all_have(tmp_path):
+    """Products that a checkpoint lacks stay the template's where they are left out."""
+    more = plain(v__lora_A__weight=noise(1, 2, 9), v__lora_B__weight=noise(1, 7, 2))
+    paths = pair(tmp_path, more, plain())
+    merge_checkpoints(paths, tmp_path / "o.pt", lora="exact", include=["q.*"])
+    assert torch.load(tmp_path / "o.pt").keys() == more.keys()
+
+
+def test_ranks_that_a_header_claims_take_no_memory(tmp_path):
+    """Products of a total rank of 40,000 need memory that has to be asked for."""
+    state = {A: torch.zeros(20_000, 1).half(), B: torch.zeros(1, 20_000).half()}
+    with pytest.raises(MergeError, match="memory budget is too small"):
+        merge_checkpoints(pair(tmp_path, state), tmp_path / "o.pt", lora="rank:1")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_avg import verify_output
 from merge_avg.agreement import Comparison
-from merge_avg.errors import MergeError
+from merge_avg.errors import MergeError, UsageError
 from tests.adapters.helpers import (
     SPELLINGS,
     changes,
@@ -302,20 +302,22 @@ def test_too_little_agreement_writes_nothing(tmp_path):
     assert not (tmp_path / "o.safetensors").exists()
 
 
-def test_several_averages(tmp_path):
-    """Leaving each out in turn gives what merging the others gives."""
+def test_several_averages_are_refused(tmp_path):
+    """Averages of other members have other ranks, so that each is made alone."""
     paths = kohya(tmp_path)
-    merge_checkpoints(paths, tmp_path / "{name}.safetensors", lora="rank:2", leave_one_out=True)
-    merge_checkpoints(paths, tmp_path / "{name}.pt", lora="exact", leave_one_out=True)
-    for number in range(3):
-        rest = [path for k, path in enumerate(paths) if k != number]
-        expected = mean_of(rest, [1, 1])
-        exact = changes(tmp_path / f"without-{number}.pt")
-        best = changes(tmp_path / f"without-{number}.safetensors")
-        for name, matrix in expected.items():
-            assert distance(exact[name], matrix) < FLOAT32
-            least = pytest.approx(tail(matrix, 2), rel=1e-6, abs=FLOAT32)
-            assert distance(best[name], matrix) == least
+    with pytest.raises(UsageError, match="of a single average"):
+        merge_checkpoints(paths, tmp_path / "{name}.pt", lora="exact", leave_one_out=True)
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_checkpoint_without_weight_may_be_wrapped(tmp_path):
+    """Names of one that has no weight meet the template's too."""
+    paths = kohya(tmp_path)
+    state = {f"module.{name}": value for name, value in load_file(paths[2]).items()}
+    save_file(state, paths[2])
+    merge_checkpoints(paths, tmp_path / "o.safetensors", lora="exact", weights=[1, 1, 0])
+    found, expected = changes(tmp_path / "o.safetensors"), mean_of(paths[:2], [1, 1])
+    assert all(distance(found[name], expected[name]) < FLOAT32 for name in expected)
 
 
 def test_task_arithmetic(tmp_path):

@@ -39,7 +39,7 @@ from merge_avg.io import Reader
 
 _FACTOR = re.compile(
     r"(?i)(?P<stem>.*?)(?P<family>[._]?lora\d*)(_embedding)?[._](?P<side>A|B|down|up)"
-    r"(?P<rest>(\.\w+)?)"
+    r"(?P<rest>(\.[\w-]+)?(\.weight)?)"
 )
 _A = {"a", "down"}
 # What belongs to an adapter and is neither a factor nor its alpha: magnitudes, middle factors,
@@ -83,12 +83,15 @@ def find(
     rank: int | None,
     dtype: DType | None,
     kept: Mapping[Name, TensorInfo],
+    *,
+    folder: bool,
 ) -> Adapters:
     """Return the products in the weights of checkpoints, the template's first.
 
     Those with the numbers `counted` have a weight in some output. Products are averaged as the best
     ones of a `rank`, or exactly if that is None. Results have the dtype, by default the template's.
-    What is `kept` of the template stays as it is.
+    What is `kept` of the template stays as it is. The output is a `folder` like the template, or a
+    file.
 
     Raises:
         MergeError: there are none, not all checkpoints have the same, or some are of another kind.
@@ -111,7 +114,9 @@ def find(
             reader.close()
     products = [_sized(one, rank, dtype or one.factor(0, 0).dtype) for one in products]
     stays = {} if not kept else _factors(kept, path)
-    return _described(layouts[0], products, found, [(one, kept[one.a]) for one in stays.values()])
+    return _described(
+        layouts[0], products, found, [(one, kept[one.a]) for one in stays.values()], folder=folder
+    )
 
 
 def _factors(weights: Mapping[Name, TensorInfo], path: Path) -> dict[_Key, _Factors]:
@@ -356,19 +361,21 @@ def _described(
     products: Sequence[Product],
     found: Mapping[_Key, _Factors],
     stays: Sequence[tuple[_Factors, TensorInfo]],
+    *,
+    folder: bool,
 ) -> Adapters:
     """Return the products with what the files of an output have to say of them."""
     texts: dict[str, bytes] = {}
     metadata: dict[str, str] = {}
     notes: list[str] = []
-    for settings, number, modules in _changed(template, products, found, stays):
+    for settings, number, modules in _changed(template, products, found, stays, folder=folder):
         values = settings.rewritten(modules)
         if settings.path.name != CONFIG:
             said = metadata.get(METADATA) or _metadata(template, number)[METADATA]
             whole = components(said, settings.path)
             whole |= {settings.prefix + key: value for key, value in values.items()}
             metadata[METADATA] = json.dumps(whole, sort_keys=True, indent=2)
-        elif template.members:
+        elif folder:
             name = settings.path.relative_to(template.path).as_posix()
             texts[name] = json.dumps(values, indent=2).encode() + b"\n"
         else:
@@ -390,6 +397,8 @@ def _changed(
     products: Sequence[Product],
     found: Mapping[_Key, _Factors],
     stays: Sequence[tuple[_Factors, TensorInfo]],
+    *,
+    folder: bool,
 ) -> Iterator[tuple[Settings, int, dict[str, tuple[int, Fraction]]]]:
     """Yield settings that no longer hold, with the number of a file and the modules in it."""
     about: dict[tuple[Path, str], tuple[Settings, int]] = {}
@@ -403,7 +412,9 @@ def _changed(
         key = settings.path, settings.prefix
         about[key] = settings, number
         modules[key][_module(factors, settings)] = product.rank, product.scaling * product.rank
-        stale |= {key} if product.rank != product.template[0].shape[0] else set()
+        # A file has no settings beside it yet, where the template's are in its folder.
+        lost = bool(template.members) and not folder
+        stale |= {key} if lost or product.rank != product.template[0].shape[0] else set()
     for factors, a in stays:
         settings = settings_of(template, a.storage.ranges[0].file, factors.module)
         if settings is not None and (key := (settings.path, settings.prefix)) in stale:

@@ -28,6 +28,8 @@ CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # where diffusers keeps it in a safetensors file
 # Ways to change a weight that are more, or other, than a product of two matrices.
 _OTHERS = {"use_dora": "DoRA", "lora_bias": "biases of B", "target_parameters": "target_parameters"}
+# Ways to begin that take the first product out of the base: what is left depends on the rank.
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MOST_REPEATS = 3  # in a pattern: with more, matching a name could take forever
 
 Number = int | float
@@ -56,6 +58,9 @@ class Settings:
         """Raise MergeError for an adapter whose change is not a product of two matrices alone."""
         kind = self.values.get("peft_type", "LORA")
         known = [name for key, name in _OTHERS.items() if self.values.get(key)]
+        start = self.values.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
+            known.append(f"init_lora_weights={start!r}, which changes the base too")
         if kind != "LORA" or known:
             raise refusal(self.path, str(kind) if kind != "LORA" else known[0])
 

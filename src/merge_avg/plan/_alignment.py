@@ -91,6 +91,9 @@ def align(
         if other is weights[0]:  # those of a run most often share their tensors
             columns.append(template)
             continue
+        if not other and besides:
+            columns.append({})
+            continue
         column, note = match(paths[0], weights[0], path, other)
         notes += [note] if note else []
         columns.append(chosen(column))

@@ -20,6 +20,7 @@ from merge_avg.plan._units import Unit
 
 MIB = 1 << 20
 _DEFAULT = 64 * MIB
+_MOST_COMPOSED = 4096 * MIB
 _MOST_THREADS = 8  # a disk, or the memory bus, serves no more
 MOST_THREADS = 256
 
@@ -130,7 +131,8 @@ def plan_budget(
     workers = threads or min(cores(), _MOST_THREADS)
     buffers = max(_DEFAULT, workers * _DEFAULT // 2)
     buffers += max(_known(entries, checkpoints)[1] - MIB, 0) + min(pairs * _PAIR_BYTES, _DEFAULT)
-    buffers += min(workers * composed, max(composed, _DEFAULT))
+    if composed <= _MOST_COMPOSED:  # more has to be asked for: any header may claim it
+        buffers += min(workers * composed, max(composed, _DEFAULT))
     long = sum(length > _LEAST_WINDOW for length in lengths)
     about = entries, outputs, checkpoints, long, pairs, composed
     least = Budget(1, _LEAST_WINDOW, 1, itemsize, *about)

@@ -32,10 +32,17 @@ def find_composites(
     weights: list[dict[Name, TensorInfo]],
     rows: Sequence[Weights],
     options: Options,
+    *,
+    folder: bool,
 ) -> Together:
-    """Return what is averaged only together; each output has a row of weights."""
+    """Return what is averaged only together; each output has a row of weights.
+
+    An output may be a `folder`: its name has no ending of a file.
+    """
     counted = [k for k in range(len(inputs)) if any(row.integers[k] for row in rows)]
-    found = _adapters(inputs, layouts, Together(weights), counted, options)
+    found = _adapters(
+        inputs, layouts, Together(weights), counted, options, len(rows), folder=folder
+    )
     return _scaled(inputs, layouts, found, counted, options, len(rows))
 
 
@@ -45,6 +52,9 @@ def _adapters(
     so_far: Together,
     counted: Sequence[int],
     options: Options,
+    outputs: int,
+    *,
+    folder: bool,
 ) -> Together:
     """Add adapters, if their products are to be averaged."""
     if options.lora == "factors":
@@ -54,13 +64,20 @@ def _adapters(
     if options.weights_for:
         hint = "leave out --weights-for, or use --lora factors"
         raise UsageError("rules by name are for tensors, not for products of factors", hint=hint)
+    if options.base is not None:
+        hint = "leave out --base: what adapters do is a change of it already"
+        raise UsageError("adapters are not compared with a base", hint=hint)
+    if outputs > 1:  # each may have another rank
+        hint = "make one average at a time, or use --lora factors"
+        raise UsageError("the products of adapters are of a single average", hint=hint)
     columns = _columns(inputs, so_far.left)
     patterns = options.include, options.exclude
     chosen = [{n: i for n, i in one.items() if is_chosen(n, *patterns)} for one in columns]
     rank = None if options.lora == "exact" else int(options.lora.partition(":")[2])
     kept = {name: info for name, info in columns[0].items() if name not in chosen[0]}
-    found = find(layouts, chosen, counted, rank, _asked(options), kept)
-    left = _without(so_far.left, found.products)
+    about = counted, rank, _asked(options), kept
+    found = find(layouts, chosen, *about, folder=folder and bool(layouts[0].members))
+    left = _without(so_far.left, found.products, columns)
     return Together(left, found.products, found.texts, found.metadata, found.notes)
 
 
@@ -74,15 +91,19 @@ def _scaled(
 ) -> Together:
     """Add tensors that are codes with scales."""
     # Few checkpoints have tensors of bytes: most merges need not import what looks at them.
-    if not any(info.dtype.itemsize == 1 for info in so_far.left[0].values()):
+    tables = {id(one): one for one in so_far.left}.values()
+    if not any(info.dtype.itemsize == 1 for one in tables for info in one.values()):
         return so_far
-    from merge_avg.scaled import find, may_have
+    from merge_avg.scaled import find, may_have, refuse_scaled
 
     if not may_have(so_far.left[0]):
+        for number in counted:
+            refuse_scaled(layouts[number], so_far.left[number], layouts[0].path)
         return so_far
+    columns = _columns(inputs, so_far.left)
     found = find(
         layouts,
-        _columns(inputs, so_far.left),
+        columns,
         counted,
         lambda name: is_chosen(name, options.include, options.exclude),
         _asked(options),
@@ -96,7 +117,7 @@ def _scaled(
     if found.tensors and options.base is not None:
         notes = (*notes, f"tensors with scales are not compared with {options.base}")
     return Together(
-        _without(so_far.left, found.tensors) if found.tensors else so_far.left,
+        _without(so_far.left, found.tensors, columns) if found.tensors else so_far.left,
         (*so_far.composites, *found.tensors),
         {**so_far.texts, **found.texts},
         so_far.metadata,
@@ -118,7 +139,7 @@ def _columns(inputs: Sequence[Path], weights: Sequence[Tensors]) -> list[Tensors
 
 
 def _without(
-    weights: Sequence[Tensors], composites: Sequence[Composite]
+    weights: Sequence[Tensors], composites: Sequence[Composite], columns: Sequence[Tensors]
 ) -> list[dict[Name, TensorInfo]]:
     """Return the weights of each checkpoint without those that composites consist of."""
     left: list[dict[Name, TensorInfo]] = []
@@ -126,8 +147,8 @@ def _without(
     done: dict[int, dict[Name, TensorInfo]] = {}  # those of a run most often share their tensors
     for k, some in enumerate(weights):
         if id(some) not in done:
-            gone = {info.path for one in composites for info in one.sources[k]}
-            rest = {n: i for n, i in some.items() if i.path not in gone and n not in named}
+            gone = {columns[k][name].path for name in named if name in columns[k]}
+            rest = {n: i for n, i in some.items() if i.path not in gone}
             done[id(some)] = rest
         left.append(done[id(some)])
     return left

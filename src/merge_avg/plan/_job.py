@@ -24,7 +24,7 @@ from merge_avg.checkpoint import (
     parts_note,
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
-from merge_avg.formats import scan
+from merge_avg.formats import format_for, scan
 from merge_avg.formats.bounded import read
 from merge_avg.formats.shards import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
@@ -272,7 +272,8 @@ def _prepared(
     roles, masters = roles_of(layouts, options.key)
     weights = [role.weights for role in roles]
     bare = {name: info for name, info in weights[0].items() if name not in masters}
-    together = find_composites(inputs, layouts, weights, [o.weights for o in outputs], options)
+    rows, folder = [one.weights for one in outputs], format_for(outputs[0].path.suffix) is None
+    together = find_composites(inputs, layouts, weights, rows, options, folder=folder)
     weights, besides = together.left, bool(together.composites)
     patterns = options.include, options.exclude
     aligned = align(inputs, weights, options.missing, *patterns, masters, besides=besides)

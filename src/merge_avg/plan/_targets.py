@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -248,12 +248,15 @@ def _copied(
 def _placed(plan: Plan) -> Iterator[tuple[Name, Target]]:
     """Yield where composites go in a copy of the template: where theirs are."""
     template = plan.layouts[0]
+    views = Counter((info.storage.file, info.storage.name) for info in template.tensors)
     for info in template.tensors:
         name = Name(info.path[:-1], str(info.path[-1]))
         if name not in plan.composed:
             continue
-        if info.storage.parts or info.storage.tiles:
-            what = f"tensor {str(name)!r} lies in several pieces"
+        shared = views[info.storage.file, info.storage.name] > 1  # each would overwrite the other
+        if shared or info.storage.parts or info.storage.tiles:
+            lot = "shares its memory with another" if shared else "lies in several pieces"
+            what = f"tensor {str(name)!r} {lot}"
             hint = "write one file: end the output's name in .safetensors or .pt"
             raise MergeError(what, where=template.where(info), hint=hint, tensor=name)
         at = info.start * info.dtype.itemsize
@@ -378,6 +381,10 @@ def _sharded(plan: Plan, weights: Mapping[Name, TensorInfo], shard_size: int) ->
     targets: list[list[Target]] = [[] for _ in plan.units]
     weights = _chosen(plan, weights)
     storages = {info.storage: None for info in weights.values()}
+    consumed = {name for one in plan.composites for name in one.consumed}
+    for info in template.tensors if consumed else ():  # scales too, that the output lacks
+        if Name(info.path[:-1], str(info.path[-1])) in consumed:
+            storages[info.storage] = None
     replaced = {part.file for storage in storages for part in homes_of(storage, template)}
     base, form, suffix = _shard_name(template, replaced)
     shards = _cut(plan, weights, shard_size)

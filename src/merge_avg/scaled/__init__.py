@@ -7,7 +7,7 @@ composite: its numbers are averaged, and become codes with new scales by the rul
 
 from __future__ import annotations
 
-from merge_avg.scaled._find import Found, find, may_have
+from merge_avg.scaled._find import Found, find, may_have, refuse_scaled
 from merge_avg.scaled._scaled import Scaled
 
-__all__ = ["Found", "Scaled", "find", "may_have"]
+__all__ = ["Found", "Scaled", "find", "may_have", "refuse_scaled"]

@@ -39,6 +39,17 @@ def may_have(weights: Mapping[Name, TensorInfo]) -> bool:
     return any(i.dtype.name == "uint8" or i.dtype.name in FORMS for i in weights.values())
 
 
+def refuse_scaled(layout: Layout, weights: Mapping[Name, TensorInfo], template: Path) -> None:
+    """Raise MergeError for a checkpoint with scaled tensors where the template has numbers."""
+    if not may_have(weights):
+        return
+    for one in recognise(weights, config_of({})).groups:
+        name = str(one.codes)
+        what = f"tensor {name!r} holds codes with scales, and in {template} it does not"
+        hint = "write it without scales first: merge it alone with --dtype and --allow-trivial"
+        raise MergeError(what, where=layout.path, hint=hint, tensor=name)
+
+
 def find(
     layouts: Sequence[Layout],
     columns: Columns,
@@ -84,7 +95,8 @@ def find(
             else:
                 notes.append(f"the {CONFIG} beside the output has to be without {KEY!r}")
     if tensors and dtype is not None:
-        tensors[0] = _marked(tensors[0], columns, counting, marks)
+        gone = [name for name in marks if is_chosen(name) and _is_stale(name, columns[0], tensors)]
+        tensors[0] = _marked(tensors[0], columns, counting, gone)
     return Found(tuple(tensors), texts, (*notes, *_notes(tensors)))
 
 
@@ -208,6 +220,17 @@ def _check(
         what = f"tensor {str(name)!r} is quantised, and does not lie in one piece of its own"
         hint = "save it as .clone(), or in a .safetensors file"
         raise MergeError(what, where=where, hint=hint, tensor=name)
+
+
+def _is_stale(mark: Name, weights: Mapping[Name, TensorInfo], tensors: Sequence[Scaled]) -> bool:
+    """Return whether a mark is wrong without scales; what stays quantised keeps its own."""
+    home = mark.state_dict, mark.key.rpartition(".")[0]
+    taken = {name for one in tensors for name in one.consumed}
+    if mark.key.rpartition(".")[2] == "scaled_fp8":
+        coded = (n for n, i in weights.items() if i.dtype.name in FORMS and n != mark)
+        return taken.issuperset(coded)
+    modules = {(name.state_dict, name.key.rpartition(".")[0]) for name in taken}
+    return weights[mark].dtype.itemsize == 1 and home in modules
 
 
 def _marked(
