@@ -91,10 +91,9 @@ def align(
         if other is weights[0]:  # those of a run most often share their tensors
             columns.append(template)
             continue
-        if not other and besides:
-            columns.append({})
-            continue
-        column, note = match(paths[0], weights[0], path, other)
+        # Of one whose tensors are all averaged together with others, nothing is left.
+        alone = not other and besides
+        column, note = ({}, None) if alone else match(paths[0], weights[0], path, other)
         notes += [note] if note else []
         columns.append(chosen(column))
     pairs = zip(paths[1:], columns, strict=True)

@@ -274,9 +274,8 @@ def _prepared(
     bare = {name: info for name, info in weights[0].items() if name not in masters}
     rows, folder = [one.weights for one in outputs], format_for(outputs[0].path.suffix) is None
     together = find_composites(inputs, layouts, weights, rows, options, folder=folder)
-    weights, besides = together.left, bool(together.composites)
-    patterns = options.include, options.exclude
-    aligned = align(inputs, weights, options.missing, *patterns, masters, besides=besides)
+    about = options.missing, options.include, options.exclude, masters
+    aligned = align(inputs, together.left, *about, besides=bool(together.composites))
     made = make_plan(layouts, aligned, options.dtype)
     made = replace(
         made,
