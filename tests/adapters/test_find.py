@@ -292,3 +292,13 @@ def test_ranks_that_a_header_claims_take_no_memory(tmp_path):
     state = {A: torch.zeros(20_000, 1).half(), B: torch.zeros(1, 20_000).half()}
     with pytest.raises(MergeError, match="memory budget is too small"):
         merge_checkpoints(pair(tmp_path, state), tmp_path / "o.pt", lora="rank:1")
+
+
+def test_settings_that_differ_are_named(tmp_path):
+    """Those of scaling all count; of others the template's are kept, and a note says which."""
+    paths = [
+        write_peft(tmp_path / k, factors(n, (2, 2, 2), "peft"), r=2, lora_alpha=6 + n, base=k)
+        for n, k in enumerate("ab")
+    ]
+    result = merge_checkpoints(paths, tmp_path / "o", lora="exact")
+    assert "adapter_config.json differs in 'base'; the template's is kept" in result.notes

@@ -27,6 +27,7 @@ from merge_avg.adapters._product import Product
 from merge_avg.adapters._settings import (
     CONFIG,
     METADATA,
+    SCALING,
     Settings,
     components,
     number_of,
@@ -114,9 +115,9 @@ def find(
             reader.close()
     products = [_sized(one, rank, dtype or one.factor(0, 0).dtype) for one in products]
     stays = {} if not kept else _factors(kept, path)
-    return _described(
-        layouts[0], products, found, [(one, kept[one.a]) for one in stays.values()], folder=folder
-    )
+    pairs = [(one, kept[one.a]) for one in stays.values()]
+    made = _described(layouts[0], products, found, pairs, folder=folder)
+    return replace(made, notes=(*made.notes, *_differences(layouts, [0, *counted])))
 
 
 def _factors(weights: Mapping[Name, TensorInfo], path: Path) -> dict[_Key, _Factors]:
@@ -390,6 +391,16 @@ def _described(
         metadata["ss_network_dim"] = str(rank)
         metadata["ss_network_alpha"] = "Dynamic" if alpha is None else str(number_of(alpha))
     return Adapters(tuple(products), texts, metadata, tuple(notes))
+
+
+def _differences(layouts: Sequence[Layout], counted: Sequence[int]) -> Iterator[str]:
+    """Yield a note on settings that differ, beside those of scaling, which all count."""
+    found = [read_settings(layouts[k].path / CONFIG) for k in counted if layouts[k].members]
+    values = [one.values for one in found if one is not None]
+    keys = sorted({key for one in values for key in one} - SCALING)
+    differ = [key for key in keys if any(one.get(key) != values[0].get(key) for one in values)]
+    if differ:
+        yield f"{CONFIG} differs in {named(differ)}; the template's is kept"
 
 
 def _changed(

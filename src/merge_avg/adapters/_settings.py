@@ -26,6 +26,7 @@ from merge_avg.formats import bounded
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # where diffusers keeps it in a safetensors file
+SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 # Ways to change a weight that are more, or other, than a product of two matrices.
 _OTHERS = {"use_dora": "DoRA", "lora_bias": "biases of B", "target_parameters": "target_parameters"}
 # Ways to begin that take the first product out of the base: what is left depends on the rank.
