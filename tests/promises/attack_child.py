@@ -172,6 +172,7 @@ def serve(what: str, first: Sequence[str]) -> None:
         codecs.lookup(codec)
     with tempfile.TemporaryDirectory() as folder:
         command(f"{folder}/none.pt")  # for the imports of an error
+    importlib.import_module("merge_avg.scaled")  # which tensors of bytes may belong to
     for path in first:
         do(path)
     for line in sys.stdin:
