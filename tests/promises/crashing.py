@@ -158,7 +158,7 @@ KINDS = {
     "safetensors": Kind(_safetensors, "out.safetensors"),
     "shards": Kind(_shards, "out"),
     "dcp": Kind(_dcp, "out"),
-    "dcp-cut": Kind(_dcp, "out", ("--max-shard-size", "1KiB", "--weights-only")),
+    "dcp-cut": Kind(_dcp, "out", ("--max-shard-size", "64KiB", "--weights-only")),
     "cut": Kind(_zip, "out", ("--max-shard-size", "1KiB")),
     "scratch": Kind(_tied, "out.safetensors"),
     "verify-zip": Kind(_zip, "out.pt", verify=True),
