@@ -388,12 +388,9 @@ def load_average(model: torch.nn.Module, paths: Places, **options: Any) -> Loade
     if not hasattr(model, "state_dict"):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     asked = _understood(_Loading, options)
-    if asked.shared:
-        hint = "leave out --resume, --part and --finish"
-        raise UsageError("a model is filled by one process", hint=hint)
-    if asked.lora != "factors":
-        hint = "average adapters into a file or folder, and load that"
-        raise UsageError("a model is filled with means of its own tensors", hint=hint)
+    if asked.shared or asked.lora != "factors":
+        hint = "leave out --resume, --part, --finish and --lora"
+        raise UsageError("a model is filled by one process, from its own tensors", hint=hint)
     with tempfile.TemporaryDirectory(prefix="merge-avg-") as name:
         # An output that is never made: a bare state dict, in which each tensor stands alone.
         place = Path(name) / "average.safetensors"

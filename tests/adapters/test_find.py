@@ -118,7 +118,7 @@ def test_a_single_file_of_peft_needs_its_settings(tmp_path):
     paths = [tmp_path / f"{k}.safetensors" for k in range(2)]
     for seed, path in enumerate(paths):
         save_file(factors(seed, (2, 2, 2), "peft"), path)
-    with pytest.raises(MergeError, match="what scales it is not known") as caught:
+    with pytest.raises(MergeError, match="what scales it is unknown") as caught:
         merge_checkpoints(paths, tmp_path / "o.safetensors", lora="exact")
     assert "adapter_config.json" in caught.value.hint
 

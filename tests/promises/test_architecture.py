@@ -238,7 +238,7 @@ def test_json_that_is_shown_is_strict():
         "plan._provenance",
         "plan._targets",
         "formats.safetensors",
-        "adapters._find",
+        "adapters._described",
         "scaled._find",
     }
     for path in ROOT.rglob("*.py"):

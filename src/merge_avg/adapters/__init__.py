@@ -7,6 +7,7 @@ of the ranks; or nearly, as the best adapter of a given rank (Eckart and Young 1
 
 from __future__ import annotations
 
-from merge_avg.adapters._find import Adapters, find
+from merge_avg.adapters._described import Adapters
+from merge_avg.adapters._find import find
 
 __all__ = ["Adapters", "find"]

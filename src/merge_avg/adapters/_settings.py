@@ -1,4 +1,4 @@
-"""What adapter_config.json and its like say of the scaling of each module, and how it is rewritten.
+"""Settings of adapters: the ranks and scalings that adapter_config.json and its like tell.
 
     {"r": 8, "lora_alpha": 16, "use_rslora": false,
      "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.v_proj": 32}}

@@ -74,7 +74,7 @@ class Composite(Protocol):
 
 
 class Access(Protocol):
-    """What a composite reads and writes through, by numbers of its sources and results."""
+    """The reading and writing of a composite, by numbers of its sources and results."""
 
     @property
     def weights(self) -> Sequence[Sequence[Fraction]]:

@@ -92,7 +92,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank's part of a distributed tensor says about the whole."""
+    """The whole of a distributed tensor, as one rank's part of it tells."""
 
     shape: tuple[int, ...]  # of the whole
     dims: tuple[int | None, ...]  # along which each dimension of the mesh cuts; None: replicated

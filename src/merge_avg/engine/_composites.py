@@ -22,7 +22,7 @@ _SEED = 1 << 63  # seeds of units and of copied records lie below and above
 
 
 class Access:
-    """What composite `number` of a merge reads and writes through; see `checkpoint.Access`."""
+    """The access of composite `number` of a merge; see `checkpoint.Access`."""
 
     def __init__(self, space: Workspace, number: int, hashes: list[int]) -> None:
         self._space, self._number = space, number

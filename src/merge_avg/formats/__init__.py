@@ -76,7 +76,7 @@ class NewSet:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a set that is written anew; chunks are known by their storages' names."""
+    """The contents of a set that is written anew; chunks are known by their storages' names."""
 
     averaged: Mapping[int, set[str]]  # by the number of the template's file
     converted: Mapping[int, Mapping[str, DType]]

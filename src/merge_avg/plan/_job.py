@@ -19,21 +19,18 @@ from merge_avg.checkpoint import (
     Roles,
     TensorInfo,
     assign,
-    dotted,
-    kind_of,
     parts_note,
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import format_for, scan
-from merge_avg.formats.bounded import read
-from merge_avg.formats.shards import shard_of
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_lora, parse_part
 from merge_avg.plan._alignment import align, match
-from merge_avg.plan._beside import notes_beside, tracker_notes
+from merge_avg.plan._beside import tracker_notes
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
-from merge_avg.plan._composites import Together, find_composites
+from merge_avg.plan._composites import find_composites
 from merge_avg.plan._masters import roles_of
+from merge_avg.plan._notes import notes_of, stale_notes
 from merge_avg.plan._provenance import Hashes, Record, is_made, write_record
 from merge_avg.plan._rules import Rule, read_rules, ruled
 from merge_avg.plan._targets import OutputLayout, lay_out
@@ -285,7 +282,7 @@ def _prepared(
     )
     plan, ruled_notes = ruled(made, rules, masters, inputs[0])
     base = None if options.base is None else _number_of(inputs, Path(options.base))
-    notes = [*ruled_notes, *together.notes, *_stale(roles[0], together, options)]
+    notes = [*ruled_notes, *together.notes, *stale_notes(roles[0], together, options)]
     if options.base is not None and base is None:
         base = len(inputs)
         plan, more = _based(plan, Path(options.base), bare, options.key)
@@ -312,7 +309,7 @@ def _prepared(
         notes.append(f"{what}: {named(masters)}")
     averaged = {n: aligned.template(n) for n in aligned.rows if n not in aligned.skipped}
     parts = parts_note(averaged if len(layouts) > 1 else {})
-    said = (*_notes(plan, options, layout, len(layouts)), *parts, *notes)
+    said = (*notes_of(plan, options, layout, len(layouts)), *parts, *notes)
     if layout.directory and layouts[0].members and len(outputs) == 1 and made_by is None:
         said = (*said, *tracker_notes(layouts[0].path, outputs[0].path))
     job = Job(outputs, layout, options, roles[0], plan, budget, said, base, made_by, rules)
@@ -322,14 +319,6 @@ def _prepared(
             what = f"every checkpoint that has {str(unit.members[0][0])!r} has the weight zero"
             raise MergeError(what, where=inputs[0])
     return job
-
-
-def _stale(roles: Roles, together: Together, options: Options) -> Iterator[str]:
-    """Yield a note where an optimizer's state, which is kept, does not fit factors any more."""
-    optimizer = any(one.reason.startswith("optimizer") for one in roles.kept)
-    if options.lora != "factors" and together.texts and optimizer and not options.weights_only:
-        what = "the optimizer's state is the template's, and does not fit factors of another rank"
-        yield f"{what}; --weights-only leaves it out"
 
 
 def _based(
@@ -395,42 +384,3 @@ def refuse_inputs(target: Path, layouts: Sequence[Layout], logs: Sequence[Path] 
             continue
         hint = "choose another output; inputs are never written to"
         raise MergeError(f"the output {relation} the input {path}", where=target, hint=hint)
-
-
-def _notes(plan: Plan, options: Options, output: OutputLayout, count: int) -> list[str]:
-    """Return notes for the user on the first `count` checkpoints, beside those on names."""
-    layouts = plan.layouts[:count]
-    notes = [*dict.fromkeys(note for layout in layouts for note in layout.notes)]
-    shards = (layout.path for layout in layouts if not layout.members and shard_of(layout.path))
-    if path := next(shards, None):
-        what = f"one of {shard_of(path)} shards; to average all of them, pass their directory"
-        notes.append(f"{path} is {what}")
-    if output.directory:
-        folders = [layout for layout in layouts if layout.members]
-        notes += notes_beside(folders, plan.texts) if layouts[0].members else ()
-        # Files that say how a model of Hugging Face is built.
-        for name in ("config.json", "adapter_config.json"):
-            there = [f for layout in folders for f in layout.files if f.path == layout.path / name]
-            for file in there:
-                read(file.path)  # nobody has such a file of gigabytes
-            if there and options.dtype not in (None, TEMPLATE) and name not in plan.texts:
-                notes.append(f"{name} is the template's, and may still name another dtype")
-    return [*notes, *_array_notes(layouts, output)]
-
-
-def _array_notes(layouts: Sequence[Layout], output: OutputLayout) -> Iterator[str]:
-    """Yield a note on NumPy arrays that differ from the template's, unless they are state."""
-    optimizers = set(layouts[0].optimizers)
-    others = [dict(layout.arrays) for layout in layouts[1:]]
-    differ = [
-        dotted(path)
-        for path, digest in layouts[0].arrays
-        if not any(kind_of(key) or path[:depth] in optimizers for depth, key in enumerate(path))
-        and any(other.get(path, digest) != digest for other in others)
-    ]
-    if differ:
-        what = "is a NumPy array that differs", "the template's is kept"
-        if len(differ) > 1:
-            what = "are NumPy arrays that differ", "the template's are kept"
-        kept = what[1] if output.whole else "the output has none"
-        yield f"{named(differ)} {what[0]} between the checkpoints; {kept}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_avg.checkpoint import Layout, Storage, TensorInfo
+from merge_avg.checkpoint import Layout, Name, Storage, TensorInfo
 from merge_avg.errors import MergeError
 from merge_avg.formats import Piece
-from merge_avg.plan._units import Unit, tiled
+from merge_avg.plan._units import Plan, Unit, tiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +92,30 @@ def moved(
             shift = target.start - first
             at = (begin - piece.start) * size
             yield Target(begin + shift, last + shift, file, piece.slot, at)
+
+
+def placed_in_copy(plan: Plan) -> Iterator[tuple[Name, Target]]:
+    """Yield where composites go in a copy of the template: where theirs are."""
+    template = plan.layouts[0]
+    views = Counter((info.storage.file, info.storage.name) for info in template.tensors)
+    for info in template.tensors:
+        name = Name(info.path[:-1], str(info.path[-1]))
+        if name not in plan.composed:
+            continue
+        shared = views[info.storage.file, info.storage.name] > 1  # each would overwrite the other
+        if shared or info.storage.parts or info.storage.tiles:
+            lot = "shares its memory with another" if shared else "lies in several pieces"
+            what = f"tensor {str(name)!r} {lot}"
+            hint = "write one file: end the output's name in .safetensors or .pt"
+            raise MergeError(what, where=template.where(info), hint=hint, tensor=name)
+        at = info.start * info.dtype.itemsize
+        yield name, Target(0, info.numel, info.storage.file, info.storage.name, at)
+
+
+def grown(plan: Plan, weights: Mapping[Name, TensorInfo]) -> bool:
+    """Return whether composites leave tensors of other shapes or dtypes, or fewer of them."""
+    consumed = [name for one in plan.composites for name in one.consumed]
+    return len(consumed) != len(plan.composed) or any(
+        (one.shape, one.dtype) != (weights[name].shape, weights[name].dtype)
+        for name, one in plan.composed.items()
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -33,7 +33,7 @@ from merge_avg.formats import FORMATS, Asked, Format, copy, format_for
 from merge_avg.formats.directory import SUFFIXES, leads_out, relative
 from merge_avg.formats.shards import INDEX, is_index, read_index, unsharded
 from merge_avg.options import Options, suggested
-from merge_avg.plan._places import Target, homes_of, in_place, moved
+from merge_avg.plan._places import Target, grown, homes_of, in_place, moved, placed_in_copy
 from merge_avg.plan._sets import pieces_of, sets_anew, unneeded
 from merge_avg.plan._training import is_placeholder
 from merge_avg.plan._units import Plan, Unit
@@ -113,7 +113,7 @@ def lay_out(
     template, asked = plan.layouts[0], format_for(path.suffix)
     try:
         _refuse_ending(path, plan, asked, options)
-        grown = _grown(plan, weights)
+        new_shapes = grown(plan, weights)
         whole = {one for composite in plan.composites for one in composite.consumed}
         new = {c.consumed[0]: c.results[0].name for c in plan.composites if c.results}
         renamed = {new.get(n, n): i for n, i in weights.items()}
@@ -122,15 +122,15 @@ def lay_out(
         if limit is not None and not _in_sets(template, weights.values()):
             return _sharded(plan, weights, limit)
         if template.members and asked is None:
-            return _sharded(plan, weights, _ENDLESS) if grown else _copied(plan, serve, limit)
+            return _sharded(plan, weights, _ENDLESS) if new_shapes else _copied(plan, serve, limit)
         if asked is None or asked.views:
-            if template.archive is not None and not (options.state_dict or grown):
+            if template.archive is not None and not (options.state_dict or new_shapes):
                 return _copied(plan)
             if template.archive is None and asked is None:
                 hint = f"end its name in {_PLAIN.suffixes[0]}, or in {', '.join(_PICKLED.suffixes)}"
                 what = f"the name {path.name!r} does not say which format to write"
                 raise UsageError(what, hint=hint)
-        elif template.format == asked.name and not grown:
+        elif template.format == asked.name and not new_shapes:
             return _copied(plan)  # it is a bare state dict already
         weights = _chosen(plan, weights)
         targets: list[list[Target]] = [[] for _ in plan.units]
@@ -139,15 +139,6 @@ def lay_out(
         return OutputLayout({FILE: file}, tuple(map(tuple, targets)), placed=placed)
     except MergeError as error:
         raise error.at(path) from None
-
-
-def _grown(plan: Plan, weights: Mapping[Name, TensorInfo]) -> bool:
-    """Return whether composites leave tensors of other shapes or dtypes, or fewer of them."""
-    consumed = [name for one in plan.composites for name in one.consumed]
-    return len(consumed) != len(plan.composed) or any(
-        (one.shape, one.dtype) != (weights[name].shape, weights[name].dtype)
-        for name, one in plan.composed.items()
-    )
 
 
 def _refuse_ending(path: Path, plan: Plan, asked: Format | None, options: Options) -> None:
@@ -193,7 +184,7 @@ def _copied(
     for storage, dtype in changed.items():
         for one in homes_of(storage, template):
             converted[one.file][one.name] = dtype
-    composed = dict(_placed(plan)) if plan.composites else {}
+    composed = dict(placed_in_copy(plan)) if plan.composites else {}
     for target in composed.values():
         averaged[target.file].add(target.slot)
     dropped = unneeded(template, serve)
@@ -243,24 +234,6 @@ def _copied(
         dropped=frozenset(one for one in dropped if one[0] in replaced),
         placed={name: replace(one, file=kept[one.file]) for name, one in composed.items()},
     )
-
-
-def _placed(plan: Plan) -> Iterator[tuple[Name, Target]]:
-    """Yield where composites go in a copy of the template: where theirs are."""
-    template = plan.layouts[0]
-    views = Counter((info.storage.file, info.storage.name) for info in template.tensors)
-    for info in template.tensors:
-        name = Name(info.path[:-1], str(info.path[-1]))
-        if name not in plan.composed:
-            continue
-        shared = views[info.storage.file, info.storage.name] > 1  # each would overwrite the other
-        if shared or info.storage.parts or info.storage.tiles:
-            lot = "shares its memory with another" if shared else "lies in several pieces"
-            what = f"tensor {str(name)!r} {lot}"
-            hint = "write one file: end the output's name in .safetensors or .pt"
-            raise MergeError(what, where=template.where(info), hint=hint, tensor=name)
-        at = info.start * info.dtype.itemsize
-        yield name, Target(0, info.numel, info.storage.file, info.storage.name, at)
 
 
 def _refuse_shared(plan: Plan, converted: Mapping[Storage, DType]) -> None:

@@ -1,4 +1,4 @@
-"""What are codes worth, and which codes has a mean? Tensors that are stored with scales.
+"""Which numbers do codes stand for, and which codes has their mean?
 
 A weight of 8 bits or 4 is a code times a scale, and its mean one of such products. `find` finds
 these tensors in all checkpoints of a merge, by their structure. A `Scaled` is one of them, a
