@@ -345,6 +345,33 @@ def test_narrow_factors(tmp_path, dtype):
     assert load_file(tmp_path / "n.safetensors")["lora_unet_conv.lora_up.weight"].dtype == dtype
 
 
+def test_an_alpha_that_is_rounded(tmp_path):
+    """Where alpha does not fit its dtype, the factors make up for it."""
+    paths = kohya(tmp_path)
+    for path in paths:
+        state = load_file(path)
+        narrow = {name: torch.tensor(1.1).bfloat16() for name in state if "alpha" in name}
+        save_file(state | narrow, path)
+    merge_checkpoints(paths, tmp_path / "o.safetensors", lora="exact", template=2)
+    found, expected = changes(tmp_path / "o.safetensors"), mean_of(paths, [1, 1, 1])
+    assert all(distance(found[name], expected[name]) < FLOAT32 for name in expected)
+    alpha = load_file(tmp_path / "o.safetensors")["lora_unet_first.alpha"]
+    first = load_file(paths[1])["lora_unet_first.alpha"]
+    assert 0 < abs(float(alpha) - float(first) / 3 * 9) < 0.02
+
+
+def test_what_has_no_length_is_zero(tmp_path):
+    """Of a rank that the mean does not have, the factors are zeros."""
+    paths = [tmp_path / f"{k}.pt" for k in range(2)]
+    for path in paths:
+        torch.save({"q.lora_down.weight": noise(0, 2, 9), "q.lora_up.weight": noise(1, 7, 2)}, path)
+    merge_checkpoints(paths, tmp_path / "o.pt", lora="rank:4")
+    found = torch.load(tmp_path / "o.pt")
+    assert not found["q.lora_down.weight"][2:].any()
+    assert not found["q.lora_up.weight"][:, 2:].any()
+    assert distance(changes(tmp_path / "o.pt")["q"], mean_of(paths, [1, 1])["q"]) < FLOAT32
+
+
 def test_threads_and_memory_change_no_byte(tmp_path):
     """The result depends neither on the number of threads nor on the memory that there is."""
     paths = kohya(tmp_path)

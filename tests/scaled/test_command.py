@@ -245,6 +245,53 @@ def test_markers_go_with_the_scales(command, tmp_path):
     assert command("verify", "wide.safetensors")[0] == 0
 
 
+def test_markers_of_what_stays(command, tmp_path):
+    """A layer that keeps its codes keeps its mark, and so does the file; numbers are no marks."""
+    states = states_of("comfy")
+    for state in states:
+        kept = {key.replace("l.", "k."): value for key, value in state.items() if "l." in key}
+        state.update(kept, scaled_fp8=torch.zeros(2).to(torch.float8_e4m3fn))
+        for key in ("l.comfy_quant", "k.comfy_quant"):
+            state[key] = torch.tensor(list(b"{}"), dtype=BYTE)
+        state["l.pre_quant"] = torch.ones(3)
+    options = "--dtype", "float16", "--exclude", "k.*"
+    assert command(*written(tmp_path, states), "-o", "out.safetensors", *options)[0] == 0
+    gone = {key for key in states[0] if "l." in key and "scale" in key} | {"l.comfy_quant"}
+    assert load_file(tmp_path / "out.safetensors").keys() == states[0].keys() - gone
+
+
+def test_numbers_and_codes_are_not_mixed(command, tmp_path):
+    """Codes are not averaged as numbers where the template has numbers in their place."""
+    state = states_of("deepseek")[0]
+    numbers = {"l.weight": torch.ones(state["l.weight"].shape), "norm.weight": torch.ones(5)}
+    paths = written(tmp_path, [numbers, state])
+    options = "--missing", "skip", "--dtype", "float32"
+    code, _, err = command(*paths, "-o", "out.safetensors", *options)
+    assert code == 1
+    assert "tensor 'l.weight' holds codes with scales" in err
+
+
+def test_a_shard_of_scales_alone(command, tmp_path):
+    """A shard of which nothing is left is not copied beside the new ones."""
+    states = states_of("deepseek")
+    for number, state in enumerate(states):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        shards = [{}, {}]
+        for key, value in state.items():
+            shards["scale" in key][key] = value
+        names = [f"model-0000{k + 1}-of-00002.safetensors" for k in range(2)]
+        for name, shard in zip(names, shards, strict=True):
+            save_file(shard, folder / name)
+        table = {key: names["scale" in key] for key in state}
+        index = {"metadata": {}, "weight_map": table}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert command("in0", "in1", "-o", "out", "--dtype", "bfloat16")[0] == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"model.safetensors", "merge_avg.json"}
+    assert command("verify", "out")[0] == 0
+
+
 def test_kept_layers(command, tmp_path):
     """A layer that is excluded keeps codes and scales; a part of one cannot be."""
     states = states_of("deepseek")
@@ -262,6 +309,7 @@ def test_kept_layers(command, tmp_path):
     ("config", "said"),
     [
         ({"quant_method": "awq"}, "its config.json names the scheme 'awq'"),
+        ({"quant_method": ["fp8"]}, "its config.json names the scheme ['fp8']"),
         (
             {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
             "its config.json names the format 'nvfp4-pack-quantized'",
