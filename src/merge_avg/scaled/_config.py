@@ -35,11 +35,10 @@ def config_of(text: Mapping[str, Any]) -> Config:
     if not isinstance(said, dict):
         return NO_CONFIG
     method = said.get("quant_method")
-    if method is not None and not (isinstance(method, str) and method in _UNDERSTOOD):
+    if method is not None and method not in _UNDERSTOOD:
         return Config(trouble=f"its config.json names the scheme {method!r}")
     style = said.get("format")
-    known = style is None or (isinstance(style, str) and style in _FORMATS)
-    if method == "compressed-tensors" and not known:
+    if method == "compressed-tensors" and style is not None and style not in _FORMATS:
         return Config(trouble=f"its config.json names the format {style!r}")
     sizes = said.get("weight_block_size")
     if isinstance(sizes, list) and len(sizes) == 2:
