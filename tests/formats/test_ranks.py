@@ -17,6 +17,7 @@ from tests.helpers import merge_checkpoints, run_command
 from tests.older import TORCH
 
 pytestmark = [
+    pytest.mark.large,  # real ranks take half a minute to start
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
     pytest.mark.skipif(TORCH < (2, 6), reason="FSDP2 is a prototype there"),
 ]

@@ -198,6 +198,7 @@ def sharded(tmp_path_factory):
     return folder
 
 
+@pytest.mark.large  # real ranks take a quarter of a minute to start
 @pytest.mark.parametrize("template", [1, 2])
 @pytest.mark.parametrize("asked", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
 def test_ranks_of_another_number(sharded, tmp_path, asked, template):
