@@ -23,10 +23,10 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError, UsageError, failure, named
 from merge_avg.formats import format_for, scan
+from merge_avg.formats.beside import tracker_notes
 from merge_avg.io import Site, refuse_loss, refuse_output, without_collector
 from merge_avg.options import DOUBTS, Location, Options, Outputs, Weight, parse_lora, parse_part
 from merge_avg.plan._alignment import align, match
-from merge_avg.plan._beside import tracker_notes
 from merge_avg.plan._budget import MOST_THREADS, Budget, plan_budget
 from merge_avg.plan._composites import find_composites
 from merge_avg.plan._masters import roles_of

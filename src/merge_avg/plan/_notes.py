@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from merge_avg.checkpoint import TEMPLATE, Layout, Roles, dotted, kind_of
 from merge_avg.errors import named
+from merge_avg.formats.beside import notes_beside
 from merge_avg.formats.bounded import read
 from merge_avg.formats.shards import shard_of
 from merge_avg.options import Options
-from merge_avg.plan._beside import notes_beside
 from merge_avg.plan._composites import Together
 from merge_avg.plan._targets import OutputLayout
 from merge_avg.plan._units import Plan

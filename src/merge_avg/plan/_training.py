@@ -28,9 +28,9 @@ from merge_avg.checkpoint import (
 )
 from merge_avg.errors import MergeError, named
 from merge_avg.formats import bounded, scan_file
+from merge_avg.formats.beside import PROGRESS
 from merge_avg.formats.directory import SUFFIXES, path_of, relative
 from merge_avg.formats.shards import INDEX, unsharded
-from merge_avg.plan._beside import PROGRESS
 
 _DATA = SUFFIXES | {".npz", ".npy", ".pickle", ".joblib", ".msgpack"}
 _TEXT = (".json", ".yaml", ".yml")
